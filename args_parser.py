@@ -1,0 +1,277 @@
+"""The one argparse config of the three stages: edit the defaults here, or give flags on the command line.
+
+Defaults are the published protocol. Where the paper and its published code differ, the help text says which is
+followed. `--preset laptop` swaps in the demo's scale; flags given beside it still win.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from models import BACKBONES, HEADS, native_img_size
+
+# What a laptop does in minutes: the built-in benchmark, small images, fewer epochs and episodes.
+LAPTOP = {
+    "all": {
+        "dataset": "glyphs",
+        "img_size": 42,
+        "no_flip": True,
+        "crop_scale": [0.3, 1.0],
+        "n_epoch": 30,
+        "val_episodes": 100,
+        "n_query": 15,
+    },
+    "transfer": {"n_episodes": 600},
+    "alignment": {"n_episodes": 60, "aug_size": 20, "n_shot": 1},
+}
+
+
+def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
+    """An argparse type: an int or a float from `low` (excluded if open_low) to `high`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or not value <= high:
+            bound = f"{'above' if open_low else 'at least'} {low:g}" + (
+                "" if high == float("inf") else f", at most {high:g}"
+            )
+            raise argparse.ArgumentTypeError(f"{text} is out of range: expected {bound}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def flag_value(text: str) -> bool:
+    """An argparse type for `--data_aug True` or `--data_aug False`."""
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+COUNT, COUNT_OR_0, POSITIVE = number(int, 1), number(int, 0), number(float, 0, open_low=True)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose error is one line, without the usage of fifty flags above it."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (python {self.prog} --help explains every flag)\n")
+
+
+def shared_flags() -> argparse.ArgumentParser:
+    """The flags of every stage."""
+    p = argparse.ArgumentParser(add_help=False)
+    data = p.add_argument_group("data")
+    data.add_argument(
+        "--dataset",
+        default="miniImagenet",
+        help="folder name of the benchmark in --benchmarks_dir; 'glyphs' is built in and rendered when missing",
+    )
+    data.add_argument(
+        "--benchmarks_dir",
+        type=Path,
+        default=Path("./fs_benchmarks"),
+        help="where benchmarks live, as <dataset>/{base,val,novel}/<class>/<image> or <dataset>/{base,val,novel}.json",
+    )
+    data.add_argument(
+        "--image_root",
+        type=Path,
+        help="folder that holds the images a json benchmark lists, when the paths in it are those of another machine",
+    )
+    data.add_argument(
+        "--cache_dir",
+        type=Path,
+        help="where decoded images and features are kept between runs (default: fs_benchmarks/.cache)",
+    )
+    data.add_argument(
+        "--img_size",
+        type=number(int, 8),
+        help="side of the square input, pixels (default: the "
+        f"backbone's own, {', '.join(f'{b} {native_img_size(b)}' for b in BACKBONES)})",
+    )
+    data.add_argument(
+        "--num_workers",
+        type=COUNT_OR_0,
+        default=4,
+        help="threads that decode images, once; the results do not depend on it",
+    )
+    model = p.add_argument_group("model")
+    model.add_argument("--backbone", choices=list(BACKBONES), default="Conv4")
+    model.add_argument(
+        "--checkpoint_dir",
+        type=Path,
+        default=Path("./results/models"),
+        help="where checkpoints are written by one stage and looked for by the next",
+    )
+    model.add_argument(
+        "--init_from",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start from this checkpoint instead of the one that the other flags name",
+    )
+    episodes = p.add_argument_group("episodes")
+    episodes.add_argument(
+        "--test_n_way", type=number(int, 2), default=5, help="classes in a validation or test episode"
+    )
+    episodes.add_argument("--n_shot", type=COUNT, default=5, help="support images a class")
+    episodes.add_argument("--n_query", type=COUNT, default=50, help="query images a class")
+    episodes.add_argument("--n_episodes", type=COUNT, default=600, help="test episodes in a testing epoch")
+    episodes.add_argument(
+        "--testing_epochs",
+        type=COUNT,
+        default=1,
+        help="testing epochs; testing_epochs x n_episodes episodes are pooled into one mean and interval",
+    )
+    episodes.add_argument("--val_episodes", type=COUNT, default=400, help="validation episodes after each epoch")
+    episodes.add_argument(
+        "--episodes_file",
+        type=Path,
+        help="read the novel episodes from this file, or write them to "
+        "it when it does not exist, to compare methods on the same episodes",
+    )
+    episodes.add_argument(
+        "--ft_n_epoch", type=COUNT, default=200, help="full-batch Adam steps that fit a head on a support set"
+    )
+    episodes.add_argument("--ft_lr", type=POSITIVE, default=1e-3, help="learning rate of those steps")
+    episodes.add_argument("--ft_s", type=POSITIVE, default=5.0, help="scale of cosMax and arcMax on a support set")
+    run = p.add_argument_group("run")
+    run.add_argument("--seed", type=COUNT_OR_0, default=0, help="every random number follows from it")
+    run.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    run.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "fp16"],
+        default="fp32",
+        help="of the backbone's forward and backward pass; heads and losses stay in fp32",
+    )
+    run.add_argument(
+        "--no_keep_memory",
+        action="store_true",
+        help="let the C library return freed memory to the system at once: slower on a CPU, smaller between batches",
+    )
+    run.add_argument("--results_dir", type=Path, default=Path("./results"), help="where tables/ and logs/ are written")
+    run.add_argument("--quiet", action="store_true", help="no progress bars")
+    run.add_argument(
+        "--preset",
+        choices=["laptop"],
+        help="the demo's scale instead of the published protocol: built-in benchmark, 42 pixels, minutes on a CPU",
+    )
+    return p
+
+
+def augmentation_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of the stages that train on augmented base images."""
+    group = p.add_argument_group("augmentation")
+    group.add_argument(
+        "--data_aug",
+        type=flag_value,
+        nargs="?",
+        const=True,
+        default=True,
+        help="augment the base images while training (default: True)",
+    )
+    group.add_argument(
+        "--no_flip", action="store_true", help="no horizontal flip, for classes that a mirror changes, such as letters"
+    )
+    group.add_argument(
+        "--crop_scale",
+        type=number(float, 0, 1, open_low=True),
+        nargs=2,
+        default=[0.08, 1.0],
+        metavar=("MIN", "MAX"),
+        help="area of the random crop, as a share of the image",
+    )
+
+
+def transfer_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of stage 1."""
+    augmentation_flags(p)
+    group = p.add_argument_group("base training")
+    group.add_argument(
+        "--method",
+        choices=HEADS,
+        default="arcMax",
+        help="head: a linear layer (softMax), scaled cosine (cosMax) or cosine with an angular margin (arcMax)",
+    )
+    group.add_argument("--n_epoch", type=COUNT, default=600, help="epochs over the base classes")
+    group.add_argument("--batch_size", type=COUNT, default=64)
+    group.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate of Adam, constant")
+    group.add_argument(
+        "--n_base_class",
+        type=COUNT,
+        help="number of base classes; found from the data, and checked against it when given",
+    )
+    group.add_argument("--s", type=POSITIVE, default=20.0, help="scale of cosMax and arcMax on the base classes")
+    group.add_argument(
+        "--m", type=number(float, 0), default=0.01, help="angular margin of arcMax on the base classes, radians"
+    )
+    group.add_argument("--ft_m", type=number(float, 0), default=0.01, help="margin of arcMax on a support set")
+
+
+def alignment_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of stage 3."""
+    group = p.add_argument_group("alignment")
+    group.add_argument(
+        "--method", choices=HEADS, default="arcMax", help="head: of stage 1's checkpoint and of the novel episodes"
+    )
+    group.add_argument("--alignment", choices=["centroid"], default="centroid", help="the alignment loss")
+    group.add_argument(
+        "--n_B",
+        type=COUNT,
+        default=10,
+        help="related base classes a novel class; when n_way * n_B "
+        "exceeds the base classes they are shared out evenly (the published code fails)",
+    )
+    group.add_argument(
+        "--related_score",
+        choices=["vote", "soft"],
+        default="vote",
+        help="score of a base class for a "
+        "novel class: share of its images predicted as it (vote: the published code) or their mean "
+        "probability (soft: the paper's text)",
+    )
+    group.add_argument("--align_iters", type=COUNT_OR_0, default=150, help="iterations of Algorithm 1")
+    group.add_argument("--aug_size", type=COUNT, default=50, help="related images a novel class in an iteration")
+    group.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate of the three Adam optimisers")
+    group.add_argument(
+        "--ft_m",
+        type=number(float, 0),
+        default=0.001,
+        help="margin of arcMax when fitted on the support before alignment",
+    )
+    group.add_argument("--align_s", type=POSITIVE, default=15.0, help="scale of cosMax and arcMax during alignment")
+    group.add_argument("--align_m", type=number(float, 0), default=0.001, help="margin of arcMax during alignment")
+
+
+STAGES: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
+    "transfer": ("transferLearning.py", transfer_flags, "Stage 1: train a backbone on the base classes."),
+    "alignment": (
+        "associative_alignment.py",
+        alignment_flags,
+        "Stage 3: align novel episodes with related base classes.",
+    ),
+}
+
+
+def args_parser(stage: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of a stage; a value out of range ends the process with one line and status 2."""
+    prog, add_flags, description = STAGES[stage]
+    parser = OneLineParser(
+        prog=prog,
+        description=description,
+        parents=[shared_flags()],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_flags(parser)
+    if parser.parse_known_args(argv)[0].preset == "laptop":
+        known = {action.dest for action in parser._actions}
+        parser.set_defaults(**{k: v for k, v in (LAPTOP["all"] | LAPTOP.get(stage, {})).items() if k in known})
+    args = parser.parse_args(argv)
+    if "crop_scale" in args and args.crop_scale[0] > args.crop_scale[1]:
+        parser.error(f"argument --crop_scale: {args.crop_scale[0]:g} {args.crop_scale[1]:g} is not in order")
+    args.img_size = args.img_size or native_img_size(args.backbone)
+    args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
+    return args

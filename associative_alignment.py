@@ -1,0 +1,146 @@
+"""Stage 3: for every novel episode find the related base classes, then align the backbone with them.
+
+python associative_alignment.py --dataset miniImagenet --method arcMax --n_shot 5      # the published protocol
+python associative_alignment.py --preset laptop                                        # after stage 1's laptop preset
+"""
+
+import time
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from args_parser import args_parser
+from data.benchmarks import load_split
+from data.episodes import fixed_episodes
+from data.errors import UserError
+from methods.alignment import AlignmentSetting, align_episode
+from methods.checkpoints import best_model_path, load_backbone
+from methods.engine import on_device, run_script, start, write_json
+from methods.evaluation import EpisodeScores, cached_features, mean_and_ci95
+from methods.results import accuracy_record, paired_difference, percent, run_record
+
+
+def main() -> None:
+    args = args_parser("alignment")
+    began = time.time()
+    device, precision = start(args.device, args.precision, args.no_keep_memory)
+
+    path = args.init_from or best_model_path(
+        args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone
+    )
+    load = partial(
+        load_split,
+        args.benchmarks_dir,
+        args.dataset,
+        img_size=args.img_size,
+        cache_dir=args.cache_dir,
+        image_root=args.image_root,
+        num_workers=args.num_workers,
+        quiet=args.quiet,
+    )
+    base, novel = load(split="base"), load(split="novel")
+    n_test = args.testing_epochs * args.n_episodes
+    episodes = fixed_episodes(args.episodes_file, novel, args.test_n_way, args.n_shot, args.n_query, n_test, args.seed)
+    backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)
+    if checkpoint.class_names != base.class_names:
+        raise UserError(
+            f"checkpoint {path} was trained on {len(checkpoint.class_names)} base classes of {checkpoint.dataset!r} "
+            f"that are not the {len(base.class_names)} of {args.dataset!r}: give the benchmark that it was trained on"
+        )
+    backbone = backbone.to(device, memory_format=torch.channels_last)
+
+    # Features of the checkpoint's backbone, once for all episodes.
+    features = partial(
+        cached_features, backbone, cache_dir=args.cache_dir, device=device, precision=precision, quiet=args.quiet
+    )
+    z_base, z_novel = features(base), features(novel)
+    base_members = [torch.nonzero(base.labels == b).squeeze(1) for b in range(len(base.class_names))]
+    base_images, novel_images = on_device(base.images, device), on_device(novel.images, device)
+    setting = AlignmentSetting(
+        method=args.method,
+        ft_s=args.ft_s,
+        ft_m=args.ft_m,
+        ft_n_epoch=args.ft_n_epoch,
+        ft_lr=args.ft_lr,
+        align_s=args.align_s,
+        align_m=args.align_m,
+        align_iters=args.align_iters,
+        lr=args.lr,
+        n_B=args.n_B,
+        aug_size=args.aug_size,
+        related_score=args.related_score,
+    )
+    per_class = len(base.class_names) // args.test_n_way
+    if args.n_B > per_class:
+        print(
+            f"note: {args.test_n_way} ways x n_B {args.n_B} exceed the {len(base.class_names)} base classes: "
+            f"{per_class} related base classes a novel class"
+        )
+
+    initial_state = {name: value.clone() for name, value in backbone.state_dict().items()}
+    finetuned, aligned, n_empty, n_small = [], [], 0, 0
+    bar = tqdm(range(n_test), desc=f"{args.alignment} alignment", unit="episode", disable=args.quiet)
+    for i in bar:
+        episode = align_episode(
+            backbone,
+            initial_state,
+            setting,
+            episodes.index[i],
+            args.n_shot,
+            novel_images,
+            z_novel,
+            base_images,
+            base.labels,
+            z_base,
+            base_members,
+            args.seed,
+            i,
+            device,
+            precision,
+        )
+        finetuned.append(episode.finetuned)
+        aligned.append(episode.aligned)
+        for w, samples in enumerate(episode.related.samples):
+            if not len(samples):
+                n_empty += 1
+                name = novel.class_names[episodes.classes[i, w]]
+                tqdm.write(f"note: episode {i}: no base image is predicted as {name!r}; it is aligned with nothing")
+        n_small += episode.n_drawn < args.aug_size
+        before, after = (100 * torch.stack(scores).mean().item() for scores in (finetuned, aligned))
+        bar.set_postfix_str(f"fine-tuning {before:.2f}, alignment {after:.2f}")
+    if n_small:
+        print(
+            f"note: in {n_small} of {n_test} episodes the smallest related set held fewer than "
+            f"--aug_size {args.aug_size} images; so many were drawn of each class"
+        )
+
+    before, after = EpisodeScores(torch.stack(finetuned)), EpisodeScores(torch.stack(aligned))
+    difference, difference_ci95 = paired_difference(before.accuracy, after.accuracy)
+    record = run_record("associative_alignment", vars(args), novel, episodes, time.time() - began, device)
+    record |= accuracy_record(after, episodes, novel.class_names)
+    record |= {
+        "alignment": args.alignment,
+        "checkpoint": path,
+        "checkpoint_epoch": checkpoint.epoch,
+        "fine_tuning": accuracy_record(before, episodes, novel.class_names),
+        "difference": {"accuracy": 100 * difference, "ci95": 100 * difference_ci95},
+        "n_empty_related_sets": n_empty,
+        "n_episodes_below_aug_size": n_small,
+    }
+    name = best_model_path(
+        args.results_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone
+    ).stem
+    table = (
+        args.results_dir / "tables" / f"associative_alignment_{name.removesuffix('_bestModel')}_{args.alignment}.json"
+    )
+    write_json(table, record)
+    print(f"{args.method} on {args.dataset}, {args.test_n_way}-way {args.n_shot}-shot, {n_test} novel episodes")
+    print(f"  fine-tuning         {percent(*mean_and_ci95(before.accuracy))} %")
+    print(f"  {args.alignment} alignment  {percent(*mean_and_ci95(after.accuracy))} %")
+    print(f"  paired difference   {percent(difference, difference_ci95)} points")
+    print(f"result {table}")
+
+
+if __name__ == "__main__":
+    run_script(main)

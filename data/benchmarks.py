@@ -1,0 +1,148 @@
+"""A benchmark is three splits of classes, base, val and novel, as image folders or as published json lists.
+
+fs_benchmarks/<dataset>/{base,val,novel}/<class>/<image>
+fs_benchmarks/<dataset>/{base,val,novel}.json      with label_names, image_names, image_labels
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, tensor
+
+from data.errors import UserError
+from data.glyphs import render_glyphs
+from data.image_cache import load_images
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: N images of len(class_names) classes.
+
+    labels (N,), images (N, 3, s, s) uint8 in the evaluation view; train_images (N, 3, H, W) uint8, what
+    augmentation crops from, and train_sizes (N, 2), their original (height, width): the base split alone has them.
+    image_names are `class/file`; fingerprint is a hash of the names and bytes of all images.
+    """
+
+    benchmark: str
+    split: str
+    class_names: list[str]
+    image_names: list[str]
+    labels: Tensor
+    images: Tensor
+    train_images: Tensor | None
+    train_sizes: Tensor
+    fingerprint: str
+
+
+def list_folder(root: Path) -> tuple[list[str], list[Path], list[int]]:
+    """Class names, image paths and labels of `root/<class>/<image>`, sorted by name, hidden files left out."""
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise UserError(f"{root} holds no class folders: expected {root}/<class>/<image>")
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
+        if not images:
+            raise UserError(
+                f"class folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): fill or remove it"
+            )
+        paths += images
+        labels += [label] * len(images)
+    return [p.name for p in folders], paths, labels
+
+
+def list_json(file: Path, image_root: Path | None) -> tuple[list[str], list[Path], list[int]]:
+    """Class names, image paths and labels of a published json file.
+
+    Relative image names resolve against the folder of the file. `image_root` re-roots absolute ones, which are of
+    somebody else's machine: the longest tail of the first name that exists below image_root tells how many of the
+    last path components to keep.
+    """
+    try:
+        record = json.loads(file.read_text())
+        label_names, names, raw_labels = record["label_names"], record["image_names"], record["image_labels"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is not a json object of label_names, image_names and image_labels ({error})"
+        ) from error
+    if not names or len(names) != len(raw_labels):
+        raise UserError(
+            f"{file} has {len(names)} image_names and {len(raw_labels)} image_labels: expected as many of each"
+        )
+    if len(set(label_names)) < len(label_names):
+        twice = next(name for name in label_names if label_names.count(name) > 1)
+        raise UserError(f"{file} names class {twice!r} twice in label_names: give every class a name of its own")
+    used = sorted(set(raw_labels))
+    if used[-1] < len(label_names):  # labels index label_names, some of which belong to other splits
+        class_names = [label_names[label] for label in used]
+    elif len(used) == len(label_names):  # labels are numbered over all splits, label_names hold this split's alone
+        class_names = list(label_names)
+    else:
+        raise UserError(f"{file} has image_labels up to {used[-1]} but {len(label_names)} label_names")
+    rank = {label: i for i, label in enumerate(used)}
+    if image_root is None:
+        paths = [file.parent / name for name in names]
+    else:
+        parts = Path(names[0]).parts
+        kept = next((k for k in range(len(parts), 0, -1) if (image_root / Path(*parts[-k:])).is_file()), None)
+        if kept is None:
+            raise UserError(
+                f"no tail of {names[0]!r} ({file}) exists below --image_root {image_root}: "
+                f"give the folder that holds it"
+            )
+        paths = [image_root.joinpath(*Path(name).parts[-kept:]) for name in names]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{file} lists {len(missing)} images that do not exist, the first {missing[0]}: "
+            f"give the folder that holds them with --image_root"
+        )
+    return class_names, paths, [rank[label] for label in raw_labels]
+
+
+def load_split(
+    benchmarks_dir: Path,
+    dataset: str,
+    split: str,
+    img_size: int,
+    cache_dir: Path,
+    image_root: Path | None = None,
+    num_workers: int = 2,
+    quiet: bool = False,
+) -> Split:
+    """Load one split (`base`, `val` or `novel`) of a benchmark; images are decoded once and cached in cache_dir.
+
+    The built-in benchmark `glyphs` is rendered when it is missing. Raises UserError when the data is missing,
+    malformed or cannot be decoded.
+    """
+    root = benchmarks_dir / dataset
+    folder, file = root / split, root / f"{split}.json"
+    if dataset == "glyphs" and not root.exists():
+        render_glyphs(root)
+    if folder.is_dir():
+        class_names, paths, labels = list_folder(folder)
+    elif file.is_file():
+        class_names, paths, labels = list_json(file, image_root)
+    else:
+        raise UserError(
+            f"no {split} split of {dataset!r} in {root}: expected {folder}/<class>/<image> or {file}; "
+            f"prepare it with 'python -m data.prepare {dataset} --source PATH', "
+            f"or try the built-in benchmark with --dataset glyphs"
+        )
+    names = [f"{class_names[label]}/{path.name}" for label, path in zip(labels, paths, strict=True)]
+    arrays = load_images(paths, names, img_size, cache_dir, f"{dataset}_{split}", split == "base", num_workers, quiet)
+    return Split(
+        benchmark=dataset,
+        split=split,
+        class_names=class_names,
+        image_names=names,
+        labels=tensor(labels),
+        images=arrays.eval,
+        train_images=arrays.train,
+        train_sizes=arrays.sizes,
+        fingerprint=arrays.fingerprint,
+    )

@@ -1,0 +1,157 @@
+"""Episodes as index arithmetic: which images of a split are the support and the query of each class.
+
+An episode is an index tensor (n_way, n_shot + n_query); its first n_shot columns are the support. Episode i of a
+list depends on (seed, i) alone, so that a list may be cut into any chunks, or spread over any processes.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.benchmarks import Split
+from data.errors import UserError
+from data.generators import make_generator
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """E episodes of one split: `index` (E, n_way, n_shot + n_query) image indices, `classes` (E, n_way)."""
+
+    index: Tensor
+    classes: Tensor
+    n_shot: int
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def n_way(self) -> int:
+        return self.index.shape[1]
+
+    @property
+    def support(self) -> Tensor:
+        """(E, n_way, n_shot)."""
+        return self.index[:, :, : self.n_shot]
+
+    @property
+    def query(self) -> Tensor:
+        """(E, n_way, n_query)."""
+        return self.index[:, :, self.n_shot :]
+
+    def slice(self, start: int, stop: int) -> "Episodes":
+        """Episodes start to stop - 1."""
+        return Episodes(self.index[start:stop], self.classes[start:stop], self.n_shot)
+
+
+def class_major_labels(n_way: int, n_each: int, device: torch.device | str = "cpu") -> Tensor:
+    """Labels of class-major samples, (n_way * n_each,): 0 ... 0, 1 ... 1, ..."""
+    return torch.arange(n_way, device=device).repeat_interleave(n_each)
+
+
+def check_episodes_fit(split: Split, n_way: int, n_shot: int, n_query: int) -> None:
+    """Raise UserError when a split has too few classes, or a class too few images, for such episodes."""
+    where = f"the {split.split} split of {split.benchmark!r}"
+    if n_way > len(split.class_names):
+        raise UserError(
+            f"{where} has {len(split.class_names)} classes but episodes of {n_way} ways were asked for: "
+            f"give a smaller way or add classes"
+        )
+    counts = torch.bincount(split.labels, minlength=len(split.class_names)).tolist()
+    for name, count in zip(split.class_names, counts, strict=True):
+        if count < n_shot + n_query:
+            raise UserError(
+                f"class {name!r} of {where} has {count} images; n_shot + n_query = {n_shot + n_query} are needed: "
+                f"lower --n_shot or --n_query, or add images"
+            )
+
+
+def sample_episodes(
+    split: Split, n_way: int, n_shot: int, n_query: int, n_episodes: int, seed: int, start: int = 0
+) -> Episodes:
+    """Episodes start ... start + n_episodes - 1: classes, then images of each, drawn without replacement.
+
+    Raises UserError when the split is too small (see check_episodes_fit).
+    """
+    check_episodes_fit(split, n_way, n_shot, n_query)
+    members = [torch.nonzero(split.labels == c).squeeze(1) for c in range(len(split.class_names))]
+    index = torch.empty(n_episodes, n_way, n_shot + n_query, dtype=torch.long)
+    classes = torch.empty(n_episodes, n_way, dtype=torch.long)
+    for e in range(n_episodes):
+        generator = make_generator(seed, split.split, "episode", start + e)
+        classes[e] = torch.randperm(len(members), generator=generator)[:n_way]
+        for w, c in enumerate(classes[e].tolist()):
+            picks = torch.randperm(len(members[c]), generator=generator)[: n_shot + n_query]
+            index[e, w] = members[c][picks]
+    return Episodes(index, classes, n_shot)
+
+
+def write_episodes(path: Path, split: Split, episodes: Episodes) -> None:
+    """Write episodes as JSON by image name (`class/file`), for another method or another repository to read."""
+    used, inverse = episodes.index.unique(return_inverse=True)
+    record = {
+        "benchmark": split.benchmark,
+        "split": split.split,
+        "n_way": episodes.n_way,
+        "n_shot": episodes.n_shot,
+        "n_query": episodes.query.shape[2],
+        "images": [split.image_names[i] for i in used.tolist()],
+        "episodes": inverse.tolist(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, separators=(",", ":")))
+    os.replace(temporary, path)
+
+
+def read_episodes(path: Path, split: Split, n_way: int, n_shot: int, n_query: int, n_episodes: int) -> Episodes:
+    """The first n_episodes of a file of write_episodes, as indices into `split`.
+
+    Raises UserError when the file is of another shape, is too short, or names images that the split lacks.
+    """
+    try:
+        record = json.loads(path.read_text())
+        shape = (record["n_way"], record["n_shot"], record["n_query"])
+        names, index = record["images"], torch.tensor(record["episodes"], dtype=torch.long)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"episodes file {path} cannot be read ({error}): delete it to have it written anew") from error
+    if shape != (n_way, n_shot, n_query):
+        raise UserError(
+            f"episodes file {path} holds {shape[0]}-way {shape[1]}-shot episodes of {shape[2]} queries; "
+            f"{n_way}-way {n_shot}-shot with {n_query} were asked for: give matching flags or another file"
+        )
+    if (
+        index.ndim != 3
+        or index.shape[1:] != (n_way, n_shot + n_query)
+        or not 0 <= index.min() <= index.max() < len(names)
+    ):
+        raise UserError(f"episodes file {path} is damaged: delete it to have it written anew")
+    if len(index) < n_episodes:
+        raise UserError(
+            f"episodes file {path} holds {len(index)} episodes, {n_episodes} were asked for: "
+            f"lower --n_episodes or delete the file to have it written anew"
+        )
+    position = {name: i for i, name in enumerate(split.image_names)}
+    missing = [name for name in names if name not in position]
+    if missing:
+        raise UserError(
+            f"episodes file {path} names {len(missing)} images that the {split.split} split of "
+            f"{split.benchmark!r} lacks, the first {missing[0]!r}: give the benchmark that it was written for"
+        )
+    index = torch.tensor([position[name] for name in names])[index[:n_episodes]]
+    return Episodes(index, split.labels[index[:, :, 0]], n_shot)
+
+
+def fixed_episodes(
+    file: Path | None, split: Split, n_way: int, n_shot: int, n_query: int, n_episodes: int, seed: int
+) -> Episodes:
+    """The episodes of `file` if it exists; else episodes sampled from `seed`, and written to `file` if one is named."""
+    if file is not None and file.exists():
+        return read_episodes(file, split, n_way, n_shot, n_query, n_episodes)
+    episodes = sample_episodes(split, n_way, n_shot, n_query, n_episodes, seed)
+    if file is not None:
+        write_episodes(file, split, episodes)
+    return episodes

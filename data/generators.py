@@ -1,0 +1,16 @@
+"""Every random draw of the project comes from a generator made here, from --seed and the name of its purpose."""
+
+import zlib
+
+import numpy as np
+import torch
+
+
+def make_generator(seed: int, *keys: str | int) -> torch.Generator:
+    """A CPU generator that depends on (seed, keys) alone, e.g. `make_generator(0, "align", episode)`.
+
+    Draws are made on the CPU and moved, so that every device sees the same numbers.
+    """
+    words = [seed] + [zlib.crc32(key.encode()) if isinstance(key, str) else key for key in keys]
+    state = np.random.SeedSequence(words).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed((int(state[0]) << 31) ^ int(state[1]))

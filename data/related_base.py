@@ -1,0 +1,74 @@
+"""Related base detection: which base classes, and which of their samples, align with a novel class.
+
+A head fitted on the support of an episode predicts every base sample as one of the novel classes. The score of base
+class b for novel class w is the share of its samples predicted as w (`vote`, the published code) or their mean
+probability of w (`soft`, the paper's text). Each novel class, in order, takes its n_B best base classes that are
+not yet taken, and keeps those of their samples that are predicted as w.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RelatedBase:
+    """score (n_base_class, n_way); classes: n_way lists of base classes; samples: n_way index tensors (k_w,)."""
+
+    score: Tensor
+    classes: list[list[int]]
+    samples: list[Tensor]
+
+
+def related_base_score(prediction: Tensor, y_base: Tensor, n_base_class: int) -> Tensor:
+    """Mean over the samples of each base class: (n_base_class, n_way).
+
+    prediction (N, n_way): one-hot votes or probabilities; y_base (N,).
+    """
+    total = torch.zeros(n_base_class, prediction.shape[1], device=prediction.device)
+    total.index_add_(0, y_base, prediction)
+    count = torch.bincount(y_base, minlength=n_base_class).clamp_min(1)
+    return total / count.unsqueeze(1)
+
+
+def choose_related_base(score: Tensor, n_B: int) -> list[list[int]]:
+    """Disjoint base classes of each novel class, best first: n_way lists of n_B indices; ties keep the lower index.
+
+    When n_way * n_B exceeds the number of base classes, they are shared out evenly: n_base_class // n_way each.
+    """
+    n_base_class, n_way = score.shape
+    n_B = min(n_B, n_base_class // n_way)
+    taken = torch.zeros(n_base_class, dtype=torch.bool)
+    chosen: list[list[int]] = []
+    for w in range(n_way):
+        free = score[:, w].cpu().masked_fill(taken, -1.0)
+        best = free.sort(descending=True, stable=True).indices[:n_B]
+        taken[best] = True
+        chosen.append(best.tolist())
+    return chosen
+
+
+def find_related_base(
+    logits: Tensor, y_base: Tensor, members: list[Tensor], n_B: int, related_score: str = "vote"
+) -> RelatedBase:
+    """Related base classes and samples of one episode.
+
+    logits (N, n_way): the episode's head on all base features; y_base (N,); members: for each base class the indices
+    of its samples; related_score: `vote` or `soft`. A samples tensor lists its base classes best first, the
+    samples of each in order; it is empty when no sample of the chosen classes is predicted as w.
+    """
+    n_way = logits.shape[1]
+    predicted = logits.argmax(1)
+    if related_score == "vote":
+        prediction = torch.nn.functional.one_hot(predicted, n_way).float()
+    else:
+        prediction = logits.softmax(1)
+    score = related_base_score(prediction, y_base, len(members))
+    classes = choose_related_base(score, n_B)
+    samples = []
+    for w, chosen in enumerate(classes):
+        candidates = torch.cat([members[b] for b in chosen]) if chosen else torch.empty(0, dtype=torch.long)
+        candidates = candidates.to(predicted.device)
+        samples.append(candidates[predicted[candidates] == w])
+    return RelatedBase(score, classes, samples)

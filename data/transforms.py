@@ -1,0 +1,122 @@
+"""Augmentation of a whole batch in a few tensor operations, on the device, with the meaning of torchvision and PIL.
+
+The published training transform: random resized crop; brightness, contrast and colour factors of 1 +- 0.4, drawn
+independently and applied in that order (PIL's ImageEnhance); horizontal flip; ImageNet normalisation. A resized
+crop is a separable linear map: for a batch, two batched matrix products, rows (s, H) @ image (H, W) @ columns (W, s).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# PIL's integer weights of RGB -> L (ITU-R 601-2), over 65536.
+LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is drawn: the crop's area range and aspect range, the jitter's half width, whether to flip."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    jitter: float = 0.4
+    flip: bool = True
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 (b, 3, h, w) -> float32 with ImageNet mean and standard deviation."""
+    scale = 1.0 / (255.0 * torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1))
+    shift = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1) * 255.0
+    return (images.float() - shift) * scale
+
+
+def draw_crops(sizes: Tensor, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator) -> Tensor:
+    """Boxes (b, 4) = (top, left, height, width) in pixels of images of `sizes` (b, 2) = (height, width).
+
+    The rule of torchvision's RandomResizedCrop: up to ten tries at an area and an aspect that fit, then the
+    largest centred box whose aspect is within `ratio`.
+    """
+    n, tries = len(sizes), 10
+    height, width = sizes[:, :1].double(), sizes[:, 1:].double()
+    uniform = torch.rand(n, tries, 2, generator=generator, dtype=torch.float64)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform[..., 0])
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    aspect = torch.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * uniform[..., 1])
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.long().argmax(1, keepdim=True)
+    h, w = h.gather(1, first), w.gather(1, first)
+    image_ratio = width / height
+    fallback_w = torch.where(image_ratio > ratio[1], (height * ratio[1]).round(), width)
+    fallback_h = torch.where(image_ratio < ratio[0], (width / ratio[0]).round(), height)
+    none_fits = ~fits.any(1, keepdim=True)
+    h, w = torch.where(none_fits, fallback_h, h), torch.where(none_fits, fallback_w, w)
+    corner = torch.rand(n, 2, generator=generator, dtype=torch.float64)
+    top = torch.where(none_fits, ((height - h) / 2).floor(), (corner[:, :1] * (height - h + 1)).floor())
+    left = torch.where(none_fits, ((width - w) / 2).floor(), (corner[:, 1:] * (width - w + 1)).floor())
+    return torch.cat([top, left, h, w], 1)
+
+
+def resize_weights(start: Tensor, length: Tensor, n_in: int, n_out: int) -> Tensor:
+    """PIL's bilinear (triangle, antialiased) filter from pixels [start, start + length) to n_out: (b, n_out, n_in).
+
+    start and length (b,), in pixels of the source axis; rows sum to 1 and are zero outside the box.
+    """
+    scale = (length / n_out).view(-1, 1, 1)
+    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
+    centre = start + (torch.arange(n_out, device=start.device).view(1, -1, 1) + 0.5) * scale
+    pixel = torch.arange(n_in, device=start.device).view(1, 1, -1) + 0.5
+    weight = (1.0 - (pixel - centre).abs() / scale.clamp_min(1.0)).clamp_min(0.0)
+    weight = weight * ((pixel > start) & (pixel < start + length))
+    return weight / weight.sum(-1, keepdim=True).clamp_min(1e-8)
+
+
+def resized_crop(images: Tensor, boxes: Tensor, img_size: int) -> Tensor:
+    """Crop and resize each image: (b, 3, H, W) and boxes (b, 4) in its pixels -> float (b, 3, s, s) in 0..255."""
+    boxes = boxes.to(images.device, torch.float32)
+    rows = resize_weights(boxes[:, 0], boxes[:, 2], images.shape[2], img_size)
+    columns = resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], img_size)
+    # Columns first, all channels and rows of an image in one matrix product.
+    b, c, height, width = images.shape
+    narrow = torch.bmm(images.float().view(b, c * height, width), columns.transpose(1, 2))
+    return torch.matmul(rows.unsqueeze(1), narrow.view(b, c, height, img_size))
+
+
+def luma(images: Tensor) -> Tensor:
+    """Greyscale of RGB images as PIL converts: (b, 3, h, w) -> (b, 1, h, w)."""
+    red, green, blue = images.unbind(1)
+    return (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]).unsqueeze(1)
+
+
+def colour_jitter(images: Tensor, factors: Tensor) -> Tensor:
+    """PIL's ImageEnhance Brightness, Contrast and Color, in that order, by factors (b, 3), on images in 0..255.
+
+    Each blends the image with a degenerate one, f * image + (1 - f) * degenerate, and clips to 0..255: black for
+    brightness, the mean grey level for contrast, the greyscale image for colour.
+    """
+    brightness, contrast, colour = factors.to(images).view(-1, 3, 1, 1, 1).unbind(1)
+    images = (images * brightness).clamp_(0.0, 255.0)
+    mean_grey = luma(images).mean((2, 3), keepdim=True).round()
+    images = torch.lerp(mean_grey, images, contrast).clamp_(0.0, 255.0)
+    return torch.lerp(luma(images), images, colour).clamp_(0.0, 255.0)
+
+
+def augment(images: Tensor, sizes: Tensor, img_size: int, augmentation: Augmentation, generator: Generator) -> Tensor:
+    """The published training transform of a batch: uint8 (b, 3, H, W) -> normalised float32 (b, 3, s, s).
+
+    sizes (b, 2): the original (height, width), in which the crops are drawn.
+    """
+    n = len(images)
+    boxes = draw_crops(sizes, augmentation.crop_scale, augmentation.crop_ratio, generator)
+    stored = torch.tensor(images.shape[2:], dtype=torch.float64) / sizes.double()
+    boxes = boxes * torch.cat([stored, stored], 1)
+    factors = 1.0 + augmentation.jitter * (2.0 * torch.rand(n, 3, generator=generator) - 1.0)
+    flips = torch.rand(n, generator=generator) < 0.5
+    out = colour_jitter(resized_crop(images, boxes, img_size), factors)
+    if augmentation.flip:
+        out = torch.where(flips.view(-1, 1, 1, 1).to(out.device), out.flip(3), out)
+    return normalise(out)

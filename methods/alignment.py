@@ -1,0 +1,189 @@
+"""Stage 3: align one novel episode with its related base samples (Algorithm 1 of the paper).
+
+Per episode: fit the head on frozen support features; find the related base samples with it; then alternate three
+updates, each with an Adam of its own:
+(1) the backbone, in train mode, on the alignment loss between related and support samples;
+(2) the head, on related samples that the backbone embeds in eval mode, with the optimiser that fitted the head,
+    moments included;
+(3) backbone and head, in train mode, on the support.
+The backbone starts each episode from the checkpoint's weights, kept in memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from data.episodes import class_major_labels
+from data.generators import make_generator
+from data.related_base import RelatedBase, find_related_base
+from data.transforms import normalise
+from methods.centroid_alignment import centroid_alignment_step
+from methods.engine import Precision
+from methods.evaluation import score_queries
+from methods.novel_finetune import fit_heads
+from models import build_head
+from models.heads import Head
+
+
+@dataclass(frozen=True)
+class AlignmentSetting:
+    """The numbers of one episode of stage 3; each is explained at the flag of the same name."""
+
+    method: str
+    ft_s: float
+    ft_m: float
+    ft_n_epoch: int
+    ft_lr: float
+    align_s: float
+    align_m: float
+    align_iters: int
+    lr: float
+    n_B: int
+    aug_size: int
+    related_score: str
+
+
+@dataclass(frozen=True)
+class AlignedEpisode:
+    """What one episode gave: the share of right queries a class (n_way,), by fine-tuning and after alignment.
+
+    n_drawn: related samples a novel class in an iteration; losses: those of the three updates, a row an iteration.
+    """
+
+    finetuned: Tensor
+    aligned: Tensor
+    related: RelatedBase
+    n_drawn: int
+    losses: list[tuple[float, float, float]]
+
+
+def draw_related(samples: list[Tensor], aug_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Draw a = min(aug_size, smallest related set that is not empty) samples a novel class, without replacement.
+
+    samples: n_way index tensors. Returns indices and labels (n,), class-major; a class whose set is empty has none.
+    """
+    a = drawn_per_class(samples, aug_size)
+    filled = [(w, s) for w, s in enumerate(samples) if len(s)]
+    picks = [s[torch.randperm(len(s), generator=generator)[:a].to(s.device)] for _, s in filled]
+    return torch.cat(picks), torch.tensor([w for w, _ in filled]).repeat_interleave(a)
+
+
+def drawn_per_class(samples: list[Tensor], aug_size: int) -> int:
+    """Related samples drawn a novel class in each iteration; 0 when every related set is empty."""
+    return min([aug_size] + [len(s) for s in samples if len(s)]) if any(len(s) for s in samples) else 0
+
+
+def train_head_on_related(
+    backbone: nn.Module,
+    head: Head,
+    optimizer: torch.optim.Optimizer,
+    x_related: Tensor,
+    y_related: Tensor,
+    precision: Precision,
+) -> float:
+    """Update (2): one step of the head on related samples; the backbone, in eval mode, needs no gradient."""
+    backbone.eval()
+    with torch.no_grad(), precision.autocast():
+        z_related = backbone(x_related)
+    loss = head.loss(head(z_related), y_related)
+    optimizer.zero_grad()
+    precision.backward_and_step(loss, optimizer)
+    return loss.item()
+
+
+def train_on_support(
+    backbone: nn.Module,
+    head: Head,
+    optimizer: torch.optim.Optimizer,
+    x_support: Tensor,
+    y_support: Tensor,
+    precision: Precision,
+) -> float:
+    """Update (3): one step of backbone and head on the support, the backbone in train mode."""
+    backbone.train()
+    with precision.autocast():
+        z_support = backbone(x_support)
+    loss = head.loss(head(z_support), y_support)
+    optimizer.zero_grad()
+    precision.backward_and_step(loss, optimizer)
+    return loss.item()
+
+
+def network_input(images: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """Normalised channels-last input (n, 3, s, s) of the uint8 images at `index` (n,)."""
+    x = normalise(images[index.to(images.device)].to(device))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def predict_queries(
+    backbone: nn.Module, head: Head, x_query: Tensor, precision: Precision, batch_size: int = 256
+) -> Tensor:
+    """Scores (n, n_way) of query images by backbone and head in eval mode: no query sees another."""
+    backbone.eval()
+    with precision.autocast():
+        z_query = torch.cat([backbone(x) for x in x_query.split(batch_size)])
+    return head(z_query)
+
+
+def align_episode(
+    backbone: nn.Module,
+    initial_state: dict[str, Tensor],
+    setting: AlignmentSetting,
+    index: Tensor,
+    n_shot: int,
+    novel_images: Tensor,
+    z_novel: Tensor,
+    base_images: Tensor,
+    y_base: Tensor,
+    z_base: Tensor,
+    base_members: list[Tensor],
+    seed: int,
+    episode: int,
+    device: torch.device,
+    precision: Precision,
+) -> AlignedEpisode:
+    """Run one episode of stage 3; the result depends on (seed, episode) and the weights alone.
+
+    backbone is overwritten, starting from initial_state. index (n_way, n_shot + n_query) points into novel_images
+    (N, 3, s, s) and their features z_novel (N, d). base_images (M, 3, s, s), y_base (M,) and z_base (M, d) are the base
+    split; base_members the indices of each base class. A novel class without related samples takes no part in
+    updates (1) and (2); they are left out when no class has any.
+    """
+    n_way = index.shape[0]
+    backbone.load_state_dict(initial_state)
+    support, query = index[:, :n_shot].flatten(), index[:, n_shot:].flatten()
+    y_support = class_major_labels(n_way, n_shot, device)
+
+    generators = [make_generator(seed, "head", episode)]
+    head = build_head(setting.method, z_novel.shape[1], n_way, setting.ft_s, setting.ft_m, generators).to(device)
+    head_optimizer = fit_heads(head, z_novel[support.to(device)], y_support, setting.ft_n_epoch, setting.ft_lr)
+    with torch.no_grad():
+        finetuned = score_queries(head(z_novel[query.to(device)]), n_way)
+        related = find_related_base(
+            head.logits(head(z_base)), y_base.to(device), base_members, setting.n_B, setting.related_score
+        )
+
+    head.rescale(setting.align_s, setting.align_m)
+    backbone_optimizer = torch.optim.Adam(backbone.parameters(), lr=setting.lr)
+    joint_optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=setting.lr)
+    x_support = network_input(novel_images, support, device)
+    generator = make_generator(seed, "related draws", episode)
+    n_drawn = drawn_per_class(related.samples, setting.aug_size)
+    losses = []
+    for _ in range(setting.align_iters):
+        align_loss = related_loss = float("nan")
+        if n_drawn:
+            picks, y_related = draw_related(related.samples, setting.aug_size, generator)
+            x_related, y_related = network_input(base_images, picks, device), y_related.to(device)
+            align_loss = centroid_alignment_step(
+                backbone, backbone_optimizer, x_support, x_related, y_related, n_way, precision
+            )
+            related_loss = train_head_on_related(backbone, head, head_optimizer, x_related, y_related, precision)
+        support_loss = train_on_support(backbone, head, joint_optimizer, x_support, y_support, precision)
+        losses.append((align_loss, related_loss, support_loss))
+
+    x_query = network_input(novel_images, query, device)
+    aligned = score_queries(predict_queries(backbone, head, x_query, precision), n_way)
+    return AlignedEpisode(finetuned.cpu(), aligned.cpu(), related, n_drawn, losses)

@@ -1,0 +1,47 @@
+"""Centroid alignment (equations 4-5 of the paper) and its update of Algorithm 1.
+
+Related base samples are pulled to the centroid of the novel class that they were assigned to, and away from the
+other centroids: the negative log-likelihood of a softmax over minus squared Euclidean distances.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.engine import Precision
+
+
+def centroid_alignment_loss(z_support: Tensor, z_related: Tensor, y_related: Tensor) -> Tensor:
+    """Mean of -log softmax_k(-|z - mu_k|^2) at the assigned class, mu_k the mean of the support of class k.
+
+    z_support (n_way, n_shot, d), z_related (n, d), y_related (n,) -> scalar. No temperature, features not
+    normalised, in float32; the gradient flows through related samples and centroids. Equations 4-5.
+    """
+    centroids = z_support.float().mean(1)
+    z_related = z_related.float()
+    distance = (z_related.unsqueeze(1) - centroids.unsqueeze(0)).square().sum(2)
+    return F.cross_entropy(-distance, y_related)
+
+
+def centroid_alignment_step(
+    backbone: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x_support: Tensor,
+    x_related: Tensor,
+    y_related: Tensor,
+    n_way: int,
+    precision: Precision,
+) -> float:
+    """Update (1) of Algorithm 1: one optimiser step of the backbone on the centroid alignment loss.
+
+    x_support (n_way * n_shot, 3, h, w) class-major, x_related (n, 3, h, w), y_related (n,). The backbone is in train
+    mode and sees the related and the support images in two forward passes, so that each has its own batch
+    statistics. Returns the loss before the step.
+    """
+    backbone.train()
+    with precision.autocast():
+        z_related, z_support = backbone(x_related), backbone(x_support)
+    loss = centroid_alignment_loss(z_support.unflatten(0, (n_way, -1)), z_related, y_related)
+    optimizer.zero_grad()
+    precision.backward_and_step(loss, optimizer)
+    return loss.item()

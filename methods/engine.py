@@ -1,0 +1,180 @@
+"""What every script needs around the learning: device, precision, memory, errors, result files."""
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from data.errors import UserError
+from data.generators import make_generator
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C a line and 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory instead of handing each large activation back to the kernel.
+
+    Otherwise half the time of CPU training goes to page faults. Call before the first large allocation; does
+    nothing where the C library is another one.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_max = -1, -4
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def select_device(name: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu. Raises UserError when the named device is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
+        there = ", ".join(kind for kind, yes in available.items() if yes)
+        raise UserError(f"--device {name} is not available on this machine: choose auto or one of {there}")
+    return torch.device(name)
+
+
+@dataclass
+class Precision:
+    """Autocast of the backbone's forward pass to fp32, bf16 or fp16; heads, distances and losses stay in float32."""
+
+    name: str
+    device_type: str
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of a forward pass."""
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, torch.bfloat16 if self.name == "bf16" else torch.float16)
+
+    def backward_and_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Backward pass and optimiser step; with fp16 the loss is scaled so that small gradients survive."""
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+def on_device(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 images moved to a GPU for good when they take less than half its free memory; else left mapped."""
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return images.to(device)
+    return images
+
+
+def n_parameters(module: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def git_commit() -> str:
+    """The commit of this repository, `-dirty` appended when tracked files differ; `unknown` outside git."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def provenance(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What a result row says of how it was made: command, seed, config, versions, commit, device."""
+    return {
+        "command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "seed": config["seed"],
+        "config": config,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+        },
+        "commit": git_commit(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {platform.machine()}",
+    }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: paths as text, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON file atomically. Raises UserError when the folder cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(plain(record), indent=1) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): give another folder or free some space") from error
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """Append one line to a metrics file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(plain(record)) + "\n")
+
+
+def start(device: str, precision: str, no_keep_memory: bool) -> tuple[torch.device, Precision]:
+    """The device and precision of a run; on a CPU also the memory setting (see keep_memory)."""
+    chosen = select_device(device)
+    if chosen.type == "cpu" and not no_keep_memory:
+        keep_memory()
+    return chosen, Precision(precision, chosen.type)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, *keys: str | int) -> Iterator[None]:
+    """Inside, PyTorch's own initialisers draw from (seed, keys); outside, the global generator is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(make_generator(seed, *keys).get_state())
+        yield

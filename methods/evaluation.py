@@ -1,0 +1,128 @@
+"""Embed a split once; run any number of episodes on its features; a mean and its 95% interval."""
+
+import contextlib
+import hashlib
+import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.benchmarks import Split
+from data.episodes import Episodes, class_major_labels
+from data.generators import make_generator
+from data.transforms import normalise
+from methods.checkpoints import save_atomically
+from methods.engine import Precision
+from methods.novel_finetune import fit_heads
+from models import build_head
+
+# Heads fitted together: their weights and features should stay in a core's cache.
+HEAD_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class EpisodeScores:
+    """accuracy (E,) in 0..1, and correct (E, n_way): the share of each class's queries that were right."""
+
+    correct: Tensor
+
+    @property
+    def accuracy(self) -> Tensor:
+        return self.correct.mean(1)
+
+
+def mean_and_ci95(values: Tensor) -> tuple[float, float]:
+    """Mean and 1.96 std / sqrt(n) of n values; the interval of a single value is NaN."""
+    values = values.double()
+    if len(values) < 2:
+        return values.mean().item(), math.nan
+    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+
+
+@torch.no_grad()
+def embed(
+    backbone: nn.Module,
+    images: Tensor,
+    device: torch.device,
+    precision: Precision,
+    batch_size: int = 256,
+    bar: str = "",
+) -> Tensor:
+    """Features of uint8 images (N, 3, s, s) by the backbone in eval mode: (N, d) float32 on `device`.
+
+    `bar` names a progress bar; empty shows none.
+    """
+    backbone.eval()
+    features = []
+    for start in tqdm(range(0, len(images), batch_size), desc=bar, disable=not bar, unit="batch"):
+        x = normalise(images[start : start + batch_size].to(device))
+        with precision.autocast():
+            features.append(backbone(x.contiguous(memory_format=torch.channels_last)).float())
+    return torch.cat(features)
+
+
+def cached_features(
+    backbone: nn.Module, split: Split, cache_dir: Path, device: torch.device, precision: Precision, quiet: bool = False
+) -> Tensor:
+    """Features of a whole split (N, d), from cache_dir when these weights have embedded these images before."""
+    digest = hashlib.sha256(f"{split.fingerprint} {tuple(split.images.shape)} {precision.name} {device.type}".encode())
+    for name, value in backbone.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    path = cache_dir / f"features_{split.benchmark}_{split.split}_{digest.hexdigest()[:16]}.pt"
+    if path.is_file():
+        with contextlib.suppress(RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # damaged: embed anew
+            return torch.load(path, map_location=device, weights_only=True)
+    features = embed(backbone, split.images, device, precision, bar="" if quiet else f"embed {split.split}")
+    save_atomically(path, features.cpu())
+    return features
+
+
+def score_queries(scores: Tensor, n_way: int) -> Tensor:
+    """Share of right predictions of each class: class-major scores (..., n_way * n_query, n_way) -> (..., n_way)."""
+    n_query = scores.shape[-2] // n_way
+    right = scores.argmax(-1) == class_major_labels(n_way, n_query, scores.device)
+    return right.view(*right.shape[:-1], n_way, n_query).float().mean(-1)
+
+
+def evaluate_heads(
+    features: Tensor,
+    episodes: Episodes,
+    method: str,
+    s: float,
+    m: float,
+    n_steps: int,
+    lr: float,
+    seed: int,
+    start: int = 0,
+    bar: str = "",
+) -> EpisodeScores:
+    """Fit a new head on the support of each episode and score its queries, HEAD_CHUNK episodes together.
+
+    features (N, d): the embedded split that `episodes` index. The initial head of the i-th of them is drawn from
+    (seed, start + i).
+    """
+    correct = []
+    chunks = range(0, len(episodes), HEAD_CHUNK)
+    for first in tqdm(chunks, desc=bar, disable=not bar, unit=f"x{HEAD_CHUNK} episodes"):
+        part = episodes.slice(first, first + HEAD_CHUNK)
+        z_support = features[part.support.flatten(1).to(features.device)]
+        z_query = features[part.query.flatten(1).to(features.device)]
+        y = class_major_labels(part.n_way, part.n_shot, features.device).expand(len(part), -1)
+        generators = [make_generator(seed, "head", start + first + i) for i in range(len(part))]
+        head = build_head(method, features.shape[1], part.n_way, s, m, generators, batched=True).to(features.device)
+        fit_heads(head, z_support, y, n_steps, lr)
+        with torch.no_grad():
+            correct.append(score_queries(head(z_query), part.n_way).cpu())
+    return EpisodeScores(torch.cat(correct))
+
+
+def accuracy_per_class(scores: EpisodeScores, episodes: Episodes, class_names: list[str]) -> dict[str, float]:
+    """Mean accuracy (%) of each class over the episodes that it was part of."""
+    classes, correct = episodes.classes.flatten(), scores.correct.flatten().double()
+    total = torch.zeros(len(class_names), dtype=torch.double).index_add_(0, classes, correct)
+    count = torch.bincount(classes, minlength=len(class_names))
+    return {name: round(100.0 * (total[c] / count[c]).item(), 2) for c, name in enumerate(class_names) if count[c] > 0}

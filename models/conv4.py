@@ -1,0 +1,69 @@
+"""Conv4, the four-block backbone of the few-shot literature (Vinyals et al., NeurIPS 2016).
+
+Four blocks of 3x3 convolution (64 channels, with bias), batch norm, ReLU and 2x2 max pooling, flattened:
+1600 features at 84x84. With `relation=True` it is the variant of RelationNet (Sung et al., CVPR 2018):
+two unpadded pooled blocks, then two padded blocks without pooling, a 64x19x19 map at 84x84.
+"""
+
+import math
+
+from torch import Tensor, nn
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution, batch norm, ReLU and, if `pool`, 2x2 max pooling: (b, c_in, h, w) -> (b, c_out, h', w')."""
+
+    def __init__(self, c_in: int, c_out: int, padding: int = 1, pool: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel_size=3, padding=padding)
+        self.bn = nn.BatchNorm2d(c_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+        nn.init.normal_(self.conv.weight, 0.0, math.sqrt(2.0 / (3 * 3 * c_out)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.relu(self.bn(self.conv(x))))
+
+
+class Conv4(nn.Module):
+    """Conv4 for square images of `img_size` pixels; `width` channels a block.
+
+    Raises ValueError when the image is too small to survive the four blocks.
+    """
+
+    native_img_size = 84
+
+    def __init__(self, img_size: int = 84, width: int = 64, relation: bool = False):
+        super().__init__()
+        if relation:
+            side = ((img_size - 2) // 2 - 2) // 2
+            layout = [(0, True), (0, True), (1, False), (1, False)]
+        else:
+            side = img_size // 16
+            layout = [(1, True)] * 4
+        if side < 1:
+            raise ValueError(f"Conv4 needs images of at least 16 pixels, not {img_size}: give a larger --img_size")
+        c_in = [3] + [width] * 3
+        self.layers = nn.ModuleList(
+            ConvBlock(c, width, padding, pool) for c, (padding, pool) in zip(c_in, layout, strict=True)
+        )
+        self.map_shape = (width, side, side)
+        self.feature_dim = width * side * side
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks from input to output; forward(x) is `pool_and_flatten` of their composition."""
+        return list(self.layers)
+
+    def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
+        """(b, c, h', w') -> (b, d): Conv4 only flattens."""
+        return feature_map.flatten(1)
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) -> (b, c, h', w'), before flattening."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) -> (b, d)."""
+        return self.pool_and_flatten(self.feature_map(x))

@@ -1,0 +1,49 @@
+"""What several tests share: golden numbers, tiny benchmarks, and running a script as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    """The arrays of tests/golden/<name>.npz as tensors."""
+    with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
+
+
+def make_benchmark(root: Path, n_class=(6, 6, 6), n_images=8, side=20, seed=0) -> Path:
+    """Image folders root/{base,val,novel}/<class>/*.png, each class a colour and a stripe pattern, with noise."""
+    rng = np.random.default_rng(seed)
+    number = 0
+    for split, count in zip(("base", "val", "novel"), n_class, strict=True):
+        for _ in range(count):
+            colour, period = rng.integers(60, 196, 3), rng.integers(2, 9)
+            folder = root / split / f"class{number:02d}"
+            folder.mkdir(parents=True)
+            number += 1
+            for i in range(n_images):
+                stripes = 50 * np.sin((np.arange(side) + rng.integers(0, 9)) * 2 * np.pi / period)
+                pixels = colour + stripes[:, None, None] + rng.normal(0, 20, (side, side, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
+    return root
+
+
+def run(script: str, *flags: object, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a script of the repository with `flags` in a process of its own; with `check`, it must succeed."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if check:
+        assert result.returncode == 0, result.stderr[-3000:]
+    return result

@@ -1,0 +1,132 @@
+"""Related base detection, the centroid loss and Algorithm 1 against the published numbers."""
+
+import pytest
+import torch
+
+from data.episodes import class_major_labels
+from data.related_base import choose_related_base, find_related_base
+from methods.alignment import draw_related, drawn_per_class, predict_queries, train_head_on_related, train_on_support
+from methods.centroid_alignment import centroid_alignment_loss, centroid_alignment_step
+from methods.engine import Precision
+from methods.novel_finetune import fit_heads
+from models import build_head
+from models.conv4 import Conv4
+from tests.helpers import golden
+
+FP32 = Precision("fp32", "cpu")
+
+
+def published_weights(g: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Conv4 weights of a golden file under our names."""
+    state = {}
+    for key, value in g.items():
+        if key.startswith(prefix + "nConvBlock."):
+            block, layer, name = key.removeprefix(prefix + "nConvBlock.").replace("convBlock.", "").split(".")
+            state[f"layers.{block}.{'conv' if layer == '0' else 'bn'}.{name}"] = value
+    return state
+
+
+@pytest.mark.parametrize("shot", [1, 5])
+def test_centroid_loss_and_gradients_are_the_published_ones(shot):
+    g = golden("centroid_alignment")
+    z_support = g[f"shot{shot}.z_support"].unflatten(0, (5, shot)).requires_grad_()
+    z_related = g[f"shot{shot}.z_related"].requires_grad_()
+    loss = centroid_alignment_loss(z_support, z_related, class_major_labels(5, len(z_related) // 5))
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), g[f"shot{shot}.loss"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z_related.grad, g[f"shot{shot}.grad_related"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z_support.grad.flatten(0, 1), g[f"shot{shot}.grad_support"], rtol=1e-4, atol=1e-5)
+
+
+def related_base_of_golden(n_B: int):
+    g = golden("related_base")
+    n_class, per_class, _ = g["z_base"].shape
+    head = build_head("arcMax", 64, 5, 5.0, 0.001)
+    head.weight.data = g["weight"]
+    y_base = class_major_labels(n_class, per_class)
+    members = list(torch.arange(n_class * per_class).view(n_class, per_class))
+    with torch.no_grad():
+        return g, find_related_base(head.logits(head(g["z_base"].flatten(0, 1))), y_base, members, n_B)
+
+
+def test_related_base_is_the_published_one():
+    g, related = related_base_of_golden(int(golden("related_base")["n_B"]))
+    torch.testing.assert_close(related.score, g["score"].float())
+    for w in range(5):
+        ours = torch.stack([related.samples[w] // 30, related.samples[w] % 30], 1)
+        assert torch.equal(ours, g[f"related_{w}"])
+
+
+def test_related_base_classes_are_disjoint_and_shared_out_evenly_when_short():
+    _, related = related_base_of_golden(n_B=10)
+    chosen = [b for classes in related.classes for b in classes]
+    assert len(chosen) == len(set(chosen)) == 5 * (24 // 5)
+    assert {len(classes) for classes in related.classes} == {4}
+
+
+def test_ties_keep_the_lower_base_class():
+    assert choose_related_base(torch.full((6, 2), 0.5), 2) == [[0, 1], [2, 3]]
+
+
+def test_soft_scores_are_mean_probabilities():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    members = [torch.tensor([0, 1]), torch.tensor([2])]
+    related = find_related_base(logits, torch.tensor([0, 0, 1]), members, 1, "soft")
+    torch.testing.assert_close(related.score[0], logits[:2].softmax(1).mean(0))
+    assert related.classes == [[1], [0]]
+
+
+def test_draws_take_as_many_of_each_class_as_the_smallest_set_and_skip_empty_ones():
+    samples = [torch.arange(10), torch.empty(0, dtype=torch.long), torch.arange(20, 24)]
+    picks, labels = draw_related(samples, 50, torch.Generator().manual_seed(0))
+    assert labels.tolist() == [0] * 4 + [2] * 4
+    assert sorted(picks[4:].tolist()) == [20, 21, 22, 23] and len(set(picks[:4].tolist())) == 4
+    assert drawn_per_class([samples[1]], 50) == 0
+
+
+def test_two_iterations_of_algorithm_1_follow_the_published_trace():
+    g = golden("alignment_trace")
+    net = Conv4(img_size=32, width=8)
+    initial = published_weights(g, "net_init.")
+    net.load_state_dict({**net.state_dict(), **initial})
+    x_support, x_query = g["x_support"].float(), g["x_query"].float()
+    y_support = torch.arange(5)
+    lr = float(g["lr"])
+
+    head = build_head("arcMax", net.feature_dim, 5, 5.0, 0.001)
+    head.weight.data = g["clf_init"].clone()
+    net.eval()
+    with torch.no_grad():
+        z_support = net(x_support)
+    head_optimizer = fit_heads(head, z_support, y_support, int(g["finetune_steps"]), lr)
+    many_steps = {"rtol": 2e-3, "atol": 2e-4}
+    torch.testing.assert_close(head.weight.data, g["clf_after_finetune"], **many_steps)
+    torch.testing.assert_close(predict_queries(net, head, x_query, FP32), g["query_scores_finetune"], **many_steps)
+
+    head.rescale(15.0, 0.001)
+    backbone_optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    joint_optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], lr=lr)
+    for i, picks in enumerate(g["picks"]):
+        x_related = torch.cat([g["x_related"][w, picks[w]] for w in range(5)]).float()
+        y_related = class_major_labels(5, picks.shape[1])
+        losses = [
+            centroid_alignment_step(net, backbone_optimizer, x_support, x_related, y_related, 5, FP32),
+            train_head_on_related(net, head, head_optimizer, x_related, y_related, FP32),
+            train_on_support(net, head, joint_optimizer, x_support, y_support, FP32),
+        ]
+        torch.testing.assert_close(torch.tensor(losses), g["losses"][i], **many_steps)
+        torch.testing.assert_close(head.weight.data, g[f"iter{i + 1}.clf"], **many_steps)
+        published = published_weights(g, f"iter{i + 1}.net.")
+        for name, value in published.items():
+            # A bias before batch norm has no gradient but rounding, of which Adam makes steps of +-lr: bias and
+            # running mean, which contains it, are determined up to those steps alone, on any machine.
+            tolerance = {"rtol": 0.0, "atol": 2 * 2 * lr * (i + 1)} if undetermined(name) else many_steps
+            torch.testing.assert_close(net.state_dict()[name], value, **tolerance)
+    # With the published draw of those undetermined numbers, the scores must be the published ones.
+    net.load_state_dict(net.state_dict() | {name: value for name, value in published.items() if undetermined(name)})
+    torch.testing.assert_close(predict_queries(net, head, x_query, FP32), g["query_scores_aligned"], **many_steps)
+
+
+def undetermined(name: str) -> bool:
+    """Whether a weight of Conv4 follows from rounding errors as much as from the algorithm."""
+    return name.endswith(("conv.bias", "running_mean"))
