@@ -5,6 +5,7 @@ followed. `--preset laptop` swaps in the demo's scale; flags given beside it sti
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not (low < value if open_low else low <= value) or not value <= high:
+        if not (low < value if open_low else low <= value) or value > high or not math.isfinite(value):
             bound = f"{'above' if open_low else 'at least'} {low:g}" + (
                 "" if high == float("inf") else f", at most {high:g}"
             )
@@ -51,7 +52,8 @@ def flag_value(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-COUNT, COUNT_OR_0, POSITIVE = number(int, 1), number(int, 0), number(float, 0, open_low=True)
+# 1e30 keeps any arithmetic on a rate or a scale within float32.
+COUNT, COUNT_OR_0, POSITIVE = number(int, 1), number(int, 0), number(float, 0, 1e30, open_low=True)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -195,7 +197,9 @@ def transfer_flags(p: argparse.ArgumentParser) -> None:
         default="arcMax",
         help="head: a linear layer (softMax), scaled cosine (cosMax) or cosine with an angular margin (arcMax)",
     )
-    group.add_argument("--n_epoch", type=COUNT, default=600, help="epochs over the base classes")
+    group.add_argument(
+        "--n_epoch", type=COUNT_OR_0, default=600, help="epochs over the base classes; 0 tests --init_from as it is"
+    )
     group.add_argument("--batch_size", type=COUNT, default=64)
     group.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate of Adam, constant")
     group.add_argument(

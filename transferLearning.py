@@ -78,6 +78,7 @@ def main() -> None:
         lr=args.ft_lr,
         seed=args.seed,
     )
+    metrics.unlink(missing_ok=True)
     best = -1.0
     for epoch in range(args.n_epoch):
         epoch_began = time.time()

@@ -1,13 +1,25 @@
 """Related base detection, the centroid loss and Algorithm 1 against the published numbers."""
 
+import math
+
 import pytest
 import torch
 
 from data.episodes import class_major_labels
 from data.related_base import choose_related_base, find_related_base
-from methods.alignment import draw_related, drawn_per_class, predict_queries, train_head_on_related, train_on_support
+from data.transforms import normalise
+from methods.alignment import (
+    AlignmentSetting,
+    align_episode,
+    draw_related,
+    drawn_per_class,
+    predict_queries,
+    train_head_on_related,
+    train_on_support,
+)
 from methods.centroid_alignment import centroid_alignment_loss, centroid_alignment_step
 from methods.engine import Precision
+from methods.evaluation import embed
 from methods.novel_finetune import fit_heads
 from models import build_head
 from models.conv4 import Conv4
@@ -130,3 +142,75 @@ def test_two_iterations_of_algorithm_1_follow_the_published_trace():
 def undetermined(name: str) -> bool:
     """Whether a weight of Conv4 follows from rounding errors as much as from the algorithm."""
     return name.endswith(("conv.bias", "running_mean"))
+
+
+def tiny_episode_run(n_base_class: int = 6):
+    """Everything align_episode needs, small and random: 3-way 2-shot, 3 queries, 16-pixel images."""
+    g = torch.Generator().manual_seed(0)
+    novel_images = torch.randint(0, 256, (30, 3, 16, 16), generator=g, dtype=torch.uint8)
+    base_images = torch.randint(0, 256, (n_base_class * 10, 3, 16, 16), generator=g, dtype=torch.uint8)
+    net = Conv4(img_size=16, width=8)
+    cpu = torch.device("cpu")
+    data = {
+        "novel_images": novel_images,
+        "z_novel": embed(net, novel_images, cpu, FP32),
+        "base_images": base_images,
+        "y_base": class_major_labels(n_base_class, 10),
+        "z_base": embed(net, base_images, cpu, FP32),
+        "base_members": list(torch.arange(n_base_class * 10).view(n_base_class, 10)),
+    }
+    setting = AlignmentSetting("arcMax", 5.0, 0.001, 30, 1e-3, 15.0, 0.001, 3, 1e-3, 2, 4, "vote")
+    index = torch.randperm(30, generator=g)[:15].view(3, 5)
+    initial = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def align(episode: int = 0, **changes):
+        run = {"net": net, "initial": initial, "setting": setting, "index": index, **data, **changes}
+        return align_episode(
+            run["net"], run["initial"], run["setting"], run["index"], 2, run["novel_images"], run["z_novel"],
+            run["base_images"], run["y_base"], run["z_base"], run["base_members"], 0, episode, cpu, FP32,
+        )  # fmt: skip
+
+    return align, data, net
+
+
+def test_an_episode_leaves_no_trace_in_the_next():
+    align, _, _ = tiny_episode_run()
+    alone = align(episode=1)
+    align(episode=0)
+    after_another = align(episode=1)
+    assert alone.losses == after_another.losses and torch.equal(alone.aligned, after_another.aligned)
+
+
+def test_a_query_is_scored_without_regard_to_the_other_queries():
+    _, data, net = tiny_episode_run()
+    head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)
+    x = normalise(data["novel_images"])
+    net.train()  # predict_queries must see to the mode itself
+    together = predict_queries(net, head, x, FP32)
+    alone = torch.cat([predict_queries(net, head, x[i : i + 1], FP32) for i in range(len(x))])
+    torch.testing.assert_close(together, alone)
+
+
+def test_a_novel_class_without_related_images_is_left_out_and_the_rest_goes_on():
+    align, data, _ = tiny_episode_run()
+    episode = align(z_base=data["z_base"][:1].expand(60, -1))
+    assert sorted(len(samples) > 0 for samples in episode.related.samples) == [False, False, True]
+    assert episode.n_drawn == 4 and all(map(math.isfinite, episode.losses[-1]))
+
+
+def test_with_no_related_image_at_all_only_the_support_is_learned():
+    align, data, _ = tiny_episode_run()
+    none = {"base_members": [torch.empty(0, dtype=torch.long)] * 6}
+    episode = align(**none)
+    assert episode.n_drawn == 0
+    align_loss, related_loss, support_loss = episode.losses[-1]
+    assert math.isnan(align_loss) and math.isnan(related_loss) and math.isfinite(support_loss)
+
+
+def test_the_head_step_on_related_samples_moves_neither_backbone_nor_statistics():
+    _, data, net = tiny_episode_run()
+    head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x, y = normalise(data["base_images"][:9]), class_major_labels(3, 3)
+    train_head_on_related(net, head, torch.optim.Adam(head.parameters()), x, y, FP32)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())

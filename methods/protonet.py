@@ -1,0 +1,46 @@
+"""ProtoNet: Snell, Swersky and Zemel, Prototypical Networks for Few-shot Learning, NeurIPS 2017.
+
+A class is the mean of its support features, its prototype; a query scores minus its squared Euclidean
+distance to each prototype, and the loss is the cross-entropy of those scores. There is nothing to learn but
+the backbone.
+
+Departures: none. Distances are computed in float32, under autocast too, and around the mean prototype, where
+they lose less to rounding; any number of episodes goes through at once.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def protonet_scores(z_support: Tensor, z_query: Tensor) -> Tensor:
+    """Minus the squared distances to the prototypes, eq. 1-2 of the paper, in float32.
+
+    z_support (..., n_way, n_shot, d), z_query (..., n_query_total, d) -> (..., n_query_total, n_way).
+    """
+    with torch.autocast(z_query.device.type, enabled=False):
+        prototypes = z_support.float().mean(-2)
+        # Distances do not change when everything is shifted, so the shift takes no part in the gradient.
+        origin = prototypes.detach().mean(-2, keepdim=True)
+        p, q = prototypes - origin, z_query.float() - origin
+        cross = q @ p.transpose(-2, -1)
+        return 2.0 * cross - q.square().sum(-1, keepdim=True) - p.square().sum(-1).unsqueeze(-2)
+
+
+def episode_cross_entropy(scores: Tensor, y_query: Tensor) -> Tensor:
+    """Mean cross-entropy over all queries: scores (..., n, n_way), y_query (n,) or (..., n) -> scalar."""
+    return F.cross_entropy(scores.flatten(0, -2), y_query.expand(scores.shape[:-1]).flatten())
+
+
+class ProtoNet(nn.Module):
+    """ProtoNet as a module on features, the interface that all meta-learners share."""
+
+    uses_maps = False
+
+    def forward(self, z_support: Tensor, z_query: Tensor) -> Tensor:
+        """z_support (..., n_way, n_shot, d), z_query (..., n, d) -> scores (..., n, n_way)."""
+        return protonet_scores(z_support, z_query)
+
+    def loss(self, scores: Tensor, y_query: Tensor) -> Tensor:
+        """scores (..., n, n_way), y_query (n,) -> scalar."""
+        return episode_cross_entropy(scores, y_query)

@@ -1,0 +1,40 @@
+"""The critic of adversarial alignment (Afrasiyabi et al., ECCV 2020): a two-layer network that scores a feature
+together with its label, without a sigmoid, as a Wasserstein critic (Arjovsky et al., ICML 2017) has none.
+
+linear([feature, one-hot label] -> hidden), ReLU, linear(hidden -> 1). The label makes the critic compare each
+class with itself; `conditional=False` leaves it out, to show what it is for.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+
+class Critic(nn.Module):
+    """The critic h([z, y]) of d features and `n_way` labels; its initial weights come from `generator`."""
+
+    def __init__(
+        self,
+        d: int,
+        n_way: int,
+        hidden: int = 1024,
+        conditional: bool = True,
+        generator: Generator | None = None,
+    ):
+        super().__init__()
+        self.n_way = n_way
+        self.conditional = conditional
+        self.hidden = nn.utils.skip_init(nn.Linear, d + n_way if conditional else d, hidden)
+        self.out = nn.utils.skip_init(nn.Linear, hidden, 1)
+        for layer in (self.hidden, self.out):
+            bound = 1.0 / math.sqrt(layer.in_features)
+            for parameter in layer.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """z (n, d), y (n,) in 0..n_way-1 -> scores (n,)."""
+        if self.conditional:
+            z = torch.cat([z, F.one_hot(y, self.n_way).to(z)], dim=1)
+        return self.out(F.relu(self.hidden(z))).squeeze(1)

@@ -1,0 +1,41 @@
+"""ResNet18 (He et al., CVPR 2016): torchvision's resnet18, without pretrained weights and without its fc.
+
+11,176,512 parameters, 512 features. Parameters keep torchvision's names, so the backbone's state dict is
+torchvision's without `fc`. That the paper's ResNet18 is this one is the best evidence available, not proof.
+"""
+
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+
+class ResNet18(nn.Module):
+    """ResNet18 for square images of `img_size` pixels."""
+
+    native_img_size = 224
+
+    def __init__(self, img_size: int = 224):
+        super().__init__()
+        net = resnet18(weights=None)
+        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        side = -(-img_size // 32)  # five halvings, each rounding up
+        self.map_shape = (512, side, side)
+        self.feature_dim = 512
+
+    def blocks(self) -> list[nn.Module]:
+        """The stem and the 8 residual blocks; forward(x) is `pool_and_flatten` of their composition."""
+        stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
+        return [stem, *self.layer1, *self.layer2, *self.layer3, *self.layer4]
+
+    def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
+        """(b, 512, h', w') -> (b, 512): the mean over the map."""
+        return feature_map.mean((-2, -1))
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) -> (b, 512, h', w'), before the average pooling."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) -> (b, 512)."""
+        return self.pool_and_flatten(self.feature_map(x))

@@ -1,0 +1,261 @@
+"""The critic measures what it should, and the backbone's step lowers what the critic measures."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from data.episodes import class_major_labels
+from methods.adversarial_alignment import (
+    adversarial_alignment_loss,
+    adversarial_alignment_step,
+    clip_weights,
+    critic_loss,
+    critic_step,
+    gradient_penalty,
+)
+from methods.engine import Precision
+from models.critic import Critic
+
+FP32 = Precision("fp32", "cpu")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(mean, std, n=200):
+    """n equally likely values of a normal distribution, (n, 1): its quantiles, so that nothing is random."""
+    probability = (torch.arange(n) + 0.5) / n
+    return (mean + std * 2**0.5 * torch.erfinv(2 * probability - 1)).unsqueeze(1)
+
+
+def trained_estimate(z_related, y_related, z_novel, y_novel, conditional=True, n_way=1, n_steps=300):
+    """The estimates of a fresh critic with gradient penalty: (before training, after it)."""
+    g = generator()
+    critic = Critic(z_related.shape[1], n_way, 64, conditional, g)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
+    data = (z_related, y_related, z_novel, y_novel)
+    with torch.no_grad():
+        before = adversarial_alignment_loss(critic, *data).item()
+    for _ in range(n_steps):
+        critic_step(critic, optimizer, *data, constraint="gp", clip=0.0, gp_weight=10.0, generator=g)
+    with torch.no_grad():
+        return before, adversarial_alignment_loss(critic, *data).item()
+
+
+# Clipping bounds the critic's slope by a number that is not known, so its estimate is a distance only up to a factor.
+# The gradient penalty holds the slope near 1. Against a shift D it settles where the gain D * slope and the penalty
+# 10 * (slope - 1)^2 balance, D^2 / 20 above the distance: 5% for D = 1.
+@pytest.mark.parametrize(
+    ("related", "novel"), [((1.0, 1.0), (0.0, 1.0)), ((-1.0, 0.5), (0.0, 0.5)), ((1, 0.5), (0, 1.5))]
+)
+def test_critic_finds_the_wasserstein_distance_of_two_gaussians(related, novel):
+    z_related, z_novel = gaussian(*related), gaussian(*novel)
+    y = torch.zeros(len(z_related), dtype=torch.long)
+    distance = (z_related - z_novel).abs().mean().item()  # in one dimension: the mean distance of equal quantiles
+    before, after = trained_estimate(z_related, y, z_novel, y, n_steps=400)
+    assert abs(before) < 0.5 * distance
+    assert after == pytest.approx(distance, rel=0.1)
+
+
+def test_only_a_critic_that_sees_labels_separates_swapped_classes():
+    low, high = gaussian(-1.0, 0.3, 50), gaussian(1.0, 0.3, 50)
+    y = class_major_labels(2, 50)
+    related, novel = torch.cat([low, high]), torch.cat([high, low])
+    _, blind = trained_estimate(related, y, novel, y, conditional=False, n_way=2)
+    _, seeing = trained_estimate(related, y, novel, y, conditional=True, n_way=2)
+    assert abs(blind) < 0.02
+    assert seeing > 1.5  # the distance of each class is 2
+
+
+def test_clipped_critic_stays_inside_the_clip_and_prefers_related_samples():
+    g = generator()
+    critic = Critic(3, 2, 16, generator=g)
+    optimizer = torch.optim.RMSprop(critic.parameters(), lr=1e-3)
+    y = class_major_labels(2, 20)
+    z_related, z_novel = torch.randn(40, 3, generator=g) + 2, torch.randn(40, 3, generator=g) - 2
+    estimates = [
+        critic_step(critic, optimizer, z_related, y, z_novel, y, "clip", clip=0.05, gp_weight=0.0, generator=g)
+        for _ in range(50)
+    ]
+    assert max(p.abs().max().item() for p in critic.parameters()) <= 0.05 + 1e-6
+    assert estimates[-1] > max(estimates[1], 0.0)  # the first estimate is that of the unclipped initial weights
+
+
+def test_clip_weights_moves_only_what_is_outside():
+    critic = Critic(2, 2, 4, generator=generator())
+    before = copy.deepcopy(critic.state_dict())
+    clip_weights(critic, 0.1)
+    for name, weight in critic.state_dict().items():
+        assert torch.equal(weight, before[name].clamp(-0.1, 0.1))
+
+
+def test_critic_depends_on_its_generator_alone():
+    torch.manual_seed(1)
+    first = Critic(4, 3, 8, generator=generator(5))
+    torch.manual_seed(2)
+    second = Critic(4, 3, 8, generator=generator(5))
+    other = Critic(4, 3, 8, generator=generator(6))
+    z, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    assert torch.equal(first(z, y), second(z, y))
+    assert not torch.equal(first(z, y), other(z, y))
+
+
+def test_loss_is_the_difference_of_mean_scores_with_gradient_to_both_streams():
+    g = generator()
+    critic = Critic(4, 2, 16, generator=g)
+    z_related = torch.randn(6, 4, generator=g).requires_grad_()
+    z_novel = torch.randn(2, 4, generator=g).requires_grad_()
+    data = (z_related, class_major_labels(2, 3), z_novel, class_major_labels(2, 1))
+    loss = adversarial_alignment_loss(critic, *data)
+    scores = [critic(z, y).mean() for z, y in (data[:2], data[2:])]
+    torch.testing.assert_close(loss, scores[0] - scores[1])
+    torch.testing.assert_close(critic_loss(critic, *data), -loss)
+    loss.backward()
+    assert (z_related.grad.abs().sum(1) > 0).all() and (z_novel.grad.abs().sum(1) > 0).all()
+
+
+def test_gradient_penalty_is_the_squared_excess_of_the_slope_over_1():
+    class Slope(nn.Module):
+        conditional = True
+
+        def forward(self, z, y):
+            return z @ torch.tensor([3.0, 4.0]) * torch.tensor([0.1, 1.0])[y]  # slopes 0.5 and 5
+
+    z_related, z_novel = torch.randn(4, 2, generator=generator()), torch.randn(2, 2, generator=generator(1))
+    y_related, y_novel = class_major_labels(2, 2), class_major_labels(2, 1)
+    penalty = gradient_penalty(Slope(), z_related, y_related, z_novel, y_novel, generator())
+    assert penalty.item() == pytest.approx((0.0 + 4.0**2) / 2)
+
+
+def test_gradient_penalty_mixes_samples_of_one_label():
+    seen = []
+
+    class Recorder(nn.Module):
+        conditional = True
+
+        def forward(self, z, y):
+            seen.append((z.detach(), y))
+            return z.square().sum(1)
+
+    z_related, y_related = torch.tensor([[0.0], [0.0], [10.0], [10.0], [10.0]]), torch.tensor([0, 0, 1, 1, 1])
+    z_novel, y_novel = torch.tensor([[11.0], [1.0], [1.0]]), torch.tensor([1, 0, 0])
+    gradient_penalty(Recorder(), z_related, y_related, z_novel, y_novel, generator())
+    z, y = seen[0]
+    assert torch.equal(y, y_related)
+    assert ((z >= 10 * y.unsqueeze(1)) & (z <= 10 * y.unsqueeze(1) + 1)).all()
+    assert len(z.unique()) == len(z)
+
+
+def test_unknown_constraint_is_refused():
+    critic = Critic(2, 1, 4, generator=generator())
+    z, y = torch.zeros(2, 2), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="unknown critic constraint 'clamp': choose one of clip, gp"):
+        critic_step(critic, torch.optim.Adam(critic.parameters()), z, y, z, y, "clamp", 0.01, 10.0, generator())
+
+
+class Toy:
+    """A small backbone, a critic, and 2-way 5-shot images of classes that related images show with a shift."""
+
+    def __init__(self, constraint="clip", lr=1e-3):
+        g = generator()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+        self.critic = Critic(4, 2, 64, generator=g)
+        self.y_support, self.y_related = class_major_labels(2, 5), class_major_labels(2, 20)
+        class_image, shift = torch.randn(2, 2, 3, 4, 4, generator=g)
+        self.x_support = class_image[self.y_support] + 0.3 * torch.randn(10, 3, 4, 4, generator=g)
+        self.x_related = (class_image + shift)[self.y_related] + 0.3 * torch.randn(40, 3, 4, 4, generator=g)
+        self.optimizer = torch.optim.Adam(self.backbone.parameters(), lr=lr)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=3e-3, betas=(0.5, 0.9))
+        self.constraint, self.generator = constraint, generator(1)
+
+    def step(self, n_critic=5):
+        return adversarial_alignment_step(
+            self.backbone,
+            self.optimizer,
+            self.critic,
+            self.critic_optimizer,
+            self.x_support,
+            self.y_support,
+            self.x_related,
+            self.y_related,
+            n_critic,
+            self.constraint,
+            clip=0.1,
+            gp_weight=10.0,
+            generator=self.generator,
+            precision=FP32,
+        )
+
+    @torch.no_grad()
+    def raw_features(self):
+        """Features and labels of the related and of the novel images."""
+        return self.backbone(self.x_related), self.y_related, self.backbone(self.x_support), self.y_support
+
+    def features(self):
+        """The same, scaled so that the novel classes are at a distance of 1: shrinking everything does not count."""
+        z_related, _, z_novel, _ = self.raw_features()
+        scale = (z_novel[self.y_support == 0].mean(0) - z_novel[self.y_support == 1].mean(0)).norm()
+        return z_related / scale, self.y_related, z_novel / scale, self.y_support
+
+    def centroid_distances(self):
+        """Distances of the related and the novel centroid of a class, (2,)."""
+        z_related, y_related, z_novel, y_novel = self.features()
+        return torch.stack([(z_related[y_related == w].mean(0) - z_novel[y_novel == w].mean(0)).norm() for w in (0, 1)])
+
+
+def test_backbone_step_lowers_the_estimate_of_the_critic():
+    toy = Toy()
+    toy.step()
+    critic = copy.deepcopy(toy.critic)
+    estimates = [toy.step(n_critic=0) for _ in range(3)]
+    assert estimates[0] > estimates[1] > estimates[2]
+    for name, weight in toy.critic.state_dict().items():
+        assert torch.equal(weight, critic.state_dict()[name])  # the backbone's step leaves the critic alone
+
+
+@pytest.mark.parametrize("constraint", ["clip", "gp"])
+def test_alignment_brings_distributions_and_class_centroids_together(constraint):
+    toy = Toy(constraint)
+    far, (_, estimate) = toy.centroid_distances(), trained_estimate(*toy.features(), n_way=2)
+    distances = []
+    for _ in range(150):
+        toy.step()
+        distances.append(toy.centroid_distances())
+    near, (_, estimate_after) = torch.stack(distances[-50:]).mean(0), trained_estimate(*toy.features(), n_way=2)
+    assert (near < 0.5 * far).all()  # critic and backbone chase each other, so one iteration's distance says little
+    assert estimate_after < 0.5 * estimate
+
+
+def test_step_is_n_critic_steps_on_fixed_features_then_one_of_the_backbone():
+    toy, twin = Toy(), Toy()
+    data = twin.raw_features()
+    for _ in range(3):
+        critic_step(twin.critic, twin.critic_optimizer, *data, "clip", 0.1, 10.0, twin.generator)
+    expected = adversarial_alignment_loss(twin.critic, *data).item()
+    before = copy.deepcopy(toy.backbone.state_dict())
+    toy.backbone.eval()
+    assert toy.step(n_critic=3) == pytest.approx(expected)
+    assert all(torch.equal(a, b) for a, b in zip(toy.critic.parameters(), twin.critic.parameters(), strict=True))
+    assert not torch.equal(toy.backbone[1].weight, before["1.weight"])
+    assert toy.backbone.training and toy.backbone[2].num_batches_tracked == 2  # related and support apart
+
+
+@pytest.mark.parametrize("constraint", ["clip", "gp"])
+def test_steps_are_reproducible(constraint):
+    toy, twin = Toy(constraint), Toy(constraint)
+    assert [toy.step() for _ in range(3)] == [twin.step() for _ in range(3)]
+
+
+def test_a_class_without_related_samples_takes_no_part():
+    toy, twin = Toy("gp"), Toy("gp")
+    toy.x_related, toy.y_related = toy.x_related[20:], toy.y_related[20:]
+    twin.x_related, twin.y_related = toy.x_related, toy.y_related
+    z_related, _, z_support, _ = twin.raw_features()
+    data = (z_related, twin.y_related, z_support[5:], twin.y_support[5:])
+    critic_step(twin.critic, twin.critic_optimizer, *data, "gp", 0.1, 10.0, twin.generator)
+    expected = adversarial_alignment_loss(twin.critic, *data).item()
+    assert toy.step(n_critic=1) == pytest.approx(expected)

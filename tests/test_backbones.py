@@ -1,0 +1,218 @@
+"""All backbones: sizes against the literature, learning, checkpoints, eval mode, and torchvision's models."""
+
+import io
+import urllib.error
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from models.conv4 import Conv4
+from models.resnet12 import ResNet12
+from models.resnet18 import ResNet18
+from models.torchvision_backbone import TorchvisionBackbone
+from models.wide_resnet import WideResNet
+
+
+def torchvision_mobilenet(img_size=224):
+    return TorchvisionBackbone("mobilenet_v3_small", img_size)
+
+
+# Backbone, parameters, feature size and feature map at the native size.
+PUBLISHED = {
+    "Conv4": (Conv4, 113_088, 1600, (64, 5, 5), 84),
+    "ResNet12": (ResNet12, 12_424_320, 640, (640, 5, 5), 84),
+    "ResNet18": (ResNet18, 11_176_512, 512, (512, 7, 7), 224),
+    "WideResNet": (WideResNet, 36_579_360, 640, (640, 10, 10), 80),
+    "torchvision": (torchvision_mobilenet, 1_517_856, 1024, (576, 7, 7), 224),
+}
+ALL = pytest.mark.parametrize("build", [row[0] for row in PUBLISHED.values()], ids=PUBLISHED.keys())
+
+
+def images(n, side, seed=0):
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def same_weights_every_run():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_shapes_are_those_of_the_literature(name):
+    build, n_parameters, d, map_shape, native = PUBLISHED[name]
+    backbone = build(native).eval()
+    assert sum(p.numel() for p in backbone.parameters()) == n_parameters
+    assert backbone.native_img_size == native
+    assert (backbone.feature_dim, backbone.map_shape) == (d, map_shape)
+    with torch.no_grad():
+        feature_map = backbone.feature_map(images(1, native))
+        assert feature_map.shape[1:] == map_shape
+        assert backbone.pool_and_flatten(feature_map).shape == (1, d)
+
+
+@ALL
+@pytest.mark.parametrize("side", [32, 45])
+def test_declared_shapes_hold_at_other_sizes(build, side):
+    backbone = build(side).eval()
+    with torch.no_grad():
+        assert backbone.feature_map(images(2, side)).shape == (2, *backbone.map_shape)
+        assert backbone(images(2, side)).shape == (2, backbone.feature_dim)
+
+
+@ALL
+def test_blocks_compose_to_the_forward_pass_and_hold_every_parameter(build):
+    backbone = build(32).eval()
+    z = images(2, 32)
+    with torch.no_grad():
+        expected = backbone(z)
+        for block in backbone.blocks():
+            z = block(z)
+        assert len(backbone.blocks()) >= 4
+        torch.testing.assert_close(backbone.pool_and_flatten(z), expected, rtol=0, atol=0)
+    in_blocks = {p for block in backbone.blocks() for p in block.parameters()}
+    # Only torchvision's tails have parameters of their own.
+    assert in_blocks == set(backbone.parameters()) or isinstance(backbone, TorchvisionBackbone)
+
+
+@ALL
+def test_one_optimiser_step_lowers_the_loss(build):
+    backbone = build(32)
+    head = torch.nn.Linear(backbone.feature_dim, 4)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the two losses must be of the same function
+    x, y = images(8, 32), torch.arange(4).repeat(2)
+    optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=1e-4)
+    before = F.cross_entropy(head(backbone(x)), y)
+    before.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
+    optimizer.step()
+    assert F.cross_entropy(head(backbone(x)), y) < before
+
+
+@ALL
+def test_state_dict_round_trip_restores_the_features(build):
+    backbone = build(32)
+    backbone(images(4, 32))  # batch norm's statistics move, and must travel too
+    file = io.BytesIO()
+    torch.save(backbone.state_dict(), file)
+    file.seek(0)
+    other = build(32)
+    x = images(2, 32, seed=1)
+    with torch.no_grad():
+        assert not torch.equal(other.eval()(x), backbone.eval()(x))
+        other.load_state_dict(torch.load(file, weights_only=True))
+        assert torch.equal(other(x), backbone(x))
+
+
+@ALL
+def test_eval_is_deterministic_and_no_image_sees_another(build):
+    backbone = build(32).eval()
+    x = images(4, 32)
+    with torch.no_grad():
+        z = backbone(x)
+        assert torch.equal(backbone(x), z)
+        # Another batch size may take another kernel, whose sums round differently.
+        torch.testing.assert_close(backbone(x[1:2]), z[1:2], rtol=1e-4, atol=1e-4 * z.abs().max().item())
+
+
+@pytest.mark.parametrize("build", [ResNet12, WideResNet])
+@pytest.mark.parametrize("side", [32, 80])  # the maps of ResNet12 that are dropped are then of even and odd side
+def test_drop_rate_acts_in_train_mode_only(build, side):
+    backbone = build(side, drop_rate=0.3).train()
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    x = images(2, side)
+    with torch.no_grad():
+        assert not torch.equal(backbone(x), backbone(x))
+        backbone.eval()
+        assert torch.equal(backbone(x), backbone(x))
+    with pytest.raises(ValueError, match="drop_rate .* not 1.5"):
+        build(side, drop_rate=1.5)
+
+
+def test_an_image_too_small_is_refused_with_its_size():
+    with pytest.raises(ValueError, match="ResNet12 needs images of at least 16 pixels, not 15"):
+        ResNet12(15)
+
+
+def test_resnet18_is_torchvisions_by_name_and_number():
+    published, backbone = torchvision.models.resnet18(weights=None).eval(), ResNet18(64).eval()
+    state = {key: value for key, value in published.state_dict().items() if not key.startswith("fc.")}
+    backbone.load_state_dict(state)
+    published.fc = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images(2, 64)), published(images(2, 64)))
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5", "efficientnet_b0", "swin_t", "googlenet"]
+)
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+def test_torchvision_features_are_what_the_classifier_is_fed(name):
+    side = 64
+    published = torchvision.models.get_model(name, weights=None).eval()
+    fed = []
+    last_linear = [m for m in published.modules() if isinstance(m, torch.nn.Linear)][-1]
+    last_linear.register_forward_pre_hook(lambda module, inputs: fed.append(inputs[0]))
+    state = io.BytesIO()
+    torch.save(published.state_dict(), state)
+    state.seek(0)
+    backbone = TorchvisionBackbone(name, side, state).eval()
+    if name == "googlenet":  # its published weights, and so any that are given, want inputs in [-1, 1]
+        published.transform_input = True
+    with torch.no_grad():
+        published(images(2, side))
+        feature_map = backbone.feature_map(images(2, side))
+        torch.testing.assert_close(backbone.pool_and_flatten(feature_map), fed[0].flatten(1))
+        assert feature_map.shape[1:] == backbone.map_shape
+        # Swin keeps its maps channels-last inside; all of ours are (b, c, h', w').
+        assert backbone.map_shape[1] == backbone.map_shape[2]
+    assert backbone.train()(images(2, side)).shape == (2, backbone.feature_dim)
+    backbone.load_state_dict({key: value.clone() for key, value in backbone.state_dict().items()})
+
+
+def test_torchvision_weights_from_a_file_with_another_number_of_classes(tmp_path):
+    published = torchvision.models.mobilenet_v3_small(weights=None, num_classes=7).eval()
+    torch.save(published.state_dict(), tmp_path / "seven.pth")
+    backbone = TorchvisionBackbone("mobilenet_v3_small", 64, str(tmp_path / "seven.pth")).eval()
+    published.classifier[-1] = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images(2, 64)), published(images(2, 64)))
+
+
+def test_torchvision_weights_that_cannot_be_had_are_one_clear_line(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    (tmp_path / "text.pth").write_text("these are not weights\n")
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet.pth")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    name = "mobilenet_v3_small"
+    for weights, words in [
+        ("DEFAULT", f"weights of {name} could not be downloaded .*no route to host.*--weights PATH"),
+        (str(tmp_path / "absent.pth"), "absent.pth cannot be read"),
+        (str(tmp_path / "text.pth"), "text.pth cannot be read"),
+        (str(tmp_path / "squeezenet.pth"), f"not a state dict of {name}: .* tensors are missing"),
+        (str(tmp_path / "tensor.pth"), "holds a Tensor"),
+    ]:
+        with pytest.raises(ValueError, match=words) as failure:
+            TorchvisionBackbone(name, 64, weights)
+        assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "words"),
+    [
+        ("resnet5O", 64, "no classification model 'resnet5O': try .*resnet50"),
+        ("fasterrcnn_resnet50_fpn", 64, "no classification model"),
+        ("alexnet", 32, "alexnet cannot take images of 32 pixels .*give another --img_size"),
+    ],
+)
+def test_torchvision_models_and_sizes_that_do_not_exist_are_refused(name, side, words):
+    with pytest.raises(ValueError, match=words):
+        TorchvisionBackbone(name, side)

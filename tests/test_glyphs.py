@@ -1,0 +1,105 @@
+"""The built-in benchmark: what is rendered, that it is what it says, and that a killed render leaves nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import glyphs
+from data.errors import UserError
+from data.glyphs import CHARACTERS, character_tiles, render_glyphs
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.jpg"))}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("glyphs") / "glyphs"
+    render_glyphs(root, seed=3, n_images=4, n_base=3, n_val=2, n_novel=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tiles() -> dict[str, list[Image.Image]]:
+    return {character: character_tiles(character) for character in CHARACTERS}
+
+
+def test_folders_and_images(small):
+    assert {path.name for path in small.iterdir()} == {"base", "val", "novel"}
+    assert [len(list((small / split).iterdir())) for split in ("base", "val", "novel")] == [3, 2, 2]
+    assert (small / "base" / f"u{ord(CHARACTERS[0]):04x}").is_dir()
+    assert len(files_of(small)) == 7 * 4
+    for path in small.rglob("*.jpg"):
+        with Image.open(path) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (84, 84))
+
+
+def test_an_image_depends_on_seed_and_character_alone(small, tmp_path):
+    render_glyphs(tmp_path / "fewer", seed=3, n_images=2, n_base=1, n_val=2, n_novel=0)
+    render_glyphs(tmp_path / "other", seed=4, n_images=2, n_base=1, n_val=2, n_novel=0)
+    whole, fewer, other = files_of(small), files_of(tmp_path / "fewer"), files_of(tmp_path / "other")
+    by_class = {name.split("/", 1)[1]: content for name, content in whole.items()}
+    assert len(fewer) == 6
+    assert all(by_class[name.split("/", 1)[1]] == content for name, content in fewer.items())
+    assert all(other[name] != content for name, content in fewer.items())
+
+
+def test_images_of_a_class_differ(small):
+    assert len(set(files_of(small).values())) == 7 * 4
+
+
+def test_every_class_has_many_typefaces_and_no_blank(tiles):
+    for character, of_typefaces in tiles.items():
+        assert len(of_typefaces) >= 14, character
+        for tile in of_typefaces:
+            left, top, right, bottom = tile.getbbox()
+            assert max(right - left, bottom - top) == pytest.approx(glyphs.EXTENT, abs=4), character
+
+
+def test_a_typeface_without_the_character_is_left_out():
+    # U+FFFE is no character: every typeface draws nothing, or its box for what it lacks.
+    assert character_tiles("\ufffe") == []
+
+
+def test_classes_differ_in_shape_whatever_the_size(tiles):
+    """In DejaVu Sans, no character covers another once both are scaled to one size."""
+    assert len(set(CHARACTERS)) == len(CHARACTERS) == 100
+    first = np.stack([np.asarray(tiles[c][0].resize((40, 40)), dtype=np.float32).ravel() / 255 for c in CHARACTERS])
+    overlap = np.stack([np.minimum(row, first).sum(1) / np.maximum(row, first).sum(1) for row in first])
+    np.fill_diagonal(overlap, 0)
+    i, j = np.unravel_index(overlap.argmax(), overlap.shape)
+    assert overlap.max() < 0.85, CHARACTERS[i] + CHARACTERS[j]
+
+
+def test_refusals(small, tmp_path):
+    with pytest.raises(UserError, match="exists already"):
+        render_glyphs(small)
+    with pytest.raises(UserError, match="100 classes, but 90 base"):
+        render_glyphs(tmp_path / "many", n_base=90)
+
+
+def test_an_interrupted_render_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(glyphs, "render_image", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        render_glyphs(tmp_path / "glyphs", n_images=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once_end_with_one_whole_benchmark(small, tmp_path, monkeypatch):
+    rename, out = glyphs.os.rename, tmp_path / "glyphs"
+
+    def rename_after_another(source, target):
+        monkeypatch.setattr(glyphs.os, "rename", rename)
+        render_glyphs(out, seed=3, n_images=4, n_base=3, n_val=2, n_novel=2)
+        rename(source, target)
+
+    monkeypatch.setattr(glyphs.os, "rename", rename_after_another)
+    render_glyphs(out, seed=3, n_images=4, n_base=3, n_val=2, n_novel=2)
+    assert files_of(out) == files_of(small)
+    assert list(tmp_path.iterdir()) == [out]

@@ -1,0 +1,195 @@
+"""The meta-learners against the published numbers, and what must hold of any of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from methods.meta_learners import META_LEARNERS, build_meta_learner
+from methods.protonet import protonet_scores
+from methods.relationnet import RelationNet
+from models.conv4 import Conv4
+from tests.helpers import golden
+
+N_WAY, N_SHOT, N_QUERY = 4, 3, 6
+ALL = pytest.mark.parametrize("method", META_LEARNERS)
+
+
+class Shapes:
+    """A backbone as far as build_meta_learner is concerned."""
+
+    feature_dim = 12
+    map_shape = (3, 10, 10)
+
+
+def learner_and_episodes(method, seed=0, batch=()):
+    torch.manual_seed(seed)
+    learner = build_meta_learner(method, Shapes())
+    size = Shapes.map_shape if learner.uses_maps else (Shapes.feature_dim,)
+    generator = torch.Generator().manual_seed(seed)
+    support = torch.randn(*batch, N_WAY, N_SHOT, *size, generator=generator)
+    query = torch.randn(*batch, N_QUERY, *size, generator=generator)
+    return learner, support, query
+
+
+def published_learner(method, g):
+    """A learner with the recorded weights, and the recorded support and query."""
+    if method == "MatchingNet":
+        learner = build_meta_learner(method, type("Backbone", (), {"feature_dim": 64}))
+        ours = {"FCE.lstmcell": "query_lstm", "G_encoder": "support_lstm"}
+    elif method.startswith("RelationNet"):
+        shape = tuple(g["RelationNet.feature_shape"].tolist())
+        learner = build_meta_learner(method, type("Backbone", (), {"map_shape": shape}))
+        ours = {f"layer{i}.trunk.{j}": f"{kind}{i}" for i in (1, 2) for j, kind in enumerate(("conv", "norm"))}
+        maps = [g[f"RelationNet.f_{part}"].float().unflatten(-1, shape) for part in ("support", "query")]
+        g = {**g, "z_support": maps[0], "z_query": maps[1]}
+    else:
+        learner, ours = build_meta_learner(method, None), {}
+    prefix = f"{method.removesuffix('_softmax')}.state."
+    state = {}
+    for key, value in g.items():
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            for published, own in ours.items():
+                name = name.replace(published, own)
+            state[name] = value
+    learner.load_state_dict(state)
+    return learner, g["z_support"], g["z_query"].flatten(0, 1)
+
+
+@ALL
+def test_scores_and_loss_are_the_published_ones(method):
+    g = golden("meta_learners")
+    learner, support, query = published_learner(method, g)
+    scores = learner.train()(support, query)  # batch norm was recorded in train mode
+    loss = learner.loss(scores, torch.arange(5).repeat_interleave(6))
+    recorded = {"RelationNet": "RelationNet_mse"}.get(method, method)
+    wanted = g[f"{recorded}.log_probs" if method == "MatchingNet" else f"{recorded}.scores"]
+    torch.testing.assert_close(scores.detach(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss.detach(), g[f"{recorded}.loss"], rtol=1e-4, atol=1e-5)
+
+
+@ALL
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_permuting_the_queries_permutes_the_rows(method, mode):
+    learner, support, query = learner_and_episodes(method)
+    learner.train(mode == "train")
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    torch.testing.assert_close(learner(support, query[order]), learner(support, query)[order], rtol=1e-4, atol=1e-5)
+
+
+@ALL
+def test_permuting_the_classes_permutes_the_scores(method):
+    learner, support, query = learner_and_episodes(method)
+    if method == "MatchingNet":
+        # The support LSTM reads the classes one after another, so only without it is the order nothing at all.
+        for parameter in learner.support_lstm.parameters():
+            torch.nn.init.zeros_(parameter)
+    order = torch.tensor([2, 0, 3, 1])
+    scores = learner(support, query)
+    torch.testing.assert_close(learner(support[order], query), scores[:, order], rtol=1e-4, atol=1e-5)
+
+
+@ALL
+def test_a_query_does_not_see_the_others_in_eval_mode(method):
+    learner, support, query = learner_and_episodes(method)
+    learner(support, query)  # an episode in train mode sets the statistics of batch norm
+    learner.eval()
+    torch.testing.assert_close(learner(support, query[2:3]), learner(support, query)[2:3], rtol=1e-4, atol=1e-5)
+
+
+@ALL
+def test_many_episodes_at_once_equal_one_by_one(method):
+    learner, support, query = learner_and_episodes(method, batch=(2, 3))
+    learner(support[0, 0], query[0, 0])
+    learner.eval()
+    y = torch.tensor([0, 1, 2, 3, 0, 1])
+    together = learner(support, query)
+    assert together.shape == (2, 3, N_QUERY, N_WAY)
+    alone = torch.stack([learner(s, q) for s, q in zip(support.flatten(0, 1), query.flatten(0, 1), strict=True)])
+    torch.testing.assert_close(together.flatten(0, 1), alone, rtol=1e-4, atol=1e-5)
+    losses = torch.stack([learner.loss(scores, y) for scores in alone])
+    torch.testing.assert_close(learner.loss(together, y), losses.mean())
+
+
+@ALL
+def test_gradients_reach_support_query_and_every_weight(method):
+    learner, support, query = learner_and_episodes(method)
+    support, query = (0.3 * support).requires_grad_(), (0.3 * query).requires_grad_()
+    learner.loss(learner(support, query), torch.tensor([0, 1, 2, 3, 0, 1])).backward()
+    for tensor in (support, query, *learner.parameters()):
+        assert tensor.grad is not None and tensor.grad.isfinite().all()
+    assert (support.grad.flatten(2).abs().sum(-1) > 0).all()
+    assert (query.grad.flatten(1).abs().sum(-1) > 0).all()
+
+
+@ALL
+def test_a_few_steps_learn_an_episode(method):
+    torch.manual_seed(0)
+    backbone = Conv4(32, width=8, relation=method.startswith("RelationNet"))
+    learner = build_meta_learner(method, backbone)
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(N_WAY, 1, 3, 32, 32, generator=generator)
+    x = patterns + 0.5 * torch.randn(N_WAY, 5, 3, 32, 32, generator=generator)
+    y = torch.arange(N_WAY).repeat_interleave(2)
+    embed = backbone.feature_map if learner.uses_maps else backbone
+    optimizer = torch.optim.Adam([*backbone.parameters(), *learner.parameters()], lr=1e-2)
+    losses = []
+    for _ in range(25):
+        z = embed(x.flatten(0, 1)).unflatten(0, (N_WAY, 5))
+        scores = learner(z[:, :3], z[:, 3:].flatten(0, 1))
+        losses.append(learner.loss(scores, y))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    assert (scores.argmax(-1) == y).float().mean() >= 0.75
+
+
+@pytest.mark.parametrize("method", ["ProtoNet", "MatchingNet"])
+def test_scores_stay_in_float32_under_autocast(method):
+    learner, support, query = learner_and_episodes(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = learner(support, query)
+    assert scores.dtype == torch.float32
+    if method == "ProtoNet":
+        torch.testing.assert_close(scores, learner(support, query), rtol=0, atol=0)
+
+
+def test_prototype_distances_survive_a_large_common_offset():
+    generator = torch.Generator().manual_seed(0)
+    support = torch.randn(5, 1, 64, generator=generator)
+    query = torch.randn(7, 64, generator=generator)
+    exact = -(query.double().unsqueeze(1) - support.double().squeeze(1)).square().sum(-1)
+    shifted = protonet_scores(support + 100.0, query + 100.0)
+    torch.testing.assert_close(shifted.double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mse", "softmax"])
+@pytest.mark.parametrize("side", [1, 2, 3, 5, 9, 10, 19])
+def test_relationnet_takes_maps_of_any_size(kind, side):
+    torch.manual_seed(0)
+    learner = RelationNet((4, side, side), kind).eval()
+    support, query = torch.randn(N_WAY, N_SHOT, 4, side, side), torch.randn(N_QUERY, 4, side, side)
+    scores = learner(support, query)
+    assert scores.shape == (N_QUERY, N_WAY)
+    pairs = torch.cat([support.mean(1).repeat(N_QUERY, 1, 1, 1), query.repeat_interleave(N_WAY, 0)], 1)
+    x = learner.pool(F.relu(learner.norm1(learner.conv1(pairs))))
+    x = learner.pool(F.relu(learner.norm2(learner.conv2(x)))).flatten(1)
+    by_pairs = learner.fc2(F.relu(learner.fc1(x))).view(N_QUERY, N_WAY)
+    torch.testing.assert_close(scores, by_pairs.sigmoid() if kind == "mse" else by_pairs, rtol=1e-4, atol=1e-5)
+
+
+def test_relationnet_remembers_the_last_training_episode_alone():
+    learner, support, query = learner_and_episodes("RelationNet")
+    learner(torch.randn_like(support) * 9 + 5, query)
+    learner(support, query)
+    fresh, _, _ = learner_and_episodes("RelationNet")
+    fresh(support, query)
+    torch.testing.assert_close(learner.eval()(support, query), fresh.eval()(support, query))
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="unknown meta-learner 'Protonet': choose one of ProtoNet"):
+        build_meta_learner("Protonet", Shapes())
+    with pytest.raises(ValueError, match="unknown kind of RelationNet 'l2'"):
+        RelationNet((4, 5, 5), "l2")

@@ -1,0 +1,247 @@
+"""The scripts end to end on a tiny benchmark, as a user runs them: results, determinism, and every user error."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from methods.checkpoints import load_checkpoint
+from tests.helpers import ROOT, call, make_benchmark, run
+
+TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
+TRAIN = [*TINY, "--n_epoch", 2, "--batch_size", 16, "--val_episodes", 4, "--n_episodes", 6, "--ft_n_epoch", 20]
+ALIGN = [*TINY, "--n_episodes", 3, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--ft_n_epoch", 20]
+CHECKPOINT = "3way_2shot_tiny_arcMax_Conv4_bestModel.tar"
+
+
+def folders(root, results="results"):
+    """The folder flags of a run whose files all lie below `root`."""
+    return [
+        *("--benchmarks_dir", root / "benchmarks", "--cache_dir", root / "cache"),
+        *("--results_dir", root / results, "--checkpoint_dir", root / results / "models"),
+    ]
+
+
+def result(root, name, results="results"):
+    return json.loads((root / results / "tables" / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a tiny benchmark and the files of a finished stage 1. Tests must not write to it."""
+    root = tmp_path_factory.mktemp("trained")
+    make_benchmark(root / "benchmarks" / "tiny")
+    outcome = call("transferLearning", *TRAIN, *folders(root))
+    assert outcome.status == 0, outcome.err
+    return root
+
+
+@pytest.fixture
+def workspace(trained, tmp_path):
+    """A copy of `trained` that a test may spoil."""
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_stage_1_keeps_the_best_model_and_writes_a_full_result(trained):
+    checkpoint = load_checkpoint(trained / "results" / "models" / CHECKPOINT)
+    assert checkpoint.backbone == "Conv4" and checkpoint.img_size == 16 and len(checkpoint.class_names) == 6
+    log = trained / "results" / "logs" / CHECKPOINT.removesuffix(".tar") / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    best = max(rows, key=lambda row: row["val_accuracy"])
+    assert checkpoint.epoch == best["epoch"] and checkpoint.val_accuracy == pytest.approx(best["val_accuracy"])
+    record = result(trained, "transferLearning_3way_2shot_tiny_arcMax_Conv4_bestModel")
+    assert record["n_episodes"] == len(record["accuracy_per_episode"]) == 6
+    assert record["accuracy"] == pytest.approx(sum(record["accuracy_per_episode"]) / 6, abs=0.01)
+    for key in ("command", "seed", "commit", "dataset_fingerprint", "accuracy_per_class", "versions", "config", "ci95"):
+        assert record[key] is not None, key
+
+
+def test_stage_3_reports_fine_tuning_alignment_and_their_paired_difference(trained, tmp_path):
+    outcome = call("associative_alignment", *ALIGN, *folders(trained), "--results_dir", tmp_path)
+    assert outcome.status == 0, outcome.err
+    record = json.loads(
+        (tmp_path / "tables" / "associative_alignment_3way_2shot_tiny_arcMax_Conv4_centroid.json").read_text()
+    )
+    gains = [
+        a - b
+        for a, b in zip(record["accuracy_per_episode"], record["fine_tuning"]["accuracy_per_episode"], strict=True)
+    ]
+    assert len(gains) == 3
+    assert record["difference"]["accuracy"] == pytest.approx(sum(gains) / 3, abs=0.01)
+    assert record["difference"]["ci95"] == pytest.approx(1.96 * torch.tensor(gains).std().item() / 3**0.5, abs=0.01)
+    assert "paired difference" in outcome.out
+
+
+@pytest.mark.parametrize("method", ["softMax", "cosMax"])
+def test_the_other_heads_run_through_both_stages(workspace, method):
+    for script, flags in (("transferLearning", TRAIN), ("associative_alignment", ALIGN)):
+        outcome = call(script, *flags, *folders(workspace), "--method", method)
+        assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.parametrize("n_way", [2, 6])
+def test_any_way_works_and_base_classes_are_shared_out_when_short(trained, tmp_path, n_way):
+    flags = [*ALIGN, *folders(trained), "--results_dir", tmp_path, "--test_n_way", n_way, "--n_B", 10]
+    init = ["--init_from", trained / "results" / "models" / CHECKPOINT]
+    outcome = call("associative_alignment", *flags, *init)
+    assert outcome.status == 0, outcome.err
+    assert f"{6 // n_way} related base classes a novel class" in outcome.out
+
+
+def test_the_same_command_gives_the_same_numbers_with_any_number_of_workers(trained, tmp_path):
+    shutil.copytree(trained / "benchmarks", tmp_path / "benchmarks")
+    name = "associative_alignment_3way_2shot_tiny_arcMax_Conv4_centroid"
+    for workers in (0, 2):
+        again = [*folders(tmp_path, f"results{workers}"), "--cache_dir", tmp_path / f"cache{workers}"]
+        for script, flags in (("transferLearning", TRAIN), ("associative_alignment", ALIGN)):
+            outcome = call(script, *flags, *again, "--num_workers", workers)
+            assert outcome.status == 0, outcome.err
+        ours = load_checkpoint(tmp_path / f"results{workers}" / "models" / CHECKPOINT)
+        first = load_checkpoint(trained / "results" / "models" / CHECKPOINT)
+        for key, value in first.backbone_state.items():
+            assert torch.equal(ours.backbone_state[key], value), key
+    records = [result(tmp_path, name, f"results{workers}") for workers in (0, 2)]
+    assert records[0]["accuracy_per_episode"] == records[1]["accuracy_per_episode"]
+
+
+def test_another_seed_gives_other_episodes_unless_a_file_fixes_them(trained, tmp_path):
+    def accuracies(results, *flags):
+        init = ["--init_from", trained / "results" / "models" / CHECKPOINT, "--n_epoch", 0, "--ft_n_epoch", 20]
+        every = [*TINY, "--n_episodes", 6, *folders(trained), "--results_dir", tmp_path / results, *init, *flags]
+        outcome = call("transferLearning", *every)
+        assert outcome.status == 0, outcome.err
+        return result(tmp_path, "transferLearning_3way_2shot_tiny_arcMax_Conv4_bestModel", results)[
+            "accuracy_per_class"
+        ]
+
+    file = ["--episodes_file", tmp_path / "episodes.json"]
+    written = accuracies("a", *file, "--seed", 1)
+    assert accuracies("b", "--seed", 1) == written
+    assert accuracies("c", "--seed", 2) != written
+    record = json.loads(file[1].read_text())
+    assert record["n_way"] == 3 and len(record["episodes"]) == 6
+    assert accuracies("d", *file, "--seed", 2).keys() == written.keys()
+
+
+def test_testing_epochs_pool_their_episodes(trained, tmp_path):
+    flags = [*ALIGN, *folders(trained), "--results_dir", tmp_path, "--testing_epochs", 2, "--align_iters", 0]
+    assert call("associative_alignment", *flags).status == 0
+    record = json.loads(next((tmp_path / "tables").glob("*.json")).read_text())
+    assert record["n_episodes"] == 6
+    assert record["accuracy"] == record["fine_tuning"]["accuracy"]  # no iteration, no change
+
+
+def test_report_and_figure_are_made_from_result_files(workspace):
+    assert call("associative_alignment", *ALIGN, *folders(workspace)).status == 0
+    report = call("methods.report", workspace / "results")
+    assert "arcMax, centroid alignment" in report.out and "3-way 2-shot" in report.out
+    assert call("methods.figures", workspace / "results").status == 0
+    assert (workspace / "results" / "figures" / "overview.png").stat().st_size > 10_000
+
+
+def test_a_preset_yields_to_flags():
+    from args_parser import args_parser
+
+    args = args_parser("transfer", ["--preset", "laptop", "--n_epoch", "7"])
+    assert (args.dataset, args.n_epoch, args.no_flip) == ("glyphs", 7, True)
+    assert args_parser("transfer", []).n_epoch == 600
+
+
+def test_a_bare_clone_says_where_it_looked_and_what_to_do(tmp_path):
+    """In a process of its own, the way a newcomer meets it."""
+    outcome = run("associative_alignment.py", "--method", "arcMax", "--benchmarks_dir", tmp_path, check=False)
+    assert outcome.returncode == 2 and outcome.stdout == ""
+    assert outcome.stderr.count("\n") == 1
+    for part in (str(tmp_path / "miniImagenet"), "<class>/<image>", "data.prepare miniImagenet", "--dataset glyphs"):
+        assert part in outcome.stderr
+
+
+def spoil_checkpoint(root):
+    (root / "results" / "models" / CHECKPOINT).write_bytes(b"not a checkpoint")
+
+
+def spoil_class(root):
+    for image in sorted((root / "benchmarks" / "tiny" / "novel" / "class12").iterdir())[4:]:
+        image.unlink()
+
+
+def spoil_image(root):
+    image = next((root / "benchmarks" / "tiny" / "novel" / "class13").iterdir())
+    image.write_bytes(image.read_bytes()[:100])
+
+
+def rename_base_class(root):
+    folder = root / "benchmarks" / "tiny" / "base" / "class00"
+    folder.rename(folder.with_name("other"))
+
+
+def empty_class(root):
+    (root / "benchmarks" / "tiny" / "novel" / "empty").mkdir()
+
+
+def block_results(root):
+    (root / "results" / "tables").rename(root / "results" / "kept")
+    (root / "results" / "tables").write_text("a file where a folder is needed")
+
+
+def nothing(root):
+    pass
+
+
+USER_ERRORS = {
+    "missing dataset": ("transferLearning", nothing, ["--dataset", "absent"], ["absent", "data.prepare", "glyphs"]),
+    "more ways than classes": ("transferLearning", nothing, ["--test_n_way", 7], ["6 classes", "7 ways"]),
+    "class too small": ("transferLearning", spoil_class, [], ["class12", "4 images", "n_shot + n_query = 5"]),
+    "empty class": ("transferLearning", empty_class, [], ["empty", "no images"]),
+    "truncated image": ("transferLearning", spoil_image, [], ["class13", "cannot be decoded"]),
+    "image too small for Conv4": ("transferLearning", nothing, ["--img_size", 8], ["16 pixels", "--img_size"]),
+    "wrong n_base_class": ("transferLearning", nothing, ["--n_base_class", 5], ["--n_base_class 5", "6 base classes"]),
+    "diverging loss": ("transferLearning", nothing, ["--lr", 1e30, "--method", "softMax"], ["epoch", "batch", "--lr"]),
+    "no such device": ("transferLearning", nothing, ["--device", "mps"], ["mps", "cpu"]),
+    "way of 1": ("transferLearning", nothing, ["--test_n_way", 1], ["--test_n_way", "at least 2"]),
+    "negative rate": ("transferLearning", nothing, ["--lr", -1], ["--lr", "above 0"]),
+    "crop scale out of order": ("transferLearning", nothing, ["--crop_scale", 1, 0.5], ["--crop_scale", "order"]),
+    "unknown flag": ("transferLearning", nothing, ["--n_shots", 5], ["--n_shots", "--help"]),
+    "no checkpoint": ("associative_alignment", nothing, ["--n_shot", 1], ["1shot", "transferLearning.py"]),
+    "init_from is missing": ("associative_alignment", nothing, ["--init_from", "absent.tar"], ["absent.tar"]),
+    "not a checkpoint": ("associative_alignment", spoil_checkpoint, [], [CHECKPOINT, "not a checkpoint"]),
+    "other image size": (
+        "associative_alignment",
+        nothing,
+        ["--img_size", 32],
+        ["img_size 16, not 32", "--img_size 16"],
+    ),
+    "other base classes": ("associative_alignment", rename_base_class, [], ["base classes", "trained on"]),
+    "unwritable results": ("associative_alignment", block_results, [], ["tables", "cannot be written"]),
+    "unwritable cache": (
+        "associative_alignment",
+        nothing,
+        ["--cache_dir", "/dev/null/cache"],
+        ["/dev/null/cache", "--cache_dir"],
+    ),
+    "no results to report": ("methods.report", nothing, ["absent"], ["absent", "run a stage"]),
+}
+
+
+@pytest.mark.parametrize("case", USER_ERRORS)
+def test_a_user_error_is_one_clear_line_and_overwrites_nothing(workspace, case):
+    script, spoil, flags, expected = USER_ERRORS[case]
+    spoil(workspace)
+    stage = {"transferLearning": TRAIN, "associative_alignment": ALIGN, "methods.report": []}[script]
+    before = {p: p.read_bytes() for p in (workspace / "results").rglob("*") if p.is_file() and p.suffix != ".jsonl"}
+    outcome = call(script, *stage, *(folders(workspace) if stage else []), *flags)
+    assert outcome.status == 2, outcome.err
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+    for part in expected:
+        assert part in outcome.err
+    after = {p: p.read_bytes() for p in (workspace / "results").rglob("*") if p.is_file() and p.suffix != ".jsonl"}
+    assert after == before
+
+
+def test_the_readme_names_every_script():
+    readme = (ROOT / "README.md").read_text()
+    for name in ("transferLearning.py", "associative_alignment.py", "args_parser.py", "make demo", "make test"):
+        assert name in readme
