@@ -14,6 +14,7 @@ install: .venv/installed
 demo: install
 	$(BIN)/python -m data.prepare glyphs
 	$(BIN)/python transferLearning.py --preset laptop
+	$(BIN)/python metaLearning.py --preset laptop
 	$(BIN)/python associative_alignment.py --preset laptop
 	$(BIN)/python -m methods.report results
 	$(BIN)/python -m methods.figures results

@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from models import BACKBONES, HEADS, native_img_size
+from methods.meta_learners import META_LEARNERS
+from models import BACKBONES, HEADS, TORCHVISION, native_img_size
 
 # What a laptop does in minutes: the built-in benchmark, small images, fewer epochs and episodes.
 LAPTOP = {
@@ -23,6 +24,7 @@ LAPTOP = {
         "n_query": 15,
     },
     "transfer": {"n_episodes": 600},
+    "meta": {"n_epoch": 10, "episodes_per_epoch": 60, "n_episodes": 600},
     "alignment": {"n_episodes": 60, "aug_size": 20, "n_shot": 1},
 }
 
@@ -52,6 +54,15 @@ def flag_value(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
+def backbone_name(text: str) -> str:
+    """An argparse type: a backbone of ours, or torchvision:NAME."""
+    if text in BACKBONES or (text.startswith(TORCHVISION) and text != TORCHVISION):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"unknown backbone {text!r}: choose {', '.join(BACKBONES)} or {TORCHVISION}NAME, such as {TORCHVISION}resnet50"
+    )
+
+
 # 1e30 keeps any arithmetic on a rate or a scale within float32.
 COUNT, COUNT_OR_0, POSITIVE = number(int, 1), number(int, 0), number(float, 0, 1e30, open_low=True)
 
@@ -73,6 +84,11 @@ def shared_flags() -> argparse.ArgumentParser:
         help="folder name of the benchmark in --benchmarks_dir; 'glyphs' is built in and rendered when missing",
     )
     data.add_argument(
+        "--novel_dataset",
+        help="benchmark of the novel classes when it is not --dataset: the cross-domain experiment, such as "
+        "--dataset miniImagenet --novel_dataset CUB",
+    )
+    data.add_argument(
         "--benchmarks_dir",
         type=Path,
         default=Path("./fs_benchmarks"),
@@ -92,7 +108,7 @@ def shared_flags() -> argparse.ArgumentParser:
         "--img_size",
         type=number(int, 8),
         help="side of the square input, pixels (default: the "
-        f"backbone's own, {', '.join(f'{b} {native_img_size(b)}' for b in BACKBONES)})",
+        f"backbone's own, {', '.join(f'{b} {native_img_size(b)}' for b in [*BACKBONES, TORCHVISION + 'NAME'])})",
     )
     data.add_argument(
         "--num_workers",
@@ -101,7 +117,13 @@ def shared_flags() -> argparse.ArgumentParser:
         help="threads that decode images, once; the results do not depend on it",
     )
     model = p.add_argument_group("model")
-    model.add_argument("--backbone", choices=list(BACKBONES), default="Conv4")
+    model.add_argument(
+        "--backbone",
+        type=backbone_name,
+        default="Conv4",
+        help=f"{', '.join(BACKBONES)}, or {TORCHVISION}NAME: any classification model of torchvision, such as "
+        f"{TORCHVISION}resnet50, its classifier removed",
+    )
     model.add_argument(
         "--checkpoint_dir",
         type=Path,
@@ -187,8 +209,19 @@ def augmentation_flags(p: argparse.ArgumentParser) -> None:
     )
 
 
+def weights_flag(p: argparse.ArgumentParser) -> None:
+    """The flag of the stages that may start from a new backbone."""
+    p.add_argument_group("initial weights").add_argument(
+        "--weights",
+        default="none",
+        metavar="PATH|DEFAULT|none",
+        help=f"of a {TORCHVISION}NAME backbone: a state dict file, torchvision's own (DEFAULT, downloaded) or random",
+    )
+
+
 def transfer_flags(p: argparse.ArgumentParser) -> None:
     """The flags of stage 1."""
+    weights_flag(p)
     augmentation_flags(p)
     group = p.add_argument_group("base training")
     group.add_argument(
@@ -214,13 +247,55 @@ def transfer_flags(p: argparse.ArgumentParser) -> None:
     group.add_argument("--ft_m", type=number(float, 0), default=0.01, help="margin of arcMax on a support set")
 
 
+def meta_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of stage 2."""
+    weights_flag(p)
+    augmentation_flags(p)
+    group = p.add_argument_group("episodic training")
+    group.add_argument("--method", choices=META_LEARNERS, default="ProtoNet", help="the meta-learner")
+    group.add_argument("--train_n_way", "--n_way", type=number(int, 2), default=5, help="classes in a training episode")
+    group.add_argument(
+        "--train_n_query",
+        type=COUNT,
+        default=16,
+        help="query images a class in a training episode; --n_query is for validation and test",
+    )
+    group.add_argument(
+        "--n_epoch",
+        type=COUNT_OR_0,
+        default=400,
+        help="epochs (Chen et al., ICLR 2019: 600 for 1 shot, 400 for 5); 0 tests --init_from as it is",
+    )
+    group.add_argument("--episodes_per_epoch", type=COUNT, default=100, help="training episodes in an epoch")
+    group.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate of Adam, constant")
+
+
 def alignment_flags(p: argparse.ArgumentParser) -> None:
     """The flags of stage 3."""
     group = p.add_argument_group("alignment")
     group.add_argument(
         "--method", choices=HEADS, default="arcMax", help="head: of stage 1's checkpoint and of the novel episodes"
     )
-    group.add_argument("--alignment", choices=["centroid"], default="centroid", help="the alignment loss")
+    group.add_argument(
+        "--alignment",
+        choices=["none", "naive", "centroid", "adversarial"],
+        default="centroid",
+        help="alignment loss: centroid (Algorithm 1), adversarial (Algorithm 2), naive (the same updates without an "
+        "alignment loss) or none (fine-tuning of the head alone)",
+    )
+    group.add_argument(
+        "--test_split",
+        choices=["novel", "val"],
+        default="novel",
+        help="classes of the episodes; settings are tuned on val, never on novel",
+    )
+    group.add_argument(
+        "--record_curve",
+        type=COUNT_OR_0,
+        default=0,
+        metavar="K",
+        help="record the query accuracy after every K iterations, to see whether more help or hurt; 0 does not",
+    )
     group.add_argument(
         "--n_B",
         type=COUNT,
@@ -236,9 +311,22 @@ def alignment_flags(p: argparse.ArgumentParser) -> None:
         "novel class: share of its images predicted as it (vote: the published code) or their mean "
         "probability (soft: the paper's text)",
     )
-    group.add_argument("--align_iters", type=COUNT_OR_0, default=150, help="iterations of Algorithm 1")
+    group.add_argument("--align_iters", type=COUNT_OR_0, default=150, help="iterations of the updates")
     group.add_argument("--aug_size", type=COUNT, default=50, help="related images a novel class in an iteration")
-    group.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate of the three Adam optimisers")
+    group.add_argument(
+        "--lr", type=POSITIVE, default=1e-3, help="learning rate of the three updates, unless given below"
+    )
+    for flag, what in (
+        ("align", "(1), the alignment loss"),
+        ("related", "(2), the head"),
+        ("support", "(3), the support"),
+    ):
+        group.add_argument(
+            f"--{flag}_lr", type=number(float, 0, 1e30), help=f"learning rate of update {what} (default: --lr)"
+        )
+    group.add_argument(
+        "--align_bn", choices=["train", "eval"], default="train", help="mode of batch norm in updates (1) and (3)"
+    )
     group.add_argument(
         "--ft_m",
         type=number(float, 0),
@@ -247,10 +335,23 @@ def alignment_flags(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--align_s", type=POSITIVE, default=15.0, help="scale of cosMax and arcMax during alignment")
     group.add_argument("--align_m", type=number(float, 0), default=0.001, help="margin of arcMax during alignment")
+    critic = p.add_argument_group("critic of adversarial alignment")
+    critic.add_argument("--critic_hidden", type=COUNT, default=1024, help="hidden units of the critic")
+    critic.add_argument("--critic_steps", type=COUNT, default=5, help="critic steps before each backbone step")
+    critic.add_argument("--critic_lr", type=POSITIVE, default=1e-3, help="learning rate of the critic's Adam")
+    critic.add_argument(
+        "--critic_constraint",
+        choices=["clip", "gp"],
+        default="clip",
+        help="what bounds the critic's slope: weight clipping or a gradient penalty",
+    )
+    critic.add_argument("--critic_clip", type=POSITIVE, default=0.01, help="largest absolute weight under clip")
+    critic.add_argument("--critic_gp_weight", type=POSITIVE, default=10.0, help="weight of the penalty under gp")
 
 
 STAGES: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
     "transfer": ("transferLearning.py", transfer_flags, "Stage 1: train a backbone on the base classes."),
+    "meta": ("metaLearning.py", meta_flags, "Stage 2: train a backbone episode by episode on the base classes."),
     "alignment": (
         "associative_alignment.py",
         alignment_flags,
@@ -276,6 +377,15 @@ def args_parser(stage: str, argv: Sequence[str] | None = None) -> argparse.Names
     args = parser.parse_args(argv)
     if "crop_scale" in args and args.crop_scale[0] > args.crop_scale[1]:
         parser.error(f"argument --crop_scale: {args.crop_scale[0]:g} {args.crop_scale[1]:g} is not in order")
+    if "weights" in args and args.weights != "none":
+        if not args.backbone.startswith(TORCHVISION):
+            parser.error(f"argument --weights: it is for {TORCHVISION}NAME backbones, not for {args.backbone}")
+        if args.init_from:
+            parser.error("argument --weights: --init_from brings its own weights, so give only one of the two")
+    if stage == "alignment":
+        for rate in ("align_lr", "related_lr", "support_lr"):
+            setattr(args, rate, args.lr if getattr(args, rate) is None else getattr(args, rate))
+    args.novel_dataset = args.novel_dataset or args.dataset
     args.img_size = args.img_size or native_img_size(args.backbone)
     args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
     return args

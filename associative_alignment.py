@@ -18,7 +18,7 @@ from methods.alignment import AlignmentSetting, align_episode
 from methods.checkpoints import best_model_path, load_backbone
 from methods.engine import on_device, run_script, start, write_json
 from methods.evaluation import EpisodeScores, cached_features, mean_and_ci95
-from methods.results import accuracy_record, paired_difference, percent, run_record
+from methods.results import accuracy_record, curve_record, paired_difference, percent, result_path, run_record
 
 
 def main() -> None:
@@ -26,20 +26,18 @@ def main() -> None:
     began = time.time()
     device, precision = start(args.device, args.precision, args.no_keep_memory)
 
-    path = args.init_from or best_model_path(
-        args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone
-    )
+    own = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
+    path = args.init_from or own
     load = partial(
         load_split,
         args.benchmarks_dir,
-        args.dataset,
         img_size=args.img_size,
         cache_dir=args.cache_dir,
         image_root=args.image_root,
         num_workers=args.num_workers,
         quiet=args.quiet,
     )
-    base, novel = load(split="base"), load(split="novel")
+    base, novel = load(args.dataset, "base"), load(args.novel_dataset, args.test_split)
     n_test = args.testing_epochs * args.n_episodes
     episodes = fixed_episodes(args.episodes_file, novel, args.test_n_way, args.n_shot, args.n_query, n_test, args.seed)
     backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)
@@ -57,20 +55,7 @@ def main() -> None:
     z_base, z_novel = features(base), features(novel)
     base_members = [torch.nonzero(base.labels == b).squeeze(1) for b in range(len(base.class_names))]
     base_images, novel_images = on_device(base.images, device), on_device(novel.images, device)
-    setting = AlignmentSetting(
-        method=args.method,
-        ft_s=args.ft_s,
-        ft_m=args.ft_m,
-        ft_n_epoch=args.ft_n_epoch,
-        ft_lr=args.ft_lr,
-        align_s=args.align_s,
-        align_m=args.align_m,
-        align_iters=args.align_iters,
-        lr=args.lr,
-        n_B=args.n_B,
-        aug_size=args.aug_size,
-        related_score=args.related_score,
-    )
+    setting = AlignmentSetting(**{name: getattr(args, name) for name in AlignmentSetting.__dataclass_fields__})
     per_class = len(base.class_names) // args.test_n_way
     if args.n_B > per_class:
         print(
@@ -79,7 +64,7 @@ def main() -> None:
         )
 
     initial_state = {name: value.clone() for name, value in backbone.state_dict().items()}
-    finetuned, aligned, n_empty, n_small = [], [], 0, 0
+    finetuned, aligned, curves, n_empty, n_small = [], [], [], 0, 0
     bar = tqdm(range(n_test), desc=f"{args.alignment} alignment", unit="episode", disable=args.quiet)
     for i in bar:
         episode = align_episode(
@@ -101,15 +86,16 @@ def main() -> None:
         )
         finetuned.append(episode.finetuned)
         aligned.append(episode.aligned)
-        for w, samples in enumerate(episode.related.samples):
-            if not len(samples):
-                n_empty += 1
-                name = novel.class_names[episodes.classes[i, w]]
-                tqdm.write(f"note: episode {i}: no base image is predicted as {name!r}; it is aligned with nothing")
+        curves.append([share.mean() for share in [episode.finetuned, *episode.curve]])
+        empty = [w for w, samples in enumerate(episode.related.samples) if not len(samples)]
+        for w in empty if args.alignment != "none" else []:
+            name = novel.class_names[episodes.classes[i, w]]
+            tqdm.write(f"note: episode {i}: no base image is predicted as {name!r}; it is aligned with nothing")
+        n_empty += len(empty)
         n_small += episode.n_drawn < args.aug_size
         before, after = (100 * torch.stack(scores).mean().item() for scores in (finetuned, aligned))
         bar.set_postfix_str(f"fine-tuning {before:.2f}, alignment {after:.2f}")
-    if n_small:
+    if n_small and args.alignment != "none":
         print(
             f"note: in {n_small} of {n_test} episodes the smallest related set held fewer than "
             f"--aug_size {args.aug_size} images; so many were drawn of each class"
@@ -125,17 +111,17 @@ def main() -> None:
         "checkpoint_epoch": checkpoint.epoch,
         "fine_tuning": accuracy_record(before, episodes, novel.class_names),
         "difference": {"accuracy": 100 * difference, "ci95": 100 * difference_ci95},
+        "curve": curve_record(torch.tensor(curves), args.record_curve),
         "n_empty_related_sets": n_empty,
         "n_episodes_below_aug_size": n_small,
     }
-    name = best_model_path(
-        args.results_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone
-    ).stem
-    table = (
-        args.results_dir / "tables" / f"associative_alignment_{name.removesuffix('_bestModel')}_{args.alignment}.json"
+    table = result_path(
+        args.results_dir, "associative_alignment", own, args.dataset, args.novel_dataset, args.alignment
     )
     write_json(table, record)
-    print(f"{args.method} on {args.dataset}, {args.test_n_way}-way {args.n_shot}-shot, {n_test} novel episodes")
+    print(
+        f"{args.method} on {novel.benchmark}, {args.test_n_way}-way {args.n_shot}-shot, {n_test} {novel.split} episodes"
+    )
     print(f"  fine-tuning         {percent(*mean_and_ci95(before.accuracy))} %")
     print(f"  {args.alignment} alignment  {percent(*mean_and_ci95(after.accuracy))} %")
     print(f"  paired difference   {percent(difference, difference_ci95)} points")

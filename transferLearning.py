@@ -16,10 +16,17 @@ from data.errors import UserError
 from data.generators import make_generator
 from data.transforms import Augmentation
 from methods.base_training import train_one_epoch
-from methods.checkpoints import Checkpoint, best_model_path, create_backbone, load_backbone, save_checkpoint
-from methods.engine import append_jsonl, n_parameters, on_device, run_script, start, write_json
+from methods.checkpoints import (
+    Checkpoint,
+    best_model_path,
+    initial_backbone,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+)
+from methods.engine import n_parameters, on_device, run_script, start
 from methods.evaluation import embed, evaluate_heads, mean_and_ci95
-from methods.results import accuracy_record, percent, run_record
+from methods.results import log_epoch, result_path, save_result
 from models import build_head
 
 
@@ -32,14 +39,13 @@ def main() -> None:
     load = partial(
         load_split,
         args.benchmarks_dir,
-        args.dataset,
         img_size=args.img_size,
         cache_dir=args.cache_dir,
         image_root=args.image_root,
         num_workers=args.num_workers,
         quiet=args.quiet,
     )
-    base, val, novel = load(split="base"), load(split="val"), load(split="novel")
+    base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
     n_base_class = len(base.class_names)
     if args.n_base_class not in (None, n_base_class):
         raise UserError(
@@ -51,11 +57,9 @@ def main() -> None:
     novel_episodes = fixed_episodes(args.episodes_file, novel, *protocol, n_test, args.seed)
 
     # Model.
-    if args.init_from:
-        backbone = load_backbone(args.init_from, args.backbone, args.img_size)[0]
-    else:
-        backbone = create_backbone(args.backbone, args.img_size, args.seed)
-    backbone = backbone.to(device, memory_format=torch.channels_last)
+    backbone, _ = initial_backbone(
+        args.init_from, args.backbone, args.img_size, args.seed, device, weights=args.weights
+    )
     head_generator = make_generator(args.seed, "base head")
     head = build_head(args.method, backbone.feature_dim, n_base_class, args.s, args.m, [head_generator]).to(device)
     optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=args.lr)
@@ -78,7 +82,6 @@ def main() -> None:
         lr=args.ft_lr,
         seed=args.seed,
     )
-    metrics.unlink(missing_ok=True)
     best = -1.0
     for epoch in range(args.n_epoch):
         epoch_began = time.time()
@@ -99,7 +102,8 @@ def main() -> None:
             args.quiet,
         )
         z_val = embed(backbone, val.images, device, precision)
-        val_accuracy, val_ci95 = mean_and_ci95(score_heads(z_val, val_episodes).accuracy)
+        val_scores = score_heads(z_val, val_episodes)
+        val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
         if val_accuracy > best:
             best = val_accuracy
             save_checkpoint(
@@ -118,29 +122,15 @@ def main() -> None:
                     config=vars(args),
                 ),
             )
-        seconds = time.time() - epoch_began
-        print(
-            f"epoch {epoch:3d}  loss {loss:.3f}  base accuracy {100 * train_accuracy:.1f}  "
-            f"val {percent(val_accuracy, val_ci95)}  best {100 * best:.2f}  {seconds:.1f} s"
-        )
-        row = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * train_accuracy}
-        append_jsonl(
-            metrics, row | {"val_accuracy": 100 * val_accuracy, "val_ci95": 100 * val_ci95, "seconds": seconds}
-        )
+        log_epoch(metrics, epoch, loss, train_accuracy, val_scores, best, epoch_began)
 
     # Novel test of the best model.
     if args.n_epoch:
-        backbone = load_backbone(path, args.backbone, args.img_size)[0]
-        backbone = backbone.to(device, memory_format=torch.channels_last)
+        load_state(backbone, load_checkpoint(path).backbone_state, path)
     z_novel = embed(backbone, novel.images, device, precision, bar="" if args.quiet else "embed novel")
     scores = score_heads(z_novel, novel_episodes, bar="" if args.quiet else "novel episodes")
-    record = run_record("transferLearning", vars(args), novel, novel_episodes, time.time() - began, device)
-    table = args.results_dir / "tables" / f"transferLearning_{path.stem}.json"
-    write_json(table, record | accuracy_record(scores, novel_episodes, novel.class_names))
-    print(
-        f"{args.method} on {args.dataset}, {args.test_n_way}-way {args.n_shot}-shot, {n_test} novel episodes: "
-        f"{percent(*mean_and_ci95(scores.accuracy))} %"
-    )
+    table = result_path(args.results_dir, "transferLearning", path, args.dataset, args.novel_dataset)
+    save_result(table, "transferLearning", vars(args), novel, novel_episodes, scores, began, device)
     print(f"checkpoint {path if args.n_epoch else args.init_from}, result {table}")
 
 

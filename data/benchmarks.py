@@ -5,6 +5,7 @@ fs_benchmarks/<dataset>/{base,val,novel}.json      with label_names, image_names
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def list_json(file: Path, image_root: Path | None) -> tuple[list[str], list[Path
         raise UserError(
             f"{file} has {len(names)} image_names and {len(raw_labels)} image_labels: expected as many of each"
         )
+    if not all(isinstance(label, int) and label >= 0 for label in raw_labels):
+        raise UserError(f"{file} has image_labels that are not whole numbers from 0: number the classes from 0")
     if len(set(label_names)) < len(label_names):
         twice = next(name for name in label_names if label_names.count(name) > 1)
         raise UserError(f"{file} names class {twice!r} twice in label_names: give every class a name of its own")
@@ -87,7 +90,7 @@ def list_json(file: Path, image_root: Path | None) -> tuple[list[str], list[Path
     if image_root is None:
         paths = [file.parent / name for name in names]
     else:
-        parts = Path(names[0]).parts
+        parts = Path(names[0]).relative_to(Path(names[0]).anchor).parts
         kept = next((k for k in range(len(parts), 0, -1) if (image_root / Path(*parts[-k:])).is_file()), None)
         if kept is None:
             raise UserError(
@@ -134,6 +137,9 @@ def load_split(
             f"or try the built-in benchmark with --dataset glyphs"
         )
     names = [f"{class_names[label]}/{path.name}" for label, path in zip(labels, paths, strict=True)]
+    if len(set(names)) < len(names):  # an image in the support and in the query; two images of one name in a file
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"{file} lists image {twice!r} twice: give each image of a class once, by a name of its own")
     arrays = load_images(paths, names, img_size, cache_dir, f"{dataset}_{split}", split == "base", num_workers, quiet)
     return Split(
         benchmark=dataset,

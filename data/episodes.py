@@ -5,7 +5,6 @@ list depends on (seed, i) alone, so that a list may be cut into any chunks, or s
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from data.benchmarks import Split
 from data.errors import UserError
+from data.files import atomic_file
 from data.generators import make_generator
 
 
@@ -65,7 +65,7 @@ def check_episodes_fit(split: Split, n_way: int, n_shot: int, n_query: int) -> N
         if count < n_shot + n_query:
             raise UserError(
                 f"class {name!r} of {where} has {count} images; n_shot + n_query = {n_shot + n_query} are needed: "
-                f"lower --n_shot or --n_query, or add images"
+                f"lower --n_shot or {'--train_n_query' if split.split == 'base' else '--n_query'}, or add images"
             )
 
 
@@ -90,7 +90,10 @@ def sample_episodes(
 
 
 def write_episodes(path: Path, split: Split, episodes: Episodes) -> None:
-    """Write episodes as JSON by image name (`class/file`), for another method or another repository to read."""
+    """Write episodes as JSON by image name (`class/file`), for another method or another repository to read.
+
+    Raises UserError when the file cannot be written.
+    """
     used, inverse = episodes.index.unique(return_inverse=True)
     record = {
         "benchmark": split.benchmark,
@@ -101,22 +104,21 @@ def write_episodes(path: Path, split: Split, episodes: Episodes) -> None:
         "images": [split.image_names[i] for i in used.tolist()],
         "episodes": inverse.tolist(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, separators=(",", ":")))
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(record, separators=(",", ":")))
 
 
 def read_episodes(path: Path, split: Split, n_way: int, n_shot: int, n_query: int, n_episodes: int) -> Episodes:
     """The first n_episodes of a file of write_episodes, as indices into `split`.
 
-    Raises UserError when the file is of another shape, is too short, or names images that the split lacks.
+    Raises UserError when the file is of another shape, is too short, names images that the split lacks, or holds an
+    episode with a class or an image twice.
     """
     try:
         record = json.loads(path.read_text())
         shape = (record["n_way"], record["n_shot"], record["n_query"])
-        names, index = record["images"], torch.tensor(record["episodes"], dtype=torch.long)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names, index = list(map(str, record["images"])), torch.tensor(record["episodes"], dtype=torch.long)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"episodes file {path} cannot be read ({error}): delete it to have it written anew") from error
     if shape != (n_way, n_shot, n_query):
         raise UserError(
@@ -142,7 +144,15 @@ def read_episodes(path: Path, split: Split, n_way: int, n_shot: int, n_query: in
             f"{split.benchmark!r} lacks, the first {missing[0]!r}: give the benchmark that it was written for"
         )
     index = torch.tensor([position[name] for name in names])[index[:n_episodes]]
-    return Episodes(index, split.labels[index[:, :, 0]], n_shot)
+    labels = split.labels[index]
+    for what, values in (("a class", labels[:, :, 0]), ("an image", index.flatten(1))):
+        if (values.sort(1).values.diff(dim=1) == 0).any():
+            raise UserError(f"episodes file {path} has {what} twice in an episode: delete it to have it written anew")
+    if (labels != labels[:, :, :1]).any():
+        raise UserError(
+            f"episodes file {path} has a way of images of several classes: delete it to have it written anew"
+        )
+    return Episodes(index, labels[:, :, 0], n_shot)
 
 
 def fixed_episodes(

@@ -10,8 +10,10 @@ A cache is keyed by the names, sizes and modification times of its source files:
 It never lies beside the user's images, which may be read-only.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -61,16 +63,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_rgb(path: Path) -> Image.Image:
-    """Decode one file to RGB. Raises UserError, naming the file, when it cannot be decoded or is a bomb."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, its pixels not decoded yet.
+
+    Raises UserError, naming the file, when it is a bomb or when the block cannot decode it.
+    """
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels is more than the limit of {MAX_PIXELS}")
-            return to_rgb(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            yield image
+    except Exception as error:  # on damaged bytes PIL raises also struct.error, TypeError, ...
         reason = " ".join(str(error).split())
         raise UserError(f"image {path} cannot be decoded ({reason}): repair it or take it out of the folder") from error
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """Decode one file to RGB. Raises UserError, naming the file, when it cannot be decoded or is a bomb."""
+    with opened(path) as image:
+        return to_rgb(image)
 
 
 def eval_view(image: Image.Image, img_size: int) -> np.ndarray:
@@ -88,13 +100,9 @@ def hwc_to_chw(image: Image.Image) -> np.ndarray:
 
 def header_size(path: Path) -> tuple[int, int]:
     """(height, width) of an upright image, from its header alone."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"image {path} cannot be decoded ({reason}): repair it or take it out of the folder") from error
+    with opened(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def listing_signature(paths: list[Path], names: list[str]) -> str:
@@ -136,10 +144,11 @@ def load_images(
             ) from error
         try:
             decode_all(paths, names, img_size, building, with_train, num_workers, cache_name, quiet)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(building, folder)
-        except OSError as error:
             if not is_complete(folder):  # else another process has just built the same cache
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(building, folder)
+        except OSError as error:
+            if not is_complete(folder):
                 raise UserError(
                     f"cache folder {folder} cannot be written ({error}): give another --cache_dir"
                 ) from error
@@ -149,7 +158,7 @@ def load_images(
     return ImageArrays(
         eval=map_array(folder / "eval.bin", meta["eval_shape"]),
         train=map_array(folder / "train.bin", meta["train_shape"]) if with_train else None,
-        sizes=torch.from_numpy(np.load(folder / "sizes.npy")),
+        sizes=torch.from_numpy(np.fromfile(folder / "sizes.bin", dtype=np.int64).reshape(-1, 2)),
         fingerprint=meta["fingerprint"],
     )
 
@@ -158,9 +167,11 @@ def is_complete(folder: Path) -> bool:
     """Whether a cache folder holds all that its meta.json says; a truncated one is decoded anew."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        shapes = [("eval.bin", meta["eval_shape"])] + [("train.bin", s) for s in [meta["train_shape"]] if s]
-        return all((folder / name).stat().st_size == np.prod(shape) for name, shape in shapes)
-    except (OSError, ValueError, KeyError):
+        n_bytes = {"eval.bin": math.prod(meta["eval_shape"]), "sizes.bin": 2 * 8 * meta["eval_shape"][0]}
+        if meta["train_shape"]:
+            n_bytes["train.bin"] = math.prod(meta["train_shape"])
+        return "fingerprint" in meta and all((folder / name).stat().st_size == n for name, n in n_bytes.items())
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -179,7 +190,7 @@ def decode_all(
     label: str,
     quiet: bool,
 ) -> None:
-    """Write eval.bin, train.bin (if asked for), sizes.npy and meta.json of all images into `folder`."""
+    """Write eval.bin, train.bin (if asked for), sizes.bin and meta.json of all images into `folder`."""
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         sizes = [size for chunk in chunks(paths) for size in pool.map(header_size, chunk)]
         native = len(set(sizes)) == 1 and sizes[0][0] * sizes[0][1] <= MAX_NATIVE_PIXELS
@@ -205,7 +216,7 @@ def decode_all(
                     eval_file.write(view)
                     train_file.write(kept)
                     bar.update()
-    np.save(folder / "sizes.npy", np.array(sizes, dtype=np.int64))
+    np.array(sizes, dtype=np.int64).tofile(folder / "sizes.bin")
     meta = {
         "eval_shape": [len(paths), 3, img_size, img_size],
         "train_shape": [len(paths), 3, *stored] if with_train else None,

@@ -64,14 +64,15 @@ def draw_crops(sizes: Tensor, scale: tuple[float, float], ratio: tuple[float, fl
 def resize_weights(start: Tensor, length: Tensor, n_in: int, n_out: int) -> Tensor:
     """PIL's bilinear (triangle, antialiased) filter from pixels [start, start + length) to n_out: (b, n_out, n_in).
 
-    start and length (b,), in pixels of the source axis; rows sum to 1 and are zero outside the box.
+    start and length (b,), in pixels of the source axis, not always whole; rows sum to 1 and are zero on the pixels
+    that lie outside the box.
     """
     scale = (length / n_out).view(-1, 1, 1)
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     centre = start + (torch.arange(n_out, device=start.device).view(1, -1, 1) + 0.5) * scale
     pixel = torch.arange(n_in, device=start.device).view(1, 1, -1) + 0.5
     weight = (1.0 - (pixel - centre).abs() / scale.clamp_min(1.0)).clamp_min(0.0)
-    weight = weight * ((pixel > start) & (pixel < start + length))
+    weight = weight * ((pixel + 0.5 > start) & (pixel - 0.5 < start + length))
     return weight / weight.sum(-1, keepdim=True).clamp_min(1e-8)
 
 
@@ -82,7 +83,7 @@ def resized_crop(images: Tensor, boxes: Tensor, img_size: int) -> Tensor:
     columns = resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], img_size)
     # Columns first, all channels and rows of an image in one matrix product.
     b, c, height, width = images.shape
-    narrow = torch.bmm(images.float().view(b, c * height, width), columns.transpose(1, 2))
+    narrow = torch.bmm(images.float().reshape(b, c * height, width), columns.transpose(1, 2))
     return torch.matmul(rows.unsqueeze(1), narrow.view(b, c, height, img_size))
 
 

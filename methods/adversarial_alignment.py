@@ -117,11 +117,11 @@ def adversarial_alignment_step(
 ) -> float:
     """Update (1) of Algorithm 2: n_critic steps of the critic, then one of the backbone against it.
 
-    x_support (n_way * n_shot, 3, h, w), x_related (n, 3, h, w) and their labels. The backbone is in train mode and
-    sees the related and the support images in two forward passes, so that each has its own batch statistics.
+    x_support (n_way * n_shot, 3, h, w), x_related (n, 3, h, w) and their labels. The backbone, which the caller
+    has put in train mode, sees the related and the support images in two forward passes, so that each has its own
+    batch statistics.
     Returns the critic's estimate that the backbone's step lowers.
     """
-    backbone.train()
     with precision.autocast():
         z_related, z_support = backbone(x_related), backbone(x_support)
     has_related = torch.isin(y_support, y_related)

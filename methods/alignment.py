@@ -1,12 +1,14 @@
-"""Stage 3: align one novel episode with its related base samples (Algorithm 1 of the paper).
+"""Stage 3: align one novel episode with its related base samples (Algorithms 1 and 2 of the paper).
 
 Per episode: fit the head on frozen support features; find the related base samples with it; then alternate three
 updates, each with an Adam of its own:
-(1) the backbone, in train mode, on the alignment loss between related and support samples;
+(1) the backbone, in train mode, on the alignment loss between related and support samples, centroid (Algorithm 1) or
+    adversarial (Algorithm 2);
 (2) the head, on related samples that the backbone embeds in eval mode, with the optimiser that fitted the head,
     moments included;
 (3) backbone and head, in train mode, on the support.
-The backbone starts each episode from the checkpoint's weights, kept in memory.
+The backbone starts each episode from the checkpoint's weights, kept in memory. `naive` is the ablation without (1);
+`none` stops at the fitted head.
 """
 
 from dataclasses import dataclass
@@ -18,18 +20,24 @@ from data.episodes import class_major_labels
 from data.generators import make_generator
 from data.related_base import RelatedBase, find_related_base
 from data.transforms import normalise
+from methods.adversarial_alignment import adversarial_alignment_step
 from methods.centroid_alignment import centroid_alignment_step
-from methods.engine import Precision
+from methods.engine import Precision, seeded
 from methods.evaluation import score_queries
 from methods.novel_finetune import fit_heads
 from models import build_head
+from models.critic import Critic
 from models.heads import Head
+
+# The critic meets features that move with every step: a short memory of its gradients.
+CRITIC_BETAS = (0.5, 0.9)
 
 
 @dataclass(frozen=True)
 class AlignmentSetting:
     """The numbers of one episode of stage 3; each is explained at the flag of the same name."""
 
+    alignment: str
     method: str
     ft_s: float
     ft_m: float
@@ -38,17 +46,28 @@ class AlignmentSetting:
     align_s: float
     align_m: float
     align_iters: int
-    lr: float
+    align_lr: float
+    related_lr: float
+    support_lr: float
+    align_bn: str
     n_B: int
     aug_size: int
     related_score: str
+    record_curve: int
+    critic_hidden: int
+    critic_steps: int
+    critic_lr: float
+    critic_constraint: str
+    critic_clip: float
+    critic_gp_weight: float
 
 
 @dataclass(frozen=True)
 class AlignedEpisode:
     """What one episode gave: the share of right queries a class (n_way,), by fine-tuning and after alignment.
 
-    n_drawn: related samples a novel class in an iteration; losses: those of the three updates, a row an iteration.
+    n_drawn: related samples a novel class in an iteration; losses: those of the three updates, a row an iteration;
+    curve: the same share as `aligned`, after every record_curve iterations.
     """
 
     finetuned: Tensor
@@ -56,6 +75,7 @@ class AlignedEpisode:
     related: RelatedBase
     n_drawn: int
     losses: list[tuple[float, float, float]]
+    curve: list[Tensor]
 
 
 def draw_related(samples: list[Tensor], aug_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -100,8 +120,7 @@ def train_on_support(
     y_support: Tensor,
     precision: Precision,
 ) -> float:
-    """Update (3): one step of backbone and head on the support, the backbone in train mode."""
-    backbone.train()
+    """Update (3): one step of backbone and head on the support, the backbone in the mode it is in."""
     with precision.autocast():
         z_support = backbone(x_support)
     loss = head.loss(head(z_support), y_support)
@@ -166,24 +185,52 @@ def align_episode(
         )
 
     head.rescale(setting.align_s, setting.align_m)
-    backbone_optimizer = torch.optim.Adam(backbone.parameters(), lr=setting.lr)
-    joint_optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=setting.lr)
+    for group in head_optimizer.param_groups:
+        group["lr"] = setting.related_lr
+    backbone_optimizer = torch.optim.Adam(backbone.parameters(), lr=setting.align_lr)
+    joint_optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=setting.support_lr)
+    critic_generator = make_generator(seed, "critic", episode)
+    critic = Critic(z_novel.shape[1], n_way, setting.critic_hidden, generator=critic_generator).to(device)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=setting.critic_lr, betas=CRITIC_BETAS)
     x_support = network_input(novel_images, support, device)
+    x_query = network_input(novel_images, query, device)
     generator = make_generator(seed, "related draws", episode)
     n_drawn = drawn_per_class(related.samples, setting.aug_size)
-    losses = []
-    for _ in range(setting.align_iters):
-        align_loss = related_loss = float("nan")
-        if n_drawn:
-            picks, y_related = draw_related(related.samples, setting.aug_size, generator)
-            x_related, y_related = network_input(base_images, picks, device), y_related.to(device)
-            align_loss = centroid_alignment_step(
-                backbone, backbone_optimizer, x_support, x_related, y_related, n_way, precision
-            )
-            related_loss = train_head_on_related(backbone, head, head_optimizer, x_related, y_related, precision)
-        support_loss = train_on_support(backbone, head, joint_optimizer, x_support, y_support, precision)
-        losses.append((align_loss, related_loss, support_loss))
+    losses, curve = [], []
+    with seeded(seed, "dropout", episode):
+        for iteration in range(0 if setting.alignment == "none" else setting.align_iters):
+            align_loss = related_loss = float("nan")
+            if n_drawn:
+                picks, y_related = draw_related(related.samples, setting.aug_size, generator)
+                x_related, y_related = network_input(base_images, picks, device), y_related.to(device)
+                backbone.train(setting.align_bn == "train")
+                if setting.alignment == "centroid":
+                    align_loss = centroid_alignment_step(
+                        backbone, backbone_optimizer, x_support, x_related, y_related, n_way, precision
+                    )
+                elif setting.alignment == "adversarial":
+                    align_loss = adversarial_alignment_step(
+                        backbone,
+                        backbone_optimizer,
+                        critic,
+                        critic_optimizer,
+                        x_support,
+                        y_support,
+                        x_related,
+                        y_related,
+                        setting.critic_steps,
+                        setting.critic_constraint,
+                        setting.critic_clip,
+                        setting.critic_gp_weight,
+                        critic_generator,
+                        precision,
+                    )
+                related_loss = train_head_on_related(backbone, head, head_optimizer, x_related, y_related, precision)
+            backbone.train(setting.align_bn == "train")
+            support_loss = train_on_support(backbone, head, joint_optimizer, x_support, y_support, precision)
+            losses.append((align_loss, related_loss, support_loss))
+            if setting.record_curve and (iteration + 1) % setting.record_curve == 0:
+                curve.append(score_queries(predict_queries(backbone, head, x_query, precision), n_way).cpu())
 
-    x_query = network_input(novel_images, query, device)
-    aligned = score_queries(predict_queries(backbone, head, x_query, precision), n_way)
-    return AlignedEpisode(finetuned.cpu(), aligned.cpu(), related, n_drawn, losses)
+    aligned = score_queries(predict_queries(backbone, head, x_query, precision), n_way) if losses else finetuned
+    return AlignedEpisode(finetuned.cpu(), aligned.cpu(), related, n_drawn, losses, curve)

@@ -4,11 +4,28 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.errors import UserError
 from data.generators import make_generator
 from data.transforms import Augmentation, augment, normalise
-from methods.engine import Precision
+from methods.engine import Precision, check_finite, seeded
 from models.heads import Head
+
+
+def training_input(
+    images: Tensor,
+    sizes: Tensor,
+    index: Tensor,
+    img_size: int,
+    augmentation: Augmentation | None,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """The uint8 images (N, 3, H, W) at `index` (b,), augmented if asked: channels-last input (b, 3, s, s).
+
+    sizes (N, 2): their original (height, width). With no augmentation the images must be of img_size.
+    """
+    batch = images[index.to(images.device)].to(device)
+    x = augment(batch, sizes[index], img_size, augmentation, generator) if augmentation else normalise(batch)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def train_one_epoch(
@@ -29,8 +46,8 @@ def train_one_epoch(
 ) -> tuple[float, float]:
     """One shuffled pass over the base images, the last batch kept; returns the mean loss and accuracy in 0..1.
 
-    images (N, 3, H, W) uint8, sizes (N, 2), labels (N,). With no augmentation the images must be of img_size. The
-    order and the augmentation depend on (seed, epoch) alone. Raises UserError when the loss is no longer finite.
+    images (N, 3, H, W) uint8, sizes (N, 2) and img_size as in training_input, labels (N,). The order, the
+    augmentation and dropout depend on (seed, epoch) alone. Raises UserError when the loss is no longer finite.
     """
     backbone.train()
     generator = make_generator(seed, "base training", epoch)
@@ -38,20 +55,13 @@ def train_one_epoch(
     loss_sum, right = 0.0, 0
     bar = tqdm(order.split(batch_size), desc=f"epoch {epoch}", unit="batch", leave=False, disable=quiet)
     for step, index in enumerate(bar):
-        batch = images[index.to(images.device)].to(device)
-        if augmentation:
-            x = augment(batch, sizes[index], img_size, augmentation, generator)
-        else:
-            x = normalise(batch)
+        x = training_input(images, sizes, index, img_size, augmentation, generator, device)
         y = labels[index].to(device)
-        with precision.autocast():
-            z = backbone(x.contiguous(memory_format=torch.channels_last))
+        with precision.autocast(), seeded(seed, "dropout", epoch, step):
+            z = backbone(x)
         scores = head(z)
         loss = head.loss(scores, y)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss.item()} at epoch {epoch}, batch {step}: lower --lr, or use --precision fp32"
-            )
+        check_finite(loss, f"epoch {epoch}, batch {step}")
         optimizer.zero_grad()
         precision.backward_and_step(loss, optimizer)
         loss_sum += loss.item() * len(y)

@@ -34,11 +34,10 @@ def centroid_alignment_step(
 ) -> float:
     """Update (1) of Algorithm 1: one optimiser step of the backbone on the centroid alignment loss.
 
-    x_support (n_way * n_shot, 3, h, w) class-major, x_related (n, 3, h, w), y_related (n,). The backbone is in train
-    mode and sees the related and the support images in two forward passes, so that each has its own batch
-    statistics. Returns the loss before the step.
+    x_support (n_way * n_shot, 3, h, w) class-major, x_related (n, 3, h, w), y_related (n,). The backbone, which the
+    caller has put in train mode, sees the related and the support images in two forward passes, so that each has
+    its own batch statistics. Returns the loss before the step.
     """
-    backbone.train()
     with precision.autocast():
         z_related, z_support = backbone(x_related), backbone(x_support)
     loss = centroid_alignment_loss(z_support.unflatten(0, (n_way, -1)), z_related, y_related)

@@ -4,7 +4,7 @@ A checkpoint describes itself: backbone and head can be rebuilt from it alone. I
 """
 
 import os
-import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
+from data.files import atomic_file
 from methods.engine import plain, seeded
-from models import build_backbone
+from models import Backbone, build_backbone
 
 FORMAT = "associative-alignment/1"
 
@@ -38,8 +39,8 @@ class Checkpoint:
 
 
 def best_model_path(folder: Path, n_way: int, n_shot: int, dataset: str, method: str, backbone: str) -> Path:
-    """The published file name of a best model."""
-    return folder / f"{n_way}way_{n_shot}shot_{dataset}_{method}_{backbone}_bestModel.tar"
+    """The published file name of a best model; a dash for the colon of torchvision:NAME, which not all systems take."""
+    return folder / f"{n_way}way_{n_shot}shot_{dataset}_{method}_{backbone.replace(':', '-')}_bestModel.tar"
 
 
 def save_atomically(path: Path, content: dict[str, Any] | Tensor) -> None:
@@ -47,17 +48,10 @@ def save_atomically(path: Path, content: dict[str, Any] | Tensor) -> None:
 
     Raises UserError when it cannot be written; the file that was there before is then intact.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error}): free some space or give another folder") from error
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -69,6 +63,16 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     save_atomically(path, content)
 
 
+def load_tensors(path: Path, device: torch.device | str) -> Any:
+    """The content of a file of save_atomically, on `device`, running nothing of it.
+
+    A damaged file makes the unpickler raise nearly any exception, and so may this function.
+    """
+    if not zipfile.is_zipfile(path):  # torch.load would take it for a bare pickle, which nothing here writes
+        raise ValueError("it is no file of torch.save, or only the beginning of one")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of ours, running nothing of it. Raises UserError when it is missing or is not one."""
     if not path.is_file():
@@ -77,30 +81,34 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"--backbone, --n_shot and --test_n_way, or name one with --init_from"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        content = load_tensors(path, "cpu")
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"it has no format {FORMAT!r}")
+        return Checkpoint(**content)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"{path} is not a checkpoint of this project, or is damaged ({str(error).splitlines()[0][:120]}): "
-            f"train one with transferLearning.py"
+            f"{path} is not a checkpoint of this project, or is damaged ({reason}): train one with transferLearning.py"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is not a checkpoint of this project (no format {FORMAT!r}): train one with transferLearning.py"
-        )
-    return Checkpoint(**content)
 
 
-def create_backbone(name: str, img_size: int, seed: int) -> nn.Module:
-    """A new backbone, its initial weights drawn from `seed`. Raises UserError when the image size is too small."""
+def create_backbone(name: str, img_size: int, seed: int, relation: bool = False, weights: str = "none") -> Backbone:
+    """A new backbone (see build_backbone), its initial weights drawn from `seed` where none are given.
+
+    Raises UserError when the image size is too small, the weights cannot be had or torchvision has no such model.
+    """
     try:
         with seeded(seed, "backbone"):
-            return build_backbone(name, img_size)
+            return build_backbone(name, img_size, relation, weights)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def load_backbone(path: Path, backbone: str, img_size: int) -> tuple[nn.Module, Checkpoint]:
-    """The backbone of a checkpoint. Raises UserError when it is not of the name and image size asked for."""
+def load_backbone(path: Path, backbone: str, img_size: int, relation: bool = False) -> tuple[Backbone, Checkpoint]:
+    """The backbone of a checkpoint. Raises UserError when it is not of the name and image size asked for.
+
+    `relation` makes a Conv4 the one of RelationNet, whose parameters are the same: a checkpoint of either is taken.
+    """
     checkpoint = load_checkpoint(path)
     found = {"backbone": checkpoint.backbone, "img_size": checkpoint.img_size}
     for flag, asked in (("backbone", backbone), ("img_size", img_size)):
@@ -109,15 +117,35 @@ def load_backbone(path: Path, backbone: str, img_size: int) -> tuple[nn.Module, 
                 f"checkpoint {path} has {flag} {found[flag]}, not {asked}: "
                 f"give --{flag} {found[flag]} or another checkpoint"
             )
-    net = create_backbone(backbone, img_size, seed=0)
+    net = create_backbone(backbone, img_size, seed=0, relation=relation)
     load_state(net, checkpoint.backbone_state, path)
     return net, checkpoint
+
+
+def initial_backbone(
+    init_from: Path | None,
+    name: str,
+    img_size: int,
+    seed: int,
+    device: torch.device,
+    relation: bool = False,
+    weights: str = "none",
+) -> tuple[Backbone, Checkpoint | None]:
+    """What training starts from: the backbone of a checkpoint, if one is named, or a new one; on `device`.
+
+    Arguments and errors are those of load_backbone and create_backbone.
+    """
+    if init_from:
+        net, checkpoint = load_backbone(init_from, name, img_size, relation)
+    else:
+        net, checkpoint = create_backbone(name, img_size, seed, relation, weights), None
+    return net.to(device).to(memory_format=torch.channels_last), checkpoint
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load a state dict, with one clear line (UserError) when its names or shapes are not the module's."""
     try:
         module.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights of {path} do not fit {type(module).__name__} ({reason})") from error

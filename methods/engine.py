@@ -20,6 +20,7 @@ import torchvision
 from torch import Tensor, nn
 
 from data.errors import UserError
+from data.files import atomic_file
 from data.generators import make_generator
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -86,6 +87,12 @@ class Precision:
         self.scaler.update()
 
 
+def check_finite(loss: Tensor, where: str) -> None:
+    """Raise UserError, saying where, when a loss is no longer finite."""
+    if not torch.isfinite(loss):
+        raise UserError(f"the loss became {loss.item()} at {where}: lower --lr, or use --precision fp32")
+
+
 def on_device(images: Tensor, device: torch.device) -> Tensor:
     """uint8 images moved to a GPU for good when they take less than half its free memory; else left mapped."""
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
@@ -148,20 +155,18 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a JSON file atomically. Raises UserError when the folder cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(plain(record), indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}): give another folder or free some space") from error
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one line to a metrics file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(plain(record)) + "\n")
+    """Append one line to a metrics file. Raises UserError when the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(plain(record)) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): free some space or give another folder") from error
 
 
 def start(device: str, precision: str, no_keep_memory: bool) -> tuple[torch.device, Precision]:
@@ -174,7 +179,10 @@ def start(device: str, precision: str, no_keep_memory: bool) -> tuple[torch.devi
 
 @contextlib.contextmanager
 def seeded(seed: int, *keys: str | int) -> Iterator[None]:
-    """Inside, PyTorch's own initialisers draw from (seed, keys); outside, the global generator is as it was."""
+    """Inside, PyTorch's own initialisers and dropout draw from (seed, keys); outside, the generator is as it was.
+
+    That generator is the CPU's; those of other devices, from which nothing here draws outside, stay seeded.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.set_state(make_generator(seed, *keys).get_state())
+        torch.manual_seed(make_generator(seed, *keys).initial_seed())
         yield

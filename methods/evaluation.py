@@ -3,22 +3,21 @@
 import contextlib
 import hashlib
 import math
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from data.benchmarks import Split
 from data.episodes import Episodes, class_major_labels
 from data.generators import make_generator
 from data.transforms import normalise
-from methods.checkpoints import save_atomically
+from methods.checkpoints import load_tensors, save_atomically
 from methods.engine import Precision
 from methods.novel_finetune import fit_heads
-from models import build_head
+from models import Backbone, build_head
 
 # Heads fitted together: their weights and features should stay in a core's cache.
 HEAD_CHUNK = 16
@@ -45,37 +44,40 @@ def mean_and_ci95(values: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def embed(
-    backbone: nn.Module,
+    backbone: Backbone,
     images: Tensor,
     device: torch.device,
     precision: Precision,
     batch_size: int = 256,
     bar: str = "",
+    maps: bool = False,
 ) -> Tensor:
     """Features of uint8 images (N, 3, s, s) by the backbone in eval mode: (N, d) float32 on `device`.
 
-    `bar` names a progress bar; empty shows none.
+    `bar` names a progress bar; empty shows none. With `maps` the result is the feature maps, (N, c, h, w).
     """
     backbone.eval()
+    network = backbone.feature_map if maps else backbone
     features = []
     for start in tqdm(range(0, len(images), batch_size), desc=bar, disable=not bar, unit="batch"):
         x = normalise(images[start : start + batch_size].to(device))
         with precision.autocast():
-            features.append(backbone(x.contiguous(memory_format=torch.channels_last)).float())
+            features.append(network(x.contiguous(memory_format=torch.channels_last)).float())
     return torch.cat(features)
 
 
 def cached_features(
-    backbone: nn.Module, split: Split, cache_dir: Path, device: torch.device, precision: Precision, quiet: bool = False
+    backbone: Backbone, split: Split, cache_dir: Path, device: torch.device, precision: Precision, quiet: bool = False
 ) -> Tensor:
     """Features of a whole split (N, d), from cache_dir when these weights have embedded these images before."""
-    digest = hashlib.sha256(f"{split.fingerprint} {tuple(split.images.shape)} {precision.name} {device.type}".encode())
+    made_from = (split.fingerprint, tuple(split.images.shape), backbone.feature_dim, precision.name, device.type)
+    digest = hashlib.sha256(str(made_from).encode())
     for name, value in backbone.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     path = cache_dir / f"features_{split.benchmark}_{split.split}_{digest.hexdigest()[:16]}.pt"
     if path.is_file():
-        with contextlib.suppress(RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # damaged: embed anew
-            return torch.load(path, map_location=device, weights_only=True)
+        with contextlib.suppress(Exception):  # damaged: embed anew
+            return load_tensors(path, device)
     features = embed(backbone, split.images, device, precision, bar="" if quiet else f"embed {split.split}")
     save_atomically(path, features.cpu())
     return features

@@ -73,8 +73,6 @@ def load_weights(net: nn.Module, name: str, path: str) -> None:
         )
     own.update(fits)
     net.load_state_dict(own)
-    if hasattr(net, "transform_input"):  # GoogLeNet's and Inception's weights expect inputs in [-1, 1]
-        net.transform_input = True  # type: ignore[assignment]
 
 
 def take_blocks(net: nn.Module) -> list[nn.Module]:
@@ -115,6 +113,9 @@ class TorchvisionBackbone(nn.Module):
             net = pretrained_network(name)
         else:
             net = torchvision.models.get_model(name, weights=None)
+        if hasattr(net, "transform_input"):
+            # GoogLeNet's and Inception's weights expect inputs in [-1, 1], also when a checkpoint brings them.
+            net.transform_input = True  # type: ignore[assignment]
         remove_classifier(net)
         if weights not in ("DEFAULT", "none"):
             load_weights(net, name, weights)

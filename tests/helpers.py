@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.benchmarks import Split
 from methods.engine import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,25 @@ def make_benchmark(root: Path, n_class=(6, 6, 6), n_images=8, side=20, seed=0) -
                 pixels = colour + stripes[:, None, None] + rng.normal(0, 20, (side, side, 3))
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
     return root
+
+
+def make_split(counts=(8,) * 6, side=16, seed=0, split="novel") -> Split:
+    """A split in memory: `counts` images of each class, every image a pattern of its class's own plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    pattern = torch.randint(40, 216, (len(counts), 3, side, side), generator=generator)
+    noise = torch.randint(-40, 40, (len(labels), 3, side, side), generator=generator)
+    return Split(
+        benchmark="toy",
+        split=split,
+        class_names=[f"class{c}" for c in range(len(counts))],
+        image_names=[f"class{label}/{i}.png" for i, label in enumerate(labels.tolist())],
+        labels=labels,
+        images=(pattern[labels] + noise).to(torch.uint8),
+        train_images=None,
+        train_sizes=torch.full((len(labels), 2), side),
+        fingerprint=f"toy{seed}",
+    )
 
 
 def run(script: str, *flags: object, check: bool = True) -> subprocess.CompletedProcess:

@@ -237,7 +237,7 @@ def test_step_is_n_critic_steps_on_fixed_features_then_one_of_the_backbone():
         critic_step(twin.critic, twin.critic_optimizer, *data, "clip", 0.1, 10.0, twin.generator)
     expected = adversarial_alignment_loss(twin.critic, *data).item()
     before = copy.deepcopy(toy.backbone.state_dict())
-    toy.backbone.eval()
+    toy.backbone.train()
     assert toy.step(n_critic=3) == pytest.approx(expected)
     assert all(torch.equal(a, b) for a, b in zip(toy.critic.parameters(), twin.critic.parameters(), strict=True))
     assert not torch.equal(toy.backbone[1].weight, before["1.weight"])

@@ -1,10 +1,12 @@
 """Related base detection, the centroid loss and Algorithm 1 against the published numbers."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from args_parser import args_parser
 from data.episodes import class_major_labels
 from data.related_base import choose_related_base, find_related_base
 from data.transforms import normalise
@@ -121,11 +123,10 @@ def test_two_iterations_of_algorithm_1_follow_the_published_trace():
     for i, picks in enumerate(g["picks"]):
         x_related = torch.cat([g["x_related"][w, picks[w]] for w in range(5)]).float()
         y_related = class_major_labels(5, picks.shape[1])
-        losses = [
-            centroid_alignment_step(net, backbone_optimizer, x_support, x_related, y_related, 5, FP32),
-            train_head_on_related(net, head, head_optimizer, x_related, y_related, FP32),
-            train_on_support(net, head, joint_optimizer, x_support, y_support, FP32),
-        ]
+        align_loss = centroid_alignment_step(net.train(), backbone_optimizer, x_support, x_related, y_related, 5, FP32)
+        related_loss = train_head_on_related(net, head, head_optimizer, x_related, y_related, FP32)
+        support_loss = train_on_support(net.train(), head, joint_optimizer, x_support, y_support, FP32)
+        losses = [align_loss, related_loss, support_loss]
         torch.testing.assert_close(torch.tensor(losses), g["losses"][i], **many_steps)
         torch.testing.assert_close(head.weight.data, g[f"iter{i + 1}.clf"], **many_steps)
         published = published_weights(g, f"iter{i + 1}.net.")
@@ -159,7 +160,8 @@ def tiny_episode_run(n_base_class: int = 6):
         "z_base": embed(net, base_images, cpu, FP32),
         "base_members": list(torch.arange(n_base_class * 10).view(n_base_class, 10)),
     }
-    setting = AlignmentSetting("arcMax", 5.0, 0.001, 30, 1e-3, 15.0, 0.001, 3, 1e-3, 2, 4, "vote")
+    args = args_parser("alignment", "--ft_n_epoch 30 --align_iters 3 --n_B 2 --aug_size 4 --critic_hidden 16".split())
+    setting = AlignmentSetting(**{f.name: getattr(args, f.name) for f in dataclasses.fields(AlignmentSetting)})
     index = torch.randperm(30, generator=g)[:15].view(3, 5)
     initial = {name: value.clone() for name, value in net.state_dict().items()}
 

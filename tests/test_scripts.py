@@ -52,7 +52,7 @@ def test_stage_1_keeps_the_best_model_and_writes_a_full_result(trained):
     assert [row["epoch"] for row in rows] == [0, 1]
     best = max(rows, key=lambda row: row["val_accuracy"])
     assert checkpoint.epoch == best["epoch"] and checkpoint.val_accuracy == pytest.approx(best["val_accuracy"])
-    record = result(trained, "transferLearning_3way_2shot_tiny_arcMax_Conv4_bestModel")
+    record = result(trained, "transferLearning_3way_2shot_tiny_arcMax_Conv4")
     assert record["n_episodes"] == len(record["accuracy_per_episode"]) == 6
     assert record["accuracy"] == pytest.approx(sum(record["accuracy_per_episode"]) / 6, abs=0.01)
     for key in ("command", "seed", "commit", "dataset_fingerprint", "accuracy_per_class", "versions", "config", "ci95"):
@@ -80,6 +80,26 @@ def test_the_other_heads_run_through_both_stages(workspace, method):
     for script, flags in (("transferLearning", TRAIN), ("associative_alignment", ALIGN)):
         outcome = call(script, *flags, *folders(workspace), "--method", method)
         assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.parametrize("flags", [["naive"], ["adversarial"], ["adversarial", "--critic_constraint", "gp"]])
+def test_every_kind_of_alignment_changes_the_backbone_and_records_its_curve(trained, tmp_path, flags):
+    curve = ["--record_curve", 1, "--lr", 0.01, "--align_iters", 4, "--results_dir", tmp_path]
+    outcome = call("associative_alignment", *ALIGN, *folders(trained), *curve, "--alignment", *flags)
+    assert outcome.status == 0, outcome.err
+    record = json.loads(next((tmp_path / "tables").glob(f"*_{flags[0]}.json")).read_text())
+    assert [row["iteration"] for row in record["curve"]] == [0, 1, 2, 3, 4]
+    assert record["curve"][0]["accuracy"] == pytest.approx(record["fine_tuning"]["accuracy"], abs=0.01)
+    assert record["curve"][-1]["accuracy"] == pytest.approx(record["accuracy"], abs=0.01)
+    assert record["curve"][-1]["gain"] == pytest.approx(record["difference"]["accuracy"], abs=0.01)
+
+
+def test_without_alignment_the_result_is_fine_tuning(trained, tmp_path):
+    flags = ["--alignment", "none", "--test_split", "val", "--results_dir", tmp_path]
+    assert call("associative_alignment", *ALIGN, *folders(trained), *flags).status == 0
+    record = json.loads(next((tmp_path / "tables").glob("*_none.json")).read_text())
+    assert record["accuracy_per_episode"] == record["fine_tuning"]["accuracy_per_episode"]
+    assert set(record["accuracy_per_class"]) <= {f"class{c:02d}" for c in range(6, 12)}  # the val classes
 
 
 @pytest.mark.parametrize("n_way", [2, 6])
@@ -113,9 +133,7 @@ def test_another_seed_gives_other_episodes_unless_a_file_fixes_them(trained, tmp
         every = [*TINY, "--n_episodes", 6, *folders(trained), "--results_dir", tmp_path / results, *init, *flags]
         outcome = call("transferLearning", *every)
         assert outcome.status == 0, outcome.err
-        return result(tmp_path, "transferLearning_3way_2shot_tiny_arcMax_Conv4_bestModel", results)[
-            "accuracy_per_class"
-        ]
+        return result(tmp_path, "transferLearning_3way_2shot_tiny_arcMax_Conv4", results)["accuracy_per_class"]
 
     file = ["--episodes_file", tmp_path / "episodes.json"]
     written = accuracies("a", *file, "--seed", 1)
@@ -245,3 +263,16 @@ def test_the_readme_names_every_script():
     readme = (ROOT / "README.md").read_text()
     for name in ("transferLearning.py", "associative_alignment.py", "args_parser.py", "make demo", "make test"):
         assert name in readme
+
+
+def test_a_model_of_one_benchmark_is_tested_and_aligned_on_the_novel_classes_of_another(workspace):
+    make_benchmark(workspace / "benchmarks" / "other", seed=1)
+    cross = ["--novel_dataset", "other", *folders(workspace)]
+    init = ["--n_epoch", 0, "--init_from", workspace / "results" / "models" / CHECKPOINT]
+    for script, flags in (("transferLearning", [*TRAIN, *init]), ("associative_alignment", ALIGN)):
+        outcome = call(script, *flags, *cross)
+        assert outcome.status == 0, outcome.err
+    record = result(workspace, "associative_alignment_3way_2shot_tiny_arcMax_Conv4_centroid_to_other")
+    assert (record["dataset"], record["novel_dataset"]) == ("tiny", "other")
+    within = result(workspace, "transferLearning_3way_2shot_tiny_arcMax_Conv4")
+    assert record["dataset_fingerprint"] != within["dataset_fingerprint"]

@@ -1,0 +1,63 @@
+"""A folder and a tar archive, read alike: the names of the files, and a function that opens one of them."""
+
+from __future__ import annotations
+
+import lzma
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from data.errors import UserError
+
+
+@dataclass(frozen=True)
+class FileTree:
+    """The files below a folder or in an archive; names have forward slashes, an archive's are in its own order."""
+
+    path: Path
+    names: list[str]
+    open: Callable[[str], IO[bytes]]
+
+    def read(self, name: str) -> bytes:
+        """The contents of one file. Raises UserError where the archive is truncated or damaged."""
+        with _archive_errors(self.path), self.open(name) as file:
+            return file.read()
+
+
+@contextmanager
+def open_tree(path: Path, file: IO[bytes] | None = None) -> Iterator[FileTree]:
+    """The files of the folder `path`, or of the tar archive `path` (compressed or not; open already as `file`).
+
+    Nothing is unpacked: members of an archive are only read, so its paths and links cannot lead anywhere.
+    Raises UserError when `path` is neither a folder nor a whole tar archive.
+    """
+    if file is None and path.is_dir():
+        names = sorted(found.relative_to(path).as_posix() for found in path.rglob("*") if found.is_file())
+        yield FileTree(path, names, lambda name: (path / name).open("rb"))
+        return
+    with _archive_errors(path):
+        archive = tarfile.open(path, fileobj=file)
+    with archive:
+        with _archive_errors(path):
+            members = {member.name.removeprefix("./"): member for member in archive.getmembers() if member.isreg()}
+
+        def open_member(name: str) -> IO[bytes]:
+            opened = archive.extractfile(members[name]) if name in members else None
+            if opened is None:
+                raise FileNotFoundError(f"{path} has no {name}")
+            return opened
+
+        yield FileTree(path, list(members), open_member)
+
+
+@contextmanager
+def _archive_errors(path: Path) -> Iterator[None]:
+    """Damage to an archive, as one line."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"'{path}' is truncated or not a tar archive ({error}): get the file again") from None

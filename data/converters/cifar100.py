@@ -1,0 +1,129 @@
+"""FC100 and CIFAR-FS: two ways to split CIFAR-100 (Krizhevsky, Learning Multiple Layers of Features, 2009).
+
+CIFAR-FS (Bertinetto et al., Meta-learning with Differentiable Closed-form Solvers, ICLR 2019) splits the 100 classes;
+FC100 (Oreshkin et al., TADAM, NeurIPS 2018) splits the 20 superclasses, so that novel classes are far from base ones.
+Both take all 600 images of a class, of CIFAR's train and test sets together.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.converters.archives import FileTree, open_tree
+from data.converters.safe_pickle import StoredArray, load_pickle
+from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
+from data.errors import UserError
+
+PER_CLASS = 600
+ARCHIVE = "cifar-100-python.tar.gz"
+FILES = ("train", "test", "meta")
+
+
+@contextmanager
+def convert_cifar100(source: Path | None, split_file: dict[str, Any], download_to: Path) -> Iterator[Conversion]:
+    """CIFAR-100 split by class names, {split: [name]}, or by superclasses, {"coarse_labels": {split: [name]}}.
+
+    `source` is cifar-100-python.tar.gz or the folder in it; None downloads the archive to `download_to`.
+    Raises UserError when the download fails, `source` does not have the layout, or a class of the split is unknown.
+    """
+    # torchvision downloads the archive and checks its md5, but reads it with the standard unpickler, and by md5 only
+    # the one published archive: so the reading, which must also be safe for archives from elsewhere, is ours.
+    with open_tree(source or _download(download_to)) as tree:
+        pickles = {name: _load(tree, name) for name in FILES}
+    fine_names = _entry(pickles, "meta", "fine_label_names", tree.path)
+    coarse_names = _entry(pickles, "meta", "coarse_label_names", tree.path)
+    pixels, fine, coarse = {}, {}, {}
+    for part in ("train", "test"):
+        pixels[part] = _entry(pickles, part, "data", tree.path)
+        fine[part] = np.asarray(_entry(pickles, part, "fine_labels", tree.path))
+        coarse[part] = np.asarray(_entry(pickles, part, "coarse_labels", tree.path))
+        if (
+            not isinstance(pixels[part], StoredArray)
+            or pixels[part].dtype != np.uint8
+            or not pixels[part].shape == (len(fine[part]), 3 * 32 * 32) == (len(coarse[part]), 3 * 32 * 32)
+            or fine[part].max(initial=0) >= len(fine_names)
+            or coarse[part].max(initial=0) >= len(coarse_names)
+        ):
+            raise UserError(f"'{tree.path}': data, fine_labels and coarse_labels of {part} do not belong together")
+
+    coarse_of_fine = {
+        fine_names[i]: coarse_names[j]
+        for part in ("train", "test")
+        for i, j in zip(fine[part], coarse[part], strict=True)
+    }
+    classes, n_classes = _classes_of_splits(split_file, fine_names, coarse_of_fine)
+    unknown = sorted(set().union(*classes.values()) - set(fine_names))
+    if unknown:
+        raise UserError(f"'{tree.path}' has no class {', '.join(unknown)}, which the split names: is it CIFAR-100?")
+
+    split_of_class = {name: split for split in SPLITS for name in classes[split]}
+    chosen = [
+        (part, i, fine_names[label])
+        for part in ("train", "test")
+        for i, label in enumerate(fine[part])
+        if fine_names[label] in split_of_class
+    ]
+    items = (
+        ImageItem(split_of_class[name], name, f"{part}_{i:05d}.png", partial(_image, pixels[part], i))
+        for part, i, name in chosen
+    )
+    counts = {split: dict.fromkeys(classes[split], PER_CLASS) for split in SPLITS}
+    yield Conversion(items, len(chosen), Expected(n_classes, class_counts=counts))
+
+
+def _classes_of_splits(
+    split_file: dict[str, Any], fine_names: list[str], coarse_of_fine: dict[str, str]
+) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """The classes of each split, and how many there should be: a superclass has five."""
+    if "coarse_labels" not in split_file:
+        return split_file, {split: len(split_file[split]) for split in SPLITS}
+    wanted = split_file["coarse_labels"]
+    classes = {split: [name for name in fine_names if coarse_of_fine.get(name) in wanted[split]] for split in SPLITS}
+    return classes, {split: 5 * len(wanted[split]) for split in SPLITS}
+
+
+def _download(folder: Path) -> Path:
+    # Imported here, because it takes seconds and 150 MB, and only a download needs it.
+    from torchvision.datasets import CIFAR100
+    from torchvision.datasets.utils import download_url
+
+    try:
+        download_url(CIFAR100.url, str(folder), ARCHIVE, CIFAR100.tgz_md5)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"CIFAR-100 cannot be downloaded ({error}): get {ARCHIVE} from {CIFAR100.url} and give it as --source"
+        ) from None
+    return folder / ARCHIVE
+
+
+def _load(tree: FileTree, name: str) -> dict[str, Any]:
+    """One of the pickles, which lie side by side in a folder cifar-100-python."""
+    found = [path for path in tree.names if PurePosixPath(path).name == name]
+    if len(found) != 1:
+        raise UserError(f"'{tree.path}' has {len(found)} files '{name}' instead of one: give {ARCHIVE} or its folder")
+    content = load_pickle(io.BytesIO(tree.read(found[0])), f"{tree.path}: {found[0]}")
+    if not isinstance(content, dict):
+        raise UserError(f"'{tree.path}': {found[0]} holds a {type(content).__name__} instead of a dictionary")
+    return content
+
+
+def _entry(pickles: dict[str, dict[str, Any]], part: str, key: str, path: Path) -> Any:
+    if key not in pickles[part]:
+        raise UserError(
+            f"'{path}': {part} has no key '{key}', only {', '.join(map(repr, pickles[part]))}: is it CIFAR-100?"
+        )
+    return pickles[part][key]
+
+
+def _image(pixels: Any, i: int) -> NDArray[np.uint8]:
+    """Image i (32, 32, 3) of an array of rows of red, green and blue planes."""
+    planes: NDArray[np.uint8] = pixels[i].reshape(3, 32, 32)
+    return np.ascontiguousarray(planes.transpose(1, 2, 0))

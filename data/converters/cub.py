@@ -1,0 +1,80 @@
+"""CUB: CUB_200_2011, as its folder or its tgz (Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, 2011).
+
+Classes are split as few-shot papers do since Chen et al. (A Closer Look at Few-shot Classification, 2019): class
+folders sorted by name and counted from 0; even ones are base, every fourth from 1 val, every fourth from 3 novel.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from data.converters.archives import FileTree, open_tree
+from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
+from data.errors import UserError
+
+N_IMAGES = 11788
+N_CLASSES = {"base": 100, "val": 50, "novel": 50}
+SPLIT_OF_REMAINDER = ("base", "val", "base", "novel")  # of a class's position divided by 4
+
+
+@contextmanager
+def convert_cub(source: Path, crop_bbox: bool) -> Iterator[Conversion]:
+    """CUB_200_2011, whole images or (crop_bbox) what is inside their bounding boxes.
+
+    Raises UserError when `source` does not have the layout.
+    """
+    with open_tree(source) as tree:
+        root = _root(tree)
+        paths = _table(tree, root, "images.txt")
+        if any(len(columns) != 1 or columns[0].count("/") != 1 for columns in paths.values()):
+            raise UserError(f"'{source}': {root}images.txt does not list each image as 'number class/file'")
+        boxes = _table(tree, root, "bounding_boxes.txt") if crop_bbox else {}
+        image_of_path = {f"{root}images/{path}": (number, *path.split("/")) for number, (path,) in paths.items()}
+        class_names = sorted({class_name for _, class_name, _ in image_of_path.values()})
+        split_of_class = {name: SPLIT_OF_REMAINDER[i % 4] for i, name in enumerate(class_names)}
+        n_images = Counter(class_name for _, class_name, _ in image_of_path.values())
+
+        def items() -> Iterator[ImageItem]:
+            # In the archive's order: a compressed one is read front to back, once.
+            present = [name for name in tree.names if name in image_of_path]
+            for path in present + sorted(set(image_of_path) - set(present)):
+                number, class_name, file_name = image_of_path[path]
+                box = _corners(boxes, number, source) if crop_bbox else None
+                read = partial(tree.read, path)
+                yield ImageItem(split_of_class[class_name], class_name, file_name, read, box)
+
+        counts = {split: {n: n_images[n] for n in class_names if split_of_class[n] == split} for split in SPLITS}
+        yield Conversion(items(), len(image_of_path), Expected(N_CLASSES, class_counts=counts, total=N_IMAGES))
+
+
+def _root(tree: FileTree) -> str:
+    """What stands before `images.txt` in the names: the source may be the folder, its parent or the archive."""
+    roots = [name.removesuffix("images.txt") for name in tree.names if Path(name).name == "images.txt"]
+    if len(roots) != 1:
+        raise UserError(
+            f"'{tree.path}' has {len(roots)} files images.txt instead of one: "
+            "give the folder CUB_200_2011 or CUB_200_2011.tgz"
+        )
+    return roots[0]
+
+
+def _table(tree: FileTree, root: str, name: str) -> dict[str, list[str]]:
+    """One of the text files: the columns of each line by the image number that begins it."""
+    if f"{root}{name}" not in tree.names:
+        raise UserError(f"'{tree.path}' has no {root}{name}: give the folder CUB_200_2011 or CUB_200_2011.tgz")
+    lines = tree.read(f"{root}{name}").decode().splitlines()
+    rows = [line.split() for line in lines if line.strip()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def _corners(boxes: dict[str, list[str]], number: str, source: Path) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of an image's `x y width height`."""
+    try:
+        x, y, width, height = (float(value) for value in boxes[number])
+    except (KeyError, ValueError):
+        raise UserError(f"'{source}': bounding_boxes.txt has no 'x y width height' for image {number}") from None
+    return x, y, x + width, y + height

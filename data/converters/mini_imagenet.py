@@ -1,0 +1,204 @@
+"""miniImagenet, from any of the forms in which it is shared (Vinyals et al., Matching Networks, NeurIPS 2016).
+
+The 100 classes of 600 images and their split are those of Ravi & Larochelle (Optimization as a Model for Few-shot
+Learning, ICLR 2017). From ILSVRC's own files, the split file tells which images: it gives the position, from 1, of each
+image among the files of its class sorted by their number.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from data.benchmarks import list_json
+from data.converters.archives import FileTree, open_tree
+from data.converters.safe_pickle import StoredArray, load_pickle
+from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
+from data.errors import UserError
+
+PER_CLASS = 600
+TAGS = {"base": "train", "val": "val", "novel": "test"}  # what the shared files call the splits
+WNID = re.compile(r"n\d{8}")
+ILSVRC_IMAGE = re.compile(r"_(\d+)\.jpe?g$", re.IGNORECASE)
+
+SplitPositions = dict[str, dict[str, list[int]]]
+
+
+@contextmanager
+def convert_mini_imagenet(source: Path, positions: SplitPositions, image_root: Path | None) -> Iterator[Conversion]:
+    """miniImagenet from `source`, whose form is recognised; positions is {split: {class: [position in ILSVRC]}}.
+
+    Raises UserError when the form is unknown or the files are not as they should be.
+    """
+    counts = {split: {name: len(wanted) for name, wanted in positions[split].items()} for split in SPLITS}
+    expected = Expected({split: len(counts[split]) for split in SPLITS}, class_counts=counts)
+    n_images = sum(sum(classes.values()) for classes in counts.values())
+    with ExitStack() as stack:
+        if all((source / f"{split}.json").is_file() for split in SPLITS):
+            items = _from_json(source, image_root)
+        elif all((source / f"{tag}.csv").is_file() for tag in TAGS.values()):
+            items = _from_csv(source)
+        elif source.is_dir() and any(path.suffix in (".pkl", ".pickle") for path in source.iterdir()):
+            pickled = {split: _open_pickle(stack, source, split) for split in SPLITS}
+            items = _from_pickles(pickled)
+            found = {split: list(rows_of_class) for split, (_, rows_of_class) in pickled.items()}
+            if not set().union(*found.values()) & set().union(*positions.values()):  # labels without ILSVRC's names
+                counts = {split: dict.fromkeys(names, PER_CLASS) for split, names in found.items()}
+                expected = Expected(expected.n_classes, class_counts=counts)
+        elif source.is_file() or _ilsvrc_train(source):
+            items = _from_ilsvrc(source, positions)
+        else:
+            raise UserError(
+                f"--source '{source}' is none of the forms of miniImagenet: ILSVRC's train folder (n01532829/...) or "
+                "train tar; a folder with train.csv, val.csv, test.csv and images/; with the pickles of train, val and "
+                "test; or with base.json, val.json and novel.json"
+            )
+        yield Conversion(items, n_images, expected)
+
+
+def _from_json(source: Path, image_root: Path | None) -> Iterator[ImageItem]:
+    """The lists base.json, val.json, novel.json, of images anywhere below image_root."""
+    for split in SPLITS:
+        class_names, paths, labels = list_json(source / f"{split}.json", image_root)
+        for path, label in zip(paths, labels, strict=True):
+            yield ImageItem(split, class_names[label], path.name, path.read_bytes)
+
+
+def _from_csv(source: Path) -> Iterator[ImageItem]:
+    """Ravi & Larochelle's train.csv, val.csv, test.csv (filename,label), with all images in images/."""
+    for split, tag in TAGS.items():
+        with (source / f"{tag}.csv").open(newline="") as file:
+            rows = csv.DictReader(file)
+            if rows.fieldnames is None or not {"filename", "label"} <= set(rows.fieldnames):
+                raise UserError(f"'{source / tag}.csv' does not begin with the line 'filename,label'")
+            for row in rows:
+                if not row["filename"] or not row["label"]:
+                    raise UserError(f"'{source / tag}.csv', line {rows.line_num}: expected a file name and a label")
+                image = source / "images" / PurePosixPath(row["filename"]).name
+                yield ImageItem(split, row["label"], image.name, image.read_bytes)
+
+
+def _ilsvrc_train(source: Path) -> Path | None:
+    """The folder below `source` that holds the class folders of ILSVRC's training set, or their tars."""
+    for folder in (source, source / "train", source / "ILSVRC/Data/CLS-LOC/train", source / "Data/CLS-LOC/train"):
+        if folder.is_dir() and any(WNID.fullmatch(path.stem) for path in folder.iterdir()):
+            return folder
+    return None
+
+
+def _from_ilsvrc(source: Path, positions: SplitPositions) -> Iterator[ImageItem]:
+    """The images at the split's positions, from class folders, class tars, or the tar of class tars."""
+    with ExitStack() as stack:
+        whole = stack.enter_context(open_tree(source)) if source.is_file() else None
+        tar_names = {PurePosixPath(name).name: name for name in whole.names} if whole else {}
+        if whole and not any(WNID.fullmatch(PurePosixPath(name).stem) for name in tar_names):
+            raise UserError(f"--source '{source}' is not ILSVRC's train tar, which holds n01440764.tar and 999 others")
+        folder = _ilsvrc_train(source)
+        for split in SPLITS:
+            for wnid, wanted in positions[split].items():
+                with ExitStack() as class_stack:
+                    tar = f"{wnid}.tar"
+                    if whole and tar in tar_names:
+                        file = class_stack.enter_context(whole.open(tar_names[tar]))
+                        tree = class_stack.enter_context(open_tree(source / tar, file))
+                    elif folder and (folder / wnid).is_dir():
+                        tree = class_stack.enter_context(open_tree(folder / wnid))
+                    elif folder and (folder / tar).is_file():
+                        tree = class_stack.enter_context(open_tree(folder / tar))
+                    else:
+                        continue  # the count at the end names the class
+                    yield from _of_positions(tree, split, wnid, wanted)
+
+
+def _of_positions(tree: FileTree, split: str, wnid: str, wanted: list[int]) -> Iterator[ImageItem]:
+    """Images of one class by their positions, from 1, among its files sorted by number."""
+    numbers = {name: int(found[1]) for name in tree.names if (found := ILSVRC_IMAGE.search(name))}
+    names = sorted(numbers, key=numbers.__getitem__)
+    if names and max(wanted) > len(names):
+        raise UserError(
+            f"'{tree.path}' has {len(names)} images, but the split takes its image {max(wanted)}: "
+            "the positions only hold in the whole ILSVRC-2012 training set"
+        )
+    for position in wanted:
+        name = names[position - 1]
+        yield ImageItem(split, wnid, PurePosixPath(name).name, partial(tree.read, name))
+
+
+Pickled = tuple[StoredArray, dict[str, list[int]]]  # images, rows of each class
+
+
+def _open_pickle(stack: ExitStack, source: Path, split: str) -> Pickled:
+    """One split of mini-imagenet-cache-{train,val,test}.pkl, or of Gidaris & Komodakis' and later papers' pickles."""
+    path = _pickle_of(source, TAGS[split])
+    return read_pickled(load_pickle(stack.enter_context(path.open("rb")), str(path)), path, split)
+
+
+def _from_pickles(pickled: dict[str, Pickled]) -> Iterator[ImageItem]:
+    for split, (images, rows_of_class) in pickled.items():
+        for class_name, rows in rows_of_class.items():
+            for row in rows:
+                yield ImageItem(split, class_name, f"{row:05d}.png", partial(images.__getitem__, row))
+
+
+def _pickle_of(source: Path, tag: str) -> Path:
+    """The one pickle of a split: its name ends in the split's; train_phase_val and _test hold other base images."""
+    ending = re.compile(rf"(?<![a-z]){tag}$")
+    found = [
+        path
+        for path in sorted(source.iterdir())
+        if path.suffix in (".pkl", ".pickle")
+        and ending.search(path.stem)
+        and not path.stem.endswith(("train_phase_val", "train_phase_test"))
+    ]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"--source '{source}' must have one pickle whose name ends in '{tag}'; it has {names}")
+    return found[0]
+
+
+def read_pickled(content: Any, path: Path, split: str) -> Pickled:
+    """Images (n, h, w, 3) uint8 and {class name: rows} of the two common shapes of a pickled split.
+
+    {image_data, class_dict: {name: [row]}} or {data | image_data, labels: [label], catname2label: {name: label}}.
+    Raises UserError when keys, types or sizes are others.
+    """
+    keys = set(content) if isinstance(content, dict) else set()
+    images = content.get("image_data", content.get("data")) if keys else None
+    if images is None or not keys & {"class_dict", "labels"}:
+        raise UserError(
+            f"'{path}' has the keys {', '.join(sorted(map(str, keys))) or 'none'}: expected image_data and class_dict, "
+            "or data and labels"
+        )
+    if (
+        not isinstance(images, StoredArray)
+        or images.dtype != np.uint8
+        or len(images.shape) != 4
+        or images.shape[3] != 3
+    ):
+        raise UserError(f"'{path}': its images are not an array (n, height, width, 3) of uint8")
+    try:
+        rows_of_class = _rows_of_class(content, split)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"'{path}' has class_dict or labels of an unknown form ({error})") from None
+    rows = [row for rows in rows_of_class.values() for row in rows]
+    if rows and not 0 <= min(rows) <= max(rows) < len(images):
+        raise UserError(f"'{path}' has {len(images)} images but labels for image {max(rows)}")
+    return images, rows_of_class
+
+
+def _rows_of_class(content: dict[str, Any], split: str) -> dict[str, list[int]]:
+    if "class_dict" in content:
+        return {str(name): [int(row) for row in rows] for name, rows in content["class_dict"].items()}
+    labels = np.asarray(content["labels"])
+    names = {int(label): str(name) for name, label in content.get("catname2label", {}).items()}
+    return {
+        names.get(int(label), f"{split}_{int(label):03d}"): np.flatnonzero(labels == label).tolist()
+        for label in np.unique(labels)
+    }

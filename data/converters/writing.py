@@ -1,0 +1,206 @@
+"""What the converters share: write the images of a benchmark one by one, resume, count, say what is missing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from data.errors import UserError
+from data.files import atomic_file
+from data.image_cache import to_rgb
+
+SPLITS = ("base", "val", "novel")
+SETTINGS = "prepared.json"
+SHOWN = 5  # names in an error line; the rest is counted
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """One image to write: `read` gives an encoded file's bytes, or pixels (h, w, 3) uint8.
+
+    `read` raises FileNotFoundError when the source lacks the image. `box` is (left, top, right, bottom) in pixels.
+    """
+
+    split: str
+    class_name: str
+    file_name: str
+    read: Callable[[], bytes | NDArray[np.uint8]]
+    box: tuple[float, float, float, float] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}/{self.class_name}/{self.file_name}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The published counts: classes and images of a split, images of each class where these are known."""
+
+    n_classes: dict[str, int]
+    n_images: dict[str, int] = field(default_factory=dict)
+    class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    total: int | None = None  # images of all splits together
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a converter hands over: the images, lazily, how many they are (for the bar), and what they should be."""
+
+    items: Iterator[ImageItem]
+    n_items: int
+    expected: Expected
+
+
+def write_benchmark(
+    conversion: Conversion,
+    folder: Path,
+    settings: dict[str, object],
+    img_size: int | None = None,
+    skip_bad: bool = False,
+    allow_incomplete: bool = False,
+) -> dict[str, dict[str, int]]:
+    """Write `folder/{base,val,novel}/<class>/<file>`; returns the number of images of each class of each split.
+
+    Encoded images are copied byte for byte; those that come as pixels, are cropped, or are resized (to
+    img_size x img_size) are written as PNG, losslessly. A first run works in a hidden folder beside `folder` and moves
+    it there when all is well, so an unfinished benchmark is never trained on; the same command continues where an
+    earlier one stopped, and keeps every image that is already there. `settings` tells two preparations apart.
+
+    Raises UserError when `folder` was made otherwise, when images cannot be decoded (unless skip_bad), and when
+    classes or images are missing (unless allow_incomplete).
+    """
+    work = folder if folder.exists() else folder.with_name(f".{folder.name}.partial")
+    _check_settings(work, settings | {"img_size": img_size})
+    unreadable: list[str] = []
+    missing: list[str] = []
+    for item in tqdm(conversion.items, total=conversion.n_items, desc=f"preparing {folder.name}", unit="image"):
+        for part in (item.class_name, item.file_name):
+            if part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
+                raise UserError(f"the source names an image {item.name!r}, which is not a plain class/file name")
+        target = work / item.split / item.class_name / item.file_name
+        try:
+            _write_image(item, target, img_size)
+        except FileNotFoundError:
+            missing.append(item.name)
+        except _UnreadableImageError as error:
+            unreadable.append(f"{item.name} ({error})")
+            tqdm.write(f"unreadable: {unreadable[-1]}")
+    if unreadable and not skip_bad:
+        raise UserError(
+            f"{len(unreadable)} image(s) cannot be read: {_some(unreadable)}; "
+            "repair them, or leave them out with --skip_bad"
+        )
+    counts = count_images(work)
+    problems = count_problems(counts, conversion.expected)
+    if missing:
+        problems.append(f"not in the source: {_some(missing)}")
+    if problems and not allow_incomplete:
+        raise UserError(
+            f"{folder.name} is not complete: {_some(problems)}; run the same command with the missing images in place, "
+            "or accept it as it is with --allow_incomplete"
+        )
+    if work != folder:
+        os.rename(work, folder)
+    return counts
+
+
+def count_images(folder: Path) -> dict[str, dict[str, int]]:
+    """{split: {class: number of images}} of a benchmark's folder."""
+    counts: dict[str, dict[str, int]] = {}
+    for split in SPLITS:
+        classes = sorted((folder / split).iterdir()) if (folder / split).is_dir() else []
+        counts[split] = {
+            path.name: sum(not name.startswith(".") for name in os.listdir(path)) for path in classes if path.is_dir()
+        }
+    return counts
+
+
+def count_problems(counts: dict[str, dict[str, int]], expected: Expected) -> list[str]:
+    """Every difference between the counts and the expected ones, a phrase each."""
+    problems = []
+    for split in SPLITS:
+        found, named = counts[split], expected.class_counts.get(split, {})
+        absent = [name for name in named if name not in found]
+        if len(found) != expected.n_classes[split] or absent:
+            names = f" (missing {_some(absent)})" if absent else ""
+            problems.append(f"{split} has {len(found)} of {expected.n_classes[split]} classes{names}")
+        for name, count in found.items():
+            wanted = named.get(name)
+            if wanted is not None and count != wanted:
+                problems.append(f"{split} class '{name}' has {count} of {wanted} images")
+        wanted = expected.n_images.get(split)
+        if wanted is not None and sum(found.values()) != wanted:
+            problems.append(f"{split} has {sum(found.values())} of {wanted} images")
+    n_images = sum(sum(found.values()) for found in counts.values())
+    if expected.total not in (None, n_images):
+        problems.append(f"there are {n_images} of {expected.total} images")
+    return problems
+
+
+class _UnreadableImageError(Exception):
+    """The image cannot be decoded; the message is the reason."""
+
+
+def _check_settings(work: Path, settings: dict[str, object]) -> None:
+    """Start `work`, or make sure that it was started with the same settings."""
+    file = work / SETTINGS
+    if file.exists():
+        earlier = json.loads(file.read_text())
+        different = [key for key in settings if earlier.get(key) != settings[key]]
+        if different:
+            raise UserError(
+                f"'{work}' was prepared with another {', '.join(different)}: delete it, or give another folder "
+                "with --out"
+            )
+    elif work.exists() and any(not path.name.startswith(".") for path in work.iterdir()):
+        raise UserError(f"'{work}' exists and was not made by this command: give another folder with --out")
+    else:
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps(settings))
+
+
+def _write_image(item: ImageItem, target: Path, img_size: int | None) -> None:
+    """Write one image, unless it is there already."""
+    as_it_is = target
+    as_png = target.with_name(f"{target.stem}.png")
+    if (as_it_is if img_size is None and item.box is None else as_png).exists():
+        return
+    content = item.read()
+    try:
+        if isinstance(content, bytes):
+            with Image.open(io.BytesIO(content)) as encoded:
+                image = to_rgb(encoded)  # decodes it whole, so a truncated file is found now
+        else:
+            image = Image.fromarray(content)
+    except UnidentifiedImageError:
+        raise _UnreadableImageError("not an image of a known format") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _UnreadableImageError(" ".join(str(error).split())) from None
+    if isinstance(content, bytes) and img_size is None and item.box is None:
+        with atomic_file(as_it_is) as temporary:
+            temporary.write_bytes(content)
+        return
+    if item.box is not None:
+        left, top, right, bottom = (round(side) for side in item.box)
+        image = image.crop((max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)))
+        if 0 in image.size:
+            raise _UnreadableImageError("its bounding box is empty")
+    if img_size is not None:
+        image = image.resize((img_size, img_size), Image.Resampling.LANCZOS)
+    with atomic_file(as_png) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def _some(names: list[str]) -> str:
+    """The first few names and the number of the others."""
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + rest

@@ -1,0 +1,138 @@
+"""Stage 2: train a backbone on base episodes with ProtoNet, MatchingNet or RelationNet, then test on the novel classes.
+
+python metaLearning.py --dataset miniImagenet --method ProtoNet --n_shot 5      # 5-way episodes of 16 queries a class
+python metaLearning.py --method ProtoNet --init_from results/models/5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar
+python metaLearning.py --preset laptop                                          # about a minute on 2 CPU cores
+"""
+
+import time
+from functools import partial
+
+import torch
+
+from args_parser import args_parser
+from data.benchmarks import load_split
+from data.episodes import check_episodes_fit, fixed_episodes, sample_episodes
+from data.transforms import Augmentation
+from methods.checkpoints import (
+    Checkpoint,
+    best_model_path,
+    initial_backbone,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+)
+from methods.engine import n_parameters, on_device, run_script, seeded, start
+from methods.episodic_training import evaluate_meta_learner, train_one_epoch
+from methods.evaluation import embed, mean_and_ci95
+from methods.meta_learners import build_meta_learner
+from methods.results import log_epoch, result_path, save_result
+
+
+def main() -> None:
+    args = args_parser("meta")
+    began = time.time()
+    device, precision = start(args.device, args.precision, args.no_keep_memory)
+
+    # Data: uint8 arrays; episodes are indices into them. Those of val are the same ones after every epoch.
+    load = partial(
+        load_split,
+        args.benchmarks_dir,
+        img_size=args.img_size,
+        cache_dir=args.cache_dir,
+        image_root=args.image_root,
+        num_workers=args.num_workers,
+        quiet=args.quiet,
+    )
+    base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
+    train_protocol = (args.train_n_way, args.n_shot, args.train_n_query)
+    if args.n_epoch:
+        check_episodes_fit(base, *train_protocol)
+    protocol = (args.test_n_way, args.n_shot, args.n_query)
+    val_episodes = sample_episodes(val, *protocol, args.val_episodes, args.seed)
+    n_test = args.testing_epochs * args.n_episodes
+    novel_episodes = fixed_episodes(args.episodes_file, novel, *protocol, n_test, args.seed)
+
+    # Model: the backbone, and the meta-learner's own module, which a checkpoint of the same method brings as well.
+    relation = args.method.startswith("RelationNet")
+    backbone, checkpoint = initial_backbone(
+        args.init_from, args.backbone, args.img_size, args.seed, device, relation, args.weights
+    )
+    with seeded(args.seed, "meta-learner"):
+        learner = build_meta_learner(args.method, backbone).to(device)
+    if checkpoint and checkpoint.method == args.method:
+        load_state(learner, checkpoint.head_state, args.init_from)
+    elif not args.n_epoch and n_parameters(learner):
+        print(f"note: the module of {args.method} is tested untrained: only a {args.method} checkpoint brings it")
+    optimizer = torch.optim.Adam([*backbone.parameters(), *learner.parameters()], lr=args.lr)
+    augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
+    train_images = on_device(base.train_images if augmentation else base.images, device)
+    print(
+        f"{args.backbone}: {n_parameters(backbone):,} parameters; {args.method}: {n_parameters(learner):,} of its own, "
+        f"on {'x'.join(map(str, backbone.map_shape)) if relation else backbone.feature_dim} features "
+        f"at {args.img_size} px"
+    )
+    print(
+        f"{args.dataset}: {len(base.class_names)} base classes of {len(base.labels)} images; {device}, {args.precision}"
+    )
+
+    # Episodic training; the model of the best validation accuracy is kept.
+    path = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
+    metrics = args.results_dir / "logs" / path.stem / "metrics.jsonl"
+    best = -1.0
+    for epoch in range(args.n_epoch):
+        epoch_began = time.time()
+        loss, train_accuracy = train_one_epoch(
+            backbone,
+            learner,
+            optimizer,
+            train_images,
+            base.train_sizes,
+            sample_episodes(
+                base, *train_protocol, args.episodes_per_epoch, args.seed, start=epoch * args.episodes_per_epoch
+            ),
+            args.img_size,
+            augmentation,
+            epoch,
+            args.seed,
+            device,
+            precision,
+            args.quiet,
+        )
+        z_val = embed(backbone, val.images, device, precision, maps=relation)
+        val_scores = evaluate_meta_learner(learner, z_val, val_episodes)
+        val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
+        if val_accuracy > best:
+            best = val_accuracy
+            save_checkpoint(
+                path,
+                Checkpoint(
+                    stage="metaLearning",
+                    dataset=args.dataset,
+                    method=args.method,
+                    backbone=args.backbone,
+                    img_size=args.img_size,
+                    class_names=base.class_names,
+                    backbone_state=backbone.state_dict(),
+                    head_state=learner.state_dict(),
+                    epoch=epoch,
+                    val_accuracy=100 * best,
+                    config=vars(args),
+                ),
+            )
+        log_epoch(metrics, epoch, loss, train_accuracy, val_scores, best, epoch_began)
+
+    # Novel test of the best model.
+    if args.n_epoch:
+        checkpoint = load_checkpoint(path)
+        load_state(backbone, checkpoint.backbone_state, path)
+        load_state(learner, checkpoint.head_state, path)
+    z_novel = embed(backbone, novel.images, device, precision, bar="" if args.quiet else "embed novel", maps=relation)
+    scores = evaluate_meta_learner(learner, z_novel, novel_episodes, bar="" if args.quiet else "novel episodes")
+    table = result_path(args.results_dir, "metaLearning", path, args.dataset, args.novel_dataset)
+    save_result(table, "metaLearning", vars(args), novel, novel_episodes, scores, began, device)
+    print(f"checkpoint {path if args.n_epoch else args.init_from}, result {table}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,94 @@
+"""Stage 2: episodic training on the base classes, and evaluation of a meta-learner on any number of episodes.
+
+Vinyals et al., Matching Networks for One Shot Learning, NeurIPS 2016: train as you test. Each step is an episode of
+base classes, and its loss is that of the queries given the support; the gradient flows through both.
+
+Support and query images go through the backbone in one forward pass, so that batch norm, in train mode, sees the
+whole episode. At test everything is in eval mode: a split is embedded once and no query sees another. As in Chen et
+al., A Closer Look at Few-shot Classification (ICLR 2019), the images of an episode are augmented one by one.
+"""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.episodes import Episodes, class_major_labels
+from data.generators import make_generator
+from data.transforms import Augmentation
+from methods.base_training import training_input
+from methods.engine import Precision, check_finite, seeded
+from methods.evaluation import EpisodeScores, score_queries
+from methods.meta_learners import MetaLearner
+from models import Backbone
+
+# Episodes evaluated together: as many as keep their largest tensor, of which a few live at a time, at 64 MiB.
+CHUNK_NUMBERS = 2**24
+
+
+def train_one_epoch(
+    backbone: Backbone,
+    learner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    sizes: Tensor,
+    episodes: Episodes,
+    img_size: int,
+    augmentation: Augmentation | None,
+    epoch: int,
+    seed: int,
+    device: torch.device,
+    precision: Precision,
+    quiet: bool = False,
+) -> tuple[float, float]:
+    """One optimiser step an episode; returns the mean loss and the mean query accuracy in 0..1.
+
+    images (N, 3, H, W) uint8, sizes (N, 2) and img_size as in training_input; `episodes` index the images. The
+    augmentation and dropout of episode k depend on (seed, epoch, k) alone. Raises UserError when the loss is no longer
+    finite.
+    """
+    backbone.train()
+    learner.train()
+    y_query = class_major_labels(episodes.n_way, episodes.query.shape[2], device)
+    loss_sum = accuracy_sum = 0.0
+    bar = tqdm(range(len(episodes)), desc=f"epoch {epoch}", unit="episode", leave=False, disable=quiet)
+    for k in bar:
+        index = episodes.index[k]
+        generator = make_generator(seed, "episodic training", epoch, k)
+        x = training_input(images, sizes, index.flatten(), img_size, augmentation, generator, device)
+        with precision.autocast(), seeded(seed, "dropout", epoch, k):
+            z = backbone.feature_map(x) if learner.uses_maps else backbone(x)
+        z = z.float().unflatten(0, tuple(index.shape))
+        scores = learner(z[:, : episodes.n_shot], z[:, episodes.n_shot :].flatten(0, 1))
+        loss = learner.loss(scores, y_query)
+        check_finite(loss, f"epoch {epoch}, episode {k}")
+        optimizer.zero_grad()
+        precision.backward_and_step(loss, optimizer)
+        loss_sum += loss.item()
+        accuracy_sum += score_queries(scores, episodes.n_way).mean().item()
+        bar.set_postfix(loss=f"{loss_sum / (k + 1):.3f}", accuracy=f"{100 * accuracy_sum / (k + 1):.1f}")
+    return loss_sum / len(episodes), accuracy_sum / len(episodes)
+
+
+@torch.no_grad()
+def evaluate_meta_learner(
+    learner: MetaLearner, features: Tensor, episodes: Episodes, bar: str = "", chunk_numbers: int = CHUNK_NUMBERS
+) -> EpisodeScores:
+    """Score the queries of all episodes with the learner in eval mode, many episodes together.
+
+    features: the embedded split that `episodes` index, (N, d), or its maps (N, c, h, w) if learner.uses_maps. How
+    many go together follows from chunk_numbers (see CHUNK_NUMBERS), and changes no score. `bar` names a progress bar.
+    """
+    learner.eval()
+    # The largest tensors: a map for each pair of query and class; the four gates of MatchingNet's LSTM.
+    expansion = episodes.n_way if learner.uses_maps else 4
+    chunk = max(1, chunk_numbers // (expansion * episodes.index[0].numel() * features[0].numel()))
+    correct: list[Tensor] = []
+    with tqdm(total=len(episodes), desc=bar, disable=not bar, unit="episode") as progress:
+        for first in range(0, len(episodes), chunk):
+            part = episodes.slice(first, first + chunk)
+            support = features[part.support.to(features.device)]
+            query = features[part.query.flatten(1).to(features.device)]
+            correct.append(score_queries(learner(support, query), part.n_way).cpu())
+            progress.update(len(part))
+            progress.set_postfix_str(f"accuracy {100 * torch.cat(correct).mean().item():.2f}")
+    return EpisodeScores(torch.cat(correct))

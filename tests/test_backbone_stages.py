@@ -1,0 +1,98 @@
+"""Every backbone through the stages, by its name on the command line, at sizes that are not its own."""
+
+import json
+import urllib.error
+
+import pytest
+import torch
+import torchvision
+
+from args_parser import args_parser
+from methods.checkpoints import load_checkpoint
+from tests.helpers import call, make_benchmark
+from tests.test_scripts import folders
+
+SMALL = ["--dataset", "small", "--test_n_way", 2, "--n_shot", 1, "--n_query", 2, "--n_episodes", 1, "--quiet"]
+TRAIN = [*SMALL, "--n_epoch", 1, "--val_episodes", 1, "--ft_n_epoch", 5]
+META = [*SMALL, "--n_epoch", 1, "--val_episodes", 1, "--n_way", 2, "--train_n_query", 1, "--episodes_per_epoch", 1]
+ALIGN = [*SMALL, "--align_iters", 1, "--aug_size", 2, "--n_B", 1, "--ft_n_epoch", 5]
+MOBILENET = "torchvision:mobilenet_v3_small"
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder with a benchmark of 2 classes a split, 3 images each."""
+    make_benchmark(tmp_path / "benchmarks" / "small", n_class=(2, 2, 2), n_images=3)
+    return tmp_path
+
+
+def tables(root):
+    """The result files of a run, by the name of their script."""
+    return {p.name.split("_1shot")[0].rsplit("_", 1)[0]: json.loads(p.read_text()) for p in root.rglob("tables/*.json")}
+
+
+def model(root, method, backbone):
+    return root / "results" / "models" / f"2way_1shot_small_{method}_{backbone.replace(':', '-')}_bestModel.tar"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "side", "d", "meta_learner"),
+    [
+        ("Conv4", 20, 64, "RelationNet"),
+        ("ResNet12", 24, 640, "RelationNet_softmax"),
+        ("ResNet18", 32, 512, "MatchingNet"),
+        ("WideResNet", 16, 640, "ProtoNet"),
+        (MOBILENET, 32, 1024, "ProtoNet"),
+    ],
+)
+def test_every_backbone_runs_in_the_stages_at_another_size(small, backbone, side, d, meta_learner):
+    flags = [*folders(small), "--backbone", backbone, "--img_size", side]
+    meta = [*META, "--method", meta_learner, "--init_from", model(small, "arcMax", backbone)]
+    for script, stage in (("transferLearning", TRAIN), ("metaLearning", meta), ("associative_alignment", ALIGN)):
+        outcome = call(script, *stage, *flags)
+        assert outcome.status == 0, outcome.err
+        record = tables(small)[script]
+        assert (record["backbone"], record["img_size"]) == (backbone, side)
+    checkpoint = load_checkpoint(model(small, "arcMax", backbone))
+    assert checkpoint.backbone == backbone and checkpoint.head_state["weight"].shape == (2, d)
+
+
+def test_torchvision_starts_from_a_weights_file_and_its_dropout_follows_the_seed(small):
+    torch.manual_seed(0)
+    published = torchvision.models.mobilenet_v3_small(weights=None)
+    torch.save(published.state_dict(), small / "weights.pth")
+    states = []
+    for run in ("a", "b"):
+        torch.manual_seed(len(states))  # what the process drew before changes nothing
+        flags = [*folders(small, run), "--backbone", MOBILENET, "--img_size", 32]
+        outcome = call("transferLearning", *TRAIN, *flags, "--weights", small / "weights.pth", "--lr", 1e-6)
+        assert outcome.status == 0, outcome.err
+        path = next((small / run / "models").iterdir())
+        assert ":" not in path.name
+        states.append(load_checkpoint(path).backbone_state)
+    for (key, value), again in zip(states[0].items(), states[1].values(), strict=True):
+        assert torch.equal(value, again), key
+    first = published.features[0][0].weight
+    torch.testing.assert_close(states[0]["layers.0.0.0.weight"], first.detach(), rtol=0, atol=1e-5)
+
+
+def test_weights_that_cannot_be_downloaded_are_one_clear_line(small, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    flags = [*folders(small), "--img_size", 32, "--backbone", MOBILENET, "--weights", "DEFAULT"]
+    outcome = call("transferLearning", *TRAIN, *flags)
+    assert outcome.status == 2 and outcome.err.count("\n") == 1, outcome.err
+    for part in ("mobilenet_v3_small", "no route to host", "--weights PATH"):
+        assert part in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("backbone", "native"),
+    [("Conv4", 84), ("ResNet12", 84), ("ResNet18", 224), ("WideResNet", 80), ("torchvision:resnet50", 224)],
+)
+def test_the_image_size_is_the_backbones_own_unless_given(backbone, native):
+    for stage in ("transfer", "meta", "alignment"):
+        assert args_parser(stage, ["--backbone", backbone]).img_size == native
+        assert args_parser(stage, ["--backbone", backbone, "--img_size", "48"]).img_size == 48

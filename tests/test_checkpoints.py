@@ -1,0 +1,349 @@
+"""Checkpoints: what is saved comes back, a failing write loses nothing, and no file runs code or ends in a trace."""
+
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.errors import UserError
+from methods import checkpoints
+from methods.checkpoints import (
+    FORMAT,
+    Checkpoint,
+    best_model_path,
+    create_backbone,
+    initial_backbone,
+    load_backbone,
+    load_checkpoint,
+    load_state,
+    save_atomically,
+    save_checkpoint,
+)
+from models import build_head
+
+IMG_SIZE = 16
+
+
+def trained_backbone(seed=0):
+    """A Conv4 with batch statistics of its own, in channels_last as the scripts keep it."""
+    net = create_backbone("Conv4", IMG_SIZE, seed).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        net.train()(torch.randn(8, 3, IMG_SIZE, IMG_SIZE, generator=torch.Generator().manual_seed(seed)))
+    return net.eval()
+
+
+def a_checkpoint(net, **changes):
+    head = build_head("arcMax", net.feature_dim, 3, 20.0, 0.01, [torch.Generator().manual_seed(0)])
+    fields = {
+        "stage": "transferLearning",
+        "dataset": "toy",
+        "method": "arcMax",
+        "backbone": "Conv4",
+        "img_size": IMG_SIZE,
+        "class_names": ["ant", "bee", "cät"],
+        "backbone_state": net.state_dict(),
+        "head_state": head.state_dict(),
+        "epoch": 7,
+        "val_accuracy": 61.25,
+        "config": {"seed": 0, "lr": 1e-3, "crop_scale": [0.08, 1.0], "image_root": None, "no_flip": True},
+    }
+    return Checkpoint(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint's file, its record and its network. Tests must not write to it."""
+    net = trained_backbone()
+    checkpoint = a_checkpoint(net)
+    path = tmp_path_factory.mktemp("models") / "new" / "folder" / "model.tar"
+    save_checkpoint(path, checkpoint)
+    return path, checkpoint, net
+
+
+# Round trip.
+
+
+def test_what_is_saved_comes_back(saved):
+    path, checkpoint, _ = saved
+    found = load_checkpoint(path)
+    for field in checkpoint.__dataclass_fields__:
+        ours, theirs = getattr(checkpoint, field), getattr(found, field)
+        if field.endswith("_state"):
+            assert list(ours) == list(theirs)
+            assert all(torch.equal(ours[name], theirs[name]) and theirs[name].is_contiguous() for name in ours)
+        else:
+            assert ours == theirs, field
+    assert [file.name for file in path.parent.iterdir()] == ["model.tar"]
+
+
+def test_a_loaded_backbone_gives_the_same_features(saved):
+    path, _, net = saved
+    loaded, checkpoint = load_backbone(path, "Conv4", IMG_SIZE)
+    x = torch.randn(5, 3, IMG_SIZE, IMG_SIZE, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(loaded.eval()(x), net(x))
+    assert checkpoint.epoch == 7
+
+
+def test_a_checkpoint_starts_a_backbone_and_without_one_the_seed_does(saved):
+    path, _, net = saved
+    cpu = torch.device("cpu")
+    loaded, checkpoint = initial_backbone(path, "Conv4", IMG_SIZE, 0, cpu)
+    assert checkpoint is not None
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
+    new, none = initial_backbone(None, "Conv4", IMG_SIZE, 5, cpu)
+    assert none is None
+    expected = create_backbone("Conv4", IMG_SIZE, 5).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())
+
+
+def test_a_checkpoint_holds_tensors_and_plain_values_alone(tmp_path):
+    config = {
+        "cache_dir": Path("some") / "cache",
+        "crop_scale": (0.3, 1.0),
+        "best": float("nan"),
+        "nested": [Path("a")],
+    }
+    save_checkpoint(tmp_path / "model.tar", a_checkpoint(trained_backbone(), config=config))
+    content = torch.load(tmp_path / "model.tar", weights_only=True)
+    expected = {"cache_dir": str(Path("some") / "cache"), "crop_scale": [0.3, 1.0], "best": None, "nested": ["a"]}
+    assert content["config"] == expected
+
+
+def test_the_best_model_has_the_published_file_name():
+    path = best_model_path(Path("models"), 5, 5, "miniImagenet", "arcMax", "Conv4")
+    assert path == Path("models/5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar")
+    assert ":" not in best_model_path(Path("models"), 5, 1, "CUB", "arcMax", "torchvision:resnet50").name
+
+
+def test_a_new_backbone_depends_on_the_seed_alone():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first = create_backbone("Conv4", IMG_SIZE, 0).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(4)
+    again, other = (create_backbone("Conv4", IMG_SIZE, seed).state_dict() for seed in (0, 1))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["layers.0.conv.weight"], other["layers.0.conv.weight"])
+
+
+# Writing.
+
+
+def fail_to_replace(monkeypatch, error):
+    def replace(*_):
+        raise error
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def fail_to_save(monkeypatch, error):
+    def save(_, file):
+        file.write(b"half of a checkpoint")
+        raise error
+
+    monkeypatch.setattr(checkpoints.torch, "save", save)
+
+
+@pytest.mark.parametrize("fail", [fail_to_replace, fail_to_save])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter\nfailed")])
+def test_a_failing_write_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, monkeypatch, saved, fail, error):
+    path = tmp_path / "model.tar"
+    shutil.copy(saved[0], path)
+    with monkeypatch.context() as patch:
+        fail(patch, error)
+        with pytest.raises(UserError, match="cannot be written") as raised:
+            save_checkpoint(path, a_checkpoint(trained_backbone(1)))
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+    assert path.read_bytes() == saved[0].read_bytes()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("fail", [fail_to_replace, fail_to_save])
+def test_an_interrupted_write_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, monkeypatch, saved, fail):
+    path = tmp_path / "model.tar"
+    shutil.copy(saved[0], path)
+    with monkeypatch.context() as patch:
+        fail(patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(path, a_checkpoint(trained_backbone(1)))
+    assert path.read_bytes() == saved[0].read_bytes()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_size_limit_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, saved):
+    """What a full disk or a quota does, by the system itself."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "model.tar"
+    shutil.copy(saved[0], path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            save_checkpoint(path, a_checkpoint(trained_backbone(1)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == saved[0].read_bytes()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "models" / "model.tar"
+    with pytest.raises(UserError, match="cannot be written.*another folder") as error:
+        save_atomically(path, torch.zeros(3))
+    assert str(path) in str(error.value)
+
+
+# Reading what is no checkpoint of ours.
+
+
+class Hostile:
+    """Its unpickling writes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.write_text, (self.marker, "executed"))
+
+
+def hostile_zip(path: Path, saved: Path, marker: Path) -> None:
+    """A file of torch.save whose pickle is hostile."""
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            content = pickle.dumps(Hostile(marker), 2) if name.endswith("data.pkl") else source.read(name)
+            target.writestr(name, content)
+
+
+def test_a_hostile_pickle_would_execute_elsewhere(tmp_path):
+    """The two tests below would pass on a harmless file."""
+    pickle.loads(pickle.dumps(Hostile(tmp_path / "marker")))
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, protocol):
+    path, marker = tmp_path / "model.tar", tmp_path / "marker"
+    path.write_bytes(pickle.dumps({"format": FORMAT, "state": Hostile(marker)}, protocol))
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        load_checkpoint(path)
+    assert not marker.exists()
+
+
+def test_a_hostile_pickle_inside_a_file_of_torch_save_is_refused_and_not_executed(tmp_path, saved):
+    path, marker = tmp_path / "model.tar", tmp_path / "marker"
+    hostile_zip(path, saved[0], marker)
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        load_checkpoint(path)
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        load_backbone(path, "Conv4", IMG_SIZE)
+    assert not marker.exists()
+
+
+def torch_saved(content):
+    return lambda path, saved: torch.save(content, path)
+
+
+def without(key):
+    def write(path, saved):
+        content = torch.load(saved, weights_only=True)
+        del content[key]
+        torch.save(content, path)
+
+    return write
+
+
+def beginning(share):
+    return lambda path, saved: path.write_bytes(saved.read_bytes()[: int(share * saved.stat().st_size)])
+
+
+NO_CHECKPOINTS = {
+    "empty": lambda path, saved: path.write_bytes(b""),
+    "text": lambda path, saved: path.write_text("<html>404 not found</html>"),
+    "beginning": beginning(0.01),
+    "half": beginning(0.5),
+    "all but the end": beginning(0.999),
+    "a folder's tar": lambda path, saved: shutil.move(shutil.make_archive(str(path), "tar", saved.parent), path),
+    "a zip": lambda path, saved: zipfile.ZipFile(path, "w").close(),
+    "a tensor": torch_saved(torch.zeros(2)),
+    "a list": torch_saved([1, 2]),
+    "a state dict": torch_saved({"layers.0.weight": torch.zeros(2)}),
+    "another format": torch_saved({"format": "associative-alignment/0"}),
+    "only a format": torch_saved({"format": FORMAT}),
+    "a key missing": without("img_size"),
+    "no format": without("format"),
+    "a key too many": torch_saved({"format": FORMAT, "surprise": 1}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", NO_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_named_with_a_remedy(tmp_path, saved, kind):
+    path = tmp_path / "model.tar"
+    NO_CHECKPOINTS[kind](path, saved[0])
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    message = str(error.value)
+    assert str(path) in message and "not a checkpoint of this project" in message and "transferLearning.py" in message
+    assert "\n" not in message
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_checkpoints_raise_nothing_but_user_errors(tmp_path):
+    path, damaged = tmp_path / "model.tar", tmp_path / "damaged.tar"
+    small = {"weight": torch.zeros(2)}
+    save_checkpoint(path, a_checkpoint(trained_backbone(), backbone_state=small, head_state=small))
+    content = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    n_refused = 0
+    for _ in range(300):
+        changed = bytearray(content)
+        for position in torch.randint(len(content), (6,), generator=generator).tolist():
+            changed[position] = int(torch.randint(256, (), generator=generator))
+        damaged.write_bytes(changed)
+        try:
+            load_checkpoint(damaged)
+        except UserError:
+            n_refused += 1
+    assert n_refused > 50
+
+
+def test_a_missing_checkpoint_is_named_with_a_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint .*model\.tar: train one with.*--init_from"):
+        load_backbone(tmp_path / "model.tar", "Conv4", IMG_SIZE)
+
+
+def test_a_checkpoint_of_another_backbone_or_image_size_is_refused(saved):
+    path = saved[0]
+    with pytest.raises(UserError, match="has backbone Conv4, not ResNet18: give --backbone Conv4") as error:
+        load_backbone(path, "ResNet18", IMG_SIZE)
+    assert str(path) in str(error.value)
+    with pytest.raises(UserError, match="has img_size 16, not 84: give --img_size 16") as error:
+        load_backbone(path, "Conv4", 84)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: {("x" if name == "layers.3.bn.bias" else name): value for name, value in state.items()},
+        lambda state: {name: value[:1] if value.ndim else value for name, value in state.items()},
+        lambda state: {},
+        lambda state: ["no", "state"],
+    ],
+    ids=["renamed", "another shape", "empty", "no dictionary"],
+)
+def test_weights_that_do_not_fit_are_one_clear_line(saved, change):
+    path, _, net = saved
+    with pytest.raises(UserError, match="do not fit Conv4") as error:
+        load_state(create_backbone("Conv4", IMG_SIZE, 0), change(net.state_dict()), path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_an_image_too_small_for_the_backbone_is_a_user_error():
+    with pytest.raises(UserError, match="at least 16 pixels, not 12"):
+        create_backbone("Conv4", 12, 0)

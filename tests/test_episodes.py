@@ -1,0 +1,214 @@
+"""Episodes: what is drawn, that episode i depends on (seed, i) alone, and the file that fixes them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from data.episodes import (
+    Episodes,
+    class_major_labels,
+    fixed_episodes,
+    read_episodes,
+    sample_episodes,
+    write_episodes,
+)
+from data.errors import UserError
+from tests.helpers import make_split
+
+UNEQUAL = make_split(counts=(9, 7, 12, 7, 30, 8), side=1)
+
+
+@pytest.mark.parametrize("n_way, n_shot, n_query", [(2, 1, 1), (5, 5, 2), (6, 1, 6), (3, 2, 4)])
+def test_an_episode_has_distinct_classes_and_no_image_twice(n_way, n_shot, n_query):
+    episodes = sample_episodes(UNEQUAL, n_way, n_shot, n_query, 200, seed=1)
+    assert episodes.index.shape == (200, n_way, n_shot + n_query) and len(episodes) == 200
+    for index, classes in zip(episodes.index, episodes.classes, strict=True):
+        assert len(classes.unique()) == n_way
+        assert len(index.unique()) == index.numel()
+        assert torch.equal(UNEQUAL.labels[index], classes.unsqueeze(1).expand_as(index))
+
+
+def test_support_and_query_are_the_two_parts_of_an_episode():
+    episodes = sample_episodes(UNEQUAL, 4, 2, 5, 50, seed=0)
+    assert episodes.support.shape == (50, 4, 2) and episodes.query.shape == (50, 4, 5)
+    assert torch.equal(torch.cat([episodes.support, episodes.query], 2), episodes.index)
+    for support, query in zip(episodes.support, episodes.query, strict=True):
+        assert not set(support.flatten().tolist()) & set(query.flatten().tolist())
+    part = episodes.slice(10, 13)
+    assert torch.equal(part.support, episodes.support[10:13]) and torch.equal(part.classes, episodes.classes[10:13])
+
+
+def chi_squared(counts):
+    """Of counts whose expectation is equal."""
+    expected = counts.sum() / len(counts)
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+def test_every_class_and_every_image_of_a_class_is_equally_likely_in_every_place():
+    split = make_split(counts=(10,) * 8, side=1)
+    episodes = sample_episodes(split, 3, 1, 2, 4000, seed=0)
+    for way in range(3):  # 7 degrees of freedom: 24.3 is exceeded once in 1000
+        assert chi_squared(torch.bincount(episodes.classes[:, way], minlength=8).double()) < 24.3
+    for place in range(3):  # 79 degrees of freedom
+        assert chi_squared(torch.bincount(episodes.index[:, :, place].flatten(), minlength=80).double()) < 124.8
+
+
+def test_an_episode_depends_on_seed_and_number_alone():
+    whole = sample_episodes(UNEQUAL, 5, 1, 3, 20, seed=7)
+    prefix = sample_episodes(UNEQUAL, 5, 1, 3, 8, seed=7)
+    rest = sample_episodes(UNEQUAL, 5, 1, 3, 12, seed=7, start=8)
+    assert torch.equal(torch.cat([prefix.index, rest.index]), whole.index)
+    assert torch.equal(torch.cat([prefix.classes, rest.classes]), whole.classes)
+    assert len(whole.index.flatten(1).unique(dim=0)) == 20
+
+
+def test_other_seeds_and_other_splits_have_other_episodes():
+    first = sample_episodes(UNEQUAL, 5, 1, 3, 4, seed=0).index
+    assert not torch.equal(first, sample_episodes(UNEQUAL, 5, 1, 3, 4, seed=1).index)
+    val = dataclasses.replace(UNEQUAL, split="val")
+    assert not torch.equal(first, sample_episodes(val, 5, 1, 3, 4, seed=0).index)
+
+
+def test_sampling_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    sample_episodes(UNEQUAL, 5, 1, 3, 4, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_too_few_classes_are_counted():
+    with pytest.raises(UserError, match="novel split of 'toy' has 6 classes but episodes of 7 ways"):
+        sample_episodes(UNEQUAL, 7, 1, 1, 1, seed=0)
+
+
+def test_a_class_with_too_few_images_is_named_and_counted():
+    with pytest.raises(UserError, match=r"class 'class1'.* has 7 images; n_shot \+ n_query = 8 are needed.*--n_query"):
+        sample_episodes(UNEQUAL, 2, 3, 5, 1, seed=0)
+    sample_episodes(UNEQUAL, 2, 3, 4, 1, seed=0)
+
+
+def test_class_major_labels_match_the_flattened_images():
+    episodes = sample_episodes(UNEQUAL, 3, 2, 1, 1, seed=0)
+    labels = class_major_labels(3, 2)
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(UNEQUAL.labels[episodes.support[0].flatten()], episodes.classes[0][labels])
+
+
+# The file that fixes the episodes.
+
+
+@pytest.fixture
+def episodes():
+    return sample_episodes(UNEQUAL, 3, 2, 4, 10, seed=5)
+
+
+@pytest.fixture
+def file(tmp_path, episodes):
+    path = tmp_path / "new folder" / "episodes.json"
+    write_episodes(path, UNEQUAL, episodes)
+    return path
+
+
+def read(file, split=UNEQUAL, n_way=3, n_shot=2, n_query=4, n_episodes=10):
+    return read_episodes(file, split, n_way, n_shot, n_query, n_episodes)
+
+
+def assert_same(a: Episodes, b: Episodes):
+    assert torch.equal(a.index, b.index) and torch.equal(a.classes, b.classes) and a.n_shot == b.n_shot
+
+
+def test_what_is_written_is_read(file, episodes):
+    assert_same(read(file), episodes)
+    assert_same(read(file, n_episodes=4), episodes.slice(0, 4))
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_file_is_read_into_a_split_listed_in_another_order(file, episodes):
+    order = torch.randperm(len(UNEQUAL.labels), generator=torch.Generator().manual_seed(0))
+    rename = torch.tensor([3, 1, 5, 0, 2, 4])  # where each class is in the other listing
+    shuffled = dataclasses.replace(
+        UNEQUAL,
+        class_names=[UNEQUAL.class_names[c] for c in rename.argsort().tolist()],
+        image_names=[UNEQUAL.image_names[i] for i in order.tolist()],
+        labels=rename[UNEQUAL.labels[order]],
+    )
+    found = read(file, shuffled)
+
+    def names(split, episodes):
+        return [split.image_names[i] for i in episodes.index.flatten().tolist()]
+
+    assert names(shuffled, found) == names(UNEQUAL, episodes)
+    assert torch.equal(found.classes, rename[episodes.classes])
+
+
+def test_fixed_episodes_are_written_once_and_read_ever_after(tmp_path):
+    file = tmp_path / "episodes.json"
+    first = fixed_episodes(file, UNEQUAL, 3, 2, 4, 10, seed=5)
+    content = file.read_bytes()
+    assert_same(fixed_episodes(file, UNEQUAL, 3, 2, 4, 10, seed=6), first)
+    assert file.read_bytes() == content
+    assert_same(fixed_episodes(None, UNEQUAL, 3, 2, 4, 10, seed=5), first)
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ({"n_way": 5}, "3-way 2-shot episodes of 4 queries; 5-way 2-shot with 4"),
+        ({"n_shot": 1, "n_query": 5}, "3-way 2-shot episodes of 4 queries; 3-way 1-shot with 5"),
+        ({"n_query": 3}, "give matching flags or another file"),
+        ({"n_episodes": 11}, "holds 10 episodes, 11 were asked for"),
+        ({"split": make_split(counts=(8,) * 2, side=1)}, "images that the novel split of 'toy' lacks, the first"),
+    ],
+)
+def test_a_file_for_something_else_is_refused(file, asked, message):
+    with pytest.raises(UserError) as error:
+        read(file, **asked)
+    assert str(file) in str(error.value) and message in str(error.value)
+
+
+DAMAGE = {
+    "cut off": lambda record, text: text[: len(text) // 2],
+    "empty": lambda record, text: "",
+    "another json": lambda record, text: "[]",
+    "null": lambda record, text: "null",
+    "no episodes": lambda record, text: {**record, "episodes": []},
+    "a key missing": lambda record, text: {key: value for key, value in record.items() if key != "images"},
+    "ragged": lambda record, text: {**record, "episodes": record["episodes"] + [[[0]]]},
+    "not numbers": lambda record, text: {**record, "episodes": [[["a"] * 6] * 3] * 10},
+    "too large a number": lambda record, text: {**record, "episodes": [[[1e40] * 6] * 3] * 10},
+    "images no list": lambda record, text: {**record, "images": 5},
+    "images no names": lambda record, text: {**record, "images": [[1]] * len(record["images"])},
+    "index out of range": lambda record, text: {**record, "images": record["images"][:-1]},
+    "negative index": lambda record, text: {**record, "episodes": [[[-1] * 6] * 3] * 10},
+    "another shape": lambda record, text: {**record, "episodes": [[row[:-1] for row in e] for e in record["episodes"]]},
+    "support in the query": lambda record, text: {
+        **record,
+        "episodes": [[[*row[:-1], row[0]] for row in e] for e in record["episodes"]],
+    },
+    "a class twice": lambda record, text: {**record, "episodes": [[e[0], e[1], e[0]] for e in record["episodes"]]},
+    "ways mixed": lambda record, text: {
+        **record,
+        "episodes": [[[*e[0][:-1], e[1][-1]], [*e[1][:-1], e[0][-1]], e[2]] for e in record["episodes"]],
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_refused_and_left_as_it_is(file, damage):
+    text = file.read_text()
+    content = DAMAGE[damage](json.loads(text), text)
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    damaged = file.read_bytes()
+    with pytest.raises(UserError) as error:
+        fixed_episodes(file, UNEQUAL, 3, 2, 4, 10, seed=5)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert file.read_bytes() == damaged
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, episodes):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "episodes.json", tmp_path):
+        with pytest.raises(UserError, match="cannot be written") as error:
+            write_episodes(path, UNEQUAL, episodes)
+        assert str(path) in str(error.value)

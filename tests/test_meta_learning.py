@@ -1,0 +1,250 @@
+"""Stage 2: episodic training, evaluation of meta-learners, the chain of the three stages, and a user's errors."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from args_parser import args_parser
+from data.benchmarks import load_split
+from data.episodes import Episodes, sample_episodes
+from data.transforms import Augmentation, normalise
+from methods.checkpoints import load_backbone, load_checkpoint
+from methods.engine import Precision
+from methods.episodic_training import evaluate_meta_learner, train_one_epoch
+from methods.evaluation import embed
+from methods.meta_learners import META_LEARNERS, build_meta_learner
+from models import build_backbone
+from tests.helpers import call, make_benchmark
+from tests.test_scripts import folders, result
+
+CPU, FP32 = torch.device("cpu"), Precision("fp32", "cpu")
+TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
+TEST = [*TINY, "--n_episodes", 6]
+STAGE_1 = [*TEST, "--n_epoch", 1, "--val_episodes", 2, "--ft_n_epoch", 10]
+META = [*TEST, "--n_way", 4, "--train_n_query", 5, "--n_epoch", 3, "--episodes_per_epoch", 3, "--val_episodes", 5]
+ALIGN = [*TINY, "--n_episodes", 2, "--align_iters", 1, "--aug_size", 4, "--n_B", 2, "--ft_n_epoch", 10]
+
+
+def name(method):
+    return f"3way_2shot_tiny_{method}_Conv4_bestModel"
+
+
+def run_name(method):
+    """What the result files of such a run end with."""
+    return name(method).removesuffix("_bestModel")
+
+
+def model(root, method, results="results"):
+    return root / results / "models" / f"{name(method)}.tar"
+
+
+def succeed(script, *flags):
+    outcome = call(script, *flags)
+    assert outcome.status == 0, outcome.err
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a tiny benchmark, a stage-1 checkpoint and one of each meta-learner. Tests must not write to it."""
+    root = tmp_path_factory.mktemp("meta")
+    make_benchmark(root / "benchmarks" / "tiny")
+    succeed("transferLearning", *STAGE_1, *folders(root))
+    for method in META_LEARNERS:
+        succeed("metaLearning", *META, *folders(root), "--method", method)
+    return root
+
+
+@pytest.mark.parametrize("method", META_LEARNERS)
+def test_the_best_model_is_kept_and_tested_with_a_full_result(trained, tmp_path, method):
+    checkpoint = load_checkpoint(model(trained, method))
+    assert (checkpoint.stage, checkpoint.method, checkpoint.img_size) == ("metaLearning", method, 16)
+    assert checkpoint.class_names == [f"class{c:02d}" for c in range(6)]
+    assert bool(checkpoint.head_state) == (method != "ProtoNet")
+    log = trained / "results" / "logs" / name(method) / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    best = max(rows, key=lambda row: row["val_accuracy"])
+    assert checkpoint.epoch == best["epoch"] and checkpoint.val_accuracy == pytest.approx(best["val_accuracy"])
+    record = result(trained, f"metaLearning_{run_name(method)}")
+    stage_1 = result(trained, f"transferLearning_{run_name('arcMax')}")
+    assert record.keys() == stage_1.keys()
+    assert len(record["accuracy_per_episode"]) == 6
+    # The test was that of the checkpoint, with the meta-learner's own module: it can be had again.
+    again = [*TEST, *folders(trained), "--results_dir", tmp_path, "--method", method, "--n_epoch", 0]
+    succeed("metaLearning", *again, "--init_from", model(trained, method))
+    tested = json.loads((tmp_path / "tables" / f"metaLearning_{run_name(method)}.json").read_text())
+    assert tested["accuracy_per_episode"] == record["accuracy_per_episode"]
+
+
+@pytest.mark.parametrize("method", META_LEARNERS)
+def test_the_same_command_gives_the_same_numbers(trained, tmp_path, method):
+    (tmp_path / "benchmarks").symlink_to(trained / "benchmarks")
+    succeed("metaLearning", *META, *folders(tmp_path), "--method", method, "--num_workers", 0)
+    first, again = load_checkpoint(model(trained, method)), load_checkpoint(model(tmp_path, method))
+    for states in ("backbone_state", "head_state"):
+        for key, value in getattr(first, states).items():
+            assert torch.equal(getattr(again, states)[key], value), key
+    accuracies = [
+        result(root, f"metaLearning_{run_name(method)}")["accuracy_per_episode"] for root in (trained, tmp_path)
+    ]
+    assert accuracies[0] == accuracies[1]
+
+
+@pytest.mark.parametrize("method", ["ProtoNet", "RelationNet"])
+def test_stage_2_starts_from_stage_1_and_stage_3_from_stage_2(trained, tmp_path, method):
+    first = load_checkpoint(model(trained, "arcMax"))
+    backbone, _ = load_backbone(model(trained, "arcMax"), "Conv4", 16, relation=method == "RelationNet")
+    assert backbone.map_shape == ((64, 2, 2) if method == "RelationNet" else (64, 1, 1))
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, first.backbone_state[key])
+    (tmp_path / "benchmarks").symlink_to(trained / "benchmarks")
+    flags = [*folders(tmp_path), "--init_from"]
+    succeed("metaLearning", *META, "--lr", 1e-9, "--method", method, *flags, model(trained, "arcMax"))
+    second = load_checkpoint(model(tmp_path, method))
+    for key, value in second.backbone_state.items():
+        if key.endswith("weight"):  # training went on from stage 1's weights, at a rate that hardly moves them
+            torch.testing.assert_close(value, first.backbone_state[key], rtol=1e-4, atol=1e-6)
+    for script, rest in (("associative_alignment", ALIGN), ("transferLearning", [*TEST, "--n_epoch", 0])):
+        succeed(script, *rest, *flags, model(tmp_path, method), "--method", "arcMax")
+    aligned = json.loads(next((tmp_path / "results" / "tables").glob("associative*.json")).read_text())
+    assert aligned["checkpoint"] == str(model(tmp_path, method)) and aligned["checkpoint_epoch"] == second.epoch
+
+
+def test_protonet_of_a_stage_1_backbone_is_the_nearest_class_mean(trained, tmp_path):
+    flags = [*TEST, *folders(trained), "--results_dir", tmp_path, "--n_epoch", 0]
+    succeed("metaLearning", *flags, "--init_from", model(trained, "arcMax"))
+    record = json.loads((tmp_path / "tables" / f"metaLearning_{run_name('ProtoNet')}.json").read_text())
+    novel = load_split(trained / "benchmarks", "tiny", "novel", 16, trained / "cache", quiet=True)
+    z = load_backbone(model(trained, "arcMax"), "Conv4", 16)[0].eval()(normalise(novel.images))
+    for index, accuracy in zip(
+        sample_episodes(novel, 3, 2, 3, 6, seed=0).index, record["accuracy_per_episode"], strict=True
+    ):
+        means = torch.stack([z[support].mean(0) for support in index[:, :2]])
+        right = [torch.cdist(z[q][None], means).argmin().item() == w for w in range(3) for q in index[w, 2:]]
+        assert accuracy == pytest.approx(100 * sum(right) / 9, abs=0.01)
+
+
+def test_an_untrained_module_is_pointed_out(trained, tmp_path):
+    flags = [*TEST, *folders(trained), "--results_dir", tmp_path, "--n_epoch", 0, "--method", "MatchingNet"]
+    outcome = succeed("metaLearning", *flags, "--init_from", model(trained, "ProtoNet"))
+    assert "MatchingNet is tested untrained" in outcome.out
+
+
+def train_recording_inputs(epoch, n_episodes=3, augmentation=None, lr=0.0, method="ProtoNet"):
+    """Train on random images; returns the mean loss and accuracy, and each batch that the backbone was given."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    index = torch.stack([torch.randperm(40, generator=generator)[:12].view(3, 4) for _ in range(n_episodes)])
+    episodes = Episodes(index, torch.zeros(n_episodes, 3, dtype=torch.long), n_shot=1)
+    torch.manual_seed(0)
+    backbone = build_backbone("Conv4", 16)
+    learner = build_meta_learner(method, backbone)
+    inputs = []
+    backbone.register_forward_pre_hook(lambda module, given: inputs.append((module.training, given[0].clone())))
+    optimizer = torch.optim.SGD([*backbone.parameters(), *learner.parameters()], lr=lr)
+    sizes = torch.full((40, 2), 16)
+    figures = train_one_epoch(
+        backbone, learner, optimizer, images, sizes, episodes, 16, augmentation, epoch, 0, CPU, FP32, quiet=True
+    )
+    return *figures, inputs, (images, episodes, backbone)
+
+
+def test_an_episode_is_one_batch_in_train_mode_and_its_loss_that_of_the_queries():
+    loss, accuracy, inputs, (images, episodes, backbone) = train_recording_inputs(epoch=0)
+    assert [training for training, _ in inputs] == [True] * 3
+    losses, right = [], []
+    for index, (_, x) in zip(episodes.index, list(inputs), strict=True):
+        torch.testing.assert_close(x, normalise(images[index.flatten()]))
+        z = backbone(x).view(3, 4, -1)
+        distances = [(z[w, q] - z[:, 0]).square().sum(1) for w in range(3) for q in (1, 2, 3)]
+        y = torch.arange(3).repeat_interleave(3)
+        losses.append(F.cross_entropy(-torch.stack(distances), y))
+        right.append((torch.stack(distances).argmin(1) == y).float().mean())
+    assert loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    assert accuracy == pytest.approx(torch.stack(right).mean().item())
+
+
+def test_the_augmentation_of_an_episode_depends_on_its_epoch_and_number_alone():
+    def batches(**run):
+        return [x for _, x in train_recording_inputs(augmentation=Augmentation(), **run)[2]]
+
+    first = batches(epoch=1)
+    for x, same in zip(first, batches(epoch=1, n_episodes=2, lr=0.1), strict=False):
+        assert torch.equal(x, same)
+    for x, other in zip(first, batches(epoch=2), strict=True):
+        assert not torch.equal(x, other)
+
+
+@pytest.mark.parametrize("method", META_LEARNERS)
+def test_scores_do_not_depend_on_how_many_episodes_are_evaluated_together(method):
+    torch.manual_seed(0)
+    backbone = build_backbone("Conv4", 16, relation=method.startswith("RelationNet"))
+    learner = build_meta_learner(method, backbone)
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(30, generator=generator)[:25].view(5, 5) for _ in range(7)])
+    episodes = Episodes(index, index[:, :, 0], n_shot=2)
+    features = torch.randn(30, *(backbone.map_shape if learner.uses_maps else (64,)), generator=generator)
+    together = evaluate_meta_learner(learner, features, episodes)
+    assert together.correct.shape == (7, 5) and 0 < together.accuracy.mean() < 1
+    for chunk_numbers in (1, 3 * 4 * 25 * 64, 3 * 5 * 25 * 256):  # one at a time, and about three
+        assert torch.equal(
+            evaluate_meta_learner(learner, features, episodes, chunk_numbers=chunk_numbers).correct, together.correct
+        )
+
+
+def test_maps_are_embedded_as_features_are():
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    backbone = build_backbone("ResNet12", 16)
+    maps = embed(backbone, images, CPU, FP32, batch_size=2, maps=True)
+    assert maps.shape == (5, *backbone.map_shape)
+    torch.testing.assert_close(maps.mean((2, 3)), embed(backbone, images, CPU, FP32))
+
+
+def test_flags_have_the_published_names_and_the_preset_yields_to_them():
+    assert args_parser("meta", ["--n_way", "7"]).train_n_way == args_parser("meta", ["--train_n_way", "7"]).train_n_way
+    args = args_parser("meta", [])
+    assert (args.train_n_way, args.train_n_query, args.n_epoch, args.episodes_per_epoch) == (5, 16, 400, 100)
+    args = args_parser("meta", ["--preset", "laptop", "--n_epoch", "4"])
+    assert (args.dataset, args.img_size, args.n_epoch, args.episodes_per_epoch) == ("glyphs", 42, 4, 60)
+
+
+INIT = "--init_from"
+USER_ERRORS = {
+    "a head as the method": (["--method", "arcMax"], ["--method", "arcMax", "ProtoNet"]),
+    "one training way": (["--n_way", 1], ["--train_n_way", "at least 2"]),
+    "no training queries": (["--train_n_query", 0], ["--train_n_query", "at least 1"]),
+    "a flag of stage 3": (["--n_B", 3], ["--n_B"]),
+    "more training ways than base classes": (["--train_n_way", 7], ["base split", "6 classes", "7 ways"]),
+    "base class too small": (["--train_n_query", 7], ["class00", "base split", "8 images", "9 are needed"]),
+    "diverging loss": (["--lr", 1e30], ["epoch", "episode", "--lr"]),
+    "other backbone": ([INIT, "stage 1", "--backbone", "ResNet12"], ["backbone Conv4, not ResNet12", "--backbone"]),
+    "other image size": ([INIT, "stage 1", "--img_size", 32], ["img_size 16, not 32", "--img_size 16"]),
+    "missing checkpoint": ([INIT, "absent.tar"], ["absent.tar"]),
+    "unknown backbone": (["--backbone", "Conv5"], ["Conv5", "ResNet12", "torchvision:NAME"]),
+    "unknown torchvision model": (["--backbone", "torchvision:resnet5O"], ["resnet5O", "try", "resnet50"]),
+    "weights of our backbone": (["--weights", "DEFAULT"], ["--weights", "torchvision:NAME", "Conv4"]),
+    "weights and checkpoint": (
+        [INIT, "stage 1", "--weights", "DEFAULT", "--backbone", "torchvision:resnet18"],
+        ["--weights", "--init_from", "one of the two"],
+    ),
+    "weights that are none": (
+        ["--backbone", "torchvision:squeezenet1_1", "--weights", __file__],
+        ["--weights", __file__, "state dict"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", USER_ERRORS)
+def test_a_user_error_is_one_clear_line_and_leaves_nothing(trained, tmp_path, case):
+    flags, expected = USER_ERRORS[case]
+    flags = [model(trained, "arcMax") if flag == "stage 1" else flag for flag in flags]
+    results = ["--results_dir", tmp_path, "--checkpoint_dir", tmp_path / "models"]
+    outcome = call("metaLearning", *META, *folders(trained), *results, *flags)
+    assert outcome.status == 2, outcome.err
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+    for part in expected:
+        assert part in outcome.err
+    assert not list(tmp_path.rglob("*.tar"))
