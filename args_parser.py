@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data.errors import OneLineParser
 from methods.meta_learners import META_LEARNERS
 from models import BACKBONES, HEADS, TORCHVISION, native_img_size
 
@@ -21,11 +22,12 @@ LAPTOP = {
         "crop_scale": [0.3, 1.0],
         "n_epoch": 30,
         "val_episodes": 100,
+        "n_shot": 1,
         "n_query": 15,
     },
     "transfer": {"n_episodes": 600},
     "meta": {"n_epoch": 10, "episodes_per_epoch": 60, "n_episodes": 600},
-    "alignment": {"n_episodes": 60, "aug_size": 20, "n_shot": 1},
+    "alignment": {"n_episodes": 60, "aug_size": 10, "align_iters": 100},
 }
 
 
@@ -67,11 +69,11 @@ def backbone_name(text: str) -> str:
 COUNT, COUNT_OR_0, POSITIVE = number(int, 1), number(int, 0), number(float, 0, 1e30, open_low=True)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose error is one line, without the usage of fifty flags above it."""
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows the defaults worth showing: not None, and not False of a flag that is off."""
 
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (python {self.prog} --help explains every flag)\n")
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def shared_flags() -> argparse.ArgumentParser:
@@ -176,6 +178,13 @@ def shared_flags() -> argparse.ArgumentParser:
         help="let the C library return freed memory to the system at once: slower on a CPU, smaller between batches",
     )
     run.add_argument("--results_dir", type=Path, default=Path("./results"), help="where tables/ and logs/ are written")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last state of this run, if there is one; the result is bit for bit that of one run",
+    )
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier run of the same name")
     run.add_argument("--quiet", action="store_true", help="no progress bars")
     run.add_argument(
         "--preset",
@@ -368,7 +377,7 @@ def args_parser(stage: str, argv: Sequence[str] | None = None) -> argparse.Names
         description=description,
         parents=[shared_flags()],
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     add_flags(parser)
     if parser.parse_known_args(argv)[0].preset == "laptop":

@@ -19,6 +19,9 @@ from methods.checkpoints import best_model_path, load_backbone
 from methods.engine import on_device, run_script, start, write_json
 from methods.evaluation import EpisodeScores, cached_features, mean_and_ci95
 from methods.results import accuracy_record, curve_record, paired_difference, percent, result_path, run_record
+from methods.resume import LENGTH_FLAGS, AlignedEpisodes, begin, find_state, resumable, weights_digest
+
+SAVE_EVERY = 5  # episodes
 
 
 def main() -> None:
@@ -28,6 +31,11 @@ def main() -> None:
 
     own = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
     path = args.init_from or own
+    table = result_path(
+        args.results_dir, "associative_alignment", own, args.dataset, args.novel_dataset, args.alignment
+    )
+    last = args.results_dir / "logs" / f"{table.stem}_last.tar"
+    state = find_state(last, None, table, vars(args), LENGTH_FLAGS, args.resume, args.overwrite)
     load = partial(
         load_split,
         args.benchmarks_dir,
@@ -41,7 +49,7 @@ def main() -> None:
     n_test = args.testing_epochs * args.n_episodes
     episodes = fixed_episodes(args.episodes_file, novel, args.test_n_way, args.n_shot, args.n_query, n_test, args.seed)
     backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)
-    if checkpoint.class_names != base.class_names:
+    if set(checkpoint.class_names) != set(base.class_names):
         raise UserError(
             f"checkpoint {path} was trained on {len(checkpoint.class_names)} base classes of {checkpoint.dataset!r} "
             f"that are not the {len(base.class_names)} of {args.dataset!r}: give the benchmark that it was trained on"
@@ -64,44 +72,54 @@ def main() -> None:
         )
 
     initial_state = {name: value.clone() for name, value in backbone.state_dict().items()}
-    finetuned, aligned, curves, n_empty, n_small = [], [], [], 0, 0
-    bar = tqdm(range(n_test), desc=f"{args.alignment} alignment", unit="episode", disable=args.quiet)
-    for i in bar:
-        episode = align_episode(
-            backbone,
-            initial_state,
-            setting,
-            episodes.index[i],
-            args.n_shot,
-            novel_images,
-            z_novel,
-            base_images,
-            base.labels,
-            z_base,
-            base_members,
-            args.seed,
-            i,
-            device,
-            precision,
-        )
-        finetuned.append(episode.finetuned)
-        aligned.append(episode.aligned)
-        curves.append([share.mean() for share in [episode.finetuned, *episode.curve]])
-        empty = [w for w, samples in enumerate(episode.related.samples) if not len(samples)]
-        for w in empty if args.alignment != "none" else []:
-            name = novel.class_names[episodes.classes[i, w]]
-            tqdm.write(f"note: episode {i}: no base image is predicted as {name!r}; it is aligned with nothing")
-        n_empty += len(empty)
-        n_small += episode.n_drawn < args.aug_size
-        before, after = (100 * torch.stack(scores).mean().item() for scores in (finetuned, aligned))
-        bar.set_postfix_str(f"fine-tuning {before:.2f}, alignment {after:.2f}")
+    done = AlignedEpisodes(precision)
+    made_from = {
+        "weights": weights_digest(backbone),
+        "base images": base.fingerprint,
+        "novel images": novel.fingerprint,
+    }
+    began -= begin(state, made_from, last)
+    if state:
+        done.restore(state, n_test, last)
+    save = partial(done.save, last, vars(args), made_from, began)
+    bar = tqdm(range(len(done.rows), n_test), desc=f"{args.alignment} alignment", unit="episode", disable=args.quiet)
+    with resumable(last, save):
+        for i in bar:
+            episode = align_episode(
+                backbone,
+                initial_state,
+                setting,
+                episodes.index[i],
+                args.n_shot,
+                novel_images,
+                z_novel,
+                base_images,
+                base.labels,
+                z_base,
+                base_members,
+                args.seed,
+                i,
+                device,
+                precision,
+            )
+            done.add(episode)
+            empty = [w for w, samples in enumerate(episode.related.samples) if not len(samples)]
+            for w in empty if args.alignment != "none" else []:
+                name = novel.class_names[episodes.classes[i, w]]
+                tqdm.write(f"note: episode {i}: no base image is predicted as {name!r}; it is aligned with nothing")
+            bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*done.means()))
+            if len(done.rows) % SAVE_EVERY == 0:
+                save()
+        save()
+
+    columns = done.tensors()
+    n_small = int((columns["n_drawn"] < args.aug_size).sum())
     if n_small and args.alignment != "none":
         print(
             f"note: in {n_small} of {n_test} episodes the smallest related set held fewer than "
             f"--aug_size {args.aug_size} images; so many were drawn of each class"
         )
-
-    before, after = EpisodeScores(torch.stack(finetuned)), EpisodeScores(torch.stack(aligned))
+    before, after = EpisodeScores(columns["finetuned"]), EpisodeScores(columns["aligned"])
     difference, difference_ci95 = paired_difference(before.accuracy, after.accuracy)
     record = run_record("associative_alignment", vars(args), novel, episodes, time.time() - began, device)
     record |= accuracy_record(after, episodes, novel.class_names)
@@ -111,13 +129,10 @@ def main() -> None:
         "checkpoint_epoch": checkpoint.epoch,
         "fine_tuning": accuracy_record(before, episodes, novel.class_names),
         "difference": {"accuracy": 100 * difference, "ci95": 100 * difference_ci95},
-        "curve": curve_record(torch.tensor(curves), args.record_curve),
-        "n_empty_related_sets": n_empty,
+        "curve": curve_record(columns["curve"], args.record_curve),
+        "n_empty_related_sets": int(columns["n_empty"].sum()),
         "n_episodes_below_aug_size": n_small,
     }
-    table = result_path(
-        args.results_dir, "associative_alignment", own, args.dataset, args.novel_dataset, args.alignment
-    )
     write_json(table, record)
     print(
         f"{args.method} on {novel.benchmark}, {args.test_n_way}-way {args.n_shot}-shot, {n_test} {novel.split} episodes"

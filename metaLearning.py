@@ -27,12 +27,21 @@ from methods.episodic_training import evaluate_meta_learner, train_one_epoch
 from methods.evaluation import embed, mean_and_ci95
 from methods.meta_learners import build_meta_learner
 from methods.results import log_epoch, result_path, save_result
+from methods.resume import TEST_FLAGS, Training, begin, find_state, last_state_path, resumable
 
 
 def main() -> None:
     args = args_parser("meta")
     began = time.time()
     device, precision = start(args.device, args.precision, args.no_keep_memory)
+
+    # Where the run writes, and what an earlier one has left there.
+    path = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
+    last = last_state_path(path)
+    metrics = args.results_dir / "logs" / path.stem / "metrics.jsonl"
+    table = result_path(args.results_dir, "metaLearning", path, args.dataset, args.novel_dataset)
+    written = (last, path) if args.n_epoch else (None, None)
+    state = find_state(*written, table, vars(args), TEST_FLAGS, args.resume, args.overwrite)
 
     # Data: uint8 arrays; episodes are indices into them. Those of val are the same ones after every epoch.
     load = partial(
@@ -77,50 +86,56 @@ def main() -> None:
     )
 
     # Episodic training; the model of the best validation accuracy is kept.
-    path = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
-    metrics = args.results_dir / "logs" / path.stem / "metrics.jsonl"
-    best = -1.0
-    for epoch in range(args.n_epoch):
-        epoch_began = time.time()
-        loss, train_accuracy = train_one_epoch(
-            backbone,
-            learner,
-            optimizer,
-            train_images,
-            base.train_sizes,
-            sample_episodes(
-                base, *train_protocol, args.episodes_per_epoch, args.seed, start=epoch * args.episodes_per_epoch
-            ),
-            args.img_size,
-            augmentation,
-            epoch,
-            args.seed,
-            device,
-            precision,
-            args.quiet,
-        )
-        z_val = embed(backbone, val.images, device, precision, maps=relation)
-        val_scores = evaluate_meta_learner(learner, z_val, val_episodes)
-        val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
-        if val_accuracy > best:
-            best = val_accuracy
-            save_checkpoint(
-                path,
-                Checkpoint(
-                    stage="metaLearning",
-                    dataset=args.dataset,
-                    method=args.method,
-                    backbone=args.backbone,
-                    img_size=args.img_size,
-                    class_names=base.class_names,
-                    backbone_state=backbone.state_dict(),
-                    head_state=learner.state_dict(),
-                    epoch=epoch,
-                    val_accuracy=100 * best,
-                    config=vars(args),
+    training = Training(backbone, learner, optimizer, precision)
+    made_from = {"base images": base.fingerprint, "val images": val.fingerprint}
+    if args.n_epoch:
+        began -= begin(state, made_from, last)
+    if state:
+        training.restore(state, args.n_epoch, metrics, last)
+    with resumable(last):
+        for epoch in range(training.n_done, args.n_epoch):
+            epoch_began = time.time()
+            loss, train_accuracy = train_one_epoch(
+                backbone,
+                learner,
+                optimizer,
+                train_images,
+                base.train_sizes,
+                sample_episodes(
+                    base, *train_protocol, args.episodes_per_epoch, args.seed, start=epoch * args.episodes_per_epoch
                 ),
+                args.img_size,
+                augmentation,
+                epoch,
+                args.seed,
+                device,
+                precision,
+                args.quiet,
             )
-        log_epoch(metrics, epoch, loss, train_accuracy, val_scores, best, epoch_began)
+            z_val = embed(backbone, val.images, device, precision, maps=relation)
+            val_scores = evaluate_meta_learner(learner, z_val, val_episodes)
+            val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
+            if val_accuracy > training.best:
+                training.best = val_accuracy
+                save_checkpoint(
+                    path,
+                    Checkpoint(
+                        stage="metaLearning",
+                        dataset=args.dataset,
+                        method=args.method,
+                        backbone=args.backbone,
+                        img_size=args.img_size,
+                        class_names=base.class_names,
+                        backbone_state=backbone.state_dict(),
+                        head_state=learner.state_dict(),
+                        epoch=epoch,
+                        val_accuracy=100 * training.best,
+                        config=vars(args),
+                    ),
+                )
+            log_epoch(metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
+            training.n_done = epoch + 1
+            training.save(last, vars(args), made_from, began)
 
     # Novel test of the best model.
     if args.n_epoch:
@@ -129,7 +144,6 @@ def main() -> None:
         load_state(learner, checkpoint.head_state, path)
     z_novel = embed(backbone, novel.images, device, precision, bar="" if args.quiet else "embed novel", maps=relation)
     scores = evaluate_meta_learner(learner, z_novel, novel_episodes, bar="" if args.quiet else "novel episodes")
-    table = result_path(args.results_dir, "metaLearning", path, args.dataset, args.novel_dataset)
     save_result(table, "metaLearning", vars(args), novel, novel_episodes, scores, began, device)
     print(f"checkpoint {path if args.n_epoch else args.init_from}, result {table}")
 

@@ -27,6 +27,7 @@ from methods.checkpoints import (
 from methods.engine import n_parameters, on_device, run_script, start
 from methods.evaluation import embed, evaluate_heads, mean_and_ci95
 from methods.results import log_epoch, result_path, save_result
+from methods.resume import TEST_FLAGS, Training, begin, find_state, last_state_path, resumable
 from models import build_head
 
 
@@ -34,6 +35,14 @@ def main() -> None:
     args = args_parser("transfer")
     began = time.time()
     device, precision = start(args.device, args.precision, args.no_keep_memory)
+
+    # Where the run writes, and what an earlier one has left there.
+    path = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
+    last = last_state_path(path)
+    metrics = args.results_dir / "logs" / path.stem / "metrics.jsonl"
+    table = result_path(args.results_dir, "transferLearning", path, args.dataset, args.novel_dataset)
+    written = (last, path) if args.n_epoch else (None, None)
+    state = find_state(*written, table, vars(args), TEST_FLAGS, args.resume, args.overwrite)
 
     # Data: uint8 arrays; episodes are indices into them, the same ones after every epoch.
     load = partial(
@@ -51,6 +60,8 @@ def main() -> None:
         raise UserError(
             f"--n_base_class {args.n_base_class}, but {args.dataset!r} has {n_base_class} base classes: drop it"
         )
+    if args.n_epoch and n_base_class < 2:
+        raise UserError(f"the base split of {args.dataset!r} has 1 class: training needs at least 2, so add classes")
     protocol = (args.test_n_way, args.n_shot, args.n_query)
     val_episodes = sample_episodes(val, *protocol, args.val_episodes, args.seed)
     n_test = args.testing_epochs * args.n_episodes
@@ -71,8 +82,6 @@ def main() -> None:
     print(f"{args.dataset}: {n_base_class} base classes of {len(base.labels)} images; {device}, {args.precision}")
 
     # Base training; the model of the best validation accuracy is kept.
-    path = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
-    metrics = args.results_dir / "logs" / path.stem / "metrics.jsonl"
     score_heads = partial(
         evaluate_heads,
         method=args.method,
@@ -82,54 +91,61 @@ def main() -> None:
         lr=args.ft_lr,
         seed=args.seed,
     )
-    best = -1.0
-    for epoch in range(args.n_epoch):
-        epoch_began = time.time()
-        loss, train_accuracy = train_one_epoch(
-            backbone,
-            head,
-            optimizer,
-            train_images,
-            base.train_sizes,
-            base.labels,
-            args.img_size,
-            augmentation,
-            args.batch_size,
-            epoch,
-            args.seed,
-            device,
-            precision,
-            args.quiet,
-        )
-        z_val = embed(backbone, val.images, device, precision)
-        val_scores = score_heads(z_val, val_episodes)
-        val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
-        if val_accuracy > best:
-            best = val_accuracy
-            save_checkpoint(
-                path,
-                Checkpoint(
-                    stage="transferLearning",
-                    dataset=args.dataset,
-                    method=args.method,
-                    backbone=args.backbone,
-                    img_size=args.img_size,
-                    class_names=base.class_names,
-                    backbone_state=backbone.state_dict(),
-                    head_state=head.state_dict(),
-                    epoch=epoch,
-                    val_accuracy=100 * best,
-                    config=vars(args),
-                ),
+    training = Training(backbone, head, optimizer, precision)
+    made_from = {"base images": base.fingerprint, "val images": val.fingerprint}
+    if args.n_epoch:
+        began -= begin(state, made_from, last)
+    if state:
+        training.restore(state, args.n_epoch, metrics, last)
+    with resumable(last):
+        for epoch in range(training.n_done, args.n_epoch):
+            epoch_began = time.time()
+            loss, train_accuracy = train_one_epoch(
+                backbone,
+                head,
+                optimizer,
+                train_images,
+                base.train_sizes,
+                base.labels,
+                args.img_size,
+                augmentation,
+                args.batch_size,
+                epoch,
+                args.seed,
+                device,
+                precision,
+                args.quiet,
             )
-        log_epoch(metrics, epoch, loss, train_accuracy, val_scores, best, epoch_began)
+            z_val = embed(backbone, val.images, device, precision)
+            val_scores = score_heads(z_val, val_episodes)
+            val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
+            if val_accuracy > training.best:
+                training.best = val_accuracy
+                save_checkpoint(
+                    path,
+                    Checkpoint(
+                        stage="transferLearning",
+                        dataset=args.dataset,
+                        method=args.method,
+                        backbone=args.backbone,
+                        img_size=args.img_size,
+                        class_names=base.class_names,
+                        backbone_state=backbone.state_dict(),
+                        head_state=head.state_dict(),
+                        epoch=epoch,
+                        val_accuracy=100 * training.best,
+                        config=vars(args),
+                    ),
+                )
+            log_epoch(metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
+            training.n_done = epoch + 1
+            training.save(last, vars(args), made_from, began)
 
     # Novel test of the best model.
     if args.n_epoch:
         load_state(backbone, load_checkpoint(path).backbone_state, path)
     z_novel = embed(backbone, novel.images, device, precision, bar="" if args.quiet else "embed novel")
     scores = score_heads(z_novel, novel_episodes, bar="" if args.quiet else "novel episodes")
-    table = result_path(args.results_dir, "transferLearning", path, args.dataset, args.novel_dataset)
     save_result(table, "transferLearning", vars(args), novel, novel_episodes, scores, began, device)
     print(f"checkpoint {path if args.n_epoch else args.init_from}, result {table}")
 

@@ -17,6 +17,9 @@ from data.image_cache import load_images
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
+# What `python -m data.prepare` knows by name; anything else is a folder of the user's own.
+PREPARED = {"miniImagenet", "tieredImageNet", "CUB", "FC100", "CIFAR-FS"}
+
 
 @dataclass(frozen=True)
 class Split:
@@ -131,9 +134,10 @@ def load_split(
     elif file.is_file():
         class_names, paths, labels = list_json(file, image_root)
     else:
+        prepared_as = dataset if dataset in PREPARED else f"folder --name {dataset}"
         raise UserError(
             f"no {split} split of {dataset!r} in {root}: expected {folder}/<class>/<image> or {file}; "
-            f"prepare it with 'python -m data.prepare {dataset} --source PATH', "
+            f"prepare it with 'python -m data.prepare {prepared_as} --source PATH', "
             f"or try the built-in benchmark with --dataset glyphs"
         )
     names = [f"{class_names[label]}/{path.name}" for label, path in zip(labels, paths, strict=True)]

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from data.errors import UserError
 
+T = TypeVar("T")
 # Larger than any photograph; a file that claims more pixels is a decompression bomb.
 MAX_PIXELS = 178_956_970
 # Images of one common size are kept as they are up to this many pixels each.
@@ -138,6 +140,7 @@ def load_images(
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             building = Path(tempfile.mkdtemp(prefix=f".{folder.name}_", dir=cache_dir))
+            building.chmod(0o755)  # mkdtemp's folders are for their maker alone; others may share a cache
         except OSError as error:
             raise UserError(
                 f"cache folder {cache_dir} cannot be written ({error}): give another --cache_dir"
@@ -225,7 +228,7 @@ def decode_all(
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def chunks(items: list) -> Iterator[list]:
+def chunks(items: list[T]) -> Iterator[list[T]]:
     """Consecutive pieces of CHUNK items."""
     for start in range(0, len(items), CHUNK):
         yield items[start : start + CHUNK]

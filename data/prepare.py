@@ -26,7 +26,7 @@ from data.converters.folder import convert_folder
 from data.converters.mini_imagenet import convert_mini_imagenet
 from data.converters.tiered_imagenet import convert_tiered_imagenet
 from data.converters.writing import SPLITS, Conversion, count_images, write_benchmark
-from data.errors import UserError
+from data.errors import OneLineParser, UserError
 from data.glyphs import render_glyphs
 
 SPLIT_FILES = Path(__file__).parents[1] / "fs_benchmarks" / "splits"
@@ -34,20 +34,20 @@ SPLIT_FILES = Path(__file__).parents[1] / "fs_benchmarks" / "splits"
 
 def prepare_parser() -> argparse.ArgumentParser:
     """The command line: one subcommand a benchmark, with the options that make sense for it."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m data.prepare", description="Make a benchmark's image folders from the files that people have."
     )
-    out = argparse.ArgumentParser(add_help=False)
+    out = OneLineParser(add_help=False)
     out.add_argument(
         "--out", type=Path, default=Path("fs_benchmarks"), help="folder of benchmarks; images go to OUT/NAME"
     )
-    common = argparse.ArgumentParser(add_help=False, parents=[out])
+    common = OneLineParser(add_help=False, parents=[out])
     common.add_argument("--img_size", type=_size, help="resize every image to IMG_SIZE x IMG_SIZE and write it as PNG")
     common.add_argument("--skip_bad", action="store_true", help="leave out images that cannot be read")
     common.add_argument("--allow_incomplete", action="store_true", help="accept missing classes and images")
-    source = argparse.ArgumentParser(add_help=False)
+    source = OneLineParser(add_help=False)
     source.add_argument("--source", type=Path, required=True, help="the file or folder that you have")
-    split_file = argparse.ArgumentParser(add_help=False)
+    split_file = OneLineParser(add_help=False)
     split_file.add_argument("--split_file", type=Path, help="JSON of the classes of base, val and novel")
 
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")

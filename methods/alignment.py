@@ -22,7 +22,7 @@ from data.related_base import RelatedBase, find_related_base
 from data.transforms import normalise
 from methods.adversarial_alignment import adversarial_alignment_step
 from methods.centroid_alignment import centroid_alignment_step
-from methods.engine import Precision, seeded
+from methods.engine import Precision, check_finite, seeded
 from methods.evaluation import score_queries
 from methods.novel_finetune import fit_heads
 from models import build_head
@@ -31,6 +31,8 @@ from models.heads import Head
 
 # The critic meets features that move with every step: a short memory of its gradients.
 CRITIC_BETAS = (0.5, 0.9)
+# Base features scored together: their normalised copy stays in a core's cache, which halves the time.
+BASE_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,15 @@ class AlignedEpisode:
     n_drawn: int
     losses: list[tuple[float, float, float]]
     curve: list[Tensor]
+
+
+@torch.no_grad()
+def related_base_of_head(
+    head: Head, z_base: Tensor, y_base: Tensor, base_members: list[Tensor], n_B: int, related_score: str
+) -> RelatedBase:
+    """Related base classes and samples by a fitted head: z_base (N, d), y_base (N,); the rest as find_related_base."""
+    logits = torch.cat([head.logits(head(z)) for z in z_base.split(BASE_ROWS)])
+    return find_related_base(logits, y_base.to(logits.device), base_members, n_B, related_score)
 
 
 def draw_related(samples: list[Tensor], aug_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -137,7 +148,7 @@ def network_input(images: Tensor, index: Tensor, device: torch.device) -> Tensor
 
 @torch.no_grad()
 def predict_queries(
-    backbone: nn.Module, head: Head, x_query: Tensor, precision: Precision, batch_size: int = 256
+    backbone: nn.Module, head: Head, x_query: Tensor, precision: Precision, batch_size: int = 64
 ) -> Tensor:
     """Scores (n, n_way) of query images by backbone and head in eval mode: no query sees another."""
     backbone.eval()
@@ -180,9 +191,7 @@ def align_episode(
     head_optimizer = fit_heads(head, z_novel[support.to(device)], y_support, setting.ft_n_epoch, setting.ft_lr)
     with torch.no_grad():
         finetuned = score_queries(head(z_novel[query.to(device)]), n_way)
-        related = find_related_base(
-            head.logits(head(z_base)), y_base.to(device), base_members, setting.n_B, setting.related_score
-        )
+        related = related_base_of_head(head, z_base, y_base, base_members, setting.n_B, setting.related_score)
 
     head.rescale(setting.align_s, setting.align_m)
     for group in head_optimizer.param_groups:
@@ -229,6 +238,8 @@ def align_episode(
             backbone.train(setting.align_bn == "train")
             support_loss = train_on_support(backbone, head, joint_optimizer, x_support, y_support, precision)
             losses.append((align_loss, related_loss, support_loss))
+            where = f"episode {episode}, iteration {iteration}"
+            check_finite(support_loss + (related_loss if n_drawn else 0.0), where)
             if setting.record_curve and (iteration + 1) % setting.record_curve == 0:
                 curve.append(score_queries(predict_queries(backbone, head, x_query, precision), n_way).cpu())
 

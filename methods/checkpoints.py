@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from data.files import atomic_file
-from methods.engine import plain, seeded
+from methods.engine import plain, run_script, seeded
 from models import Backbone, build_backbone
 
 FORMAT = "associative-alignment/1"
@@ -149,3 +149,9 @@ def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights of {path} do not fit {type(module).__name__} ({reason})") from error
+
+
+if __name__ == "__main__":  # python -m methods.checkpoints import-published FILE OUT
+    from methods.import_published import main
+
+    run_script(main)

@@ -33,8 +33,8 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(str(interruption) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -87,10 +87,11 @@ class Precision:
         self.scaler.update()
 
 
-def check_finite(loss: Tensor, where: str) -> None:
+def check_finite(loss: Tensor | float, where: str) -> None:
     """Raise UserError, saying where, when a loss is no longer finite."""
-    if not torch.isfinite(loss):
-        raise UserError(f"the loss became {loss.item()} at {where}: lower --lr, or use --precision fp32")
+    value = loss.item() if isinstance(loss, Tensor) else loss
+    if not math.isfinite(value):
+        raise UserError(f"the loss became {value} at {where}: lower --lr, or use --precision fp32")
 
 
 def on_device(images: Tensor, device: torch.device) -> Tensor:

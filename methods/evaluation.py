@@ -48,12 +48,13 @@ def embed(
     images: Tensor,
     device: torch.device,
     precision: Precision,
-    batch_size: int = 256,
+    batch_size: int = 64,
     bar: str = "",
     maps: bool = False,
 ) -> Tensor:
     """Features of uint8 images (N, 3, s, s) by the backbone in eval mode: (N, d) float32 on `device`.
 
+    batch_size images go together: no more than a training batch, so that embedding does not set the peak of memory.
     `bar` names a progress bar; empty shows none. With `maps` the result is the feature maps, (N, c, h, w).
     """
     backbone.eval()

@@ -4,7 +4,6 @@ One figure, results/figures/overview.png: validation accuracy of base training b
 with its 95% interval, and the gain of alignment over fine-tuning, episode by episode.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data.errors import OneLineParser, UserError
+from data.files import atomic_file
 from methods.engine import run_script
 from methods.report import read_results
 
@@ -20,11 +21,15 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 
 def draw_training(axes: Axes, logs: list[Path]) -> None:
-    """Validation accuracy of each run by epoch."""
+    """Validation accuracy of each run by epoch. Raises UserError when a metrics file is damaged."""
     for colour, log in zip([BLUE, ORANGE, GREEN, GREY] * len(logs), logs, strict=False):
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        try:
+            rows = [json.loads(line) for line in log.read_text().splitlines()]
+            curve = [r["epoch"] for r in rows], [r["val_accuracy"] for r in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"metrics file {log} is damaged ({error}): delete it or run its stage again") from error
         label = log.parent.name.removesuffix("_bestModel").replace("_", " ")
-        axes.plot([r["epoch"] for r in rows], [r["val_accuracy"] for r in rows], color=colour, label=label)
+        axes.plot(*curve, color=colour, label=label)
     axes.set(title="Base training", xlabel="epoch", ylabel="validation accuracy, %")
     axes.legend(fontsize=7, frameon=False)
 
@@ -59,7 +64,7 @@ def draw_gains(axes: Axes, records: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m methods.figures", description=__doc__)
+    parser = OneLineParser(prog="python -m methods.figures", description=__doc__)
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
     results_dir = parser.parse_args().results_dir
     records = read_results(results_dir)
@@ -69,8 +74,8 @@ def main() -> None:
     draw_accuracies(accuracies, records)
     draw_gains(gains, [r for r in records if "alignment" in r])
     path = results_dir / "figures" / "overview.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     print(f"figure {path}")
 
 

@@ -1,25 +1,35 @@
 """Print result files as one Markdown table: python -m methods.report results"""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from data.errors import OneLineParser, UserError
 from methods.engine import run_script
+
+# What a result holds that is reported or drawn; of stage 3 also the second row.
+KEYS = "dataset method backbone img_size n_way n_shot n_episodes seconds accuracy ci95 accuracy_per_episode".split()
+ALIGNMENT_KEYS = ("fine_tuning", "difference")
 
 
 def read_results(results_dir: Path) -> list[dict[str, Any]]:
-    """All records of results_dir/tables/*.json, by file name. Raises UserError when there is none or a bad one."""
-    files = sorted((results_dir / "tables").glob("*.json"))
-    if not files:
-        raise UserError(f"no result files in {results_dir / 'tables'}: run a stage first, or name its --results_dir")
+    """The results of stages among results_dir/tables/*.json, by file name; other tables, as of speed, are left out.
+
+    Raises UserError when there is none or a bad one.
+    """
     records = []
-    for file in files:
+    for file in sorted((results_dir / "tables").glob("*.json")):
         try:
-            records.append(json.loads(file.read_text()))
+            record = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"result file {file} is damaged ({error}): delete it and run its stage again") from error
+        if isinstance(record, dict) and "stage" in record:
+            missing = [key for key in (*KEYS, *(ALIGNMENT_KEYS if "alignment" in record else ())) if key not in record]
+            if missing:
+                raise UserError(f"result file {file} lacks {missing[0]!r}: delete it and run its stage again")
+            records.append(record)
+    if not records:
+        raise UserError(f"no result files in {results_dir / 'tables'}: run a stage first, or name its --results_dir")
     return records
 
 
@@ -62,7 +72,7 @@ def markdown_table(records: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m methods.report", description=__doc__)
+    parser = OneLineParser(prog="python -m methods.report", description=__doc__)
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
     print(markdown_table(read_results(parser.parse_args().results_dir)))
 

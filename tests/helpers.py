@@ -63,9 +63,9 @@ def make_split(counts=(8,) * 6, side=16, seed=0, split="novel") -> Split:
 
 
 def run(script: str, *flags: object, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a script of the repository with `flags` in a process of its own; with `check`, it must succeed."""
+    """Run a script of the repository, or `-m` and a module, in a process of its own; with `check`, it must succeed."""
     result = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
+        [sys.executable, script if script == "-m" else str(ROOT / script), *map(str, flags)],
         capture_output=True,
         text=True,
         cwd=ROOT,

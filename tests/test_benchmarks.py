@@ -1,6 +1,7 @@
 """Benchmarks as image folders and as published json lists, and every way in which they can be wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,14 @@ def test_absolute_names_of_another_machine_are_rerooted(tmp_path, images, depth)
         theirs = [Path("/mnt") / tmp_path.name / "images" / path.relative_to(images) for path in paths]
         write_json(file, ["ant", "bee"], theirs, labels)
     assert list_json(file, root)[1] == paths
+
+
+def test_the_longest_tail_below_image_root_is_taken(tmp_path, images):
+    """An image of the same file name, straight in image_root, is another one."""
+    paths, labels = listed(images, "ant")
+    shutil.copy(images / "bee" / "0.png", images / "0.png")
+    file = write_json(tmp_path / "base.json", ["ant"], [f"/far/ant/{path.name}" for path in paths], labels)
+    assert list_json(file, images)[1] == paths
 
 
 def test_image_root_is_used_even_where_the_absolute_names_exist(tmp_path, images):

@@ -226,12 +226,12 @@ def test_a_hostile_pickle_would_execute_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, protocol):
+def test_a_hostile_pickle_is_refused_in_one_line_and_not_executed(tmp_path, recwarn, protocol):
     path, marker = tmp_path / "model.tar", tmp_path / "marker"
     path.write_bytes(pickle.dumps({"format": FORMAT, "state": Hostile(marker)}, protocol))
     with pytest.raises(UserError, match="not a checkpoint of this project"):
         load_checkpoint(path)
-    assert not marker.exists()
+    assert not marker.exists() and not recwarn.list
 
 
 def test_a_hostile_pickle_inside_a_file_of_torch_save_is_refused_and_not_executed(tmp_path, saved):

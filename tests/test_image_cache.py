@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import shutil
 import struct
 import zlib
@@ -100,10 +101,23 @@ def test_a_second_run_decodes_nothing(tmp_path, no_decoding):
     assert_same(first, load(paths, tmp_path / "cache"))
 
 
+def test_image_sizes_and_uses_have_caches_of_their_own(tmp_path):
+    paths = write_images(tmp_path, [(20, 20), (30, 20)])
+    settings = [(16, True), (24, True), (16, False)]
+    for _ in range(2):
+        for img_size, with_train in settings:
+            arrays = load(paths, tmp_path / "cache", img_size, with_train)
+            assert arrays.eval.shape == (2, 3, img_size, img_size) and (arrays.train is not None) == with_train
+    assert len(list((tmp_path / "cache").iterdir())) == len(settings)
+
+
 def test_a_changed_image_is_decoded_anew(tmp_path):
-    paths = write_images(tmp_path, [(20, 20)] * 3)
+    paths = write_images(tmp_path, [(20, 20)] * 3, suffix="bmp")
     before = load(paths, tmp_path / "cache")
+    saved_at, n_bytes = paths[1].stat().st_mtime_ns, paths[1].stat().st_size
     random_image(20, 20, seed=9).save(paths[1])
+    assert paths[1].stat().st_size == n_bytes
+    os.utime(paths[1], ns=(saved_at + 1, saved_at + 1))
     after = load(paths, tmp_path / "cache")
     assert torch.equal(after.train[1], chw(Image.open(paths[1])))
     assert torch.equal(after.train[[0, 2]], before.train[[0, 2]])
@@ -327,7 +341,6 @@ BAD = {
     "text": lambda: b"<html>404</html>",
     "NaN pixels": not_a_number,
     "bomb": lambda: png_header(60_000, 60_000),
-    "bomb under PIL's own limit": lambda: png_header(4_000, 3_000),
     "no pixels": lambda: (
         b"BM" + struct.pack("<IIIIiiHHIIIIII", 58, 0, 54, 40, 0, 1, 1, 24, 0, 4, 1, 1, 0, 0) + b"\0" * 4
     ),
@@ -335,15 +348,24 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_file_that_cannot_be_decoded_is_named_and_leaves_no_cache(tmp_path, monkeypatch, kind):
-    if kind == "bomb under PIL's own limit":
-        monkeypatch.setattr(image_cache, "MAX_PIXELS", 10_000_000)
+def test_a_file_that_cannot_be_decoded_is_named_and_leaves_no_cache(tmp_path, kind):
     paths = write_images(tmp_path, [(20, 20)] * 3, suffix="jpg")
     paths[1].write_bytes(BAD[kind]())
     with pytest.raises(UserError, match="cannot be decoded.*take it out") as error:
         load(paths, tmp_path / "cache")
     assert str(paths[1]) in str(error.value) and "\n" not in str(error.value)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_image_above_the_pixel_limit_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    (path,) = write_images(tmp_path, [(40, 30)])
+    monkeypatch.setattr(image_cache, "MAX_PIXELS", 40 * 30)
+    assert open_rgb(path).size == (40, 30)
+    monkeypatch.setattr(image_cache, "MAX_PIXELS", 40 * 30 - 1)
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
+    for read in (image_cache.header_size, open_rgb):
+        with pytest.raises(UserError, match=r"0\.png cannot be decoded \(40x30 pixels is more than the limit of 1199"):
+            read(path)
 
 
 @pytest.mark.filterwarnings("ignore")

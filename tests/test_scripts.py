@@ -215,7 +215,12 @@ USER_ERRORS = {
     "class too small": ("transferLearning", spoil_class, [], ["class12", "4 images", "n_shot + n_query = 5"]),
     "empty class": ("transferLearning", empty_class, [], ["empty", "no images"]),
     "truncated image": ("transferLearning", spoil_image, [], ["class13", "cannot be decoded"]),
-    "image too small for Conv4": ("transferLearning", nothing, ["--img_size", 8], ["16 pixels", "--img_size"]),
+    "image too small for Conv4": (
+        "transferLearning",
+        nothing,
+        ["--img_size", 8, "--overwrite"],
+        ["16 pixels", "--img_size"],
+    ),
     "wrong n_base_class": ("transferLearning", nothing, ["--n_base_class", 5], ["--n_base_class 5", "6 base classes"]),
     "diverging loss": ("transferLearning", nothing, ["--lr", 1e30, "--method", "softMax"], ["epoch", "batch", "--lr"]),
     "no such device": ("transferLearning", nothing, ["--device", "mps"], ["mps", "cpu"]),

@@ -60,4 +60,5 @@ def _archive_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"'{path}' is truncated or not a tar archive ({error}): get the file again") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"'{path}' is truncated or not a tar archive ({reason}): get the file again") from None

@@ -33,6 +33,8 @@ def convert_folder(
         others.update(file.suffix or file.name for file in files if file.suffix.lower() not in IMAGE_SUFFIXES)
         if not images[folder.name]:
             raise UserError(f"'{folder}' holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): fill or remove it")
+    if not images:
+        raise UserError(f"--source '{source}' holds no class folders: expected a folder of class/image")
     if others:
         print("left out, not images: " + ", ".join(f"{n} {suffix}" for suffix, n in sorted(others.items())))
     if class_lists is None:

@@ -1,0 +1,18 @@
+"""Every stage against a plain reference loop, on the same work: seconds, ratio, the machine's limit, peak memory.
+
+python -m speed                        # everything, on a machine that does nothing else
+python -m speed --scale tiny           # only whether both give the same answers, in seconds
+python -m speed.bench_validation       # one stage
+"""
+
+from methods.engine import run_script
+from speed import bench_alignment, bench_base_training, bench_meta_learning, bench_related_base, bench_validation
+from speed.common import run
+
+BENCHES = [
+    module.BENCH
+    for module in (bench_base_training, bench_validation, bench_related_base, bench_alignment, bench_meta_learning)
+]
+
+if __name__ == "__main__":
+    run_script(lambda: run(BENCHES, "python -m speed", __doc__))

@@ -1,0 +1,100 @@
+"""Peak memory of decoding and caching many images, and of training on a split far larger than that.
+
+python -m speed.bench_memory                                # 60,000 images cached, 400,000 images read
+python -m speed.bench_memory --n_cached 2000 --n_read 4000  # seconds
+
+Each measurement runs in a process of its own on synthetic 84x84 JPEG files. Of a mapped file the kernel keeps pages in
+memory while there is room, and drops them when there is not: they are reported apart from the memory that a process
+really holds.
+"""
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.benchmarks import load_split
+from data.transforms import Augmentation
+from methods.base_training import training_input
+
+N_CLASS, DISTINCT = 50, 500
+
+
+def write_jpegs(root: Path, n_images: int) -> None:
+    """`root/base/<class>/<i>.jpg`: n_images 84x84 JPEG files in N_CLASS classes, DISTINCT of them different."""
+    rng = np.random.default_rng(0)
+    pool = []
+    for _ in range(DISTINCT):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        coarse.resize((84, 84), Image.Resampling.BICUBIC).save(root / "one.jpg", quality=90)
+        pool.append((root / "one.jpg").read_bytes())
+    (root / "one.jpg").unlink()
+    for c in range(N_CLASS):
+        folder = root / "base" / f"class{c:03d}"
+        folder.mkdir(parents=True)
+        for i in range(n_images // N_CLASS):
+            (folder / f"{i:06d}.jpg").write_bytes(pool[(c + i) % DISTINCT])
+
+
+def memory_mib() -> dict[str, float]:
+    """Resident memory of this process in MiB: its own pages, mapped file pages, and the peak of their sum."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(fields[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile", "VmHWM")}
+
+
+def cache(root: str, cache_dir: str) -> dict[str, float]:
+    """Decode and cache the split; memory afterwards."""
+    load_split(Path(root).parent, Path(root).name, "base", 84, Path(cache_dir), num_workers=2, quiet=True)
+    return memory_mib()
+
+
+def read(root: str, cache_dir: str) -> dict[str, float]:
+    """Draw 200 shuffled and augmented training batches from the cached split; memory afterwards."""
+    split = load_split(Path(root).parent, Path(root).name, "base", 84, Path(cache_dir), quiet=True)
+    generator = torch.Generator().manual_seed(0)
+    assert split.train_images is not None
+    for _ in range(200):
+        index = torch.randint(len(split.labels), (64,), generator=generator)
+        training_input(split.train_images, split.train_sizes, index, 84, Augmentation(), generator, torch.device("cpu"))
+    return memory_mib()
+
+
+def in_child(function, *arguments) -> dict[str, float]:
+    """Run a measurement in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m speed.bench_memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--n_cached", type=int, default=60_000, help="images decoded and cached")
+    parser.add_argument("--n_read", type=int, default=400_000, help="images of the split that is read")
+    args = parser.parse_args()
+    print(f"after the imports alone: {row(in_child(memory_mib))}")
+    for n, then_read in ((args.n_cached, False), (args.n_read, True)):
+        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+            root, cache_dir = f"{folder}/synthetic", f"{folder}/cache"
+            Path(root).mkdir()
+            write_jpegs(Path(root), n)
+            print(f"decode and cache {n:,} images of 84x84: {row(in_child(cache, root, cache_dir))}")
+            if then_read:
+                size = sum(f.stat().st_size for f in Path(cache_dir).rglob("*.bin")) / 2**30
+                memory = in_child(read, root, cache_dir)
+                print(f"200 training batches of 64 from {n:,} images, {size:.1f} GiB: {row(memory)}")
+
+
+def row(memory: dict[str, float]) -> str:
+    """One measurement in words."""
+    return (
+        f"peak {memory['VmHWM']:,.0f} MiB resident; at the end {memory['RssAnon']:,.0f} MiB its own, "
+        f"{memory['RssFile']:,.0f} MiB mapped files"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""What the benchmarks share: the data, both sides' timing and memory, the machine's peak, the comparison, the table.
+
+The two sides are timed in child processes of one run, alternating: keep_memory() changes a whole process once it is
+called, the reference must run without it and ours with it, and a process has one peak of memory. A child imports and
+prepares first; only the work itself is timed. At tiny scale both sides run in this process, untimed, for the
+comparison alone.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.benchmarks import Split, load_split
+from data.errors import UserError
+from data.glyphs import render_glyphs
+from data.transforms import normalise
+from methods.checkpoints import create_backbone, load_tensors, save_atomically
+from methods.engine import Precision, keep_memory, provenance, write_json
+from models import Backbone
+
+CPU = torch.device("cpu")
+SIDES = ("reference", "ours", "limit")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the benchmarks run; `folder` holds the rendered benchmark and the cache of decoded images."""
+
+    scale: str
+    precision: str
+    images: Path | None
+    workers: int
+    folder: Path
+
+    @property
+    def tiny(self) -> bool:
+        return self.scale == "tiny"
+
+    @property
+    def img_size(self) -> int:
+        return 32 if self.tiny else 84
+
+    @property
+    def engine_precision(self) -> Precision:
+        """Of our path; the reference is in float32, as published."""
+        return Precision(self.precision, "cpu")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one whole work, measured or scaled up from a stated part of it, and the answer it gave."""
+
+    seconds: float
+    answer: dict[str, Tensor]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One stage. targets: for each work the least ratio to the reference, by precision.
+
+    reference and ours give a Measured for each work; flops the floating-point operations of each, of our path.
+    tolerances: for each answer the largest relative error |ours - reference| / |reference|, by precision.
+    """
+
+    name: str
+    targets: dict[str, dict[str, float]]
+    reference: Callable[[Setting], dict[str, Measured]]
+    ours: Callable[[Setting], dict[str, Measured]]
+    flops: Callable[[Setting], dict[str, float]]
+    tolerances: dict[str, dict[str, float]]
+
+
+def dataset(setting: Setting) -> Path:
+    """The folder <split>/<class>/<image> of the images: the one given, or glyphs as JPEG files, rendered when missing.
+
+    The full one has the numbers of mini-ImageNet: 64, 16 and 20 classes of 600.
+    """
+    if setting.images is not None:
+        return setting.images
+    root = setting.folder / f"glyphs-{setting.scale}"
+    if not root.exists():
+        if setting.tiny:
+            render_glyphs(root, n_images=10, n_base=8, n_val=5, n_novel=5)
+        else:
+            render_glyphs(root, n_images=600)
+    return root
+
+
+def load(setting: Setting, split: str) -> tuple[Split, list[Path]]:
+    """A split as the scripts load it, decoded once, and the files of its images, which the reference decodes."""
+    root = dataset(setting)
+    loaded = load_split(
+        root.parent, root.name, split, setting.img_size, setting.folder / "cache", num_workers=2, quiet=True
+    )
+    return loaded, [root / split / name for name in loaded.image_names]
+
+
+def spread(n: int, k: int) -> Tensor:
+    """k of the indices 0 ... n - 1, evenly spread; all of them when there are not as many."""
+    return torch.arange(n) if k >= n else torch.arange(k) * n // k
+
+
+def example_backbone(setting: Setting, base: Split, relation: bool = False) -> Backbone:
+    """A Conv4 of random weights whose batch norm has the statistics of 64 base images, the same on both sides."""
+    backbone = create_backbone("Conv4", setting.img_size, seed=0, relation=relation)
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        backbone.train()(normalise(base.images[spread(len(base.labels), 64)]))
+    for norm in norms:
+        norm.momentum = 0.1
+    return backbone
+
+
+def for_ours(backbone: Backbone) -> Backbone:
+    """The memory format in which the scripts keep a backbone."""
+    return backbone.to(memory_format=torch.channels_last)
+
+
+def difference(module: nn.Module, before: dict[str, Tensor]) -> Tensor:
+    """What training changed of the weight matrices, from a state dict of clones: one vector.
+
+    Vectors stay out: a convolution's bias before batch norm has no gradient but rounding, which Adam makes a step of.
+    """
+    after = module.state_dict()
+    changed = [(after[name] - value).flatten() for name, value in before.items() if value.ndim > 1]
+    return torch.cat(changed) if changed else torch.zeros(1)
+
+
+def clones(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a state dict, contiguous."""
+    return {
+        name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in module.state_dict().items()
+    }
+
+
+def timed(work: Callable[[], T], at_least: float = 0.0) -> tuple[float, T]:
+    """Seconds of `work` and its result; repeated for `at_least` seconds, of which the median is given."""
+    seconds: list[float] = []
+    started = time.perf_counter()
+    while True:
+        began = time.perf_counter()
+        result = work()
+        ended = time.perf_counter()
+        seconds.append(ended - began)
+        if ended - started >= at_least:
+            # The first of several finds caches cold.
+            return statistics.median(seconds[1:] or seconds), result
+
+
+def count_flops(work: Callable[[], Any]) -> float:
+    """Floating-point operations of the convolutions and matrix products of `work`, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops())
+
+
+def peak_flops(precision: str) -> float:
+    """Operations a second of the faster of a large matrix product and a convolution of Conv4, the best of ten."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    a = torch.randn(2048, 2048).to(dtype)
+    x = torch.randn(64, 64, 42, 42).to(dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(64, 64, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    rates = []
+    for work in (lambda: a @ a, lambda: torch.conv2d(x, w, padding=1)):
+        rates += [count_flops(work) / timed(work)[0] for _ in range(10)]
+    return max(rates)
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process: of its own address space alone where Linux tells."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else 1024 * peak
+
+
+def compare(
+    bench: Bench, precision: str, reference: dict[str, Measured], ours: dict[str, Measured]
+) -> dict[str, float]:
+    """The relative errors of our answers, by `work: answer`. Raises AssertionError when one is not within tolerance."""
+    assert reference.keys() == ours.keys() == bench.targets.keys(), (reference.keys(), ours.keys())
+    errors = {}
+    for work, expected in reference.items():
+        assert expected.answer and expected.answer.keys() == ours[work].answer.keys(), work
+        for name, right in expected.answer.items():
+            found = ours[work].answer[name]
+            assert found.shape == right.shape, f"{work}: {name} is {tuple(found.shape)}, not {tuple(right.shape)}"
+            error = ((found - right).double().norm() / right.double().norm().clamp_min(1e-12)).item()
+            bound = bench.tolerances[name][precision]
+            assert error <= bound, f"{work}: {name} is off by {error:.2g} of the reference's, more than {bound:g}"
+            errors[f"{work}: {name}"] = error
+    return errors
+
+
+def check(bench: Bench, setting: Setting) -> dict[str, float]:
+    """Run both sides once in this process and compare their answers; see compare."""
+    return compare(bench, setting.precision, bench.reference(setting), bench.ours(setting))
+
+
+def run_side(bench: Bench, setting: Setting, side: str, answer: Path) -> None:
+    """One side in this process, its Measured and its peak of memory written to `answer`."""
+    if side != "reference":
+        keep_memory()
+    if side == "limit":
+        peak = peak_flops(setting.precision)
+        measured = {
+            work: Measured(flops / peak, {}, f"{peak / 1e9:.0f} GFLOP/s")
+            for work, flops in bench.flops(setting).items()
+        }
+    else:
+        measured = (bench.ours if side == "ours" else bench.reference)(setting)
+    content = {work: vars(m) for work, m in measured.items()}
+    save_atomically(answer, {"measured": content, "peak_memory": peak_memory()})
+
+
+def run_child(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, Measured], int]:
+    """run_side in a process of its own: its Measured and its peak of memory in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.pt"
+        flags = ["--side", side, "--answer", answer, "--scale", setting.scale, "--precision", setting.precision]
+        flags += ["--workers", setting.workers, "--folder", setting.folder]
+        flags += ["--images", setting.images] if setting.images else []
+        command = [sys.executable, "-m", f"speed.bench_{bench.name}", *map(str, flags)]
+        subprocess.run(command, check=True, cwd=Path(__file__).resolve().parent.parent)
+        content = load_tensors(answer, "cpu")
+    return {work: Measured(**m) for work, m in content["measured"].items()}, content["peak_memory"]
+
+
+def measure(bench: Bench, setting: Setting, repeats: int) -> list[dict[str, Any]]:
+    """A row for each work: median seconds of both sides and the limit, their ratios, peaks of memory, errors."""
+    for split in ("base", "val", "novel"):  # rendered and decoded before any side is timed
+        load(setting, split)
+    runs: dict[str, list[tuple[dict[str, Measured], int]]] = {"reference": [], "ours": []}
+    errors: dict[str, float] = {}
+    for i in range(repeats):
+        for side in ("reference", "ours"):
+            print(f"{bench.name}: {side}, {i + 1} of {repeats}", file=sys.stderr, flush=True)
+            runs[side].append(run_child(bench, setting, side))
+        errors |= compare(bench, setting.precision, runs["reference"][-1][0], runs["ours"][-1][0])
+    limit, _ = run_child(bench, setting, "limit")
+    rows = []
+    for work, target in bench.targets.items():
+        seconds = {side: statistics.median(run[work].seconds for run, _ in runs[side]) for side in runs}
+        rows.append(
+            {
+                "work": work,
+                "reference_seconds": seconds["reference"],
+                "ours_seconds": seconds["ours"],
+                "limit_seconds": limit[work].seconds,
+                "ratio": seconds["reference"] / seconds["ours"],
+                "ratio_to_limit": seconds["ours"] / limit[work].seconds,
+                "target": target.get(setting.precision),
+                "peak_memory": {side: statistics.median(peak for _, peak in runs[side]) for side in runs},
+                "errors": {name: error for name, error in errors.items() if name.startswith(f"{work}: ")},
+                "note": runs["ours"][-1][0][work].note,
+                "limit_note": limit[work].note,
+            }
+        )
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows of `measure` as a Markdown table."""
+    header = ["work", "reference s", "ours s", "ratio", "target", "limit s", "ours / limit", "peak memory MiB", "note"]
+    table = [header, ["---"] + ["--:"] * (len(header) - 2) + ["---"]]
+    for row in rows:
+        memory = [f"{row['peak_memory'][side] / 2**20:.0f}" for side in ("reference", "ours")]
+        target = "" if row["target"] is None else f"{row['target']:g}x"
+        table.append(
+            [row["work"], f"{row['reference_seconds']:.3g}", f"{row['ours_seconds']:.3g}", f"{row['ratio']:.1f}x"]
+            + [target, f"{row['limit_seconds']:.3g}", f"{row['ratio_to_limit']:.1f}", " -> ".join(memory), row["note"]]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """The flags of every benchmark."""
+    p = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument("--repeats", type=int, default=5, help="runs of each side; medians are reported")
+    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of our path; the reference is fp32")
+    p.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny only compares the answers")
+    p.add_argument("--images", type=Path, help="a benchmark folder of JPEG files instead of rendered glyphs")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="of the reference's loader in base training")
+    p.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("./fs_benchmarks/.cache/speed"),
+        help="of the rendered glyphs and the decoded images",
+    )
+    p.add_argument("--output", type=Path, default=Path("./results/tables/speed.json"), help="the JSON of the table")
+    p.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    p.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
+    return p
+
+
+def run(benches: list[Bench], prog: str, description: str | None) -> None:
+    """The command line of the benchmarks: compare and, at full scale, time them; print and write the table."""
+    args = parser(prog, description).parse_args()
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: give at least 1")
+    setting = Setting(args.scale, args.precision, args.images, args.workers, args.folder.resolve())
+    if args.side:
+        run_side(benches[0], setting, args.side, args.answer)
+        return
+    if setting.tiny:
+        for bench in benches:
+            errors = check(bench, setting)
+            print(f"{bench.name}: the same answers as the reference; largest relative error {max(errors.values()):.1g}")
+        return
+    rows = [row for bench in benches for row in measure(bench, setting, args.repeats)]
+    record = {"threads": torch.get_num_threads(), "repeats": args.repeats, "rows": rows}
+    write_json(args.output, record | provenance(vars(args) | {"seed": 0}, CPU))
+    print(markdown(rows))
+    print(f"\n{args.precision}, {record['threads']} threads, median of {args.repeats}; {args.output}")

@@ -1,0 +1,298 @@
+"""What the published code does, step by step and plainly, as the other side of the benchmarks.
+
+Every image is decoded from its file and transformed with PIL each time it is needed; float32, contiguous NCHW; one
+episode after another; gradients of the whole backbone where only the head is updated; the checkpoint read from disk
+for every episode. Random draws come from outside, so that both sides make the same ones.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance
+from torch import Generator, Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation, draw_crops
+from methods.matchingnet import MatchingNet
+from methods.meta_learners import MetaLearner
+from methods.relationnet import RelationNet
+from models import Backbone
+
+Draw = tuple[list[int], list[float], bool]  # the crop's box; brightness, contrast, colour; whether to flip
+TO_INPUT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+# Images.
+
+
+def evaluation_input(path: Path, img_size: int) -> Tensor:
+    """Decode, resize, centre crop, normalise: (3, s, s)."""
+    with Image.open(path) as image:
+        resized = tv.resize(image.convert("RGB"), [int(1.15 * img_size)] * 2)
+    return TO_INPUT(tv.center_crop(resized, [img_size, img_size]))
+
+
+def evaluation_inputs(paths: Iterable[Path], img_size: int) -> Tensor:
+    """(n, 3, s, s), one image after another."""
+    return torch.stack([evaluation_input(path, img_size) for path in paths])
+
+
+def training_input(path: Path, draw: Draw, img_size: int) -> Tensor:
+    """Decode, crop and resize, jitter, flip, normalise: (3, s, s)."""
+    (top, left, height, width), factors, flip = draw
+    with Image.open(path) as opened:
+        image = tv.resized_crop(opened.convert("RGB"), top, left, height, width, [img_size, img_size])
+    brightness, contrast, colour = factors
+    image = ImageEnhance.Brightness(image).enhance(brightness)
+    image = ImageEnhance.Contrast(image).enhance(contrast)
+    image = ImageEnhance.Color(image).enhance(colour)
+    return TO_INPUT(tv.horizontal_flip(image) if flip else image)
+
+
+def draw_augmentation(sizes: Tensor, augmentation: Augmentation, generator: Generator) -> list[Draw]:
+    """The draws of data.transforms.augment for images of `sizes` (b, 2), in its order."""
+    boxes = draw_crops(sizes, augmentation.crop_scale, augmentation.crop_ratio, generator)
+    factors = 1.0 + augmentation.jitter * (2.0 * torch.rand(len(sizes), 3, generator=generator) - 1.0)
+    flips = (torch.rand(len(sizes), generator=generator) < 0.5) & augmentation.flip
+    return list(zip(boxes.long().tolist(), factors.tolist(), flips.tolist(), strict=True))
+
+
+class TrainingFiles(Dataset[tuple[Tensor, int]]):
+    """Image files with their labels and draws, decoded and augmented one by one when asked for."""
+
+    def __init__(self, paths: list[Path], labels: list[int], draws: list[Draw], img_size: int):
+        self.items = list(zip(paths, labels, draws, strict=True))
+        self.img_size = img_size
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        path, label, draw = self.items[i]
+        return training_input(path, draw, self.img_size), label
+
+
+# Backbone and head.
+
+
+def conv4(like: Backbone) -> nn.Sequential:
+    """Conv4 as plain layers, with a copy of the weights and statistics of one of ours."""
+    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
+    layers = [copy.deepcopy(module) for module in like.modules() if isinstance(module, kinds)]
+    return nn.Sequential(*layers).to(memory_format=torch.contiguous_format)
+
+
+class ArcMax(nn.Module):
+    """The published arcMax head: forward gives cos(theta), loss applies margin and scale."""
+
+    def __init__(self, weight: Tensor, s: float, m: float):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.s, self.m = s, m
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.linear(F.normalize(z), F.normalize(self.weight))
+
+    def loss(self, cosine: Tensor, y: Tensor) -> Tensor:
+        sine = torch.sqrt(1.0 - cosine.pow(2))
+        phi = cosine * math.cos(self.m) - sine * math.sin(self.m)
+        phi = torch.where(cosine > 0, phi, cosine)
+        one_hot = torch.zeros_like(cosine).scatter_(1, y.view(-1, 1), 1)
+        return F.cross_entropy(self.s * (one_hot * phi + (1.0 - one_hot) * cosine), y)
+
+
+# Stage 1.
+
+
+def train(
+    backbone: nn.Module, head: ArcMax, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]
+) -> float:
+    """One optimiser step a batch; the mean loss over the samples."""
+    backbone.train()
+    loss_sum, n = 0.0, 0
+    for x, y in batches:
+        loss = head.loss(head(backbone(x).flatten(1)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item() * len(y)
+        n += len(y)
+    return loss_sum / n
+
+
+def fit_head(head: ArcMax, z: Tensor, y: Tensor, n_steps: int, lr: float) -> torch.optim.Adam:
+    """Full-batch Adam steps on frozen features; the optimiser, which alignment goes on with."""
+    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+    for _ in range(n_steps):
+        loss = head.loss(head(z), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return optimizer
+
+
+def share_right(scores: Tensor, n_way: int) -> Tensor:
+    """The share of right predictions of each class: class-major scores (n, n_way) -> (n_way,)."""
+    y = torch.arange(n_way).repeat_interleave(len(scores) // n_way)
+    return (scores.argmax(1) == y).float().view(n_way, -1).mean(1)
+
+
+def validate_episode(
+    backbone: nn.Module, head: ArcMax, paths: list[list[Path]], n_shot: int, img_size: int, n_steps: int, lr: float
+) -> Tensor:
+    """Decode and embed all images of an episode, fit its head, score its queries: the share right a class."""
+    backbone.eval()
+    n_way = len(paths)
+    with torch.no_grad():
+        z = backbone(evaluation_inputs([path for row in paths for path in row], img_size)).flatten(1)
+    z = z.unflatten(0, (n_way, -1))
+    fit_head(head, z[:, :n_shot].flatten(0, 1), torch.arange(n_way).repeat_interleave(n_shot), n_steps, lr)
+    with torch.no_grad():
+        return share_right(head(z[:, n_shot:].flatten(0, 1)), n_way)
+
+
+# Stage 3.
+
+
+def related_base_score(head: ArcMax, z_base: list[Tensor], n_way: int) -> Tensor:
+    """Share of the cached features of each base class that the head predicts as each novel class, counted in lists."""
+    score = torch.zeros(len(z_base), n_way)
+    with torch.no_grad():
+        for b, z in enumerate(z_base):
+            predicted = head(z).argmax(1).tolist()
+            for w in range(n_way):
+                score[b, w] = len([p for p in predicted if p == w]) / len(predicted)
+    return score
+
+
+def choose_classes(score: Tensor, n_B: int) -> list[list[int]]:
+    """Each novel class in order takes its n_B best base classes that are not yet taken."""
+    taken: list[int] = []
+    chosen = []
+    for w in range(score.shape[1]):
+        order = score[:, w].sort(descending=True, stable=True).indices.tolist()
+        best = [b for b in order if b not in taken][:n_B]
+        taken += best
+        chosen.append(best)
+    return chosen
+
+
+def keep_predicted(
+    backbone: nn.Module, head: ArcMax, paths: list[Path], w: int, img_size: int, batch_size: int = 64
+) -> list[bool]:
+    """Load the images of a chosen class and embed them again, to keep those that are predicted as novel class w."""
+    backbone.eval()
+    kept: list[bool] = []
+    with torch.no_grad():
+        for start in range(0, len(paths), batch_size):
+            x = evaluation_inputs(paths[start : start + batch_size], img_size)
+            kept += (head(backbone(x).flatten(1)).argmax(1) == w).tolist()
+    return kept
+
+
+def centroid_loss(z_support: Tensor, z_related: Tensor, y_related: Tensor, n_way: int) -> Tensor:
+    """Cross-entropy over minus squared distances to the mean support features."""
+    centroids = z_support.view(n_way, -1, z_support.shape[1]).mean(1)
+    distance = torch.stack([(z_related - centroid).pow(2).sum(1) for centroid in centroids], 1)
+    return F.cross_entropy(-distance, y_related)
+
+
+def align_iteration(
+    backbone: nn.Module,
+    head: ArcMax,
+    align_optimizer: torch.optim.Optimizer,
+    head_optimizer: torch.optim.Optimizer,
+    joint_optimizer: torch.optim.Optimizer,
+    x_support: Tensor,
+    y_support: Tensor,
+    x_related: Tensor,
+    y_related: Tensor,
+    n_way: int,
+) -> list[float]:
+    """The three updates of Algorithm 1; their losses. Step (2) goes backward through the backbone, to no use."""
+    backbone.train()
+    z_related, z_support = backbone(x_related).flatten(1), backbone(x_support).flatten(1)
+    align_loss = centroid_loss(z_support, z_related, y_related, n_way)
+    align_optimizer.zero_grad()
+    align_loss.backward()
+    align_optimizer.step()
+
+    backbone.eval()
+    related_loss = head.loss(head(backbone(x_related).flatten(1)), y_related)
+    head_optimizer.zero_grad()
+    related_loss.backward()
+    head_optimizer.step()
+
+    backbone.train()
+    support_loss = head.loss(head(backbone(x_support).flatten(1)), y_support)
+    joint_optimizer.zero_grad()
+    support_loss.backward()
+    joint_optimizer.step()
+    return [align_loss.item(), related_loss.item(), support_loss.item()]
+
+
+# Stage 2, on one episode: z_support (n_way, n_shot, ...), z_query (n, ...) -> scores (n, n_way).
+
+
+def protonet_scores(z_support: Tensor, z_query: Tensor) -> Tensor:
+    """Minus the squared distance of every pair of query and prototype."""
+    prototypes = z_support.mean(1)
+    n, n_way, d = len(z_query), len(prototypes), z_query.shape[1]
+    return -(z_query.unsqueeze(1).expand(n, n_way, d) - prototypes.unsqueeze(0).expand(n, n_way, d)).pow(2).sum(2)
+
+
+def matchingnet_scores(learner: MatchingNet, z_support: Tensor, z_query: Tensor) -> Tensor:
+    """The bidirectional LSTM over the support, then a step of attention and of the LSTM cell a support sample."""
+    n_way, n_shot, d = z_support.shape
+    support = z_support.flatten(0, 1)
+    states = learner.support_lstm(support.unsqueeze(0))[0].squeeze(0)
+    support = support + states[:, :d] + states[:, d:]
+    h, c = z_query, torch.zeros_like(z_query)
+    for _ in range(len(support)):
+        read = F.softmax(h @ support.t(), dim=1) @ support
+        h, c = learner.query_lstm(torch.cat([z_query, read], 1), (h, c))
+        h = h + z_query
+    f, g = (z / (z.norm(dim=1, keepdim=True) + 1e-5) for z in (h, support))
+    attention = F.softmax(100 * F.relu(f @ g.t()), dim=1)
+    one_hot = F.one_hot(torch.arange(n_way).repeat_interleave(n_shot), n_way).float()
+    return (attention @ one_hot + 1e-6).log()
+
+
+def relationnet_scores(learner: RelationNet, z_support: Tensor, z_query: Tensor) -> Tensor:
+    """Every pair of prototype map and query map, stacked on channels, through the relation module."""
+    prototypes = z_support.mean(1)
+    n, n_way = len(z_query), len(prototypes)
+    pairs = torch.cat(
+        [
+            prototypes.unsqueeze(0).expand(n, *prototypes.shape),
+            z_query.unsqueeze(1).expand(n, n_way, *z_query.shape[1:]),
+        ],
+        2,
+    ).flatten(0, 1)
+    x = learner.pool(F.relu(learner.norm1(learner.conv1(pairs))))
+    x = learner.pool(F.relu(learner.norm2(learner.conv2(x))))
+    scores = learner.fc2(F.relu(learner.fc1(x.flatten(1)))).view(n, n_way)
+    return scores.sigmoid() if learner.kind == "mse" else scores
+
+
+def meta_scores(learner: MetaLearner, z: Tensor, n_shot: int) -> Tensor:
+    """Scores of an episode's queries from the features, or maps, of its images: z (n_way, n_shot + n_query, ...)."""
+    z_support, z_query = z[:, :n_shot], z[:, n_shot:].flatten(0, 1)
+    if isinstance(learner, MatchingNet):
+        return matchingnet_scores(learner, z_support, z_query)
+    if isinstance(learner, RelationNet):
+        return relationnet_scores(learner, z_support, z_query)
+    return protonet_scores(z_support, z_query)
+
+
+def meta_loss(learner: MetaLearner, scores: Tensor, y_query: Tensor) -> Tensor:
+    """Mean squared error to one-hot for RelationNet, else cross-entropy (of log-probabilities too)."""
+    if isinstance(learner, RelationNet) and learner.kind == "mse":
+        return F.mse_loss(scores, F.one_hot(y_query, scores.shape[1]).float())
+    return F.nll_loss(scores, y_query) if isinstance(learner, MatchingNet) else F.cross_entropy(scores, y_query)

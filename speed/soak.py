@@ -1,0 +1,115 @@
+"""Whether memory stays flat over a long run: 3,000 alignment episodes, and stage 1 on 100,000 images, both tiny.
+
+python -m speed.soak                                                  # about 10 minutes on one core
+python -m speed.soak --n_episodes 100 --n_images 5000 --n_epoch 4     # seconds
+
+Prints the memory of the process over time and, of its second half, the slope: what a leak would be seen by.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from args_parser import args_parser
+from data.benchmarks import Split
+from data.episodes import class_major_labels, sample_episodes
+from data.transforms import Augmentation
+from methods.alignment import AlignmentSetting, align_episode
+from methods.base_training import train_one_epoch
+from methods.checkpoints import create_backbone
+from methods.engine import start
+from methods.evaluation import embed, evaluate_heads
+from models import build_head
+
+SIDE = 16  # pixels
+ALIGNMENTS = ("centroid", "adversarial")  # in turn
+
+
+def resident_mib() -> float:
+    """Memory of this process that is in RAM, in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def random_split(name: str, n_class: int, n_each: int, seed: int) -> Split:
+    """A split of random uint8 images, n_each of each class."""
+    n = n_class * n_each
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    return Split(
+        benchmark="random",
+        split=name,
+        class_names=[f"class{c}" for c in range(n_class)],
+        image_names=[f"class{i // n_each}/{i % n_each}.png" for i in range(n)],
+        labels=class_major_labels(n_class, n_each),
+        images=images,
+        train_images=images,
+        train_sizes=torch.full((n, 2), SIDE),
+        fingerprint=f"random{seed}",
+    )
+
+
+def soak_alignment(n_episodes: int) -> Iterator[float]:
+    """Run alignment episodes; yields the memory after each."""
+    device, precision = start("cpu", "fp32", no_keep_memory=False)
+    base, novel = random_split("base", 20, 20, 0), random_split("novel", 8, 10, 1)
+    backbone = create_backbone("Conv4", SIDE, seed=0).to(memory_format=torch.channels_last)
+    z_base, z_novel = (embed(backbone, split.images, device, precision) for split in (base, novel))
+    members = [torch.nonzero(base.labels == b).squeeze(1) for b in range(len(base.class_names))]
+    initial_state = {name: value.clone() for name, value in backbone.state_dict().items()}
+    flags = "--ft_n_epoch 20 --align_iters 3 --n_B 3 --aug_size 5 --critic_hidden 32"
+    for i in range(n_episodes):
+        args = args_parser("alignment", [*flags.split(), "--alignment", ALIGNMENTS[i % len(ALIGNMENTS)]])
+        setting = AlignmentSetting(**{field.name: getattr(args, field.name) for field in fields(AlignmentSetting)})
+        episode = sample_episodes(novel, 5, 1, 4, 1, seed=0, start=i)
+        align_episode(
+            *(backbone, initial_state, setting, episode.index[0], 1, novel.images, z_novel),
+            *(base.images, base.labels, z_base, members, 0, i, device, precision),
+        )
+        yield resident_mib()
+
+
+def soak_base_training(n_images: int, n_epoch: int) -> Iterator[float]:
+    """Train on n_images with validation after each epoch; yields the memory after each."""
+    device, precision = start("cpu", "fp32", no_keep_memory=False)
+    base, val = random_split("base", 50, n_images // 50, 0), random_split("val", 8, 20, 1)
+    backbone = create_backbone("Conv4", SIDE, seed=0).to(memory_format=torch.channels_last)
+    head = build_head("arcMax", backbone.feature_dim, 50, 20.0, 0.01, [torch.Generator().manual_seed(0)])
+    optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()])
+    episodes = sample_episodes(val, 5, 1, 5, 20, seed=0)
+    assert base.train_images is not None
+    for epoch in range(n_epoch):
+        train_one_epoch(
+            *(backbone, head, optimizer, base.train_images, base.train_sizes, base.labels, SIDE, Augmentation()),
+            *(256, epoch, 0, device, precision, True),
+        )
+        evaluate_heads(embed(backbone, val.images, device, precision), episodes, "arcMax", 5.0, 0.01, 20, 1e-3, 0)
+        yield resident_mib()
+
+
+def report(name: str, unit: str, memory: list[float]) -> None:
+    """Print ten points of the memory over time, and the slope of its second half."""
+    points = sorted({round(k * (len(memory) - 1) / 10) for k in range(11)})
+    print(f"{name}: " + ", ".join(f"{memory[i]:.0f} MiB after {i + 1}" for i in points))
+    half = torch.tensor(memory[len(memory) // 2 :], dtype=torch.double)
+    time = torch.arange(len(half), dtype=torch.double)
+    slope = ((time - time.mean()) * (half - half.mean())).sum() / (time - time.mean()).square().sum().clamp_min(1)
+    print(f"  second half: {half.min():.1f} to {half.max():.1f} MiB, slope {1024 * slope.item():+.2f} KiB per {unit}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m speed.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--n_episodes", type=int, default=3_000, help="alignment episodes")
+    parser.add_argument("--n_images", type=int, default=100_000, help="images of stage 1")
+    parser.add_argument("--n_epoch", type=int, default=10, help="epochs of stage 1")
+    args = parser.parse_args()
+    report(f"{args.n_episodes:,} alignment episodes", "episode", list(soak_alignment(args.n_episodes)))
+    report(f"stage 1 on {args.n_images:,} images", "epoch", list(soak_base_training(args.n_images, args.n_epoch)))
+
+
+if __name__ == "__main__":
+    main()

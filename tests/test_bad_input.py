@@ -1,0 +1,334 @@
+"""A table of wrong inputs to every command: each ends with status 2, one line with cause and remedy, and no change."""
+
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from methods.checkpoints import load_checkpoint, save_checkpoint
+from tests.helpers import call
+from tests.test_scripts import ALIGN, CHECKPOINT, TRAIN, folders, trained, workspace  # noqa: F401
+
+STAGE_1, STAGE_2, STAGE_3 = "transferLearning", "metaLearning", "associative_alignment"
+PREPARE, REPORT, FIGURES = "data.prepare", "methods.report", "methods.figures"
+META = [*TRAIN[:-2], "--train_n_query", 2, "--n_way", 3, "--episodes_per_epoch", 1]
+META = [flag for i, flag in enumerate(META) if "--batch_size" not in (flag, META[i - 1])]
+SPLITS = ("base", "val", "novel")
+
+
+def images(root, split="novel"):
+    return sorted((root / "benchmarks" / "tiny" / split).rglob("*.png"))
+
+
+def image_of(content):
+    """Replace one novel image by these bytes."""
+    return lambda root: images(root)[0].write_bytes(content)
+
+
+def nan_image(root):
+    path = images(root, "base")[0]
+    path.unlink()
+    Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(path.with_suffix(".tiff"))
+
+
+def truncated_jpeg(root):
+    path = images(root)[0]
+    Image.open(path).save(path.with_suffix(".jpg"))
+    path.unlink()
+    path.with_suffix(".jpg").write_bytes(path.with_suffix(".jpg").read_bytes()[:400])
+
+
+def png_bomb(side=100_000):
+    """The header of a PNG that claims side x side pixels, and next to nothing of them."""
+
+    def chunk(kind, content):
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + crc
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+def keep_classes(split, n):
+    """Leave n classes of a split."""
+
+    def spoil(root):
+        for folder in sorted((root / "benchmarks" / "tiny" / split).iterdir())[n:]:
+            folder.rename(root / folder.name)
+
+    return spoil
+
+
+def keep_images(split, n):
+    """Leave n images of one class of a split."""
+
+    def spoil(root):
+        folder = sorted((root / "benchmarks" / "tiny" / split).iterdir())[0]
+        for image in sorted(folder.iterdir())[n:]:
+            image.unlink()
+
+    return spoil
+
+
+def without_split(split):
+    return lambda root: (root / "benchmarks" / "tiny" / split).rename(root / "elsewhere")
+
+
+def files_instead_of_classes(root):
+    without_split("novel")(root)
+    (root / "benchmarks" / "tiny" / "novel").mkdir()
+    Image.new("RGB", (20, 20)).save(root / "benchmarks" / "tiny" / "novel" / "image.png")
+
+
+def json_split(**changes):
+    """The novel split as a json list, with these entries instead of the right ones."""
+
+    def spoil(root):
+        listed = images(root)
+        names = sorted({path.parent.name for path in listed})
+        without_split("novel")(root)
+        record = {
+            "label_names": names,
+            "image_names": [str(root / "elsewhere" / path.parent.name / path.name) for path in listed],
+            "image_labels": [names.index(path.parent.name) for path in listed],
+        }
+        record |= {key: change(record[key]) for key, change in changes.items()}
+        record = {key: value for key, value in record.items() if value is not None}
+        (root / "benchmarks" / "tiny" / "novel.json").write_text(json.dumps(record))
+
+    return spoil
+
+
+def json_text(text):
+    def spoil(root):
+        without_split("novel")(root)
+        (root / "benchmarks" / "tiny" / "novel.json").write_text(text)
+
+    return spoil
+
+
+def checkpoint_with(**changes):
+    """The checkpoint, with changed fields."""
+
+    def spoil(root):
+        path = root / "results" / "models" / CHECKPOINT
+        fields = {name: getattr(load_checkpoint(path), name) for name in load_checkpoint(path).__dataclass_fields__}
+        save_checkpoint(path, type(load_checkpoint(path))(**{**fields, **changes}))
+
+    return spoil
+
+
+def write(path, text):
+    """Write a file below the workspace."""
+
+    def spoil(root):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+
+    return spoil
+
+
+def several(*spoils):
+    def spoil(root):
+        for each in spoils:
+            each(root)
+
+    return spoil
+
+
+def nothing(root):
+    pass
+
+
+OVER = "--overwrite"  # so that not the earlier run is what is complained about
+FLAGS = {  # what argparse is given: (script, flags, parts of the line)
+    "no shots": (STAGE_1, ["--n_shot", 0], ["--n_shot", "at least 1"]),
+    "no queries": (STAGE_1, ["--n_query", 0], ["--n_query", "at least 1"]),
+    "no episodes": (STAGE_1, ["--n_episodes", 0], ["--n_episodes", "at least 1"]),
+    "no validation": (STAGE_1, ["--val_episodes", 0], ["--val_episodes", "at least 1"]),
+    "negative epochs": (STAGE_1, ["--n_epoch", -1], ["--n_epoch", "at least 0"]),
+    "half an epoch": (STAGE_1, ["--n_epoch", 0.5], ["--n_epoch", "whole number"]),
+    "empty batch": (STAGE_1, ["--batch_size", 0], ["--batch_size", "at least 1"]),
+    "rate NaN": (STAGE_1, ["--lr", "nan"], ["--lr", "out of range"]),
+    "rate infinite": (STAGE_1, ["--lr", "inf"], ["--lr", "out of range"]),
+    "rate in words": (STAGE_1, ["--lr", "fast"], ["--lr", "fast"]),
+    "rate missing": (STAGE_1, ["--lr"], ["--lr", "expected one argument"]),
+    "rate of fitting 0": (STAGE_1, ["--ft_lr", 0], ["--ft_lr", "above 0"]),
+    "negative margin": (STAGE_1, ["--m", -0.1], ["--m", "at least 0"]),
+    "scale 0": (STAGE_1, ["--s", 0], ["--s", "above 0"]),
+    "empty crop": (STAGE_1, ["--crop_scale", 0, 1], ["--crop_scale", "above 0"]),
+    "crop beyond the image": (STAGE_1, ["--crop_scale", 0.5, 2], ["--crop_scale", "at most 1"]),
+    "negative seed": (STAGE_1, ["--seed", -1], ["--seed", "at least 0"]),
+    "a meta-learner in stage 1": (STAGE_1, ["--method", "ProtoNet"], ["--method", "arcMax"]),
+    "unknown backbone": (STAGE_1, ["--backbone", "Conv5"], ["Conv5", "Conv4", "torchvision:NAME"]),
+    "torchvision's nothing": (STAGE_1, ["--backbone", "torchvision:"], ["torchvision:NAME"]),
+    "unknown precision": (STAGE_1, ["--precision", "fp8"], ["--precision", "bf16"]),
+    "neither true nor false": (STAGE_1, ["--data_aug", "maybe"], ["--data_aug", "True"]),
+    "tiny image": (STAGE_1, ["--img_size", 4], ["--img_size", "at least 8"]),
+    "negative workers": (STAGE_1, ["--num_workers", -1], ["--num_workers", "at least 0"]),
+    "unknown preset": (STAGE_1, ["--preset", "desktop"], ["--preset", "laptop"]),
+    "unknown device": (STAGE_1, ["--device", "tpu"], ["--device", "cuda"]),
+    "resume and overwrite": (STAGE_1, ["--resume", OVER], ["--resume", OVER, "not allowed"]),
+    "weights of Conv4": (STAGE_1, ["--weights", "DEFAULT"], ["--weights", "Conv4"]),
+    "no training episodes": (STAGE_2, ["--episodes_per_epoch", 0], ["--episodes_per_epoch", "at least 1"]),
+    "a head in stage 2": (STAGE_2, ["--method", "cosMax"], ["--method", "MatchingNet"]),
+    "margin in stage 2": (STAGE_2, ["--ft_m", 0.1], ["--ft_m"]),
+    "unknown alignment": (STAGE_3, ["--alignment", "magic"], ["--alignment", "centroid"]),
+    "no related classes": (STAGE_3, ["--n_B", 0], ["--n_B", "at least 1"]),
+    "no related images": (STAGE_3, ["--aug_size", 0], ["--aug_size", "at least 1"]),
+    "negative iterations": (STAGE_3, ["--align_iters", -1], ["--align_iters", "at least 0"]),
+    "clip 0": (STAGE_3, ["--critic_clip", 0], ["--critic_clip", "above 0"]),
+    "unknown constraint": (STAGE_3, ["--critic_constraint", "norm"], ["--critic_constraint", "gp"]),
+    "test on base": (STAGE_3, ["--test_split", "base"], ["--test_split", "novel"]),
+    "unknown score": (STAGE_3, ["--related_score", "mean"], ["--related_score", "vote"]),
+    "negative curve": (STAGE_3, ["--record_curve", -1], ["--record_curve", "at least 0"]),
+    "epochs in stage 3": (STAGE_3, ["--n_epoch", 3], ["--n_epoch"]),
+    "no benchmark to prepare": (PREPARE, [], ["NAME"]),
+    "unknown benchmark to prepare": (PREPARE, ["ImageNet"], ["ImageNet", "miniImagenet"]),
+    "no source": (PREPARE, ["CUB"], ["--source"]),
+    "fractions that do not add up": (PREPARE, ["folder", "--source", ".", "--split", "0.5,0.5,0.5"], ["--split"]),
+    "no pixels": (PREPARE, ["folder", "--source", ".", "--img_size", 0], ["--img_size"]),
+    "a flag of another report": (REPORT, ["--dataset", "glyphs"], ["--dataset", "--help"]),
+    "a flag of another figure": (FIGURES, ["--dpi", 5], ["--dpi", "--help"]),
+}
+FILES = {  # what lies on the disk: (script, what is done to the workspace, flags, parts of the line); {} is the folder
+    "no val split": (STAGE_1, without_split("val"), [], ["no val split of 'tiny'", "data.prepare"]),
+    "no benchmarks": (STAGE_3, nothing, ["--benchmarks_dir", "{}/none"], ["no base split", "none/tiny", "glyphs"]),
+    "one base class": (STAGE_1, keep_classes("base", 1), [OVER], ["base split", "1 class", "at least 2"]),
+    "one novel class": (STAGE_1, keep_classes("novel", 1), [], ["novel split", "1 classes", "3 ways"]),
+    "too few val classes": (STAGE_1, keep_classes("val", 2), [], ["val split", "2 classes", "3 ways"]),
+    "too few val images": (STAGE_1, keep_images("val", 3), [], ["class06", "3 images", "= 5 are needed", "--n_query"]),
+    "too few images for the shots": (STAGE_3, nothing, ["--n_query", 7, OVER], ["8 images", "= 9 are needed"]),
+    "no class folders": (STAGE_1, files_instead_of_classes, [], ["no class folders", "<class>/<image>"]),
+    "NaN image": (STAGE_1, nan_image, [], ["class00", "NaN", "repair it"]),
+    "truncated JPEG": (STAGE_1, truncated_jpeg, [], ["class12", "cannot be decoded", "repair it"]),
+    "text as an image": (STAGE_1, image_of(b"hello"), [], ["class12", "cannot be decoded"]),
+    "empty image": (STAGE_1, image_of(b""), [], ["class12", "cannot be decoded"]),
+    "decompression bomb": (STAGE_1, image_of(png_bomb()), [], ["class12", "limit", "repair it"]),
+    "a bomb within the limit": (STAGE_1, image_of(png_bomb(9_000)), [], ["class12", "cannot be decoded"]),
+    "json that is none": (STAGE_1, json_text("{"), [], ["novel.json", "label_names"]),
+    "json list": (STAGE_1, json_text("[]"), [], ["novel.json", "label_names"]),
+    "json without labels": (STAGE_1, json_split(image_labels=lambda _: None), [], ["image_labels"]),
+    "json with a label too few": (STAGE_1, json_split(image_labels=lambda x: x[1:]), [], ["48 image_names", "47"]),
+    "json with a negative label": (STAGE_1, json_split(image_labels=lambda x: [-1, *x[1:]]), [], ["from 0"]),
+    "json with a word as label": (STAGE_1, json_split(image_labels=lambda x: ["a", *x[1:]]), [], ["whole numbers"]),
+    "json with labels without names": (STAGE_1, json_split(label_names=lambda x: x[:3]), [], ["3 label_names"]),
+    "json with a class twice": (STAGE_1, json_split(label_names=lambda x: [x[1], *x[1:]]), [], ["class13", "twice"]),
+    "json with an image twice": (STAGE_1, json_split(image_names=lambda x: [x[1], *x[1:]]), [], ["001.png", "twice"]),
+    "json with missing files": (
+        *(STAGE_1, json_split(image_names=lambda x: [y + "x" for y in x])),
+        *([], ["48 images that do not exist", "--image_root"]),
+    ),
+    "json without images": (STAGE_1, json_split(image_names=lambda _: [], image_labels=lambda _: []), [], ["0 image"]),
+    "another image root": (STAGE_1, json_split(), ["--image_root", "{}/cache"], ["--image_root", "cache"]),
+    "episodes of another way": (
+        *(STAGE_1, write("episodes.json", '{"n_way": 5, "n_shot": 1, "n_query": 2, "images": [], "episodes": []}')),
+        *(["--episodes_file", "{}/episodes.json", OVER], ["5-way 1-shot", "matching flags"]),
+    ),
+    "damaged episodes": (
+        *(STAGE_3, write("episodes.json", "{"), ["--episodes_file", "{}/episodes.json", OVER]),
+        ["episodes.json", "delete it"],
+    ),
+    "episodes in a file": (
+        *(STAGE_3, write("file", ""), ["--episodes_file", "{}/file/episodes.json", OVER]),
+        ["file/episodes.json"],
+    ),
+    "results in a file": (STAGE_1, write("file", ""), ["--results_dir", "{}/file"], ["file/tables", "another folder"]),
+    "models in a file": (STAGE_1, write("file", ""), ["--checkpoint_dir", "{}/file"], ["file", "another folder"]),
+    "cache in a file": (STAGE_1, write("file", ""), ["--cache_dir", "{}/file/cache"], ["file/cache", "--cache_dir"]),
+    "start from a folder": (STAGE_1, nothing, ["--init_from", "{}", OVER], ["no checkpoint", "--init_from"]),
+    "start from a state": (
+        *(STAGE_3, nothing, ["--init_from", f"{{}}/results/models/{CHECKPOINT.replace('_bestModel', '_last')}"]),
+        ["not a checkpoint", "transferLearning.py"],
+    ),
+    "start from another backbone": (
+        *(STAGE_1, nothing, [OVER, "--init_from", f"{{}}/results/models/{CHECKPOINT}", "--backbone", "ResNet12"]),
+        ["backbone Conv4, not ResNet12", "--backbone Conv4"],
+    ),
+    "weights that do not fit": (
+        *(STAGE_3, checkpoint_with(backbone_state={"layers.0.conv.weight": torch.zeros(2)}), []),
+        [CHECKPOINT, "do not fit"],
+    ),
+    "checkpoint of another way": (STAGE_3, nothing, ["--test_n_way", 4], ["4way_2shot", "--test_n_way"]),
+    "checkpoint of another head": (STAGE_3, nothing, ["--method", "cosMax"], ["cosMax", "--method"]),
+    "checkpoint of other classes": (STAGE_3, checkpoint_with(class_names=["a"]), [], ["trained on 1 base classes"]),
+    "novel benchmark missing": (STAGE_3, nothing, ["--novel_dataset", "CUB"], ["'CUB'", "data.prepare CUB"]),
+    "diverging alignment": (STAGE_3, nothing, ["--lr", 1e30, "--align_iters", 9], ["episode 0, iteration", "--lr"]),
+    "diverging stage 2": (STAGE_2, nothing, ["--lr", 1e30, "--n_epoch", 3], ["epoch", "episode", "checkpoint"]),
+    "another run's result": (
+        STAGE_3,
+        write(f"results/tables/{STAGE_3}_{CHECKPOINT[:-14]}_centroid.json", "{"),
+        [],
+        [OVER],
+    ),
+    "source missing": (PREPARE, nothing, ["CUB", "--source", "{}/none"], ["--source", "none", "does not exist"]),
+    "source of no classes": (PREPARE, nothing, ["folder", "--source", "{}/results/tables"], ["no class folders"]),
+    "source that is no CUB": (PREPARE, nothing, ["CUB", "--source", "{}/cache"], ["images.txt", "CUB_200_2011"]),
+    "source that is no miniImagenet": (
+        PREPARE,
+        nothing,
+        ["miniImagenet", "--source", "{}/cache"],
+        ["none of the forms"],
+    ),
+    "source that is no tieredImageNet": (PREPARE, nothing, ["tieredImageNet", "--source", "{}"], ["train_images_png"]),
+    "source that is no archive": (
+        *(PREPARE, write("cifar.tar.gz", "x"), ["FC100", "--source", "{}/cifar.tar.gz"]),
+        ["cifar.tar.gz", "get the file again"],
+    ),
+    "damaged split file": (
+        *(PREPARE, write("split.json", "{"), ["folder", "--source", "{}/benchmarks", "--split_file", "{}/split.json"]),
+        ["split.json", "not a JSON"],
+    ),
+    "a class in two splits": (
+        *(PREPARE, write("split.json", '{"base": ["a"], "val": ["a"], "novel": ["b"]}')),
+        *(["folder", "--source", "{}/benchmarks", "--split_file", "{}/split.json"], ["'", "a twice"]),
+    ),
+    "a listed class without folder": (
+        *(PREPARE, write("split.json", '{"base": ["a"], "val": ["c"], "novel": ["b"]}')),
+        *(["folder", "--source", "{}/benchmarks/tiny/base", "--split_file", "{}/split.json"], ["no folder", "'a'"]),
+    ),
+    "out in a file": (
+        *(PREPARE, write("file", ""), ["folder", "--source", "{}/benchmarks/tiny/base"]),
+        ["file"],
+    ),
+    "damaged result": (REPORT, write("results/tables/new.json", "{"), ["{}/results"], ["new.json", "delete it"]),
+    "half a result": (REPORT, write("results/tables/new.json", '{"stage": "x"}'), ["{}/results"], ["lacks 'dataset'"]),
+    "no results to draw": (FIGURES, nothing, ["{}/none"], ["none/tables", "run a stage"]),
+    "damaged metrics": (FIGURES, write("results/logs/x/metrics.jsonl", "{"), ["{}/results"], ["metrics.jsonl"]),
+    "figures in a file": (FIGURES, write("results/figures", ""), ["{}/results"], ["figures/overview.png", "folder"]),
+}
+
+
+def check(script, root, flags, expected):
+    stage = {STAGE_1: TRAIN, STAGE_2: META, STAGE_3: ALIGN}.get(script)
+    standard = [*stage, *folders(root)] if stage else []
+    flags = [str(flag).replace("{}", str(root)) for flag in flags]
+    if script == PREPARE and len(flags) > 1:
+        flags += ["--out", root / ("file" if (root / "file").exists() else "prepared") / "out"]
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and "cache" not in path.parts}
+    outcome = call(script, *standard, *flags)
+    assert outcome.status == 2, outcome
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+    for part in expected:
+        assert part in outcome.err, (part, outcome.err)
+    for path, content in before.items():
+        assert path.read_bytes() == content, path
+    assert not list(root.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_a_wrong_flag_is_one_clear_line(tmp_path, case):
+    script, flags, expected = FLAGS[case]
+    check(script, tmp_path, flags, expected)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_wrong_file_is_one_clear_line_and_nothing_is_overwritten(workspace, case):  # noqa: F811
+    script, spoil, flags, expected = FILES[case]
+    spoil(workspace)
+    check(script, workspace, flags, expected)

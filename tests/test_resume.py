@@ -1,0 +1,322 @@
+"""A run that is killed at any moment and resumed ends with the numbers of one that never was; nothing is lost."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from methods.checkpoints import load_checkpoint
+from methods.resume import differences
+from tests.helpers import ROOT, call, make_benchmark, run
+from tests.test_scripts import folders
+
+pytest.importorskip("resource")  # fork and limits are POSIX's
+
+TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
+COMMANDS = {
+    "transferLearning": [*TINY, "--n_epoch", 8, "--batch_size", 16, "--val_episodes", 4, "--ft_n_epoch", 20]
+    + ["--n_episodes", 6],
+    "metaLearning": [*TINY, "--n_epoch", 8, "--episodes_per_epoch", 3, "--n_way", 3, "--train_n_query", 4]
+    + ["--method", "RelationNet", "--val_episodes", 4, "--n_episodes", 6],
+    "associative_alignment": [*TINY, "--n_episodes", 17, "--align_iters", 2, "--aug_size", 4, "--n_B", 2]
+    + ["--ft_n_epoch", 10, "--record_curve", 1],
+}
+KILLS = 12  # of each stage
+
+
+class Processes:
+    """Starts scripts in processes of their own (see fork_server)."""
+
+    def __init__(self):
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.fork_server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert self.server.stdout.readline() == "ready\n"
+
+    def ask(self, line):
+        self.server.stdin.write(line + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def start(self, script, flags, output, max_bytes=0):
+        """Start one; returns its process id."""
+        command = {"script": script, "flags": list(map(str, flags)), "output": str(output), "max_bytes": max_bytes}
+        return self.ask(json.dumps(command))
+
+    def wait(self):
+        """Exit status, negative for a signal, of the one that was started last."""
+        return self.ask("wait")
+
+    def run(self, script, flags, output, max_bytes=0):
+        self.start(script, flags, output, max_bytes)
+        return self.wait()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    running = Processes()
+    yield running
+    running.server.stdin.close()
+    running.server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, processes):
+    """A folder with a benchmark, its caches, and an uninterrupted run of each stage; and how long each took."""
+    root = tmp_path_factory.mktemp("finished")
+    make_benchmark(root / "benchmarks" / "tiny")
+    seconds = {}
+    for script, flags in COMMANDS.items():
+        began = time.monotonic()
+        assert processes.run(script, [*flags, *folders(root)], root / "out") == 0, (root / "out").read_text()
+        seconds[script] = time.monotonic() - began
+    return root, seconds
+
+
+def numbers(root, script):
+    """All numbers that a stage leaves, but for times: its weights, metrics and result."""
+    results = root / "results"
+    (table,) = (results / "tables").glob(f"{script}_*.json")
+    record = json.loads(table.read_text())
+    found = {key: value for key, value in record.items() if key not in ("seconds", "config", "command", "commit")}
+    found.pop("checkpoint", None)
+    if script != "associative_alignment":
+        stem = table.stem.removeprefix(f"{script}_")
+        rows = (results / "logs" / f"{stem}_bestModel" / "metrics.jsonl").read_text().splitlines()
+        found["metrics"] = [{k: v for k, v in json.loads(row).items() if k != "seconds"} for row in rows]
+        best = load_checkpoint(results / "models" / f"{stem}_bestModel.tar")
+        last = torch.load(results / "models" / f"{stem}_last.tar", weights_only=True)
+        found["epoch"], found["val_accuracy"] = best.epoch, best.val_accuracy
+        states = [best.backbone_state, best.head_state, last["backbone"], last["head"]]
+        states += list(last["optimizer"]["state"].values())
+        found["tensors"] = [value.numpy().tobytes() for state in states for value in state.values()]
+    return found
+
+
+def new_root(finished, tmp_path, script):
+    """A folder with the finished run's data, and, for stage 3, its checkpoint."""
+    root = tmp_path / "killed"
+    shutil.copytree(finished / "cache", root / "cache")
+    (root / "benchmarks").symlink_to(finished / "benchmarks")
+    if script == "associative_alignment":
+        (root / "results" / "models").mkdir(parents=True)
+        for model in (finished / "results" / "models").glob("*arcMax*_bestModel.tar"):
+            shutil.copy(model, root / "results" / "models")
+    return root
+
+
+def half_written(root):
+    """Files that a process is writing, or was writing when it was killed."""
+    folders = [root / "results" / name for name in ("models", "logs") if (root / "results" / name).is_dir()]
+    return [path for folder in folders for path in folder.iterdir() if path.suffix == ".tmp"]
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(finished, tmp_path, processes, script):
+    """Half of the kills at a random moment of the run, half of them while a checkpoint is being written."""
+    finished, seconds = finished
+    root = new_root(finished, tmp_path, script)
+    dice = random.Random(script)
+    n_killed, n_while_writing, n_finished = 0, 0, 0
+    flags = [*COMMANDS[script], *folders(root), "--resume"]
+    while n_killed < KILLS or (n_while_writing == 0 and n_killed < 4 * KILLS):
+        pid = processes.start(script, flags, root / "out")
+        if dice.random() < 0.5:
+            time.sleep(dice.uniform(0, seconds[script]))
+        else:
+            n_writes, deadline = dice.randrange(3), time.monotonic() + seconds[script]
+            while n_writes >= 0 and time.monotonic() < deadline:
+                seen = half_written(root)
+                n_writes -= bool(seen)
+                while n_writes >= 0 and seen and seen[0].exists():
+                    pass
+        os.kill(pid, signal.SIGKILL)
+        status = processes.wait()
+        assert status in (0, -signal.SIGKILL), (root / "out").read_text()
+        n_killed += status != 0
+        n_while_writing += status != 0 and bool(half_written(root))
+        if status == 0:  # it was done: from the beginning again
+            n_finished += 1
+            assert numbers(root, script) == numbers(finished, script)
+            shutil.rmtree(root / "results" / "tables")
+            for path in (*root.rglob("*_last.tar"), *root.rglob("metrics.jsonl")):
+                path.unlink()
+            if script != "associative_alignment":
+                shutil.rmtree(root / "results" / "models")
+    assert processes.run(script, flags, root / "out") == 0, (root / "out").read_text()
+    assert numbers(root, script) == numbers(finished, script)
+    assert not half_written(root)
+    print(f"{script}: {n_killed} kills, {n_while_writing} of them while writing; {n_finished} earlier runs finished")
+    assert n_while_writing > 0
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, processes, script):
+    root = new_root(finished[0], tmp_path, script)
+    flags = [*COMMANDS[script], *folders(root)]
+    pid = processes.start(script, flags, root / "out")
+    while not list(root.rglob("*_last.tar")):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGINT)
+    assert processes.wait() == 130
+    said = (root / "out").read_text().splitlines()[-1]
+    assert said.startswith("interrupted: ") and "--resume" in said and "_last.tar" in said
+    assert "Traceback" not in (root / "out").read_text()
+    refused = call(script, *flags)
+    assert refused.status == 2 and "unfinished" in refused.err and "--resume" in refused.err
+    assert processes.run(script, [*flags, "--resume"], root / "out") == 0
+    assert numbers(root, script) == numbers(finished[0], script)
+
+
+def longer(script, by):
+    """A command with `by` more epochs or episodes."""
+    flag = "--n_episodes" if script == "associative_alignment" else "--n_epoch"
+    flags = list(COMMANDS[script])
+    flags[flags.index(flag) + 1] += by
+    return flags
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_full_disk_leaves_the_last_state_and_the_best_model(finished, tmp_path, processes, script):
+    """A limit on the size of files does to a write what a full disk does."""
+    root = new_root(finished[0], tmp_path, script)
+    short = longer(script, -4 if script != "associative_alignment" else -10)
+    assert processes.run(script, [*short, *folders(root)], root / "out") == 0
+    kept = {path: path.read_bytes() for path in (root / "results").rglob("*.tar")}
+    flags = [*COMMANDS[script], *folders(root), "--resume"]
+    limit = min(len(content) for path, content in kept.items() if "_last" in path.name) // 2
+    assert processes.run(script, flags, root / "out", max_bytes=limit) == 2
+    said = (root / "out").read_text().splitlines()[-1]
+    assert said.startswith("error: ") and "cannot be written" in said and "the last good checkpoint is" in said
+    for path, content in kept.items():  # the best model may be a better one by now, but a whole one
+        assert path.read_bytes() == content or load_checkpoint(path).epoch == 4
+    assert not half_written(root)
+    assert processes.run(script, flags, root / "out") == 0, (root / "out").read_text()
+    assert numbers(root, script) == numbers(finished[0], script)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished runs that a test may spoil."""
+    shutil.copytree(finished[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def files(root):
+    return {path: path.read_bytes() for path in (root / "results").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_run_of_other_flags_is_not_replaced_unless_told(copy, script):
+    before = files(copy)
+    flags = [*COMMANDS[script], *folders(copy), "--seed", 5, "--ft_lr", 0.01]
+    refused = call(script, *flags)
+    assert refused.status == 2 and refused.err.count("\n") == 1
+    for part in ("--seed 5 (was 0)", "--ft_lr 0.01 (was 0.001)", "--resume", "--overwrite"):
+        assert part in refused.err
+    resumed = call(script, *flags, "--resume")
+    assert resumed.status == 2 and "--seed 5 (was 0)" in resumed.err and "--overwrite" in resumed.err
+    assert files(copy) == before
+    assert call(script, *flags, "--overwrite").status == 0
+    assert files(copy) != before
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_finished_run_may_be_run_again_and_gives_the_same(copy, finished, script):
+    again = [*COMMANDS[script], *folders(copy), "--num_workers", 0]
+    assert call(script, *again).status == 0
+    assert numbers(copy, script) == numbers(finished[0], script)
+    resumed = call(script, *again, "--resume")
+    assert resumed.status == 0 and "resumed after" in resumed.out
+    assert numbers(copy, script) == numbers(finished[0], script)
+
+
+def test_a_model_without_a_state_is_not_replaced_either(copy):
+    for path in copy.rglob("*_last.tar"):
+        path.unlink()
+    for path in copy.rglob("tables/*.json"):
+        path.unlink()
+    refused = call("transferLearning", *COMMANDS["transferLearning"], *folders(copy), "--lr", 0.1)
+    assert refused.status == 2 and "bestModel.tar" in refused.err and "--lr 0.1 (was 0.001)" in refused.err
+
+
+def test_a_test_of_a_checkpoint_does_not_replace_the_result_of_its_training(copy):
+    before = files(copy)
+    best = next(copy.rglob("*arcMax*_bestModel.tar"))
+    flags = [*COMMANDS["transferLearning"], *folders(copy), "--n_epoch", 0, "--init_from", best]
+    refused = call("transferLearning", *flags)
+    assert refused.status == 2 and "--n_epoch 0 (was 8)" in refused.err
+    assert files(copy) == before
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_what_a_state_follows_from_must_not_change(copy, script):
+    for path in copy.rglob("tables/*.json"):
+        path.unlink()
+    image = next((copy / "benchmarks" / "tiny" / "base" / "class00").iterdir())
+    shutil.copy(image, image.with_name("again.png"))
+    refused = call(script, *COMMANDS[script], *folders(copy), "--resume")
+    assert refused.status == 2 and "base images" in refused.err and "--overwrite" in refused.err
+
+
+@pytest.mark.parametrize("content", [b"", b"half a file", None])
+def test_a_damaged_state_is_one_line(copy, content):
+    last = next((copy / "results" / "models").glob("*arcMax*_last.tar"))
+    last.write_bytes(last.read_bytes()[:5000] if content is None else content)
+    for flags in ([], ["--resume"]):
+        refused = call("transferLearning", *COMMANDS["transferLearning"], *folders(copy), *flags)
+        assert refused.status == 2 and str(last) in refused.err and refused.err.count("\n") == 1
+    assert call("transferLearning", *COMMANDS["transferLearning"], *folders(copy), "--overwrite").status == 0
+
+
+def test_a_training_is_not_resumed_to_fewer_epochs(copy):
+    refused = call("transferLearning", *longer("transferLearning", -3), *folders(copy), "--resume")
+    assert refused.status == 2 and "8 epochs" in refused.err and "--n_epoch 5" in refused.err
+
+
+def test_a_diverging_loss_names_where_and_the_last_good_checkpoint(finished, tmp_path):
+    root = new_root(finished[0], tmp_path, "transferLearning")
+    flags = [*COMMANDS["transferLearning"], *folders(root), "--method", "softMax"]
+    outcome = call("transferLearning", *flags, "--lr", 1e30)
+    assert outcome.status == 2
+    for part in ("epoch 0, batch 1", "--lr", "there is no earlier checkpoint"):
+        assert part in outcome.err
+    outcome = call("transferLearning", *flags, "--lr", 1e30, "--batch_size", 1000, "--n_query", 2)
+    assert outcome.status == 2 and "epoch 1, batch 0" in outcome.err
+    assert "the last good checkpoint is" in outcome.err and "softMax_Conv4_last.tar" in outcome.err
+
+
+def test_the_documented_command_is_killed_and_resumed(finished, tmp_path):
+    """As a user runs it, in a process that imports everything anew."""
+    root = new_root(finished[0], tmp_path, "transferLearning")
+    flags = [*COMMANDS["transferLearning"], *folders(root)]
+    command = [sys.executable, str(ROOT / "transferLearning.py"), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    while not list(root.rglob("*_last.tar")) and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    refused = call("transferLearning", *flags)
+    assert refused.status == 2 and "unfinished run" in refused.err
+    assert "resumed after epoch" in run("transferLearning.py", *flags, "--resume").stdout
+    assert numbers(root, "transferLearning") == numbers(finished[0], "transferLearning")
+
+
+def test_flags_that_change_no_number_are_not_differences():
+    config = {"lr": 0.1, "crop_scale": (0.08, 1.0), "num_workers": 4, "resume": False, "image_root": None}
+    assert differences(config, {"lr": 0.1, "crop_scale": [0.08, 1.0], "num_workers": 0, "resume": True}) == ""
+    assert differences(config, {"lr": 0.2, "num_workers": 4}) == "--lr 0.1 (was 0.2)"
+    assert differences(config, {"imported_from": "published.tar"}) != ""

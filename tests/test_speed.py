@@ -1,0 +1,124 @@
+"""The benchmarks' own claim: our path gives the answers of a plain loop of the published code. No time is asserted."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from data.episodes import class_major_labels
+from data.generators import make_generator
+from methods.novel_finetune import set_gradients
+from methods.report import read_results
+from models import HEADS, build_head
+from speed import bench_base_training, bench_related_base, common
+from speed.__main__ import BENCHES
+from speed.common import Bench, Measured, Setting, check, compare, markdown, measure, run_child, spread, timed
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return Setting("tiny", "fp32", None, 0, tmp_path_factory.mktemp("speed"))
+
+
+@pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.name)
+def test_our_path_gives_the_answers_of_the_reference_loop(setting, bench):
+    errors = check(bench, setting)
+    assert {name.split(": ")[-1] for name in errors} == bench.tolerances.keys()
+
+
+@pytest.mark.parametrize("name", ["base_training", "alignment"])
+def test_half_precision_stays_near_the_reference_loop(setting, name):
+    (bench,) = (bench for bench in BENCHES if bench.name == name)
+    check(bench, dataclasses.replace(setting, precision="bf16"))
+
+
+def test_a_wrong_answer_is_refused():
+    def side(value):
+        return {"work": Measured(1.0, {"loss": torch.tensor([1.0, value])})}
+
+    bench = Bench("toy", {"work": {}}, None, None, None, {"loss": {"fp32": 1e-3}})
+    assert compare(bench, "fp32", side(1.0), side(1.0001)) == pytest.approx({"work: loss": 7.1e-5}, rel=0.1)
+    for wrong in (1.01, float("nan")):
+        with pytest.raises(AssertionError, match="work: loss is off by"):
+            compare(bench, "fp32", side(1.0), side(wrong))
+    with pytest.raises(AssertionError):
+        compare(bench, "fp32", side(1.0), {"work": Measured(1.0, {})})
+
+
+def test_another_learning_rate_would_be_noticed(setting, monkeypatch):
+    """The tolerances are tighter than a mistake: half the rate in our training alone."""
+    adam = torch.optim.Adam
+    original = bench_base_training.our_epoch
+
+    def half_rate(*arguments, **keywords):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim, "Adam", lambda parameters, lr: adam(parameters, lr=lr / 2))
+            return original(*arguments, **keywords)
+
+    monkeypatch.setattr(bench_base_training, "our_epoch", half_rate)
+    with pytest.raises(AssertionError, match="on the same inputs is off"):
+        check(bench_base_training.BENCH, setting)
+
+
+def test_a_side_runs_in_a_process_of_its_own_and_hands_back_its_peak_of_memory(setting):
+    bench = bench_related_base.BENCH
+    side, peak = run_child(bench, setting, "ours")
+    assert 50 * 2**20 < peak < 8 * 2**30
+    assert side[bench_related_base.WORK].seconds > 0
+    compare(bench, "fp32", bench.reference(setting), side)
+
+
+def test_the_table_holds_medians_ratios_and_the_limit(setting, monkeypatch):
+    seconds = {"reference": iter([8.0, 3.0, 4.0]), "ours": iter([1.0, 1.0, 2.0]), "limit": iter([0.25])}
+
+    def child(bench, setting, side):
+        return {"work": Measured(next(seconds[side]), {"loss": torch.ones(1)}, side)}, 2**20
+
+    monkeypatch.setattr(common, "run_child", child)
+    bench = Bench("toy", {"work": {"fp32": 5.0}}, None, None, None, {"loss": {"fp32": 0.0}})
+    (row,) = measure(bench, setting, repeats=3)
+    assert (row["ratio"], row["ratio_to_limit"], row["target"]) == (4.0, 4.0, 5.0)
+    header, line, cells = markdown([row]).splitlines()
+    assert header.count("|") == line.count("|") == cells.count("|")
+    assert cells == "| work | 4 | 1 | 4.0x | 5x | 0.25 | 4.0 | 1 -> 1 | ours |"
+
+
+def test_a_speed_table_beside_the_results_does_not_disturb_the_report(tmp_path):
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "speed.json").write_text(json.dumps({"rows": []}))
+    (tmp_path / "tables" / "other.json").write_text(json.dumps({"stage": "transferLearning"}))
+    assert read_results(tmp_path) == [{"stage": "transferLearning"}]
+
+
+def test_timing_repeats_short_work_and_leaves_long_work_alone():
+    calls = []
+    assert timed(lambda: calls.append(1))[0] < 0.1 and len(calls) == 1
+    timed(lambda: calls.append(1), at_least=0.01)
+    assert len(calls) > 3
+
+
+def test_spread_indices_are_distinct_and_reach_both_ends():
+    assert spread(10, 4).tolist() == [0, 2, 5, 7] and spread(3, 8).tolist() == [0, 1, 2]
+    assert common.count_flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("method", HEADS)
+@pytest.mark.parametrize("m", [0.01, 0.5])
+def test_the_written_out_gradient_of_a_head_is_that_of_its_loss(method, batched, m):
+    """On random features, with a sample that lies on the weight of its class and one opposite to it."""
+    n_way, n_shot, d = 4, 3, 6
+    generators = [make_generator(0, i) for i in range(3 if batched else 1)]
+    head = build_head(method, d, n_way, 5.0, m, generators, batched=batched)
+    y = class_major_labels(n_way, n_shot)
+    z = torch.randn(*((3,) if batched else ()), n_way * n_shot, d, generator=make_generator(1))
+    z[..., 0, :], z[..., 1, :] = head.weight.detach()[..., 0, :], -head.weight.detach()[..., 0, :]
+    y = y.expand(z.shape[:-1])
+    head.loss(head(z), y).backward()
+    expected = {name: p.grad.clone() for name, p in head.named_parameters()}
+    one_hot = torch.nn.functional.one_hot(y, n_way).float()
+    with torch.no_grad():
+        set_gradients(head, head.project(z), y, one_hot)
+    for name, p in head.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
