@@ -27,11 +27,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C a line and 130."""
+    """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C a line and 130.
+
+    So does a file or folder that the system refuses, wherever that happens.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}: check this path, and that you may read and write there", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interruption:
         print(str(interruption) or "interrupted", file=sys.stderr)

@@ -60,7 +60,8 @@ def draw_gains(axes: Axes, records: list[dict[str, Any]]) -> None:
         axes.plot([100 * (i + 0.5) / len(gains) for i in range(len(gains))], gains, ".", color=colour, label=label)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(title="Alignment minus fine-tuning", xlabel="episodes, sorted, %", ylabel="points")
-    axes.legend(fontsize=7, frameon=False)
+    if records:
+        axes.legend(fontsize=7, frameon=False)
 
 
 def main() -> None:

@@ -201,7 +201,7 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.precision.scaler.load_state_dict(state["scaler"])
             self.n_done, self.best = int(state["n_done"]), float(state["best"])
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{last} does not fit this run: start anew with --overwrite") from error
         if metrics.is_file():
             rows = metrics.read_text().splitlines(keepends=True)[: self.n_done]

@@ -203,6 +203,10 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "too few val classes": (STAGE_1, keep_classes("val", 2), [], ["val split", "2 classes", "3 ways"]),
     "too few val images": (STAGE_1, keep_images("val", 3), [], ["class06", "3 images", "= 5 are needed", "--n_query"]),
     "too few images for the shots": (STAGE_3, nothing, ["--n_query", 7, OVER], ["8 images", "= 9 are needed"]),
+    "glyphs in a file": (
+        *(STAGE_1, write("file", ""), ["--dataset", "glyphs", "--benchmarks_dir", "{}/file"]),
+        ["/file", "check this path"],
+    ),
     "no class folders": (STAGE_1, files_instead_of_classes, [], ["no class folders", "<class>/<image>"]),
     "NaN image": (STAGE_1, nan_image, [], ["class00", "NaN", "repair it"]),
     "truncated JPEG": (STAGE_1, truncated_jpeg, [], ["class12", "cannot be decoded", "repair it"]),

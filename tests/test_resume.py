@@ -281,6 +281,20 @@ def test_a_damaged_state_is_one_line(copy, content):
     assert call("transferLearning", *COMMANDS["transferLearning"], *folders(copy), "--overwrite").status == 0
 
 
+@pytest.mark.parametrize("script", COMMANDS)
+@pytest.mark.parametrize("spoil", ["emptied", "of another kind"])
+def test_a_state_that_does_not_fit_is_one_line(copy, script, spoil):
+    for last in copy.rglob("*_last.tar"):
+        state = torch.load(last, weights_only=True)
+        for name in set(state) - {"format", "config", "made_from", "seconds", "n_done", "best"}:
+            state[name] = {} if spoil == "emptied" else 5
+        torch.save(state, last)
+    before = files(copy)
+    refused = call(script, *COMMANDS[script], *folders(copy), "--resume")
+    assert refused.status == 2 and "does not fit" in refused.err and "--overwrite" in refused.err
+    assert refused.err.count("\n") == 1 and files(copy) == before
+
+
 def test_a_training_is_not_resumed_to_fewer_epochs(copy):
     refused = call("transferLearning", *longer("transferLearning", -3), *folders(copy), "--resume")
     assert refused.status == 2 and "8 epochs" in refused.err and "--n_epoch 5" in refused.err

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.episodes import class_major_labels
+from data.errors import UserError
 from data.generators import make_generator
 from methods.novel_finetune import set_gradients
 from methods.report import read_results
@@ -84,11 +85,11 @@ def test_the_table_holds_medians_ratios_and_the_limit(setting, monkeypatch):
     assert cells == "| work | 4 | 1 | 4.0x | 5x | 0.25 | 4.0 | 1 -> 1 | ours |"
 
 
-def test_a_speed_table_beside_the_results_does_not_disturb_the_report(tmp_path):
+def test_a_speed_table_is_not_taken_for_a_result(tmp_path):
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "speed.json").write_text(json.dumps({"rows": []}))
-    (tmp_path / "tables" / "other.json").write_text(json.dumps({"stage": "transferLearning"}))
-    assert read_results(tmp_path) == [{"stage": "transferLearning"}]
+    with pytest.raises(UserError, match="no result files"):
+        read_results(tmp_path)
 
 
 def test_timing_repeats_short_work_and_leaves_long_work_alone():
