@@ -1,6 +1,7 @@
 # Two commands for a newcomer, each starting from a bare clone: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+STAGE_1 := results/models/5way_1shot_glyphs_arcMax_Conv4_bestModel.tar
 
 .PHONY: demo test lint install
 
@@ -13,9 +14,9 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/python -m data.prepare glyphs
-	$(BIN)/python transferLearning.py --preset laptop
-	$(BIN)/python metaLearning.py --preset laptop
-	$(BIN)/python associative_alignment.py --preset laptop
+	$(BIN)/python transferLearning.py --preset laptop --resume
+	$(BIN)/python metaLearning.py --preset laptop --resume --init_from $(STAGE_1)
+	$(BIN)/python associative_alignment.py --preset laptop --resume
 	$(BIN)/python -m methods.report results
 	$(BIN)/python -m methods.figures results
 
@@ -25,4 +26,4 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --durations=12

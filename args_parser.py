@@ -27,7 +27,7 @@ LAPTOP = {
     },
     "transfer": {"n_episodes": 600},
     "meta": {"n_epoch": 10, "episodes_per_epoch": 60, "n_episodes": 600},
-    "alignment": {"n_episodes": 60, "aug_size": 10, "align_iters": 100},
+    "alignment": {"n_episodes": 50, "aug_size": 10, "align_iters": 100},
 }
 
 

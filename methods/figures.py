@@ -30,7 +30,7 @@ def draw_training(axes: Axes, logs: list[Path]) -> None:
             raise UserError(f"metrics file {log} is damaged ({error}): delete it or run its stage again") from error
         label = log.parent.name.removesuffix("_bestModel").replace("_", " ")
         axes.plot(*curve, color=colour, label=label)
-    axes.set(title="Base training", xlabel="epoch", ylabel="validation accuracy, %")
+    axes.set(title="Training", xlabel="epoch", ylabel="validation accuracy, %")
     axes.legend(fontsize=7, frameon=False)
 
 
