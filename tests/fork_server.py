@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import sys
 
 from methods.engine import run_script
@@ -19,6 +20,8 @@ def run_child(command: dict) -> None:
     output = os.open(command["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    # A shell starts its background jobs, of which the tests may be one, with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [command["script"] + ".py", *command["flags"]]
     if command["max_bytes"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (command["max_bytes"],) * 2)
