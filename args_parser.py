@@ -27,7 +27,7 @@ LAPTOP = {
     },
     "transfer": {"n_episodes": 600},
     "meta": {"n_epoch": 10, "episodes_per_epoch": 60, "n_episodes": 600},
-    "alignment": {"n_episodes": 50, "aug_size": 10, "align_iters": 100},
+    "alignment": {"n_episodes": 60, "aug_size": 10, "align_iters": 100},
 }
 
 
@@ -344,7 +344,9 @@ def alignment_flags(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--align_s", type=POSITIVE, default=15.0, help="scale of cosMax and arcMax during alignment")
     group.add_argument("--align_m", type=number(float, 0), default=0.001, help="margin of arcMax during alignment")
-    critic = p.add_argument_group("critic of adversarial alignment")
+    critic = p.add_argument_group(
+        "critic of adversarial alignment", "the paper leaves these constants open: the defaults are our choices"
+    )
     critic.add_argument("--critic_hidden", type=COUNT, default=1024, help="hidden units of the critic")
     critic.add_argument("--critic_steps", type=COUNT, default=5, help="critic steps before each backbone step")
     critic.add_argument("--critic_lr", type=POSITIVE, default=1e-3, help="learning rate of the critic's Adam")
