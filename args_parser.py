@@ -8,6 +8,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from data.errors import OneLineParser
 from methods.meta_learners import META_LEARNERS
@@ -400,3 +401,9 @@ def args_parser(stage: str, argv: Sequence[str] | None = None) -> argparse.Names
     args.img_size = args.img_size or native_img_size(args.backbone)
     args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
     return args
+
+
+def data_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How any split is loaded: the flags of that name, as the arguments of load_split."""
+    names = ("benchmarks_dir", "img_size", "cache_dir", "image_root", "num_workers", "quiet")
+    return {name: getattr(args, name) for name in names}

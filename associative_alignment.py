@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from args_parser import args_parser
+from args_parser import args_parser, data_options
 from data.benchmarks import load_split
 from data.episodes import fixed_episodes
 from data.errors import UserError
@@ -36,16 +36,8 @@ def main() -> None:
     )
     last = args.results_dir / "logs" / f"{table.stem}_last.tar"
     state = find_state(last, None, table, vars(args), LENGTH_FLAGS, args.resume, args.overwrite)
-    load = partial(
-        load_split,
-        args.benchmarks_dir,
-        img_size=args.img_size,
-        cache_dir=args.cache_dir,
-        image_root=args.image_root,
-        num_workers=args.num_workers,
-        quiet=args.quiet,
-    )
-    base, novel = load(args.dataset, "base"), load(args.novel_dataset, args.test_split)
+    load = partial(load_split, **data_options(args))
+    base, novel = load(dataset=args.dataset, split="base"), load(dataset=args.novel_dataset, split=args.test_split)
     n_test = args.testing_epochs * args.n_episodes
     episodes = fixed_episodes(args.episodes_file, novel, args.test_n_way, args.n_shot, args.n_query, n_test, args.seed)
     backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)

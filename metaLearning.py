@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from args_parser import args_parser
+from args_parser import args_parser, data_options
 from data.benchmarks import load_split
 from data.episodes import check_episodes_fit, fixed_episodes, sample_episodes
 from data.transforms import Augmentation
@@ -44,16 +44,12 @@ def main() -> None:
     state = find_state(*written, table, vars(args), TEST_FLAGS, args.resume, args.overwrite)
 
     # Data: uint8 arrays; episodes are indices into them. Those of val are the same ones after every epoch.
-    load = partial(
-        load_split,
-        args.benchmarks_dir,
-        img_size=args.img_size,
-        cache_dir=args.cache_dir,
-        image_root=args.image_root,
-        num_workers=args.num_workers,
-        quiet=args.quiet,
+    load = partial(load_split, **data_options(args))
+    base, val, novel = (
+        load(dataset=args.dataset, split="base"),
+        load(dataset=args.dataset, split="val"),
+        load(dataset=args.novel_dataset, split="novel"),
     )
-    base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
     train_protocol = (args.train_n_way, args.n_shot, args.train_n_query)
     if args.n_epoch:
         check_episodes_fit(base, *train_protocol)
