@@ -15,12 +15,10 @@ from data.benchmarks import load_split
 from data.episodes import check_episodes_fit, fixed_episodes, sample_episodes
 from data.transforms import Augmentation
 from methods.checkpoints import (
-    Checkpoint,
     best_model_path,
     initial_backbone,
     load_checkpoint,
     load_state,
-    save_checkpoint,
 )
 from methods.engine import n_parameters, on_device, run_script, seeded, start
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
@@ -111,24 +109,7 @@ def main() -> None:
             z_val = embed(backbone, val.images, device, precision, maps=relation)
             val_scores = evaluate_meta_learner(learner, z_val, val_episodes)
             val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
-            if val_accuracy > training.best:
-                training.best = val_accuracy
-                save_checkpoint(
-                    path,
-                    Checkpoint(
-                        stage="metaLearning",
-                        dataset=args.dataset,
-                        method=args.method,
-                        backbone=args.backbone,
-                        img_size=args.img_size,
-                        class_names=base.class_names,
-                        backbone_state=backbone.state_dict(),
-                        head_state=learner.state_dict(),
-                        epoch=epoch,
-                        val_accuracy=100 * training.best,
-                        config=vars(args),
-                    ),
-                )
+            training.keep_best(path, "metaLearning", val_accuracy, epoch, base.class_names, vars(args))
             log_epoch(metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
             training.n_done = epoch + 1
             training.save(last, vars(args), made_from, began)

@@ -17,12 +17,10 @@ from data.generators import make_generator
 from data.transforms import Augmentation
 from methods.base_training import train_one_epoch
 from methods.checkpoints import (
-    Checkpoint,
     best_model_path,
     initial_backbone,
     load_checkpoint,
     load_state,
-    save_checkpoint,
 )
 from methods.engine import n_parameters, on_device, run_script, start
 from methods.evaluation import embed, evaluate_heads, mean_and_ci95
@@ -115,24 +113,7 @@ def main() -> None:
             z_val = embed(backbone, val.images, device, precision)
             val_scores = score_heads(z_val, val_episodes)
             val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
-            if val_accuracy > training.best:
-                training.best = val_accuracy
-                save_checkpoint(
-                    path,
-                    Checkpoint(
-                        stage="transferLearning",
-                        dataset=args.dataset,
-                        method=args.method,
-                        backbone=args.backbone,
-                        img_size=args.img_size,
-                        class_names=base.class_names,
-                        backbone_state=backbone.state_dict(),
-                        head_state=head.state_dict(),
-                        epoch=epoch,
-                        val_accuracy=100 * training.best,
-                        config=vars(args),
-                    ),
-                )
+            training.keep_best(path, "transferLearning", val_accuracy, epoch, base.class_names, vars(args))
             log_epoch(metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
             training.n_done = epoch + 1
             training.save(last, vars(args), made_from, began)

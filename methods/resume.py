@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from data.errors import UserError
 from data.files import atomic_file
 from methods.alignment import AlignedEpisode
-from methods.checkpoints import load_checkpoint, load_tensors, save_atomically
+from methods.checkpoints import Checkpoint, load_checkpoint, load_tensors, save_atomically, save_checkpoint
 from methods.engine import Precision, plain
 
 STATE_FORMAT = "associative-alignment-state/1"
@@ -176,6 +176,27 @@ class Training:
     precision: Precision
     n_done: int = 0  # epochs
     best: float = -1.0  # highest validation accuracy so far, share of 1
+
+    def keep_best(
+        self, path: Path, stage: str, val_accuracy: float, epoch: int, class_names: list[str], config: dict[str, Any]
+    ) -> None:
+        """Save the model as the best one when its validation accuracy, a share of 1, is the highest so far."""
+        if val_accuracy > self.best:
+            self.best = val_accuracy
+            checkpoint = Checkpoint(
+                stage=stage,
+                dataset=config["dataset"],
+                method=config["method"],
+                backbone=config["backbone"],
+                img_size=config["img_size"],
+                class_names=class_names,
+                backbone_state=self.backbone.state_dict(),
+                head_state=self.head.state_dict(),
+                epoch=epoch,
+                val_accuracy=100 * val_accuracy,
+                config=config,
+            )
+            save_checkpoint(path, checkpoint)
 
     def save(self, last: Path, config: dict[str, Any], made_from: dict[str, str], began: float) -> None:
         """Write the state. Raises UserError when it cannot be written; the previous one is then intact."""
