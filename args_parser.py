@@ -338,6 +338,13 @@ def alignment_flags(p: argparse.ArgumentParser) -> None:
         "--align_bn", choices=["train", "eval"], default="train", help="mode of batch norm in updates (1) and (3)"
     )
     group.add_argument(
+        "--align_blocks",
+        type=COUNT,
+        metavar="K",
+        help="update only the last K blocks of the backbone, and compute what enters them once for all episodes, into "
+        "--cache_dir: much faster (default: all blocks, as published)",
+    )
+    group.add_argument(
         "--ft_m",
         type=number(float, 0),
         default=0.001,

@@ -8,18 +8,20 @@ import time
 from functools import partial
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from args_parser import args_parser, data_options
 from data.benchmarks import load_split
-from data.episodes import fixed_episodes
+from data.episodes import class_major_labels, fixed_episodes
 from data.errors import UserError
-from methods.alignment import AlignmentSetting, align_episode
+from methods.alignment import AlignmentSetting, align_episode, network_input, stored_input
 from methods.checkpoints import best_model_path, load_backbone
 from methods.engine import on_device, run_script, start, write_json
-from methods.evaluation import EpisodeScores, cached_features, mean_and_ci95
+from methods.evaluation import EpisodeScores, cached_activations, cached_features, mean_and_ci95
 from methods.results import accuracy_record, curve_record, paired_difference, percent, result_path, run_record
 from methods.resume import LENGTH_FLAGS, AlignedEpisodes, begin, find_state, resumable, weights_digest
+from models.last_blocks import split_backbone
 
 SAVE_EVERY = 5  # episodes
 
@@ -48,13 +50,25 @@ def main() -> None:
         )
     backbone = backbone.to(device, memory_format=torch.channels_last)
 
-    # Features of the checkpoint's backbone, once for all episodes.
-    features = partial(
-        cached_features, backbone, cache_dir=args.cache_dir, device=device, precision=precision, quiet=args.quiet
-    )
-    z_base, z_novel = features(base), features(novel)
+    # Features of the checkpoint's backbone, once for all episodes; and what enters the blocks to be updated.
+    cached = {"cache_dir": args.cache_dir, "device": device, "precision": precision, "quiet": args.quiet}
+    z_base, z_novel = cached_features(backbone, base, **cached), cached_features(backbone, novel, **cached)
     base_members = [torch.nonzero(base.labels == b).squeeze(1) for b in range(len(base.class_names))]
-    base_images, novel_images = on_device(base.images, device), on_device(novel.images, device)
+    updated: nn.Module = backbone
+    if args.align_blocks in (None, len(backbone.blocks())):
+        base_input, novel_input = (
+            partial(network_input, on_device(split.images, device), device=device) for split in (base, novel)
+        )
+    elif args.align_blocks > len(backbone.blocks()):
+        raise UserError(
+            f"--align_blocks {args.align_blocks}, but {args.backbone} has {len(backbone.blocks())} blocks: give fewer"
+        )
+    else:
+        below, updated = split_backbone(backbone, args.align_blocks)
+        base_input, novel_input = (
+            partial(stored_input, on_device(cached_activations(below, split, **cached), device), device=device)
+            for split in (base, novel)
+        )
     setting = AlignmentSetting(**{name: getattr(args, name) for name in AlignmentSetting.__dataclass_fields__})
     per_class = len(base.class_names) // args.test_n_way
     if args.n_B > per_class:
@@ -63,7 +77,8 @@ def main() -> None:
             f"{per_class} related base classes a novel class"
         )
 
-    initial_state = {name: value.clone() for name, value in backbone.state_dict().items()}
+    y_support = class_major_labels(args.test_n_way, args.n_shot)
+    initial_state = {name: value.clone() for name, value in updated.state_dict().items()}
     done = AlignedEpisodes(precision)
     made_from = {
         "weights": weights_digest(backbone),
@@ -78,17 +93,18 @@ def main() -> None:
     with resumable(last, save):
         for i in bar:
             episode = align_episode(
-                backbone,
+                updated,
                 initial_state,
                 setting,
-                episodes.index[i],
-                args.n_shot,
-                novel_images,
+                episodes.support[i].flatten(),
+                y_support,
+                episodes.query[i].flatten(),
                 z_novel,
-                base_images,
-                base.labels,
+                novel_input,
                 z_base,
+                base.labels,
                 base_members,
+                base_input,
                 args.seed,
                 i,
                 device,

@@ -8,22 +8,22 @@ updates, each with an Adam of its own:
     moments included;
 (3) backbone and head, in train mode, on the support.
 The backbone starts each episode from the checkpoint's weights, kept in memory. `naive` is the ablation without (1);
-`none` stops at the fitted head.
+`none` stops at the fitted head. Beyond the paper, the updates may be of the backbone's last blocks alone: what enters
+them is then computed once for all episodes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
 
-from data.episodes import class_major_labels
 from data.generators import make_generator
 from data.related_base import RelatedBase, find_related_base
 from data.transforms import normalise
 from methods.adversarial_alignment import adversarial_alignment_step
 from methods.centroid_alignment import centroid_alignment_step
 from methods.engine import Precision, check_finite, seeded
-from methods.evaluation import score_queries
 from methods.novel_finetune import fit_heads
 from models import build_head
 from models.critic import Critic
@@ -31,6 +31,8 @@ from models.heads import Head
 
 # The critic meets features that move with every step: a short memory of its gradients.
 CRITIC_BETAS = (0.5, 0.9)
+# What the backbone, or its last blocks, take for the images at an index (n,).
+Input = Callable[[Tensor], Tensor]
 # Base features scored together: their normalised copy stays in a core's cache, which halves the time.
 BASE_ROWS = 512
 
@@ -66,10 +68,10 @@ class AlignmentSetting:
 
 @dataclass(frozen=True)
 class AlignedEpisode:
-    """What one episode gave: the share of right queries a class (n_way,), by fine-tuning and after alignment.
+    """What one episode gave: the scores (q, n_way) of its queries, by fine-tuning and after alignment.
 
     n_drawn: related samples a novel class in an iteration; losses: those of the three updates, a row an iteration;
-    curve: the same share as `aligned`, after every record_curve iterations.
+    curve: scores as `aligned`, after every record_curve iterations. Without alignment the first two are the same.
     """
 
     finetuned: Tensor
@@ -146,6 +148,12 @@ def network_input(images: Tensor, index: Tensor, device: torch.device) -> Tensor
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def stored_input(activations: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """Channels-last input (n, c, h, w) of the last blocks: stored activations (N, c, h, w) at `index` (n,)."""
+    x = activations[index.to(activations.device)].to(device)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def predict_queries(
     backbone: nn.Module, head: Head, x_query: Tensor, precision: Precision, batch_size: int = 64
@@ -161,14 +169,15 @@ def align_episode(
     backbone: nn.Module,
     initial_state: dict[str, Tensor],
     setting: AlignmentSetting,
-    index: Tensor,
-    n_shot: int,
-    novel_images: Tensor,
+    support: Tensor,
+    y_support: Tensor,
+    query: Tensor,
     z_novel: Tensor,
-    base_images: Tensor,
-    y_base: Tensor,
+    novel_input: Input,
     z_base: Tensor,
+    y_base: Tensor,
     base_members: list[Tensor],
+    base_input: Input,
     seed: int,
     episode: int,
     device: torch.device,
@@ -176,22 +185,25 @@ def align_episode(
 ) -> AlignedEpisode:
     """Run one episode of stage 3; the result depends on (seed, episode) and the weights alone.
 
-    backbone is overwritten, starting from initial_state. index (n_way, n_shot + n_query) points into novel_images
-    (N, 3, s, s) and their features z_novel (N, d). base_images (M, 3, s, s), y_base (M,) and z_base (M, d) are the base
-    split; base_members the indices of each base class. A novel class without related samples takes no part in
-    updates (1) and (2); they are left out when no class has any.
+    backbone, or its last blocks, is overwritten, starting from initial_state. support (k,) and query (q,) index the
+    features z_novel (N, d); y_support (k,) holds every class from 0 to n_way - 1, in any number. z_base (M, d) and
+    y_base (M,) are the base split, base_members the indices of each base class. novel_input and base_input give what
+    the backbone takes, by index. A novel class without related samples takes no part in updates (1) and (2); they are
+    left out when no class has any.
     """
-    n_way = index.shape[0]
+    n_way = int(y_support.max()) + 1
     backbone.load_state_dict(initial_state)
-    support, query = index[:, :n_shot].flatten(), index[:, n_shot:].flatten()
-    y_support = class_major_labels(n_way, n_shot, device)
+    y_support = y_support.to(device)
 
     generators = [make_generator(seed, "head", episode)]
     head = build_head(setting.method, z_novel.shape[1], n_way, setting.ft_s, setting.ft_m, generators).to(device)
     head_optimizer = fit_heads(head, z_novel[support.to(device)], y_support, setting.ft_n_epoch, setting.ft_lr)
     with torch.no_grad():
-        finetuned = score_queries(head(z_novel[query.to(device)]), n_way)
+        finetuned = head(z_novel[query.to(device)])
         related = related_base_of_head(head, z_base, y_base, base_members, setting.n_B, setting.related_score)
+    n_drawn = drawn_per_class(related.samples, setting.aug_size)
+    if setting.alignment == "none" or not setting.align_iters:
+        return AlignedEpisode(finetuned, finetuned, related, n_drawn, [], [])
 
     head.rescale(setting.align_s, setting.align_m)
     for group in head_optimizer.param_groups:
@@ -201,21 +213,19 @@ def align_episode(
     critic_generator = make_generator(seed, "critic", episode)
     critic = Critic(z_novel.shape[1], n_way, setting.critic_hidden, generator=critic_generator).to(device)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=setting.critic_lr, betas=CRITIC_BETAS)
-    x_support = network_input(novel_images, support, device)
-    x_query = network_input(novel_images, query, device)
+    x_support, x_query = novel_input(support), novel_input(query)
     generator = make_generator(seed, "related draws", episode)
-    n_drawn = drawn_per_class(related.samples, setting.aug_size)
     losses, curve = [], []
     with seeded(seed, "dropout", episode):
-        for iteration in range(0 if setting.alignment == "none" else setting.align_iters):
+        for iteration in range(setting.align_iters):
             align_loss = related_loss = float("nan")
             if n_drawn:
                 picks, y_related = draw_related(related.samples, setting.aug_size, generator)
-                x_related, y_related = network_input(base_images, picks, device), y_related.to(device)
+                x_related, y_related = base_input(picks), y_related.to(device)
                 backbone.train(setting.align_bn == "train")
                 if setting.alignment == "centroid":
                     align_loss = centroid_alignment_step(
-                        backbone, backbone_optimizer, x_support, x_related, y_related, n_way, precision
+                        backbone, backbone_optimizer, x_support, y_support, x_related, y_related, precision
                     )
                 elif setting.alignment == "adversarial":
                     align_loss = adversarial_alignment_step(
@@ -241,7 +251,7 @@ def align_episode(
             where = f"episode {episode}, iteration {iteration}"
             check_finite(support_loss + (related_loss if n_drawn else 0.0), where)
             if setting.record_curve and (iteration + 1) % setting.record_curve == 0:
-                curve.append(score_queries(predict_queries(backbone, head, x_query, precision), n_way).cpu())
+                curve.append(predict_queries(backbone, head, x_query, precision))
 
-    aligned = score_queries(predict_queries(backbone, head, x_query, precision), n_way) if losses else finetuned
-    return AlignedEpisode(finetuned.cpu(), aligned.cpu(), related, n_drawn, losses, curve)
+    aligned = predict_queries(backbone, head, x_query, precision)
+    return AlignedEpisode(finetuned, aligned, related, n_drawn, losses, curve)

@@ -11,15 +11,21 @@ from torch import Tensor, nn
 from methods.engine import Precision
 
 
-def centroid_alignment_loss(z_support: Tensor, z_related: Tensor, y_related: Tensor) -> Tensor:
+def class_centroids(z: Tensor, y: Tensor) -> Tensor:
+    """Mean of the features of each class: z (n, d), y (n,) with every class in it -> (n_class, d), in float32."""
+    member = F.one_hot(y).T.float()
+    return member @ z.float() / member.sum(1, keepdim=True)
+
+
+def centroid_alignment_loss(z_support: Tensor, y_support: Tensor, z_related: Tensor, y_related: Tensor) -> Tensor:
     """Mean of -log softmax_k(-|z - mu_k|^2) at the assigned class, mu_k the mean of the support of class k.
 
-    z_support (n_way, n_shot, d), z_related (n, d), y_related (n,) -> scalar. No temperature, features not
-    normalised, in float32; the gradient flows through related samples and centroids. Equations 4-5.
+    z_support (k, d), y_support (k,) with every novel class in it, z_related (n, d), y_related (n,) -> scalar. No
+    temperature, features not normalised, in float32; the gradient flows through related samples and centroids.
+    Equations 4-5.
     """
-    centroids = z_support.float().mean(1)
-    z_related = z_related.float()
-    distance = (z_related.unsqueeze(1) - centroids.unsqueeze(0)).square().sum(2)
+    centroids = class_centroids(z_support, y_support)
+    distance = (z_related.float().unsqueeze(1) - centroids).square().sum(2)
     return F.cross_entropy(-distance, y_related)
 
 
@@ -27,20 +33,20 @@ def centroid_alignment_step(
     backbone: nn.Module,
     optimizer: torch.optim.Optimizer,
     x_support: Tensor,
+    y_support: Tensor,
     x_related: Tensor,
     y_related: Tensor,
-    n_way: int,
     precision: Precision,
 ) -> float:
     """Update (1) of Algorithm 1: one optimiser step of the backbone on the centroid alignment loss.
 
-    x_support (n_way * n_shot, 3, h, w) class-major, x_related (n, 3, h, w), y_related (n,). The backbone, which the
-    caller has put in train mode, sees the related and the support images in two forward passes, so that each has
-    its own batch statistics. Returns the loss before the step.
+    x_support (k, 3, h, w), x_related (n, 3, h, w) and their labels. The backbone, which the caller has put in train
+    mode, sees the related and the support images in two forward passes, so that each has its own batch statistics.
+    Returns the loss before the step.
     """
     with precision.autocast():
         z_related, z_support = backbone(x_related), backbone(x_support)
-    loss = centroid_alignment_loss(z_support.unflatten(0, (n_way, -1)), z_related, y_related)
+    loss = centroid_alignment_loss(z_support, y_support, z_related, y_related)
     optimizer.zero_grad()
     precision.backward_and_step(loss, optimizer)
     return loss.item()

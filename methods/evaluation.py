@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.benchmarks import Split
 from data.episodes import Episodes, class_major_labels
+from data.files import atomic_file
 from data.generators import make_generator
 from data.transforms import normalise
 from methods.checkpoints import load_tensors, save_atomically
@@ -67,21 +69,59 @@ def embed(
     return torch.cat(features)
 
 
+def cache_path(
+    kind: str, module: nn.Module, split: Split, cache_dir: Path, device: torch.device, precision: Precision
+) -> Path:
+    """Where what this module made of this split is kept, its suffix left open: another weight, another name."""
+    digest = hashlib.sha256(str((split.fingerprint, tuple(split.images.shape), precision.name, device.type)).encode())
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return cache_dir / f"{kind}_{split.benchmark}_{split.split}_{digest.hexdigest()[:16]}"
+
+
 def cached_features(
     backbone: Backbone, split: Split, cache_dir: Path, device: torch.device, precision: Precision, quiet: bool = False
 ) -> Tensor:
     """Features of a whole split (N, d), from cache_dir when these weights have embedded these images before."""
-    made_from = (split.fingerprint, tuple(split.images.shape), backbone.feature_dim, precision.name, device.type)
-    digest = hashlib.sha256(str(made_from).encode())
-    for name, value in backbone.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    path = cache_dir / f"features_{split.benchmark}_{split.split}_{digest.hexdigest()[:16]}.pt"
+    path = cache_path(f"features{backbone.feature_dim}", backbone, split, cache_dir, device, precision)
+    path = path.with_suffix(".pt")
     if path.is_file():
         with contextlib.suppress(Exception):  # damaged: embed anew
             return load_tensors(path, device)
     features = embed(backbone, split.images, device, precision, bar="" if quiet else f"embed {split.split}")
     save_atomically(path, features.cpu())
     return features
+
+
+@torch.no_grad()
+def cached_activations(
+    below: nn.Sequential,
+    split: Split,
+    cache_dir: Path,
+    device: torch.device,
+    precision: Precision,
+    quiet: bool = False,
+    batch_size: int = 64,
+) -> Tensor:
+    """What the blocks `below`, in eval mode, make of a whole split: (N, c, h, w) float32, mapped from cache_dir.
+
+    Written batch by batch, for it may be larger than memory.
+    """
+    path = cache_path(f"activations{len(below)}", below, split, cache_dir, device, precision).with_suffix(".npy")
+    with contextlib.suppress(OSError, ValueError):  # not there or damaged: compute it
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+    below.eval()
+    starts = range(0, len(split.images), batch_size)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        for start in tqdm(starts, desc=f"activations {split.split}", disable=quiet, unit="batch"):
+            x = normalise(split.images[start : start + batch_size].to(device))
+            with precision.autocast():
+                a = below(x.contiguous(memory_format=torch.channels_last)).float().cpu().contiguous().numpy()
+            if start == 0:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(split.images), *a.shape[1:])}
+                np.lib.format.write_array_header_2_0(file, header)
+            a.tofile(file)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 def score_queries(scores: Tensor, n_way: int) -> Tensor:

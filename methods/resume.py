@@ -22,6 +22,7 @@ from data.files import atomic_file
 from methods.alignment import AlignedEpisode
 from methods.checkpoints import Checkpoint, load_checkpoint, load_tensors, save_atomically, save_checkpoint
 from methods.engine import Precision, plain
+from methods.evaluation import score_queries
 
 STATE_FORMAT = "associative-alignment-state/1"
 # Flags that change no number, but for the rounding of another device.
@@ -240,9 +241,13 @@ class AlignedEpisodes:
 
     def add(self, episode: AlignedEpisode) -> None:
         """Append what the report needs of an episode."""
-        curve = torch.stack([share.mean() for share in [episode.finetuned, *episode.curve]])
+        finetuned, aligned, *curve = (
+            score_queries(scores, scores.shape[1]).cpu()
+            for scores in (episode.finetuned, episode.aligned, *episode.curve)
+        )
+        accuracy = torch.stack([share.mean() for share in (finetuned, *curve)])
         n_empty = sum(not len(samples) for samples in episode.related.samples)
-        self.rows.append((episode.finetuned, episode.aligned, curve, n_empty, episode.n_drawn))
+        self.rows.append((finetuned, aligned, accuracy, n_empty, episode.n_drawn))
 
     def means(self) -> tuple[float, float]:
         """Mean accuracy (%) so far, of fine-tuning and after alignment."""

@@ -9,6 +9,7 @@ python -m speed.bench_alignment --precision bf16
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +19,16 @@ from data.benchmarks import Split
 from data.episodes import Episodes, class_major_labels, sample_episodes
 from data.generators import make_generator
 from data.transforms import normalise
-from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode, draw_related, related_base_of_head
+from methods.alignment import (
+    AlignedEpisode,
+    AlignmentSetting,
+    align_episode,
+    draw_related,
+    network_input,
+    related_base_of_head,
+)
 from methods.engine import run_script
-from methods.evaluation import cached_features
+from methods.evaluation import cached_features, score_queries
 from methods.novel_finetune import fit_heads
 from models import Backbone, build_head
 from speed import reference_loops as plain
@@ -156,8 +164,10 @@ def reference(setting: Setting) -> dict[str, Measured]:
 def our_episode(setting: Setting, t: Task, initial: dict[str, Tensor], iterations: int) -> AlignedEpisode:
     """align_episode as associative_alignment.py calls it."""
     return align_episode(
-        t.backbone, initial, algorithm(setting, iterations), t.episodes.index[0], t.episodes.n_shot, t.novel.images,
-        t.z_novel, t.base.images, t.base.labels, t.z_base, t.members, SEED, EPISODE, CPU, setting.engine_precision,
+        t.backbone, initial, algorithm(setting, iterations), t.episodes.support.flatten(),
+        class_major_labels(N_WAY, t.episodes.n_shot), t.episodes.query.flatten(), t.z_novel,
+        partial(network_input, t.novel.images, device=CPU), t.z_base, t.base.labels, t.members,
+        partial(network_input, t.base.images, device=CPU), SEED, EPISODE, CPU, setting.engine_precision,
     )  # fmt: skip
 
 
@@ -169,7 +179,7 @@ def ours(setting: Setting) -> dict[str, Measured]:
     aligned = our_episode(setting, t, initial, CHECKED_ITERATIONS)
     answer = {
         "losses": torch.tensor(aligned.losses),
-        "accuracy": aligned.aligned,
+        "accuracy": score_queries(aligned.aligned, N_WAY),
         "update": difference(t.backbone, initial),
     }
     return {WORK: Measured(seconds, answer)}

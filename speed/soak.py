@@ -10,6 +10,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from args_parser import args_parser
 from data.benchmarks import Split
 from data.episodes import class_major_labels, sample_episodes
 from data.transforms import Augmentation
-from methods.alignment import AlignmentSetting, align_episode
+from methods.alignment import AlignmentSetting, align_episode, network_input
 from methods.base_training import train_one_epoch
 from methods.checkpoints import create_backbone
 from methods.engine import start
@@ -67,8 +68,9 @@ def soak_alignment(n_episodes: int) -> Iterator[float]:
         setting = AlignmentSetting(**{field.name: getattr(args, field.name) for field in fields(AlignmentSetting)})
         episode = sample_episodes(novel, 5, 1, 4, 1, seed=0, start=i)
         align_episode(
-            *(backbone, initial_state, setting, episode.index[0], 1, novel.images, z_novel),
-            *(base.images, base.labels, z_base, members, 0, i, device, precision),
+            *(backbone, initial_state, setting, episode.support[0].flatten(), class_major_labels(5, 1)),
+            *(episode.query[0].flatten(), z_novel, partial(network_input, novel.images, device=device), z_base),
+            *(base.labels, members, partial(network_input, base.images, device=device), 0, i, device, precision),
         )
         yield resident_mib()
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from args_parser import args_parser
+from data.benchmarks import load_split
 from data.episodes import class_major_labels
 from data.related_base import choose_related_base, find_related_base
 from data.transforms import normalise
@@ -15,17 +17,20 @@ from methods.alignment import (
     align_episode,
     draw_related,
     drawn_per_class,
+    network_input,
     predict_queries,
+    stored_input,
     train_head_on_related,
     train_on_support,
 )
 from methods.centroid_alignment import centroid_alignment_loss, centroid_alignment_step
 from methods.engine import Precision
-from methods.evaluation import embed
+from methods.evaluation import cached_activations, embed
 from methods.novel_finetune import fit_heads
-from models import build_head
+from models import BACKBONES, build_backbone, build_head
 from models.conv4 import Conv4
-from tests.helpers import golden
+from models.last_blocks import split_backbone
+from tests.helpers import golden, make_benchmark
 
 FP32 = Precision("fp32", "cpu")
 
@@ -43,13 +48,15 @@ def published_weights(g: dict[str, torch.Tensor], prefix: str) -> dict[str, torc
 @pytest.mark.parametrize("shot", [1, 5])
 def test_centroid_loss_and_gradients_are_the_published_ones(shot):
     g = golden("centroid_alignment")
-    z_support = g[f"shot{shot}.z_support"].unflatten(0, (5, shot)).requires_grad_()
+    z_support = g[f"shot{shot}.z_support"].requires_grad_()
     z_related = g[f"shot{shot}.z_related"].requires_grad_()
-    loss = centroid_alignment_loss(z_support, z_related, class_major_labels(5, len(z_related) // 5))
+    loss = centroid_alignment_loss(
+        z_support, class_major_labels(5, shot), z_related, class_major_labels(5, len(z_related) // 5)
+    )
     loss.backward()
     torch.testing.assert_close(loss.detach(), g[f"shot{shot}.loss"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(z_related.grad, g[f"shot{shot}.grad_related"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(z_support.grad.flatten(0, 1), g[f"shot{shot}.grad_support"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z_support.grad, g[f"shot{shot}.grad_support"], rtol=1e-4, atol=1e-5)
 
 
 def related_base_of_golden(n_B: int):
@@ -123,7 +130,9 @@ def test_two_iterations_of_algorithm_1_follow_the_published_trace():
     for i, picks in enumerate(g["picks"]):
         x_related = torch.cat([g["x_related"][w, picks[w]] for w in range(5)]).float()
         y_related = class_major_labels(5, picks.shape[1])
-        align_loss = centroid_alignment_step(net.train(), backbone_optimizer, x_support, x_related, y_related, 5, FP32)
+        align_loss = centroid_alignment_step(
+            net.train(), backbone_optimizer, x_support, y_support, x_related, y_related, FP32
+        )
         related_loss = train_head_on_related(net, head, head_optimizer, x_related, y_related, FP32)
         support_loss = train_on_support(net.train(), head, joint_optimizer, x_support, y_support, FP32)
         losses = [align_loss, related_loss, support_loss]
@@ -153,25 +162,24 @@ def tiny_episode_run(n_base_class: int = 6):
     net = Conv4(img_size=16, width=8)
     cpu = torch.device("cpu")
     data = {
-        "novel_images": novel_images,
         "z_novel": embed(net, novel_images, cpu, FP32),
-        "base_images": base_images,
-        "y_base": class_major_labels(n_base_class, 10),
+        "novel_input": partial(network_input, novel_images, device=cpu),
         "z_base": embed(net, base_images, cpu, FP32),
+        "y_base": class_major_labels(n_base_class, 10),
         "base_members": list(torch.arange(n_base_class * 10).view(n_base_class, 10)),
+        "base_input": partial(network_input, base_images, device=cpu),
     }
     args = args_parser("alignment", "--ft_n_epoch 30 --align_iters 3 --n_B 2 --aug_size 4 --critic_hidden 16".split())
     setting = AlignmentSetting(**{f.name: getattr(args, f.name) for f in dataclasses.fields(AlignmentSetting)})
     index = torch.randperm(30, generator=g)[:15].view(3, 5)
+    data |= {"support": index[:, :2].flatten(), "y_support": class_major_labels(3, 2), "query": index[:, 2:].flatten()}
     initial = {name: value.clone() for name, value in net.state_dict().items()}
 
     def align(episode: int = 0, **changes):
-        run = {"net": net, "initial": initial, "setting": setting, "index": index, **data, **changes}
-        return align_episode(
-            run["net"], run["initial"], run["setting"], run["index"], 2, run["novel_images"], run["z_novel"],
-            run["base_images"], run["y_base"], run["z_base"], run["base_members"], 0, episode, cpu, FP32,
-        )  # fmt: skip
+        run = {"backbone": net, "initial_state": initial, "setting": setting, **data, **changes}
+        return align_episode(**run, seed=0, episode=episode, device=cpu, precision=FP32)
 
+    align.setting = setting
     return align, data, net
 
 
@@ -186,7 +194,7 @@ def test_an_episode_leaves_no_trace_in_the_next():
 def test_a_query_is_scored_without_regard_to_the_other_queries():
     _, data, net = tiny_episode_run()
     head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)
-    x = normalise(data["novel_images"])
+    x = data["novel_input"](torch.arange(30))
     net.train()  # predict_queries must see to the mode itself
     together = predict_queries(net, head, x, FP32)
     alone = torch.cat([predict_queries(net, head, x[i : i + 1], FP32) for i in range(len(x))])
@@ -213,6 +221,65 @@ def test_the_head_step_on_related_samples_moves_neither_backbone_nor_statistics(
     _, data, net = tiny_episode_run()
     head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    x, y = normalise(data["base_images"][:9]), class_major_labels(3, 3)
+    x, y = data["base_input"](torch.arange(9)), class_major_labels(3, 3)
     train_head_on_related(net, head, torch.optim.Adam(head.parameters()), x, y, FP32)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_backbone_in_two_is_the_backbone(backbone):
+    net = build_backbone(backbone, 32).eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for n_last in range(1, len(net.blocks())):
+        below, last = split_backbone(net, n_last)
+        torch.testing.assert_close(last(below(x)), net(x), rtol=0, atol=0)
+    for n_last in (0, len(net.blocks())):
+        with pytest.raises(ValueError, match="blocks"):
+            split_backbone(net, n_last)
+
+
+def test_updates_of_the_last_blocks_leave_those_below_as_they_were_and_move_every_weight_of_theirs():
+    align, data, net = tiny_episode_run()
+    below, last = split_backbone(net, 1)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def through(enter):
+        with torch.no_grad():
+            below.eval()
+            images = torch.arange(enter.args[0].shape[0])
+            return partial(stored_input, below(enter(images)), device=torch.device("cpu"))
+
+    inputs = {name: through(data[name]) for name in ("novel_input", "base_input")}
+    initial = {name: value.clone() for name, value in last.state_dict().items()}
+    episode = align(backbone=last, initial_state=initial, **inputs)
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.startswith("layers.3.")}
+    # With a rate of nothing the last blocks are those of the whole backbone, and so are the scores.
+    still = dataclasses.replace(align.setting, align_lr=1e-30, support_lr=1e-30, related_lr=1e-30, align_bn="eval")
+    part = align(backbone=last, initial_state=initial, setting=still, **inputs)
+    net.load_state_dict(before)
+    whole = align(setting=still)
+    torch.testing.assert_close(part.aligned, whole.aligned)
+    assert not torch.allclose(part.aligned, episode.aligned)
+
+
+def test_stored_activations_are_read_again_and_those_damaged_or_of_other_weights_made_anew(tmp_path):
+    net = Conv4(img_size=16, width=8)
+    make_benchmark(tmp_path / "small", n_class=(2, 2, 2), n_images=3)
+    split = load_split(tmp_path, "small", "base", 16, tmp_path / "cache")
+    below, _ = split_backbone(net, 2)
+    cached = partial(
+        cached_activations, below, split, tmp_path / "cache", torch.device("cpu"), FP32, quiet=True, batch_size=4
+    )
+    first = cached().clone()
+    with torch.no_grad():
+        torch.testing.assert_close(first, below.eval()(normalise(split.images)))
+    (path,) = (tmp_path / "cache").glob("activations2_*.npy")
+    made = path.stat().st_mtime_ns
+    assert torch.equal(cached(), first) and path.stat().st_mtime_ns == made
+    content = path.read_bytes()
+    path.unlink()  # what is mapped stays as it is
+    path.write_bytes(content[:-7])
+    assert torch.equal(cached(), first) and path.stat().st_mtime_ns != made
+    net.layers[0].bn.bias.data += 1
+    assert not torch.equal(cached(), first)

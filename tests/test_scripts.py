@@ -82,7 +82,15 @@ def test_the_other_heads_run_through_both_stages(workspace, method):
         assert outcome.status == 0, outcome.err
 
 
-@pytest.mark.parametrize("flags", [["naive"], ["adversarial"], ["adversarial", "--critic_constraint", "gp"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["naive"],
+        ["adversarial"],
+        ["adversarial", "--critic_constraint", "gp"],
+        *(["centroid", "--align_blocks", k] for k in (1, 4)),
+    ],
+)
 def test_every_kind_of_alignment_changes_the_backbone_and_records_its_curve(trained, tmp_path, flags):
     curve = ["--record_curve", 1, "--lr", 0.01, "--align_iters", 4, "--results_dir", tmp_path]
     outcome = call("associative_alignment", *ALIGN, *folders(trained), *curve, "--alignment", *flags)
@@ -237,6 +245,7 @@ USER_ERRORS = {
         ["--img_size", 32],
         ["img_size 16, not 32", "--img_size 16"],
     ),
+    "too many blocks": ("associative_alignment", nothing, ["--align_blocks", 5], ["--align_blocks 5", "4 blocks"]),
     "other base classes": ("associative_alignment", rename_base_class, [], ["base classes", "trained on"]),
     "unwritable results": ("associative_alignment", block_results, [], ["tables", "cannot be written"]),
     "unwritable cache": (
