@@ -1,0 +1,272 @@
+"""The tables of the paper (Afrasiyabi et al., ECCV 2020) as rows of commands, and the paper's numbers beside ours.
+
+A row is one command of a stage and the result file that it writes. The rows of a table come in an order in which each
+finds the checkpoint that it starts from. All rows of the same novel classes, way and shot share a file of episodes, so
+that methods are compared on the same ones.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.files import atomic_file
+from methods.checkpoints import best_model_path
+from methods.engine import write_json
+from methods.meta_learners import META_LEARNERS
+from methods.report import interval
+from methods.results import result_path
+from methods.resume import differences
+from models import HEADS
+
+TABLES = ("main", "ablation", "crossdomain", "ways")
+SCRIPTS = {"transfer": "transferLearning", "meta": "metaLearning", "alignment": "associative_alignment"}
+
+Number = tuple[float, float]  # accuracy % and its 95% interval
+# 5-way numbers of the paper at 1 and 5 shots, as public leaderboards copy them. No other is known here for sure.
+PAPER: dict[tuple[str, str], dict[str, tuple[Number, Number]]] = {
+    ("arcMax, centroid alignment", "Conv4"): {
+        "miniImagenet": ((53.14, 1.06), (71.45, 0.72)),
+        "CUB": ((62.71, 0.88), (80.48, 0.81)),
+    },
+    ("arcMax, centroid alignment", "ResNet18"): {
+        "miniImagenet": ((59.88, 0.67), (80.35, 0.73)),
+        "tieredImageNet": ((69.29, 0.56), (85.97, 0.49)),
+        "FC100": ((45.83, 0.48), (59.74, 0.56)),
+        "CUB": ((74.22, 1.09), (88.65, 0.55)),
+    },
+    ("arcMax, centroid alignment", "WideResNet"): {
+        "miniImagenet": ((65.92, 0.60), (82.85, 0.55)),
+        "tieredImageNet": ((74.40, 0.68), (86.61, 0.59)),
+    },
+    ("arcMax, adversarial alignment", "Conv4"): {
+        "miniImagenet": ((52.13, 0.99), (70.78, 0.60)),
+        "CUB": ((63.30, 0.94), (81.35, 0.67)),
+    },
+    ("arcMax, adversarial alignment", "ResNet18"): {
+        "miniImagenet": ((58.84, 0.77), (77.92, 0.82)),
+        "tieredImageNet": ((66.44, 0.61), (85.12, 0.53)),
+        "FC100": ((43.44, 0.71), (58.69, 0.56)),
+        "CUB": ((70.80, 1.12), (88.04, 0.54)),
+    },
+    ("arcMax, adversarial alignment", "WideResNet"): {
+        "miniImagenet": ((64.79, 0.93), (82.02, 0.88)),
+        "tieredImageNet": ((73.87, 0.76), (84.95, 0.59)),
+    },
+}
+# The same of runs of the paper's published code, which its checkpoints record.
+PUBLISHED_CODE: dict[tuple[str, str], dict[str, tuple[Number, Number]]] = {
+    ("arcMax, fine-tuning", "Conv4"): {"miniImagenet": ((51.37, 0.69), (69.13, 0.59))},
+}
+PAPER_SHOTS = (1, 5)
+# The smallest classes of these benchmarks have too few images for the default of 50 queries.
+FEWER_QUERIES = {"CUB": 15}
+# ProtoNet and the others are trained for longer at 1 shot (Chen et al., ICLR 2019); at more shots by the default.
+META_EPOCHS_1_SHOT = 600
+# Stage 1's margin on a support set, for the fine-tuning that stage 3 does in its place.
+EVALUATION_MARGIN = 0.01
+HEADER = "method,backbone,novel classes,task,ours %,paper %,ours - paper,gain of alignment,epochs,episodes,seconds"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: the stage and flags that make it, where its result goes, and the checkpoint it tests."""
+
+    name: str
+    stage: str
+    method: str
+    backbone: str
+    novel: str
+    n_way: int
+    n_shot: int
+    flags: tuple[str, ...]
+    result: Path
+    checkpoint: Path
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.backbone}, {self.n_way}-way {self.n_shot}-shot on {self.novel}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all rows of a run have in common; `flags` are more flags of each stage, which win over the protocol's."""
+
+    dataset: str
+    novel_dataset: str
+    results_dir: Path
+    checkpoint_dir: Path
+    flags: Mapping[str, Sequence[str]]
+
+    def row(
+        self,
+        stage: str,
+        method: str,
+        backbone: str,
+        n_way: int,
+        n_shot: int,
+        alignment: str = "",
+        novel: str = "",
+        init_from: Path | None = None,
+    ) -> Row:
+        """One row. novel: benchmark of its novel classes (default: the dataset); init_from: a checkpoint to test."""
+        novel = novel or self.dataset
+        own = best_model_path(self.checkpoint_dir, n_way, n_shot, self.dataset, method, backbone)
+        name = method if stage == "meta" else f"{method}, fine-tuning"
+        if alignment not in ("", "none"):
+            name = f"{method}, {alignment} alignment"
+        flags = ["--dataset", self.dataset, *(["--novel_dataset", novel] if novel != self.dataset else [])]
+        flags += ["--method", method, "--backbone", backbone, "--test_n_way", str(n_way), "--n_shot", str(n_shot)]
+        protocol: dict[str, float] = {"--n_query": FEWER_QUERIES[novel]} if novel in FEWER_QUERIES else {}
+        protocol |= {"--n_epoch": META_EPOCHS_1_SHOT} if stage == "meta" and n_shot == 1 else {}
+        protocol |= {"--ft_m": EVALUATION_MARGIN} if alignment == "none" else {}
+        flags += [str(v) for item in protocol.items() if item[0] not in self.flags[stage] for v in item]
+        flags += self.flags[stage]
+        if alignment:
+            flags += ["--alignment", alignment]
+        if init_from and stage == "transfer":
+            flags += ["--n_epoch", "0"]
+        if init_from:
+            flags += ["--init_from", str(init_from)]
+        episodes = self.results_dir / "episodes" / f"{novel}_{n_way}way_{n_shot}shot.json"
+        flags += ["--episodes_file", str(episodes), "--resume"]
+        result = result_path(self.results_dir, SCRIPTS[stage], own, self.dataset, novel, alignment)
+        return Row(name, stage, method, backbone, novel, n_way, n_shot, tuple(flags), result, init_from or own)
+
+
+def main_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list[Row]:
+    """The heads without alignment, the meta-learners, and arcMax with both alignments."""
+    task = (backbone, n_way, n_shot)
+    return [
+        *(plan.row("transfer", head, *task) for head in HEADS),
+        *(plan.row("meta", learner, *task) for learner in META_LEARNERS),
+        *(plan.row("alignment", "arcMax", *task, alignment) for alignment in ("centroid", "adversarial")),
+    ]
+
+
+def ablation_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list[Row]:
+    """arcMax without, with naive and with both alignments; the other heads without and with centroid alignment."""
+    task = (backbone, n_way, n_shot)
+    rows = [plan.row("transfer", "arcMax", *task)]
+    rows += [plan.row("alignment", "arcMax", *task, alignment) for alignment in ("naive", "centroid", "adversarial")]
+    for head in ("softMax", "cosMax"):
+        rows += [plan.row("transfer", head, *task), plan.row("alignment", head, *task, "centroid")]
+    return rows
+
+
+def crossdomain_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list[Row]:
+    """Stage 1 on its own benchmark, then that model on the novel classes of another: as it is, and aligned."""
+    task, novel = (backbone, n_way, n_shot), plan.novel_dataset
+    trained = plan.row("transfer", "arcMax", *task)
+    return [
+        trained,
+        plan.row("transfer", "arcMax", *task, novel=novel, init_from=trained.checkpoint),
+        *(plan.row("alignment", "arcMax", *task, alignment, novel) for alignment in ("centroid", "adversarial")),
+    ]
+
+
+def ways_rows(plan: Plan, backbone: str, ways: Sequence[int], n_shot: int) -> list[Row]:
+    """Fine-tuning and centroid alignment at each way, of the model that stage 1 validates at the first of them.
+
+    At the other ways fine-tuning is stage 3's, which, unlike stage 1, asks nothing of the number of val classes.
+    """
+    trained = plan.row("transfer", "arcMax", backbone, ways[0], n_shot)
+    rows = [trained, plan.row("alignment", "arcMax", backbone, ways[0], n_shot, "centroid")]
+    for n_way in ways[1:]:
+        for alignment in ("none", "centroid"):
+            task = (backbone, n_way, n_shot, alignment)
+            rows.append(plan.row("alignment", "arcMax", *task, init_from=trained.checkpoint))
+    return rows
+
+
+def table_rows(
+    table: str, plan: Plan, backbones: Sequence[str], shots: Sequence[int], ways: Sequence[int]
+) -> list[Row]:
+    """All rows of one of TABLES, in the order to run them; the tables but `ways` are of the first way."""
+    if table == "ways":
+        return [row for b in backbones for k in shots for row in ways_rows(plan, b, ways, k)]
+    one_task = {"main": main_rows, "ablation": ablation_rows, "crossdomain": crossdomain_rows}[table]
+    return [row for b in backbones for k in shots for row in one_task(plan, b, ways[0], k)]
+
+
+def finished(row: Row, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of a row that was run with these flags and has its checkpoint's last word; else None."""
+    try:
+        record = dict(json.loads(row.result.read_text()))
+        if differences(dict(config), record["config"]):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    stale = row.checkpoint.exists() and row.checkpoint.stat().st_mtime > row.result.stat().st_mtime
+    return None if stale else record
+
+
+def paper_number(row: Row, dataset: str) -> tuple[Number | None, str]:
+    """The number to compare a row with, and where it is from: `paper`, `published code`, or nowhere."""
+    for source, numbers in (("paper", PAPER), ("published code", PUBLISHED_CODE)):
+        of_method = numbers.get((row.name, row.backbone), {})
+        if row.novel == dataset and row.n_way == 5 and row.n_shot in PAPER_SHOTS and dataset in of_method:
+            return of_method[dataset][PAPER_SHOTS.index(row.n_shot)], source
+    return None, ""
+
+
+def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """A record of each row: our number, the paper's, their difference, and what ours was made with.
+
+    results: of each row, None where it has not been run yet. A number made without training is of as many epochs as
+    the checkpoint it tests.
+    """
+    epochs: dict[Path, int] = {}
+    records = []
+    for row, result in zip(rows, results, strict=True):
+        number, source = paper_number(row, dataset)
+        record: dict[str, Any] = {
+            "name": row.name,
+            "stage": SCRIPTS[row.stage],
+            "backbone": row.backbone,
+            "novel_dataset": row.novel,
+            "n_way": row.n_way,
+            "n_shot": row.n_shot,
+            "paper": number and {"accuracy": number[0], "ci95": number[1], "source": source},
+            "ours": None,
+        }
+        if result:
+            epochs.setdefault(row.checkpoint, result["config"].get("n_epoch", 0))
+            keys = ("accuracy", "ci95", "n_episodes", "n_query", "img_size", "seconds", "seed", "commit", "command")
+            record["ours"] = {key: result[key] for key in keys} | {"n_epoch": epochs[row.checkpoint]}
+            record["ours_minus_paper"] = round(result["accuracy"] - number[0], 3) if number else None
+            record["gain"] = result["difference"] if result.get("alignment", "none") != "none" else None
+            record["result"] = row.result
+        records.append(record)
+    return records
+
+
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """The records of `compare` as a Markdown table."""
+    lines = [HEADER.split(","), ["---"] * len(HEADER.split(","))]
+    for record in records:
+        ours, paper, gain = record["ours"], record["paper"], record.get("gain")
+        theirs = "not known here" if paper is None else interval(paper)
+        if paper and paper["source"] != "paper":
+            theirs += f" ({paper['source']})"
+        cells = [record["name"], record["backbone"], record["novel_dataset"]]
+        cells += [f"{record['n_way']}-way {record['n_shot']}-shot", interval(ours) if ours else "not run yet", theirs]
+        cells.append(f"{record['ours_minus_paper']:+.2f}" if ours and paper else "")
+        cells.append(f"{gain['accuracy']:+.2f} ± {gain['ci95'] or float('nan'):.2f}" if gain else "")
+        cells += [str(ours["n_epoch"]), str(ours["n_episodes"]), f"{ours['seconds']:.0f}"] if ours else ["", "", ""]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def write_table(stem: Path, about: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
+    """Write STEM.md and STEM.json, each atomically, and return the Markdown.
+
+    about: what the table is of. Raises UserError when they cannot be written.
+    """
+    done = sum(record["ours"] is not None for record in records)
+    title = f"{about['table']} table, {about['dataset']}, {about['scale']} scale: {done} of {len(records)} rows"
+    text = f"# {title}\n\nmade by `{about['command']}`\n\n{markdown(records)}\n"
+    write_json(stem.with_name(f"{stem.name}.json"), {**about, "rows": list(records)})
+    with atomic_file(stem.with_name(f"{stem.name}.md")) as temporary:
+        temporary.write_text(text)
+    return text

@@ -1,0 +1,212 @@
+"""Run, or resume, every row of one of the paper's tables, and write it with the paper's numbers beside ours.
+
+python reproduce.py --table main --dataset miniImagenet          # the published protocol: days on a GPU
+python reproduce.py --table main --scale laptop                  # the built-in benchmark on 2 CPU cores
+python reproduce.py --table crossdomain --dataset miniImagenet --novel_dataset CUB --dry_run     # only the commands
+
+Rows that are in the results folder already are not run again, so that the same command goes on after any stop.
+Flags that are not explained here are handed to every stage that knows them: --device cuda --precision bf16 --seed 1.
+"""
+
+import os
+import shlex
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from args_parser import COUNT, STAGES, args_parser, backbone_name, number, shared_flags
+from data.errors import OneLineParser, UserError
+from methods.commands import run_command, script_command, shown
+from methods.engine import REPOSITORY, run_script
+from methods.paper_tables import TABLES, Plan, Row, compare, finished, table_rows, write_table
+from methods.report import interval
+
+DEFAULT_BACKBONES = {
+    "full": {"main": ["Conv4", "ResNet18", "WideResNet"], "crossdomain": ["ResNet18"]},
+    "laptop": {},
+}
+DEFAULT_SHOTS = {"crossdomain": [5], "ways": [5]}
+# The laptop preset with fewer epochs and episodes, so that all rows of the main table take less than an hour.
+SCALES: dict[str, dict[str, dict[str, list[str]]]] = {
+    "full": {stage: {} for stage in STAGES},
+    "laptop": {
+        "transfer": {"--preset": ["laptop"], "--n_epoch": ["20"]},
+        "meta": {"--preset": ["laptop"], "--n_epoch": ["5"]},
+        "alignment": {"--preset": ["laptop"], "--n_episodes": ["20"]},
+    },
+}
+# Flags that the rows set themselves, and what to give instead.
+TAKEN = {
+    "--method": "the table has its own methods",
+    "--alignment": "the table has its own alignments",
+    "--n_shot": "give --shots",
+    "--test_n_way": "give --ways",
+    "--preset": "give --scale",
+    "--init_from": "each row has its own checkpoint",
+    "--episodes_file": "all rows share episodes as it is",
+    "--resume": "it is what every row does",
+    "--overwrite": "give another --results_dir, or run the commands of --dry_run by themselves",
+}
+# Seconds on 2 CPU cores at laptop scale, at 1 shot and at 5: an epoch of training, or an episode of alignment.
+LAPTOP_SECONDS = {
+    "transfer": (10.0, 10.0),
+    "ProtoNet": (7.0, 9.0),
+    "MatchingNet": (9.0, 12.0),
+    "RelationNet": (10.0, 13.0),
+    "RelationNet_softmax": (10.0, 13.0),
+    "alignment": (9.0, 14.0),
+}
+START_SECONDS = 15.0  # of any row: imports, data, the test on the novel classes
+
+
+def parse(argv: Sequence[str]) -> tuple[Namespace, dict[str, list[str]]]:
+    """The flags explained here, and the others by name, each with its values."""
+    parser = OneLineParser(
+        prog="reproduce.py", description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", choices=TABLES, required=True, help="the table to reproduce")
+    parser.add_argument("--dataset", help="benchmark (default: miniImagenet; glyphs at --scale laptop)")
+    parser.add_argument("--novel_dataset", help="benchmark of the novel classes of --table crossdomain (default: CUB)")
+    parser.add_argument(
+        "--scale",
+        choices=list(SCALES),
+        default="full",
+        help="full: the published protocol (default); laptop: 42 pixels and few epochs and episodes",
+    )
+    parser.add_argument(
+        "--backbones",
+        "--backbone",
+        type=backbone_name,
+        nargs="+",
+        help="default: Conv4; at full scale Conv4 ResNet18 WideResNet for --table main, ResNet18 for crossdomain",
+    )
+    parser.add_argument("--shots", type=COUNT, nargs="+", help="default: 1 5; 5 for --table crossdomain and ways")
+    parser.add_argument(
+        "--ways",
+        type=number(int, 2),
+        nargs="+",
+        help="default: 5; 5 10 20 for --table ways, the first of which stage 1 is validated at",
+    )
+    parser.add_argument(
+        "--results_dir", type=Path, help="where all is written (default: results; at --scale laptop results/laptop)"
+    )
+    parser.add_argument("--checkpoint_dir", type=Path, help="of checkpoints (default: models/ in the results folder)")
+    parser.add_argument("--nproc_per_node", type=COUNT, help="start each stage with torchrun on so many processes")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, and do nothing")
+    args, others = parser.parse_known_args([text for text in argv if text != "--"])
+
+    laptop = args.scale == "laptop"
+    args.dataset = args.dataset or ("glyphs" if laptop else "miniImagenet")
+    if args.table == "crossdomain":
+        args.novel_dataset = args.novel_dataset or "CUB"
+    if (args.novel_dataset or args.dataset) == args.dataset and args.table == "crossdomain":
+        parser.error(f"argument --novel_dataset: {args.dataset} is --dataset itself: give another benchmark")
+    if args.novel_dataset and args.table != "crossdomain":
+        parser.error("argument --novel_dataset: only --table crossdomain has one")
+    args.ways = args.ways or ([5, 10, 20] if args.table == "ways" else [5])
+    if len(args.ways) > 1 and args.table != "ways":
+        parser.error("argument --ways: only --table ways has more than one")
+    args.backbones = args.backbones or DEFAULT_BACKBONES[args.scale].get(args.table, ["Conv4"])
+    args.shots = args.shots or DEFAULT_SHOTS.get(args.table, [1, 5])
+    # The laptop's checkpoints are of fewer epochs than the demo's of the same names.
+    args.summary_dir = (args.results_dir or Path("results")) / "tables"
+    args.results_dir = args.results_dir or Path("results/laptop" if laptop else "results")
+    args.checkpoint_dir = args.checkpoint_dir or args.results_dir / "models"
+
+    passed: dict[str, list[str]] = {}
+    for text in others:
+        if text.startswith("--"):
+            flag, *values = text.split("=", 1)
+            passed[flag] = values
+        elif passed:
+            passed[flag].append(text)
+        else:
+            parser.error(f"unrecognized argument: {text}")
+    known = set().union(*map(flags_of, STAGES))
+    for flag in passed:
+        if flag in TAKEN:
+            parser.error(f"argument {flag}: {TAKEN[flag]}")
+        if flag not in known:
+            parser.error(f"unrecognized argument: {flag} is no flag here or of any stage")
+    return args, passed
+
+
+def flags_of(stage: str) -> set[str]:
+    """The names of all flags of a stage."""
+    parser = OneLineParser(add_help=False, parents=[shared_flags()])
+    STAGES[stage][1](parser)
+    return {name for action in parser._actions for name in action.option_strings}
+
+
+def stage_flags(args: Namespace, passed: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The flags that all rows of a stage have: those of the scale, of folders, and those passed on."""
+    folders = {"--results_dir": [str(args.results_dir)], "--checkpoint_dir": [str(args.checkpoint_dir)]}
+    folders = folders if folders["--results_dir"] + folders["--checkpoint_dir"] != ["results", "results/models"] else {}
+    flags = {}
+    for stage in STAGES:
+        known = flags_of(stage)
+        chosen = SCALES[args.scale][stage] | folders | {f: values for f, values in passed.items() if f in known}
+        flags[stage] = [text for flag, values in chosen.items() for text in (flag, *values)]
+    return flags
+
+
+def laptop_minutes(rows: Sequence[Row], configs: Sequence[Mapping[str, Any]]) -> float:
+    """About how long these rows take on 2 CPU cores at the laptop's image size."""
+    seconds = 0.0
+    for row, config in zip(rows, configs, strict=True):
+        units = config["n_epoch"] if "n_epoch" in config else config["testing_epochs"] * config["n_episodes"]
+        each = LAPTOP_SECONDS[row.method if row.stage == "meta" else row.stage]
+        seconds += START_SECONDS + units * each[row.n_shot > 1]
+    return seconds / 60
+
+
+def stop(status: int, row: Row, command: str) -> NoReturn:
+    """End the run after a row that failed, or that was interrupted (130)."""
+    if status in (130, -2):
+        raise KeyboardInterrupt
+    ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    line = f"{row} {ended}: what is done is kept, and the same reproduce.py command goes on there; it was: {command}"
+    if status == 2:
+        raise UserError(line)
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(1)
+
+
+def main() -> None:
+    args, passed = parse(sys.argv[1:])
+    os.chdir(REPOSITORY)  # where the commands run, so that folders mean the same here
+    novel = args.novel_dataset or args.dataset
+    plan = Plan(args.dataset, novel, args.results_dir, args.checkpoint_dir, stage_flags(args, passed))
+    rows = table_rows(args.table, plan, args.backbones, args.shots, args.ways)
+    configs = [vars(args_parser(row.stage, row.flags)) for row in rows]  # a value out of range ends here
+    commands = [script_command(STAGES[row.stage][0], row.flags, args.nproc_per_node) for row in rows]
+    if args.dry_run:
+        print("\n".join(map(shown, commands)))
+        return
+
+    summary = args.summary_dir / f"reproduce_{args.table}_{'_to_'.join(dict.fromkeys([args.dataset, novel]))}"
+    about = {"table": args.table, "dataset": args.dataset, "novel_dataset": novel, "scale": args.scale}
+    about["command"] = shlex.join(["python", "reproduce.py", *sys.argv[1:]])
+    todo = [(row, config) for row, config in zip(rows, configs, strict=True) if not finished(row, config)]
+    minutes = laptop_minutes([row for row, _ in todo], [config for _, config in todo])
+    about_time = f", about {minutes:.0f} minutes on 2 CPU cores" if args.scale == "laptop" else ""
+    print(f"{len(todo)} of {len(rows)} rows to run{about_time}", flush=True)
+    text = ""
+    try:
+        for i, (row, config, command) in enumerate(zip(rows, configs, commands, strict=True), 1):
+            done = finished(row, config)
+            doing = f"done, {interval(done)} in {row.result}" if done else shown(command)
+            print(f"[{i}/{len(rows)}] {row}: {doing}", flush=True)
+            if not done and (status := run_command(command)):
+                stop(status, row, shown(command))
+            results = [finished(row, config) for row, config in zip(rows, configs, strict=True)]
+            text = write_table(summary, about, compare(args.dataset, rows, results))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
+    print(f"\n{text}\ntable {summary}.md and .json")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,330 @@
+"""Reproducing the paper's tables: the commands of each row, what is skipped, the table, and every way to stop."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+
+import pytest
+
+import reproduce
+from args_parser import STAGES, args_parser
+from methods.commands import run_command, script_command
+from methods.paper_tables import PAPER, TABLES, Plan, compare, markdown, paper_number
+from methods.paper_tables import table_rows as rows_of
+from tests.helpers import ROOT, call, make_benchmark
+
+STAGE_OF = {script: stage for stage, (script, _, _) in STAGES.items()}
+# All rows of all stages on a few 16-pixel images.
+TINY = [
+    *("--dataset", "tiny", "--img_size", 16, "--n_query", 3, "--n_epoch", 2, "--batch_size", 16, "--val_episodes", 4),
+    *("--n_episodes", 3, "--ft_n_epoch", 5, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--quiet"),
+    *("--episodes_per_epoch", 2, "--train_n_query", 2, "--n_way", 3),
+]
+
+
+def folders(root):
+    return [
+        *("--benchmarks_dir", root / "benchmarks", "--cache_dir", root / "cache"),
+        *("--results_dir", root / "results", "--shots", 2, "--backbones", "Conv4"),
+    ]
+
+
+def commands(*flags):
+    """The lines of a dry run: stage and parsed flags of each."""
+    outcome = call("reproduce", *flags, "--dry_run")
+    assert outcome.status == 0, outcome.err
+    lines = []
+    for line in outcome.out.splitlines():
+        words = shlex.split(line)
+        script = next(i for i, word in enumerate(words) if word in STAGE_OF)
+        lines.append((STAGE_OF[words[script]], args_parser(STAGE_OF[words[script]], words[script + 1 :])))
+    return lines
+
+
+def steps(lines):
+    return [(stage, args.method, *([args.alignment] if stage == "alignment" else [])) for stage, args in lines]
+
+
+MAIN = [("transfer", head) for head in ("softMax", "cosMax", "arcMax")]
+MAIN += [("meta", learner) for learner in ("ProtoNet", "MatchingNet", "RelationNet", "RelationNet_softmax")]
+MAIN += [("alignment", "arcMax", "centroid"), ("alignment", "arcMax", "adversarial")]
+
+
+def test_the_main_table_is_every_method_at_each_backbone_and_shot():
+    lines = commands("--table", "main")
+    assert steps(lines) == MAIN * 6
+    assert [(args.backbone, args.n_shot) for _, args in lines[::9]] == [
+        (backbone, shot) for backbone in ("Conv4", "ResNet18", "WideResNet") for shot in (1, 5)
+    ]
+    bare = {stage: args_parser(stage, []) for stage in STAGES}
+    own = {"method", "backbone", "n_shot", "alignment", "episodes_file", "resume", "img_size"}
+    for stage, args in lines:  # the published protocol, but for the epochs of meta-learners at 1 shot
+        allowed = own | ({"n_epoch"} if stage == "meta" and args.n_shot == 1 else set())
+        assert {k for k, v in vars(args).items() if v != vars(bare[stage])[k]} <= allowed
+        assert args.resume
+
+
+def test_the_ablation_goes_through_alignments_and_heads():
+    assert steps(commands("--table", "ablation", "--shots", 5)) == [
+        ("transfer", "arcMax"),
+        ("alignment", "arcMax", "naive"),
+        ("alignment", "arcMax", "centroid"),
+        ("alignment", "arcMax", "adversarial"),
+        ("transfer", "softMax"),
+        ("alignment", "softMax", "centroid"),
+        ("transfer", "cosMax"),
+        ("alignment", "cosMax", "centroid"),
+    ]
+
+
+def test_crossdomain_trains_once_and_tests_that_model_elsewhere():
+    lines = commands("--table", "crossdomain", "--n_epoch", 7)
+    assert steps(lines) == [MAIN[2], MAIN[2], *MAIN[-2:]]
+    assert [args.novel_dataset for _, args in lines] == ["miniImagenet", "CUB", "CUB", "CUB"]
+    assert [args.backbone for _, args in lines] == ["ResNet18"] * 4
+    assert [args.n_epoch for _, args in lines[:2]] == [7, 0]  # what is passed on trains, and never a test
+    assert lines[1][1].init_from.name == "5way_5shot_miniImagenet_arcMax_ResNet18_bestModel.tar"
+    assert [args.n_query for _, args in lines] == [50, 15, 15, 15]  # classes of CUB may have 41 images
+
+
+def test_more_ways_start_from_the_checkpoint_of_the_first():
+    lines = commands("--table", "ways")
+    assert [(stage, args.test_n_way) for stage, args in lines] == [("transfer", 5)] + [
+        ("alignment", n_way) for n_way in (5, 10, 10, 20, 20)
+    ]
+    assert {str(args.init_from) for _, args in lines[2:]} == {
+        "results/models/5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar"
+    }
+    assert [args.alignment for _, args in lines[1:]] == ["centroid", "none", "centroid", "none", "centroid"]
+
+
+@pytest.mark.parametrize("scale", ["full", "laptop"])
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_share_episodes_and_start_from_what_an_earlier_row_wrote(table, scale):
+    made, files = set(), {}
+    for stage, args in commands("--table", table, "--scale", scale, "--backbones", "Conv4"):
+        name = f"{args.test_n_way}way_{args.n_shot}shot_{args.dataset}_{args.method}_Conv4_bestModel.tar"
+        if stage == "alignment" or not args.n_epoch:
+            assert str(args.init_from or args.checkpoint_dir / name) in made
+        else:
+            made.add(str(args.checkpoint_dir / name))
+        task = (args.novel_dataset, args.test_n_way, args.n_shot)
+        assert files.setdefault(args.episodes_file, task) == task
+    assert len(set(files.values())) == len(files)
+
+
+def test_the_main_table_of_a_laptop_is_estimated_below_an_hour_and_keeps_off_the_demo():
+    lines = commands("--table", "main", "--scale", "laptop")
+    assert steps(lines) == MAIN * 2
+    assert {args.dataset for _, args in lines} == {"glyphs"} and {args.img_size for _, args in lines} == {42}
+    assert all(str(args.checkpoint_dir) == os.path.join("results", "laptop", "models") for _, args in lines)
+    plan = Plan("glyphs", "glyphs", ROOT, ROOT, {stage: [] for stage in STAGES})
+    minutes = reproduce.laptop_minutes(rows_of("main", plan, ["Conv4"], [1, 5], [5]), [vars(args) for _, args in lines])
+    assert 20 < minutes < 55
+
+
+def test_torchrun_is_put_before_the_script():
+    outcome = call("reproduce", "--table", "ways", "--nproc_per_node", 2, "--dry_run")
+    for line in outcome.out.splitlines():
+        words = shlex.split(line)
+        assert words[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        assert words[6] in STAGE_OF
+
+
+def test_a_flag_goes_to_the_stages_that_know_it():
+    flags = ["--crop_scale", "0.5", "1", "--aug_size=7", "--", "--seed", 3]
+    for stage, args in commands("--table", "main", "--backbones", "Conv4", *flags):
+        assert args.seed == 3
+        assert args.aug_size == 7 if stage == "alignment" else args.crop_scale == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--table", "other"], ["--table", "main"]),
+        (["--n_shots", 1], ["--n_shots", "any stage"]),
+        (["--n_shot", 1], ["--n_shot", "--shots"]),
+        (["--overwrite"], ["--overwrite", "--results_dir"]),
+        (["stray"], ["stray"]),
+        (["--n_epoch", "many"], ["--n_epoch", "many"]),
+        (["--novel_dataset", "CUB"], ["--novel_dataset", "crossdomain"]),
+        (["--table", "crossdomain", "--dataset", "CUB"], ["--novel_dataset", "CUB"]),
+        (["--ways", 5, 10], ["--ways"]),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, expected):
+    outcome = call("reproduce", "--table", "main", *flags, "--dry_run")
+    assert outcome.status == 2 and outcome.out == ""
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
+    assert all(part in outcome.err for part in expected), outcome.err
+
+
+class Runner:
+    """Stands in for run_command: a stage runs in this process, which spares the seconds of importing torch."""
+
+    def __init__(self):
+        self.ran = []
+        self.errors = ""
+
+    def __call__(self, command):
+        assert command[0] == sys.executable
+        self.ran.append(command)
+        outcome = call(command[1].removesuffix(".py"), *command[2:])
+        self.errors += outcome.err
+        return outcome.status
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    runner = Runner()
+    monkeypatch.setattr(reproduce, "run_command", runner)
+    return runner
+
+
+def test_a_table_is_run_once_and_goes_on_after_a_row_that_failed(tmp_path, runner):
+    make_benchmark(tmp_path / "benchmarks" / "tiny")
+    table = ["--table", "main", *TINY, *folders(tmp_path)]
+    broken = tmp_path / "results" / "tables" / "metaLearning_5way_2shot_tiny_RelationNet_Conv4.json"
+    broken.mkdir(parents=True)  # where the result of the sixth row goes
+
+    outcome = call("reproduce", *table)
+    assert outcome.status == 2 and len(runner.ran) == 6
+    assert outcome.err.startswith("error: RelationNet, Conv4, 5-way 2-shot on tiny ended with status 2")
+    assert outcome.err.count("\n") == 1 and shlex.join(runner.ran[-1][1:]) in outcome.err
+    summary = tmp_path / "results" / "tables" / "reproduce_main_tiny.json"
+    assert sum(row["ours"] is not None for row in json.loads(summary.read_text())["rows"]) == 5
+
+    broken.rmdir()
+    outcome = call("reproduce", *table)
+    assert outcome.status == 0, runner.errors
+    assert len(runner.ran) == 6 + 4 and "4 of 9 rows to run" in outcome.out
+
+    record = json.loads(summary.read_text())
+    assert (record["table"], record["dataset"], record["scale"]) == ("main", "tiny", "full")
+    for row in record["rows"]:
+        result = json.loads(open(row["result"]).read())
+        assert (row["ours"]["accuracy"], row["ours"]["n_episodes"]) == (result["accuracy"], 3)
+        assert row["ours"]["n_epoch"] == 2  # of alignment too: those of the checkpoint that it aligns
+        assert row["paper"] is None
+    assert record["rows"][-2]["gain"] == result_of(tmp_path, "centroid")["difference"]
+    text = summary.with_suffix(".md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 9 and {len(cells) for cells in rows} == {11}
+    assert all(cells[5] == "not known here" and cells[6] == "" for cells in rows[2:])
+    assert text in outcome.out
+
+    before = text, summary.read_text()
+    assert call("reproduce", *table).status == 0 and len(runner.ran) == 10  # nothing was left to run
+    assert (summary.with_suffix(".md").read_text(), summary.read_text()) == before
+
+
+def result_of(root, alignment):
+    name = f"associative_alignment_5way_2shot_tiny_arcMax_Conv4_{alignment}.json"
+    return json.loads((root / "results" / "tables" / name).read_text())
+
+
+def test_ways_crossdomain_and_ablation_share_what_is_the_same(tmp_path, runner):
+    make_benchmark(tmp_path / "benchmarks" / "tiny")
+    make_benchmark(tmp_path / "benchmarks" / "other", seed=1)
+    tiny = [*TINY, *folders(tmp_path)]
+    assert call("reproduce", "--table", "ways", *tiny, "--ways", 5, 6).status == 0, runner.errors
+    assert len(runner.ran) == 4
+    cross = ["--table", "crossdomain", *tiny, "--novel_dataset", "other"]
+    assert call("reproduce", *cross).status == 0, runner.errors
+    assert len(runner.ran) == 4 + 3  # all but the training
+    record = json.loads((tmp_path / "results" / "tables" / "reproduce_crossdomain_tiny_to_other.json").read_text())
+    assert [row["ours"]["n_epoch"] for row in record["rows"]] == [2] * 4
+    assert call("reproduce", "--table", "ablation", *tiny).status == 0, runner.errors
+    assert len(runner.ran) == 7 + 6  # all but the training and centroid alignment
+
+    # What is there of another seed is never replaced.
+    outcome = call("reproduce", "--table", "ways", *tiny, "--ways", 5, "--seed", 1)
+    assert outcome.status == 2 and "--seed 1 (was 0)" in runner.errors
+
+
+def test_a_result_older_than_its_checkpoint_is_made_again(tmp_path, runner):
+    make_benchmark(tmp_path / "benchmarks" / "tiny")
+    ways = ["--table", "ways", *TINY, *folders(tmp_path), "--ways", 5]
+    assert call("reproduce", *ways).status == 0
+    checkpoint = next((tmp_path / "results" / "models").glob("*_bestModel.tar"))
+    result = max((tmp_path / "results" / "tables").glob("[at]*.json"), key=lambda p: p.stat().st_mtime)
+    os.utime(checkpoint, (result.stat().st_mtime + 1,) * 2)
+    assert call("reproduce", *ways).status == 0 and len(runner.ran) == 2 + 2
+
+
+def test_only_what_is_known_for_sure_stands_as_the_papers_number():
+    plan = Plan("miniImagenet", "CUB", ROOT, ROOT, {stage: [] for stage in STAGES})
+    known = {}
+    for table in TABLES:
+        for row in rows_of(table, plan, ["Conv4", "ResNet18"], [1, 5], [5, 10] if table == "ways" else [5]):
+            number, source = paper_number(row, "miniImagenet")
+            if number:
+                assert (row.n_way, row.novel) == (5, "miniImagenet")
+                known[row.name, row.backbone, row.n_shot] = (*number, source)
+    assert known["arcMax, centroid alignment", "Conv4", 1] == (53.14, 1.06, "paper")
+    assert known["arcMax, adversarial alignment", "ResNet18", 5] == (77.92, 0.82, "paper")
+    assert known["arcMax, fine-tuning", "Conv4", 5] == (69.13, 0.59, "published code")
+    assert len(known) == 2 * 4 + 2
+    for numbers in (numbers for by_dataset in PAPER.values() for numbers in by_dataset.values()):
+        assert all(20 < mean < 100 and 0 < ci95 < 2 for mean, ci95 in numbers) and numbers[0] < numbers[1]
+
+
+def test_the_table_shows_how_far_we_are_from_the_paper():
+    plan = Plan("miniImagenet", "miniImagenet", ROOT, ROOT, {stage: [] for stage in STAGES})
+    rows = rows_of("main", plan, ["Conv4"], [1], [5])
+    done = {"accuracy": 52.0, "ci95": 0.8, "n_episodes": 600, "n_query": 50, "img_size": 84, "seconds": 12.3}
+    done |= {"seed": 0, "commit": "abc", "command": "python", "config": {"n_epoch": 600}}
+    aligned = done | {"alignment": "centroid", "difference": {"accuracy": 1.5, "ci95": 0.2}, "config": {}}
+    results = [None, None, done, *[None] * 4, aligned, None]
+    lines = markdown(compare("miniImagenet", rows, results)).splitlines()[2:]
+    assert "52.00 ± 0.80 | 51.37 ± 0.69 (published code) | +0.63 |  | 600 | 600 | 12 |" in lines[2]
+    assert "52.00 ± 0.80 | 53.14 ± 1.06 | -1.14 | +1.50 ± 0.20 | 600 | 600 | 12 |" in lines[7]
+    assert "not run yet | 52.13 ± 0.99 |  |" in lines[8] and "not run yet | not known here |" in lines[0]
+
+
+def test_a_row_runs_in_a_process_of_its_own_and_its_error_is_shown(tmp_path, capfd):
+    outcome = call("reproduce", "--table", "ways", "--dataset", "absent", "--results_dir", tmp_path)
+    assert outcome.status == 2
+    assert "no base split of 'absent'" in capfd.readouterr().err
+    assert "transferLearning.py --dataset absent" in outcome.err and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("status", "ends"), [(1, 1), (-9, 1), (2, 2), (130, 130)])
+def test_how_a_row_ends_is_how_the_run_ends(tmp_path, monkeypatch, status, ends):
+    monkeypatch.setattr(reproduce, "run_command", lambda command: status)
+    outcome = call("reproduce", "--table", "ways", "--results_dir", tmp_path)
+    assert outcome.status == ends and outcome.err.count("\n") == 1
+    assert "the same" in outcome.err and ("signal 9" in outcome.err) == (status == -9)
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["a terminal's Ctrl-C", "a signal to this process alone"])
+def test_ctrl_c_waits_until_the_stage_has_saved_its_state(tmp_path, both):
+    stage = tmp_path / "stage.py"
+    stage.write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try:\n"
+        "    pathlib.Path(sys.argv[1], 'started').write_text(str(__import__('os').getpid()))\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    time.sleep(0.5)\n"
+        "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
+    )
+
+    def interrupt():
+        while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
+            ended.wait(0.02)
+        for pid in [int((tmp_path / "started").read_text())] * both + [os.getpid()]:
+            os.kill(pid, signal.SIGINT)
+
+    ended, before = threading.Event(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_command(script_command(str(stage), [str(tmp_path)]), 5.0 if both else 0.1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "saved").exists()
