@@ -5,7 +5,7 @@ of E episodes are one weight (E, n_way, d): Adam works element by element and th
 episodes, so that each head moves exactly as it would alone.
 
 The gradient is written out, because automatic differentiation of so small a problem costs several times the problem
-itself. It is the gradient of `head.loss`, to rounding.
+itself. It is the gradient of `head.loss`, to rounding. A head that is not one of ours is differentiated automatically.
 """
 
 import math
@@ -36,6 +36,11 @@ def score_gradient(head: Head, scores: Tensor, y: Tensor, one_hot: Tensor) -> Te
 
 def set_gradients(head: Head, projected: Tensor, y: Tensor, one_hot: Tensor) -> None:
     """Give the parameters of `head` the gradient of its loss on projected features (..., n, d); labels as above."""
+    if not isinstance(head, softMax | cosMax | arcMax):
+        head.zero_grad()
+        with torch.enable_grad():
+            head.loss(head.scores(projected), y).backward()
+        return
     scores = head.scores(projected)
     gradient = score_gradient(head, scores, y, one_hot)
     if isinstance(head, softMax):
