@@ -1,4 +1,4 @@
-"""The one argparse config of the three stages: edit the defaults here, or give flags on the command line.
+"""The one argparse config of the stages and of predict.py: edit the defaults here, or give flags on the command line.
 
 Defaults are the published protocol. Where the paper and its published code differ, the help text says which is
 followed. `--preset laptop` swaps in the demo's scale; flags given beside it still win.
@@ -69,6 +69,8 @@ def backbone_name(text: str) -> str:
 # 1e30 keeps any arithmetic on a rate or a scale within float32.
 COUNT, COUNT_OR_0, POSITIVE = number(int, 1), number(int, 0), number(float, 0, 1e30, open_low=True)
 
+ALIGNMENTS = ("none", "naive", "centroid", "adversarial")
+
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Help that shows the defaults worth showing: not None, and not False of a flag that is off."""
@@ -77,26 +79,8 @@ class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def shared_flags() -> argparse.ArgumentParser:
-    """The flags of every stage."""
-    p = argparse.ArgumentParser(add_help=False)
-    data = p.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        default="miniImagenet",
-        help="folder name of the benchmark in --benchmarks_dir; 'glyphs' is built in and rendered when missing",
-    )
-    data.add_argument(
-        "--novel_dataset",
-        help="benchmark of the novel classes when it is not --dataset: the cross-domain experiment, such as "
-        "--dataset miniImagenet --novel_dataset CUB",
-    )
-    data.add_argument(
-        "--benchmarks_dir",
-        type=Path,
-        default=Path("./fs_benchmarks"),
-        help="where benchmarks live, as <dataset>/{base,val,novel}/<class>/<image> or <dataset>/{base,val,novel}.json",
-    )
+def decoding_flags(data: argparse._ArgumentGroup) -> None:
+    """How images are found and decoded."""
     data.add_argument(
         "--image_root",
         type=Path,
@@ -119,6 +103,56 @@ def shared_flags() -> argparse.ArgumentParser:
         default=4,
         help="threads that decode images, once; the results do not depend on it",
     )
+
+
+def fitting_flags(group: argparse._ArgumentGroup) -> None:
+    """How a head is fitted on a support set."""
+    group.add_argument(
+        "--ft_n_epoch", type=COUNT, default=200, help="full-batch Adam steps that fit a head on a support set"
+    )
+    group.add_argument("--ft_lr", type=POSITIVE, default=1e-3, help="learning rate of those steps")
+    group.add_argument("--ft_s", type=POSITIVE, default=5.0, help="scale of cosMax and arcMax on a support set")
+
+
+def machine_flags(run: argparse._ArgumentGroup) -> None:
+    """Seed, device and what a run prints."""
+    run.add_argument("--seed", type=COUNT_OR_0, default=0, help="every random number follows from it")
+    run.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    run.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "fp16"],
+        default="fp32",
+        help="of the backbone's forward and backward pass; heads and losses stay in fp32",
+    )
+    run.add_argument(
+        "--no_keep_memory",
+        action="store_true",
+        help="let the C library return freed memory to the system at once: slower on a CPU, smaller between batches",
+    )
+    run.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def shared_flags() -> argparse.ArgumentParser:
+    """The flags of every stage."""
+    p = argparse.ArgumentParser(add_help=False)
+    data = p.add_argument_group("data")
+    data.add_argument(
+        "--dataset",
+        default="miniImagenet",
+        help="folder name of the benchmark in --benchmarks_dir; 'glyphs' is built in and rendered when missing",
+    )
+    data.add_argument(
+        "--novel_dataset",
+        help="benchmark of the novel classes when it is not --dataset: the cross-domain experiment, such as "
+        "--dataset miniImagenet --novel_dataset CUB",
+    )
+    data.add_argument(
+        "--benchmarks_dir",
+        type=Path,
+        default=Path("./fs_benchmarks"),
+        help="where benchmarks live, as <dataset>/{base,val,novel}/<class>/<image> or <dataset>/{base,val,novel}.json",
+    )
+    decoding_flags(data)
     model = p.add_argument_group("model")
     model.add_argument(
         "--backbone",
@@ -159,25 +193,9 @@ def shared_flags() -> argparse.ArgumentParser:
         help="read the novel episodes from this file, or write them to "
         "it when it does not exist, to compare methods on the same episodes",
     )
-    episodes.add_argument(
-        "--ft_n_epoch", type=COUNT, default=200, help="full-batch Adam steps that fit a head on a support set"
-    )
-    episodes.add_argument("--ft_lr", type=POSITIVE, default=1e-3, help="learning rate of those steps")
-    episodes.add_argument("--ft_s", type=POSITIVE, default=5.0, help="scale of cosMax and arcMax on a support set")
+    fitting_flags(episodes)
     run = p.add_argument_group("run")
-    run.add_argument("--seed", type=COUNT_OR_0, default=0, help="every random number follows from it")
-    run.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    run.add_argument(
-        "--precision",
-        choices=["fp32", "bf16", "fp16"],
-        default="fp32",
-        help="of the backbone's forward and backward pass; heads and losses stay in fp32",
-    )
-    run.add_argument(
-        "--no_keep_memory",
-        action="store_true",
-        help="let the C library return freed memory to the system at once: slower on a CPU, smaller between batches",
-    )
+    machine_flags(run)
     run.add_argument("--results_dir", type=Path, default=Path("./results"), help="where tables/ and logs/ are written")
     again = run.add_mutually_exclusive_group()
     again.add_argument(
@@ -186,7 +204,6 @@ def shared_flags() -> argparse.ArgumentParser:
         help="go on from the last state of this run, if there is one; the result is bit for bit that of one run",
     )
     again.add_argument("--overwrite", action="store_true", help="replace an earlier run of the same name")
-    run.add_argument("--quiet", action="store_true", help="no progress bars")
     run.add_argument(
         "--preset",
         choices=["laptop"],
@@ -280,32 +297,8 @@ def meta_flags(p: argparse.ArgumentParser) -> None:
     group.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate of Adam, constant")
 
 
-def alignment_flags(p: argparse.ArgumentParser) -> None:
-    """The flags of stage 3."""
-    group = p.add_argument_group("alignment")
-    group.add_argument(
-        "--method", choices=HEADS, default="arcMax", help="head: of stage 1's checkpoint and of the novel episodes"
-    )
-    group.add_argument(
-        "--alignment",
-        choices=["none", "naive", "centroid", "adversarial"],
-        default="centroid",
-        help="alignment loss: centroid (Algorithm 1), adversarial (Algorithm 2), naive (the same updates without an "
-        "alignment loss) or none (fine-tuning of the head alone)",
-    )
-    group.add_argument(
-        "--test_split",
-        choices=["novel", "val"],
-        default="novel",
-        help="classes of the episodes; settings are tuned on val, never on novel",
-    )
-    group.add_argument(
-        "--record_curve",
-        type=COUNT_OR_0,
-        default=0,
-        metavar="K",
-        help="record the query accuracy after every K iterations, to see whether more help or hurt; 0 does not",
-    )
+def update_flags(p: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> None:
+    """The constants of Algorithms 1 and 2."""
     group.add_argument(
         "--n_B",
         type=COUNT,
@@ -368,6 +361,92 @@ def alignment_flags(p: argparse.ArgumentParser) -> None:
     critic.add_argument("--critic_gp_weight", type=POSITIVE, default=10.0, help="weight of the penalty under gp")
 
 
+def alignment_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of stage 3."""
+    group = p.add_argument_group("alignment")
+    group.add_argument(
+        "--method", choices=HEADS, default="arcMax", help="head: of stage 1's checkpoint and of the novel episodes"
+    )
+    group.add_argument(
+        "--alignment",
+        choices=ALIGNMENTS,
+        default="centroid",
+        help="alignment loss: centroid (Algorithm 1), adversarial (Algorithm 2), naive (the same updates without an "
+        "alignment loss) or none (fine-tuning of the head alone)",
+    )
+    group.add_argument(
+        "--test_split",
+        choices=["novel", "val"],
+        default="novel",
+        help="classes of the episodes; settings are tuned on val, never on novel",
+    )
+    group.add_argument(
+        "--record_curve",
+        type=COUNT_OR_0,
+        default=0,
+        metavar="K",
+        help="record the query accuracy after every K iterations, to see whether more help or hurt; 0 does not",
+    )
+    update_flags(p, group)
+
+
+def predict_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of predict.py: the user's folders, a backbone, and the constants of stage 3."""
+    data = p.add_argument_group("images")
+    data.add_argument(
+        "--support",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the examples: a subfolder a class, named as the class, with 1 or more images each, in any number",
+    )
+    data.add_argument(
+        "--query", type=Path, required=True, help="the images to label: a folder, subfolders included, or one image"
+    )
+    data.add_argument(
+        "--skip_bad", action="store_true", help="leave out query images that cannot be decoded, and say which"
+    )
+    data.add_argument(
+        "--base",
+        type=Path,
+        metavar="FOLDER",
+        help="benchmark whose base classes the checkpoint was trained on, such as fs_benchmarks/miniImagenet: "
+        "alignment takes its related images from them",
+    )
+    decoding_flags(data)
+    model = p.add_argument_group("model")
+    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained backbone: of stage 1 or 2, or imported")
+    model.add_argument(
+        "--backbone",
+        type=backbone_name,
+        help=f"instead of a checkpoint, {TORCHVISION}NAME with --weights DEFAULT or a file; "
+        "the backbone of a checkpoint is found in it",
+    )
+    weights_flag(p)
+    group = p.add_argument_group("classifier")
+    group.add_argument("--method", choices=HEADS, default="arcMax", help="head that is fitted on the examples")
+    group.add_argument(
+        "--alignment",
+        choices=ALIGNMENTS,
+        help="alignment of the backbone with related base images (default: centroid with --base, else none)",
+    )
+    fitting_flags(group)
+    update_flags(p, group)
+    p.set_defaults(record_curve=0)
+    out = p.add_argument_group("output")
+    out.add_argument(
+        "--out",
+        type=Path,
+        default=Path("./results/predictions"),
+        help="folder of predictions.csv, predictions.json and contact_sheet.png",
+    )
+    out.add_argument("--overwrite", action="store_true", help="replace the predictions that --out holds")
+    out.add_argument(
+        "--max_sheet", type=COUNT, default=48, help="query images on the contact sheet, in the order of the csv"
+    )
+    machine_flags(p.add_argument_group("run"))
+
+
 STAGES: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
     "transfer": ("transferLearning.py", transfer_flags, "Stage 1: train a backbone on the base classes."),
     "meta": ("metaLearning.py", meta_flags, "Stage 2: train a backbone episode by episode on the base classes."),
@@ -376,37 +455,62 @@ STAGES: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = 
         alignment_flags,
         "Stage 3: align novel episodes with related base classes.",
     ),
+    "predict": ("predict.py", predict_flags, "Label your own images from a few examples a class."),
 }
 
 
-def args_parser(stage: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def complete_predict(args: argparse.Namespace, parser: OneLineParser) -> None:
+    """Fill in what the flags of predict.py leave open; an error when they name no trained backbone or no base set."""
+    if not args.checkpoint and args.weights == "none":
+        parser.error(
+            "no trained backbone: give --checkpoint FILE (made by 'make demo', by transferLearning.py, or by "
+            "'python -m methods.checkpoints import-published' of a published file), or torchvision's ImageNet weights, "
+            f"--backbone {TORCHVISION}resnet18 --weights DEFAULT"
+        )
+    args.alignment = args.alignment or ("centroid" if args.base else "none")
+    if args.alignment != "none" and not args.base:
+        parser.error(
+            f"argument --alignment: {args.alignment} takes related images from a benchmark's base classes: name it "
+            "with --base, such as fs_benchmarks/miniImagenet, or give --alignment none"
+        )
+
+
+def args_parser(
+    stage: str, argv: Sequence[str] | None = None, parser_class: type[OneLineParser] = OneLineParser
+) -> argparse.Namespace:
     """Parse the command line of a stage; a value out of range ends the process with one line and status 2."""
     prog, add_flags, description = STAGES[stage]
-    parser = OneLineParser(
+    parser = parser_class(
         prog=prog,
         description=description,
-        parents=[shared_flags()],
+        parents=[] if stage == "predict" else [shared_flags()],
         allow_abbrev=False,
         formatter_class=DefaultsFormatter,
     )
     add_flags(parser)
-    if parser.parse_known_args(argv)[0].preset == "laptop":
+    if getattr(parser.parse_known_args(argv)[0], "preset", None) == "laptop":
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{k: v for k, v in (LAPTOP["all"] | LAPTOP.get(stage, {})).items() if k in known})
     args = parser.parse_args(argv)
     if "crop_scale" in args and args.crop_scale[0] > args.crop_scale[1]:
         parser.error(f"argument --crop_scale: {args.crop_scale[0]:g} {args.crop_scale[1]:g} is not in order")
     if "weights" in args and args.weights != "none":
+        checkpoint = "checkpoint" if stage == "predict" else "init_from"
+        if getattr(args, checkpoint):
+            parser.error(f"argument --weights: --{checkpoint} brings its own weights, so give only one of the two")
+        if not args.backbone:
+            parser.error(f"argument --weights: name the model too, such as --backbone {TORCHVISION}resnet18")
         if not args.backbone.startswith(TORCHVISION):
             parser.error(f"argument --weights: it is for {TORCHVISION}NAME backbones, not for {args.backbone}")
-        if args.init_from:
-            parser.error("argument --weights: --init_from brings its own weights, so give only one of the two")
-    if stage == "alignment":
+    if stage in ("alignment", "predict"):
         for rate in ("align_lr", "related_lr", "support_lr"):
             setattr(args, rate, args.lr if getattr(args, rate) is None else getattr(args, rate))
+    args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
+    if stage == "predict":
+        complete_predict(args, parser)
+        return args
     args.novel_dataset = args.novel_dataset or args.dataset
     args.img_size = args.img_size or native_img_size(args.backbone)
-    args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
     return args
 
 

@@ -8,20 +8,17 @@ import time
 from functools import partial
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from args_parser import args_parser, data_options
 from data.benchmarks import load_split
 from data.episodes import class_major_labels, fixed_episodes
-from data.errors import UserError
-from methods.alignment import AlignmentSetting, align_episode, network_input, stored_input
-from methods.checkpoints import best_model_path, load_backbone
+from methods.alignment import AlignmentSetting, align_episode, blocks_to_update, network_input, stored_input
+from methods.checkpoints import best_model_path, check_base_classes, load_backbone
 from methods.engine import on_device, run_script, start, write_json
 from methods.evaluation import EpisodeScores, cached_activations, cached_features, mean_and_ci95
 from methods.results import accuracy_record, curve_record, paired_difference, percent, result_path, run_record
 from methods.resume import LENGTH_FLAGS, AlignedEpisodes, begin, find_state, resumable, weights_digest
-from models.last_blocks import split_backbone
 
 SAVE_EVERY = 5  # episodes
 
@@ -43,28 +40,19 @@ def main() -> None:
     n_test = args.testing_epochs * args.n_episodes
     episodes = fixed_episodes(args.episodes_file, novel, args.test_n_way, args.n_shot, args.n_query, n_test, args.seed)
     backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)
-    if set(checkpoint.class_names) != set(base.class_names):
-        raise UserError(
-            f"checkpoint {path} was trained on {len(checkpoint.class_names)} base classes of {checkpoint.dataset!r} "
-            f"that are not the {len(base.class_names)} of {args.dataset!r}: give the benchmark that it was trained on"
-        )
+    check_base_classes(path, checkpoint, args.dataset, base.class_names)
     backbone = backbone.to(device, memory_format=torch.channels_last)
 
     # Features of the checkpoint's backbone, once for all episodes; and what enters the blocks to be updated.
     cached = {"cache_dir": args.cache_dir, "device": device, "precision": precision, "quiet": args.quiet}
     z_base, z_novel = cached_features(backbone, base, **cached), cached_features(backbone, novel, **cached)
     base_members = [torch.nonzero(base.labels == b).squeeze(1) for b in range(len(base.class_names))]
-    updated: nn.Module = backbone
-    if args.align_blocks in (None, len(backbone.blocks())):
+    below, updated = blocks_to_update(backbone, args.align_blocks)
+    if below is None:
         base_input, novel_input = (
             partial(network_input, on_device(split.images, device), device=device) for split in (base, novel)
         )
-    elif args.align_blocks > len(backbone.blocks()):
-        raise UserError(
-            f"--align_blocks {args.align_blocks}, but {args.backbone} has {len(backbone.blocks())} blocks: give fewer"
-        )
     else:
-        below, updated = split_backbone(backbone, args.align_blocks)
         base_input, novel_input = (
             partial(stored_input, on_device(cached_activations(below, split, **cached), device), device=device)
             for split in (base, novel)

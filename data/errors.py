@@ -18,3 +18,11 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _command(self) -> str:
         return self.prog if self.prog.startswith("python ") else f"python {self.prog}"
+
+
+class RaisingParser(OneLineParser):
+    """The same for a caller in Python: an error is a UserError, and the process goes on."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(" ".join(message.split()))

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
+from tqdm import tqdm
 
+from data.errors import UserError
 from data.generators import make_generator
 from data.related_base import RelatedBase, find_related_base
 from data.transforms import normalise
@@ -25,9 +27,10 @@ from methods.adversarial_alignment import adversarial_alignment_step
 from methods.centroid_alignment import centroid_alignment_step
 from methods.engine import Precision, check_finite, seeded
 from methods.novel_finetune import fit_heads
-from models import build_head
+from models import Backbone, build_head
 from models.critic import Critic
 from models.heads import Head
+from models.last_blocks import split_backbone
 
 # The critic meets features that move with every step: a short memory of its gradients.
 CRITIC_BETAS = (0.5, 0.9)
@@ -35,6 +38,8 @@ CRITIC_BETAS = (0.5, 0.9)
 Input = Callable[[Tensor], Tensor]
 # Base features scored together: their normalised copy stays in a core's cache, which halves the time.
 BASE_ROWS = 512
+# Queries whose inputs are made together: a folder of them may be larger than memory.
+QUERY_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,14 @@ class AlignmentSetting:
 
 @dataclass(frozen=True)
 class AlignedEpisode:
-    """What one episode gave: the scores (q, n_way) of its queries, by fine-tuning and after alignment.
+    """What one episode gave: the head as it ended, and the scores (q, n_way) of its queries, by fine-tuning and after
+    alignment.
 
     n_drawn: related samples a novel class in an iteration; losses: those of the three updates, a row an iteration;
     curve: scores as `aligned`, after every record_curve iterations. Without alignment the first two are the same.
     """
 
+    head: Head
     finetuned: Tensor
     aligned: Tensor
     related: RelatedBase
@@ -155,6 +162,37 @@ def stored_input(activations: Tensor, index: Tensor, device: torch.device) -> Te
 
 
 @torch.no_grad()
+def computed_input(
+    below: nn.Module,
+    images: Tensor,
+    index: Tensor,
+    device: torch.device,
+    precision: Precision,
+    batch_size: int = 64,
+) -> Tensor:
+    """As stored_input, of uint8 images (N, 3, s, s) whose activations are not stored: `below`, in eval mode, runs."""
+    below.eval()
+    parts = []
+    for part in index.split(batch_size):
+        with precision.autocast():
+            parts.append(below(network_input(images, part, device)).float())
+    return torch.cat(parts).contiguous(memory_format=torch.channels_last)
+
+
+def blocks_to_update(backbone: Backbone, align_blocks: int | None) -> tuple[nn.Sequential | None, nn.Module]:
+    """What alignment leaves as it is, None if nothing, and what it updates: the last align_blocks blocks, or all.
+
+    Raises UserError when the backbone has fewer.
+    """
+    n_blocks = len(backbone.blocks())
+    if align_blocks in (None, n_blocks):
+        return None, backbone
+    if align_blocks > n_blocks:
+        raise UserError(f"--align_blocks {align_blocks}, but the backbone has {n_blocks} blocks: give fewer")
+    return split_backbone(backbone, align_blocks)
+
+
+@torch.no_grad()
 def predict_queries(
     backbone: nn.Module, head: Head, x_query: Tensor, precision: Precision, batch_size: int = 64
 ) -> Tensor:
@@ -182,6 +220,7 @@ def align_episode(
     episode: int,
     device: torch.device,
     precision: Precision,
+    bar: str = "",
 ) -> AlignedEpisode:
     """Run one episode of stage 3; the result depends on (seed, episode) and the weights alone.
 
@@ -189,7 +228,7 @@ def align_episode(
     features z_novel (N, d); y_support (k,) holds every class from 0 to n_way - 1, in any number. z_base (M, d) and
     y_base (M,) are the base split, base_members the indices of each base class. novel_input and base_input give what
     the backbone takes, by index. A novel class without related samples takes no part in updates (1) and (2); they are
-    left out when no class has any.
+    left out when no class has any. `bar` names a progress bar over the iterations; empty shows none.
     """
     n_way = int(y_support.max()) + 1
     backbone.load_state_dict(initial_state)
@@ -203,7 +242,7 @@ def align_episode(
         related = related_base_of_head(head, z_base, y_base, base_members, setting.n_B, setting.related_score)
     n_drawn = drawn_per_class(related.samples, setting.aug_size)
     if setting.alignment == "none" or not setting.align_iters:
-        return AlignedEpisode(finetuned, finetuned, related, n_drawn, [], [])
+        return AlignedEpisode(head, finetuned, finetuned, related, n_drawn, [], [])
 
     head.rescale(setting.align_s, setting.align_m)
     for group in head_optimizer.param_groups:
@@ -213,11 +252,16 @@ def align_episode(
     critic_generator = make_generator(seed, "critic", episode)
     critic = Critic(z_novel.shape[1], n_way, setting.critic_hidden, generator=critic_generator).to(device)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=setting.critic_lr, betas=CRITIC_BETAS)
-    x_support, x_query = novel_input(support), novel_input(query)
+    x_support = novel_input(support)
+
+    def score_queries() -> Tensor:
+        parts = query.split(QUERY_ROWS)
+        return torch.cat([predict_queries(backbone, head, novel_input(part), precision) for part in parts])
+
     generator = make_generator(seed, "related draws", episode)
     losses, curve = [], []
     with seeded(seed, "dropout", episode):
-        for iteration in range(setting.align_iters):
+        for iteration in tqdm(range(setting.align_iters), desc=bar, disable=not bar, unit="iteration"):
             align_loss = related_loss = float("nan")
             if n_drawn:
                 picks, y_related = draw_related(related.samples, setting.aug_size, generator)
@@ -251,7 +295,7 @@ def align_episode(
             where = f"episode {episode}, iteration {iteration}"
             check_finite(support_loss + (related_loss if n_drawn else 0.0), where)
             if setting.record_curve and (iteration + 1) % setting.record_curve == 0:
-                curve.append(predict_queries(backbone, head, x_query, precision))
+                curve.append(score_queries())
 
-    aligned = predict_queries(backbone, head, x_query, precision)
-    return AlignedEpisode(finetuned, aligned, related, n_drawn, losses, curve)
+    aligned = score_queries()
+    return AlignedEpisode(head, finetuned, aligned, related, n_drawn, losses, curve)

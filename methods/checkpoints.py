@@ -104,22 +104,33 @@ def create_backbone(name: str, img_size: int, seed: int, relation: bool = False,
         raise UserError(str(error)) from error
 
 
-def load_backbone(path: Path, backbone: str, img_size: int, relation: bool = False) -> tuple[Backbone, Checkpoint]:
-    """The backbone of a checkpoint. Raises UserError when it is not of the name and image size asked for.
+def load_backbone(
+    path: Path, backbone: str | None, img_size: int | None, relation: bool = False
+) -> tuple[Backbone, Checkpoint]:
+    """The backbone of a checkpoint. Raises UserError when it is not of the name and image size asked for, if any.
 
     `relation` makes a Conv4 the one of RelationNet, whose parameters are the same: a checkpoint of either is taken.
     """
     checkpoint = load_checkpoint(path)
     found = {"backbone": checkpoint.backbone, "img_size": checkpoint.img_size}
     for flag, asked in (("backbone", backbone), ("img_size", img_size)):
-        if asked != found[flag]:
+        if asked not in (None, found[flag]):
             raise UserError(
                 f"checkpoint {path} has {flag} {found[flag]}, not {asked}: "
                 f"give --{flag} {found[flag]} or another checkpoint"
             )
-    net = create_backbone(backbone, img_size, seed=0, relation=relation)
+    net = create_backbone(checkpoint.backbone, checkpoint.img_size, seed=0, relation=relation)
     load_state(net, checkpoint.backbone_state, path)
     return net, checkpoint
+
+
+def check_base_classes(path: Path, checkpoint: Checkpoint, dataset: str, class_names: list[str]) -> None:
+    """Raise UserError when a checkpoint was trained on other base classes than those of a benchmark."""
+    if set(checkpoint.class_names) != set(class_names):
+        raise UserError(
+            f"checkpoint {path} was trained on {len(checkpoint.class_names)} base classes of {checkpoint.dataset!r} "
+            f"that are not the {len(class_names)} of {dataset!r}: give the benchmark that it was trained on"
+        )
 
 
 def initial_backbone(

@@ -1,0 +1,372 @@
+"""predict.py end to end on tiny folders: files, numbers, the call from Python, and every user error."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from data.benchmarks import list_folder
+from data.errors import UserError
+from data.user_images import list_queries
+from methods.checkpoints import Checkpoint, create_backbone, save_checkpoint
+from methods.contact_sheet import HEADER, SIDE, draw_sheet, elide, picture, typeface
+from predict import few_shot_predict
+from tests.helpers import call, make_benchmark
+
+N_SUPPORT = {"class12": 1, "class13": 3, "class14": 2}
+FAST = {"ft_n_epoch": 20, "align_iters": 2, "aug_size": 4, "n_B": 2}
+SUPPORT, QUERY, TABLE = "my_classes", "my_images", "predictions.csv"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny benchmark, a checkpoint of its base classes, and folders of support and query. Not to be written to."""
+    root = tmp_path_factory.mktemp("predict")
+    make_benchmark(root / "tiny", n_class=(6, 6, 3))
+    for name, k in N_SUPPORT.items():
+        images = sorted((root / "tiny" / "novel" / name).iterdir())
+        for folder, part in ((SUPPORT, images[:k]), (QUERY, images[-2:])):
+            (root / folder / name).mkdir(parents=True)
+            for image in part:
+                shutil.copy(image, root / folder / name)
+    save(root / "model.tar", list_folder(root / "tiny" / "base")[0])
+    return root
+
+
+@pytest.fixture
+def root(made, tmp_path):
+    """A copy of `made` that a test may spoil."""
+    return shutil.copytree(made, tmp_path / "copy")
+
+
+def save(path, class_names):
+    """A checkpoint of a new Conv4 for 16 pixels: its random filters tell the tiny classes' colours apart."""
+    state = create_backbone("Conv4", 16, seed=0).state_dict()
+    save_checkpoint(
+        path,
+        Checkpoint("transferLearning", "tiny", "arcMax", "Conv4", 16, class_names, state, {}, 0, 0.0, {}),
+    )
+
+
+def flags(root, **more):
+    """The flags of a run in `root`, as keywords of few_shot_predict."""
+    given = {"support": root / SUPPORT, "query": root / QUERY, "checkpoint": root / "model.tar"}
+    return given | {"cache_dir": root / "cache"} | FAST | more
+
+
+def script(root, *extra, out="out", **more):
+    """Run predict.py with those flags."""
+    given = flags(root, quiet=True, out=root / out, **more)
+    argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value is not None]
+    return call("predict", *argv, *extra)
+
+
+def table(root, out="out"):
+    """Header, files, labels and probabilities of a csv."""
+    with open(root / out / TABLE, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    return header, [r[0] for r in rows], [r[1] for r in rows], torch.tensor([[float(p) for p in r[2:]] for r in rows])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"alignment": "adversarial"}, {"alignment": "naive"}, {"alignment": "none"}, {"align_blocks": 1}],
+    ids=lambda more: "".join(f"{v}" for v in more.values()) or "default",
+)
+def test_the_script_writes_what_the_call_returns(root, more, capsys):
+    base = root / "tiny"
+    outcome = script(root, base=base, **more)
+    assert outcome.status == 0 and outcome.err == "", outcome.err
+    header, files, labels, probabilities = table(root)
+    assert header == ["file", "label", *N_SUPPORT]
+    assert files == [f"{name}/{i:03d}.png" for name in N_SUPPORT for i in (6, 7)]
+    assert labels == [header[2 + c] for c in probabilities.argmax(1)]
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(6), atol=1e-5, rtol=0)
+
+    again = few_shot_predict(**flags(root, base=base, **more))
+    assert (again.files, again.class_names, again.labels) == (files, list(N_SUPPORT), labels)
+    torch.testing.assert_close(again.probabilities, probabilities, atol=1e-6, rtol=0)
+    assert capsys.readouterr() == ("", "")
+
+    record = json.loads((root / "out" / "predictions.json").read_text())
+    alignment = more.get("alignment", "centroid")
+    assert record["alignment"] == record["config"]["alignment"] == alignment
+    assert record["seed"] == 0 and record["config"]["ft_n_epoch"] == 20 and "torch" in record["versions"]
+    assert [record["classes"][name]["n_support"] for name in N_SUPPORT] == list(N_SUPPORT.values())
+    assert sum(row["n_query"] for row in record["classes"].values()) == record["n_query"] == 6
+    assert record["accuracy"] == pytest.approx(100 * again.n_right / 6, abs=0.01)
+    assert [len(b) for b in record["related_base_classes"].values()] == ([] if alignment == "none" else [2, 2, 2])
+    assert (not torch.equal(again.probabilities, again.finetuned)) == (alignment != "none")
+    assert f"({again.n_right} of 6)" in outcome.out and "least sure" in outcome.out
+    assert Image.open(root / "out" / "contact_sheet.png").height > HEADER + 2 * SIDE
+
+
+def test_without_a_base_set_nothing_is_aligned_nor_written_but_the_output(root):
+    before = set(root.rglob("*"))
+    few_shot_predict(**flags(root))
+    assert set(root.rglob("*")) == before
+    outcome = script(root)
+    assert outcome.status == 0 and "no alignment: it takes base images" in outcome.out
+    assert {p.name for p in set(root.rglob("*")) - before} == {"out", TABLE, "predictions.json", "contact_sheet.png"}
+
+
+def test_torchvision_weights_serve_instead_of_a_checkpoint(root):
+    net = torchvision.models.shufflenet_v2_x0_5(weights=None)
+    torch.save(net.state_dict(), root / "weights.pth")
+    ours = {"checkpoint": None, "backbone": "torchvision:shufflenet_v2_x0_5", "weights": root / "weights.pth"}
+    outcome = script(root, **ours, img_size=32, base=root / "tiny", align_blocks=1)
+    assert outcome.status == 0, outcome.err
+    record = json.loads((root / "out" / "predictions.json").read_text())
+    assert (record["backbone"], record["img_size"], record["alignment"]) == (ours["backbone"], 32, "centroid")
+
+
+def solid(path, colour, size=(20, 20)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_a_copy_of_a_support_image_gets_its_label_and_is_nearest_to_it(root):
+    colours = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230)}
+    for i, (name, colour) in enumerate(colours.items()):
+        for k in range(i + 1):
+            solid(root / "colours" / name / f"{k}.png", tuple(c + 3 * k for c in colour))
+        solid(root / "copies" / f"{name}.png", colour)
+    found = few_shot_predict(**flags(root, support=root / "colours", query=root / "copies", ft_n_epoch=400, ft_lr=0.01))
+    assert found.files == ["blue.png", "green.png", "red.png"] and found.labels == ["blue", "green", "red"]
+    assert found.nearest == [root / "colours" / name / "0.png" for name in found.labels]
+
+
+def test_other_names_of_the_class_folders_permute_the_columns(root):
+    shutil.copytree(root / SUPPORT, root / "renamed")
+    for old, new in (("class12", "z"), ("class14", "a"), ("class13", "m")):
+        (root / "renamed" / old).rename(root / "renamed" / new)
+    first = few_shot_predict(**flags(root, ft_n_epoch=400))
+    second = few_shot_predict(**flags(root, support=root / "renamed", ft_n_epoch=400))
+    assert second.class_names == ["a", "m", "z"]
+    # The head starts from other random numbers, which 400 steps make nearly forget.
+    torch.testing.assert_close(second.probabilities[:, [2, 1, 0]], first.probabilities, atol=0.08, rtol=0)
+
+
+def test_the_same_flags_give_the_same_numbers_and_no_query_sees_another(root):
+    first = few_shot_predict(**flags(root, base=root / "tiny", num_workers=0))
+    second = few_shot_predict(**flags(root, base=root / "tiny", num_workers=3))
+    assert torch.equal(first.probabilities, second.probabilities)
+    alone = few_shot_predict(**flags(root, base=root / "tiny", query=root / QUERY / "class13" / "007.png"))
+    assert alone.files == ["007.png"] and alone.n_right is None
+    torch.testing.assert_close(alone.probabilities[0], first.probabilities[3], atol=1e-5, rtol=0)
+    other = few_shot_predict(**flags(root, base=root / "tiny", seed=1))
+    assert not torch.equal(first.probabilities, other.probabilities)
+
+
+def test_probabilities_have_the_scale_in_force(root):
+    """Without margins arcMax is cosMax, whose scores hold the scale already: before and after alignment."""
+    no_margin = {"base": root / "tiny", "ft_m": 0, "align_m": 0, "ft_s": 7, "align_s": 12}
+    arc, cos = (few_shot_predict(**flags(root, method=method, **no_margin)) for method in ("arcMax", "cosMax"))
+    torch.testing.assert_close(arc.probabilities, cos.probabilities, atol=0.01, rtol=0)
+    torch.testing.assert_close(arc.finetuned, cos.finetuned, atol=1e-4, rtol=0)
+
+
+def test_other_files_are_ignored_and_said_so(root):
+    for name in (".DS_Store", ".hidden.png", "Thumbs.db"):
+        (root / QUERY / name).write_bytes(b"x")
+        (root / SUPPORT / "class12" / name).write_bytes(b"x")
+    (root / QUERY / ".thumbnails").mkdir()
+    (root / QUERY / ".thumbnails" / "a.png").write_bytes(b"x")
+    plain = few_shot_predict(**flags(root))
+    assert len(plain.files) == 6 and not [note for note in plain.notes if "besides" in note]
+    (root / QUERY / "deep" / "er").mkdir(parents=True)
+    shutil.copy(root / QUERY / "class12" / "006.png", root / QUERY / "deep" / "er" / "x.PNG")
+    (root / QUERY / "notes.txt").write_text("x")
+    (root / SUPPORT / "class13" / "phone.HEIC").write_bytes(b"x")
+    outcome = script(root)
+    assert outcome.status == 0, outcome.err
+    assert "6 images were read besides 1 .heic" in outcome.out and "7 images were read besides 1 .txt" in outcome.out
+    assert "deep/er/x.PNG" in table(root)[1]
+    assert "no accuracy: only 6 of 7" in outcome.out
+
+
+def test_skip_bad_leaves_out_queries_and_says_which(root):
+    (root / QUERY / "class12" / "bad.jpg").write_bytes(b"not an image")
+    outcome = script(root, skip_bad=True)
+    assert outcome.status == 0, outcome.err
+    assert "skipped" in outcome.out and "bad.jpg" in outcome.out
+    assert len(table(root)[1]) == 6
+    torch.testing.assert_close(
+        table(root)[3], few_shot_predict(**flags(root, skip_bad=True)).probabilities, atol=1e-6, rtol=0
+    )
+
+
+def test_overwrite_replaces_and_max_sheet_bounds_the_sheet(root):
+    assert script(root, alignment="none").status == 0
+    outcome = script(root, alignment="none", overwrite=True, max_sheet=4, query=root / "tiny" / "val" / "class06")
+    assert outcome.status == 0, outcome.err
+    assert "the first 4 images (--max_sheet)" in outcome.out and "accuracy" not in outcome.out
+    assert len(table(root)[1]) == 8
+    assert Image.open(root / "out" / "contact_sheet.png").height < HEADER + 2 * SIDE
+
+
+def test_names_of_any_kind_survive(root):
+    name = 'kümmel, "猫" ' + "long " * 30
+    (root / SUPPORT / "class12").rename(root / SUPPORT / name.strip())
+    (root / QUERY / "class12").rename(root / QUERY / "line\nbreak")
+    assert script(root).status == 0
+    header, files, *_ = table(root)
+    assert name.strip() in header and "line\nbreak/006.png" in files
+
+
+def test_pictures_are_upright_whole_and_square(tmp_path):
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, :40] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter: the white left half becomes the top
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    shown = np.asarray(picture(tmp_path / "turned.png").convert("L")).astype(int)
+    assert shown.shape == (SIDE, SIDE)
+    assert shown[10, SIDE // 2] > 250 and shown[-10, SIDE // 2] < 5
+    assert 5 < shown[SIDE // 2, 5] < 250  # the empty border
+
+
+@pytest.mark.parametrize("text", ["a", "a class of a very long name indeed", "猫" * 50, "", "two\nlines of text here"])
+@pytest.mark.parametrize("keep_end", [True, False])
+def test_elided_text_fits(text, keep_end):
+    font = typeface(12)
+    cut = elide(text, font, 60, keep_end)
+    assert font.getlength(cut) <= 60
+    assert cut == " ".join(text.split()) or (cut.startswith("…") if keep_end else cut.endswith("…"))
+
+
+def test_a_single_query_has_a_sheet(made):
+    found = few_shot_predict(**flags(made, query=made / QUERY / "class12" / "006.png"))
+    sheet = draw_sheet(found, 48)
+    assert sheet.height > HEADER + SIDE and sheet.width > 2 * SIDE
+
+
+def test_queries_are_listed_by_name_and_links_to_folders_are_not_followed(root):
+    (root / QUERY / "loop").symlink_to(root / QUERY, target_is_directory=True)
+    paths, names = list_queries(root / QUERY)
+    assert names == sorted(names) and len(paths) == 6
+
+
+def test_the_call_raises_user_errors_and_goes_on(made):
+    for more, part in (
+        ({"align_iters": -1}, "--align_iters"),
+        ({"nonsense": 3}, "--nonsense"),
+        ({"alignment": "centroid"}, "--base"),
+        ({"support": made / "absent"}, "absent"),
+    ):
+        with pytest.raises(UserError, match=part):
+            few_shot_predict(**flags(made, **more))
+
+
+def keep_one_class(root):
+    for name in ("class12", "class13"):
+        shutil.rmtree(root / SUPPORT / name)
+
+
+def empty(folder):
+    def spoil(root):
+        shutil.rmtree(root / folder)
+        (root / folder).mkdir()
+
+    return spoil
+
+
+def truncate(folder, file):
+    def spoil(root):
+        path = root / folder / file
+        path.write_bytes(path.read_bytes()[:100])
+
+    return spoil
+
+
+def other_base_classes(root):
+    save(root / "model.tar", [f"other{c}" for c in range(6)])
+
+
+def spoil_checkpoint(root):
+    (root / "model.tar").write_bytes(b"not a checkpoint")
+
+
+def file_as_support(root):
+    (root / "file").write_text("x")
+
+
+def queries_of_heic_alone(root):
+    empty(QUERY)(root)
+    (root / QUERY / "phone.heic").write_bytes(b"x")
+
+
+def all_queries_bad(root):
+    empty(QUERY)(root)
+    (root / QUERY / "bad.png").write_bytes(b"x")
+
+
+def earlier_predictions(root):
+    (root / "out").mkdir()
+    (root / "out" / TABLE).write_text("kept")
+
+
+def nothing(root):
+    pass
+
+
+NO_CHECKPOINT = {"checkpoint": None}
+USER_ERRORS = {
+    "no support folder": (nothing, {"support": "absent"}, ["absent", "one subfolder a class"]),
+    "support is a file": (file_as_support, {"support": "file"}, ["file", "is not a folder"]),
+    "support without subfolders": (nothing, {"support": f"{SUPPORT}/class12"}, ["no class folders", "<class>"]),
+    "a class without images": (empty(f"{SUPPORT}/class13"), {}, ["class13", "holds no images"]),
+    "one class": (keep_one_class, {}, ["a single class", "class14", "at least 2"]),
+    "no query": (nothing, {"query": "absent"}, ["absent", "folder of images or one image"]),
+    "empty query folder": (empty(QUERY), {}, [QUERY, "no images"]),
+    "queries of another format": (queries_of_heic_alone, {}, ["no images", "1 .heic"]),
+    "truncated query": (truncate(QUERY, "class12/006.png"), {}, ["006.png", "cannot be decoded"]),
+    "truncated support": (
+        truncate(SUPPORT, "class12/000.png"),
+        {"skip_bad": True},
+        ["000.png", "cannot be decoded"],
+    ),
+    "all queries bad": (all_queries_bad, {"skip_bad": True}, ["no image of", "bad.png"]),
+    "no backbone": (nothing, NO_CHECKPOINT, ["--checkpoint", "make demo", "import-published", "torchvision:resnet18"]),
+    "random backbone": (nothing, NO_CHECKPOINT | {"backbone": "torchvision:resnet18"}, ["no trained backbone"]),
+    "weights without a model": (nothing, NO_CHECKPOINT | {"weights": "w.pth"}, ["--backbone torchvision:"]),
+    "weights of a checkpoint": (nothing, {"weights": "w.pth"}, ["--checkpoint brings its own"]),
+    "missing weights": (
+        nothing,
+        NO_CHECKPOINT | {"backbone": "torchvision:shufflenet_v2_x0_5", "weights": "w.pth"},
+        ["w.pth", "cannot be read"],
+    ),
+    "no such checkpoint": (nothing, {"checkpoint": "absent.tar"}, ["absent.tar", "make demo"]),
+    "damaged checkpoint": (spoil_checkpoint, {}, ["model.tar", "not a checkpoint"]),
+    "other backbone": (nothing, {"backbone": "ResNet12"}, ["backbone Conv4, not ResNet12"]),
+    "other base classes": (other_base_classes, {"base": "tiny"}, ["base classes", "trained on"]),
+    "no such base": (nothing, {"base": "absent"}, ["--base", "absent", "<class>/<image>"]),
+    "alignment without base": (nothing, {"alignment": "centroid"}, ["centroid", "--base"]),
+    "too many blocks": (nothing, {"base": "tiny", "align_blocks": 5}, ["--align_blocks 5", "4 blocks"]),
+    "out cannot be written": (nothing, {"out": "/dev/null/x"}, ["/dev/null/x", "--out"]),
+    "earlier predictions": (earlier_predictions, {}, ["predictions already", "--overwrite"]),
+    "size of 0 pages": (nothing, {"max_sheet": 0}, ["--max_sheet", "at least 1"]),
+}
+PATHS = ("support", "query", "checkpoint", "base", "weights", "out")
+
+
+@pytest.mark.parametrize("case", USER_ERRORS)
+def test_a_user_error_is_one_clear_line_and_overwrites_nothing(root, case):
+    spoil, more, expected = USER_ERRORS[case]
+    spoil(root)
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    more = {name: root / value if name in PATHS and value else value for name, value in more.items()}
+    given = flags(root, quiet=True, **{"out": root / "out", **more})
+    argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value is not None]
+    outcome = call("predict", *argv)
+    assert outcome.status == 2 and outcome.out == "", outcome.err
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+    for part in expected:
+        assert part in outcome.err
+    after = {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and "cache" not in p.parts}
+    assert after == before
