@@ -68,8 +68,9 @@ def draw_cell(sheet: Image.Image, x: int, y: int, predictions: Predictions, i: i
     left = f"then {100 * p_then:.0f} % {names[then]}" if p_then >= 0.005 else ""
     if wrong and truth is not None:
         left = f"is {names[truth]}"
-    draw.text((x, bar + 8), elide(left, small, half), font=small, fill=ORANGE if wrong else GREY)
-    draw.text((x, bar + 23), elide(predictions.files[i], small, half, keep_end=True), font=small, fill=GREY)
+    lines = [(left, ORANGE if wrong else GREY, False)] if left else []
+    for row, (text, ink, keep_end) in enumerate([*lines, (predictions.files[i], GREY, True)]):
+        draw.text((x, bar + 8 + 15 * row), elide(text, small, half, keep_end), font=small, fill=ink)
     right, file = x + SIDE + GAP, printable(predictions.nearest[i].name)
     like = elide(f"like {names[nearest]}", small, half)
     draw.text((right, bar + 8), like, font=small, fill=INK if nearest == label else GREY)

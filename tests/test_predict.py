@@ -10,9 +10,11 @@ import torch
 import torchvision
 from PIL import Image
 
+from args_parser import args_parser
 from data.benchmarks import list_folder
 from data.errors import UserError
 from data.user_images import list_queries
+from methods.alignment import AlignmentSetting
 from methods.checkpoints import Checkpoint, create_backbone, save_checkpoint
 from methods.contact_sheet import HEADER, SIDE, draw_sheet, elide, picture, typeface
 from predict import few_shot_predict
@@ -244,6 +246,12 @@ def test_a_single_query_has_a_sheet(made):
     found = few_shot_predict(**flags(made, query=made / QUERY / "class12" / "006.png"))
     sheet = draw_sheet(found, 48)
     assert sheet.height > HEADER + SIDE and sheet.width > 2 * SIDE
+
+
+def test_the_constants_of_alignment_are_those_of_stage_3():
+    stage_3, ours = args_parser("alignment", []), args_parser("predict", ["--support=a", "--query=b", "--checkpoint=c"])
+    for name in AlignmentSetting.__dataclass_fields__:
+        assert name == "alignment" or getattr(ours, name) == getattr(stage_3, name), name
 
 
 def test_queries_are_listed_by_name_and_links_to_folders_are_not_followed(root):
