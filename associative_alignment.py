@@ -30,9 +30,8 @@ def main() -> None:
 
     own = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
     path = args.init_from or own
-    table = result_path(
-        args.results_dir, "associative_alignment", own, args.dataset, args.novel_dataset, args.alignment
-    )
+    name = args.alignment + ("_tuned" if args.align_preset == "tuned" else "")
+    table = result_path(args.results_dir, "associative_alignment", own, args.dataset, args.novel_dataset, name)
     last = args.results_dir / "logs" / f"{table.stem}_last.tar"
     state = find_state(last, None, table, vars(args), LENGTH_FLAGS, args.resume, args.overwrite)
     load = partial(load_split, **data_options(args))

@@ -20,7 +20,7 @@ from args_parser import COUNT, STAGES, args_parser, backbone_name, number, share
 from data.errors import OneLineParser, UserError
 from methods.commands import run_command, script_command, shown
 from methods.engine import REPOSITORY, run_script
-from methods.paper_tables import TABLES, Plan, Row, compare, finished, table_rows, write_table
+from methods.paper_tables import SCRIPTS, TABLES, Plan, Row, compare, finished, table_rows, write_table
 from methods.report import interval
 
 DEFAULT_BACKBONES = {
@@ -30,7 +30,7 @@ DEFAULT_BACKBONES = {
 DEFAULT_SHOTS = {"crossdomain": [5], "ways": [5]}
 # The laptop preset with fewer epochs and episodes, so that all rows of the main table take less than an hour.
 SCALES: dict[str, dict[str, dict[str, list[str]]]] = {
-    "full": {stage: {} for stage in STAGES},
+    "full": {stage: {} for stage in SCRIPTS},
     "laptop": {
         "transfer": {"--preset": ["laptop"], "--n_epoch": ["20"]},
         "meta": {"--preset": ["laptop"], "--n_epoch": ["5"]},
@@ -128,7 +128,7 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, dict[str, list[str]]]:
             passed[flag].append(text)
         else:
             parser.error(f"unrecognized argument: {text}")
-    known = set().union(*map(flags_of, STAGES))
+    known = set().union(*map(flags_of, SCRIPTS))
     for flag in passed:
         if flag in TAKEN:
             parser.error(f"argument {flag}: {TAKEN[flag]}")
@@ -149,7 +149,7 @@ def stage_flags(args: Namespace, passed: dict[str, list[str]]) -> dict[str, list
     folders = {"--results_dir": [str(args.results_dir)], "--checkpoint_dir": [str(args.checkpoint_dir)]}
     folders = folders if folders["--results_dir"] + folders["--checkpoint_dir"] != ["results", "results/models"] else {}
     flags = {}
-    for stage in STAGES:
+    for stage in SCRIPTS:
         known = flags_of(stage)
         chosen = SCALES[args.scale][stage] | folders | {f: values for f, values in passed.items() if f in known}
         flags[stage] = [text for flag, values in chosen.items() for text in (flag, *values)]

@@ -39,6 +39,15 @@ def interval(record: dict[str, Any]) -> str:
     return f"{mean:.2f}" if ci95 is None else f"{mean:.2f} ± {ci95:.2f}"
 
 
+def variant(record: dict[str, Any]) -> str:
+    """What tells an alignment from the published one: its preset, or that it moves the last blocks alone."""
+    config = record.get("config", {})
+    if config.get("align_preset", "paper") != "paper":
+        return f", {config['align_preset']}"
+    blocks = config.get("align_blocks")
+    return f", last {blocks} block{'s' * (blocks > 1)}" if blocks else ""
+
+
 def table_rows(record: dict[str, Any]) -> list[list[str]]:
     """The rows of one result: fine-tuning and alignment of the same episodes are two."""
     protocol = [
@@ -53,7 +62,7 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
         [*protocol, f"{record['method']}, fine-tuning", interval(record["fine_tuning"]), "", cost[0], ""],
         [
             *protocol,
-            f"{record['method']}, {record['alignment']} alignment",
+            f"{record['method']}, {record['alignment']} alignment{variant(record)}",
             interval(record),
             f"{record['difference']['accuracy']:+.2f} ± {record['difference']['ci95'] or float('nan'):.2f}",
             *cost,

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from args_parser import args_parser
 from methods.checkpoints import load_checkpoint
 from tests.helpers import ROOT, call, make_benchmark, run
 
@@ -160,6 +161,25 @@ def test_testing_epochs_pool_their_episodes(trained, tmp_path):
     assert record["accuracy"] == record["fine_tuning"]["accuracy"]  # no iteration, no change
 
 
+def test_the_tuned_preset_swaps_defaults_by_alignment_and_flags_beside_it_win():
+    def of(*flags):
+        return args_parser("alignment", ["--align_preset", "tuned", *flags])
+
+    centroid, adversarial = of("--aug_size", "7"), of("--alignment", "adversarial", "--preset", "laptop")
+    assert (centroid.align_blocks, centroid.align_bn, centroid.aug_size, centroid.align_lr) == (1, "eval", 7, 1e-3)
+    assert (adversarial.align_blocks, adversarial.align_bn, adversarial.aug_size) == (1, "train", 20)
+    assert (adversarial.align_lr, adversarial.support_lr, adversarial.critic_steps) == (1e-5, 1e-3, 1)
+    assert args_parser("alignment", []).align_blocks is None
+
+
+def test_the_tuned_result_lies_beside_the_published_one_and_is_told_from_it(workspace):
+    for flags in ([], ["--align_preset", "tuned"]):
+        outcome = call("associative_alignment", *ALIGN, *folders(workspace), *flags)
+        assert outcome.status == 0, outcome.err
+    report = call("methods.report", workspace / "results").out
+    assert "arcMax, centroid alignment |" in report and "arcMax, centroid alignment, tuned |" in report
+
+
 def test_report_and_figure_are_made_from_result_files(workspace):
     assert call("associative_alignment", *ALIGN, *folders(workspace)).status == 0
     report = call("methods.report", workspace / "results")
@@ -169,7 +189,6 @@ def test_report_and_figure_are_made_from_result_files(workspace):
 
 
 def test_a_preset_yields_to_flags():
-    from args_parser import args_parser
 
     args = args_parser("transfer", ["--preset", "laptop", "--n_epoch", "7"])
     assert (args.dataset, args.n_epoch, args.no_flip) == ("glyphs", 7, True)
