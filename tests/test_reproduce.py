@@ -12,7 +12,7 @@ import pytest
 import reproduce
 from args_parser import STAGES, args_parser
 from methods.commands import run_command, script_command
-from methods.paper_tables import PAPER, TABLES, Plan, compare, markdown, paper_number
+from methods.paper_tables import PAPER, SCRIPTS, TABLES, Plan, compare, markdown, paper_number
 from methods.paper_tables import table_rows as rows_of
 from tests.helpers import ROOT, call, make_benchmark
 
@@ -59,7 +59,7 @@ def test_the_main_table_is_every_method_at_each_backbone_and_shot():
     assert [(args.backbone, args.n_shot) for _, args in lines[::9]] == [
         (backbone, shot) for backbone in ("Conv4", "ResNet18", "WideResNet") for shot in (1, 5)
     ]
-    bare = {stage: args_parser(stage, []) for stage in STAGES}
+    bare = {stage: args_parser(stage, []) for stage in SCRIPTS}
     own = {"method", "backbone", "n_shot", "alignment", "episodes_file", "resume", "img_size"}
     for stage, args in lines:  # the published protocol, but for the epochs of meta-learners at 1 shot
         allowed = own | ({"n_epoch"} if stage == "meta" and args.n_shot == 1 else set())
@@ -121,7 +121,7 @@ def test_the_main_table_of_a_laptop_is_estimated_below_an_hour_and_keeps_off_the
     assert steps(lines) == MAIN * 2
     assert {args.dataset for _, args in lines} == {"glyphs"} and {args.img_size for _, args in lines} == {42}
     assert all(str(args.checkpoint_dir) == os.path.join("results", "laptop", "models") for _, args in lines)
-    plan = Plan("glyphs", "glyphs", ROOT, ROOT, {stage: [] for stage in STAGES})
+    plan = Plan("glyphs", "glyphs", ROOT, ROOT, {stage: [] for stage in SCRIPTS})
     minutes = reproduce.laptop_minutes(rows_of("main", plan, ["Conv4"], [1, 5], [5]), [vars(args) for _, args in lines])
     assert 20 < minutes < 55
 
@@ -256,7 +256,7 @@ def test_a_result_older_than_its_checkpoint_is_made_again(tmp_path, runner):
 
 
 def test_only_what_is_known_for_sure_stands_as_the_papers_number():
-    plan = Plan("miniImagenet", "CUB", ROOT, ROOT, {stage: [] for stage in STAGES})
+    plan = Plan("miniImagenet", "CUB", ROOT, ROOT, {stage: [] for stage in SCRIPTS})
     known = {}
     for table in TABLES:
         for row in rows_of(table, plan, ["Conv4", "ResNet18"], [1, 5], [5, 10] if table == "ways" else [5]):
@@ -273,7 +273,7 @@ def test_only_what_is_known_for_sure_stands_as_the_papers_number():
 
 
 def test_the_table_shows_how_far_we_are_from_the_paper():
-    plan = Plan("miniImagenet", "miniImagenet", ROOT, ROOT, {stage: [] for stage in STAGES})
+    plan = Plan("miniImagenet", "miniImagenet", ROOT, ROOT, {stage: [] for stage in SCRIPTS})
     rows = rows_of("main", plan, ["Conv4"], [1], [5])
     done = {"accuracy": 52.0, "ci95": 0.8, "n_episodes": 600, "n_query": 50, "img_size": 84, "seconds": 12.3}
     done |= {"seed": 0, "commit": "abc", "command": "python", "config": {"n_epoch": 600}}
