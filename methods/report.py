@@ -1,15 +1,45 @@
-"""Print result files as one Markdown table: python -m methods.report results"""
+"""Print result files as one Markdown table, or the paired difference of two results of the same episodes.
+
+python -m methods.report results
+python -m methods.report --pair fp32.json bf16.json
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.errors import OneLineParser, UserError
 from methods.engine import run_script
+from methods.evaluation import mean_and_ci95
+from methods.results import paired_difference, percent
 
 # What a result holds that is reported or drawn; of stage 3 also the second row.
 KEYS = "dataset method backbone img_size n_way n_shot n_episodes seconds accuracy ci95 accuracy_per_episode".split()
 ALIGNMENT_KEYS = ("fine_tuning", "difference")
+# What two results of the same episodes have in common.
+PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query", "n_episodes")
+
+
+def read_record(file: Path) -> Any:
+    """What a JSON file holds. Raises UserError when it is missing or damaged."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"no result file {file}: run its stage first, or name a file of results/tables") from error
+    except ValueError as error:
+        raise UserError(f"result file {file} is damaged ({error}): delete it and run its stage again") from error
+
+
+def is_result(file: Path, record: Any) -> bool:
+    """Whether a record is a stage's result. Raises UserError when it is one, and lacks something."""
+    if not (isinstance(record, dict) and "stage" in record):
+        return False
+    missing = [key for key in (*KEYS, *(ALIGNMENT_KEYS if "alignment" in record else ())) if key not in record]
+    if missing:
+        raise UserError(f"result file {file} lacks {missing[0]!r}: delete it and run its stage again")
+    return True
 
 
 def read_results(results_dir: Path) -> list[dict[str, Any]]:
@@ -17,17 +47,8 @@ def read_results(results_dir: Path) -> list[dict[str, Any]]:
 
     Raises UserError when there is none or a bad one.
     """
-    records = []
-    for file in sorted((results_dir / "tables").glob("*.json")):
-        try:
-            record = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"result file {file} is damaged ({error}): delete it and run its stage again") from error
-        if isinstance(record, dict) and "stage" in record:
-            missing = [key for key in (*KEYS, *(ALIGNMENT_KEYS if "alignment" in record else ())) if key not in record]
-            if missing:
-                raise UserError(f"result file {file} lacks {missing[0]!r}: delete it and run its stage again")
-            records.append(record)
+    found = [(file, read_record(file)) for file in sorted((results_dir / "tables").glob("*.json"))]
+    records = [record for file, record in found if is_result(file, record)]
     if not records:
         raise UserError(f"no result files in {results_dir / 'tables'}: run a stage first, or name its --results_dir")
     return records
@@ -80,10 +101,51 @@ def markdown_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def paired_line(before: Path, after: Path) -> str:
+    """Both accuracies of two results of the same episodes, and the paired difference with its 95% interval.
+
+    Raises UserError when one is no result, or the episodes are not the same ones.
+    """
+    records = [read_record(file) for file in (before, after)]
+    for file, record in zip((before, after), records, strict=True):
+        if not is_result(file, record):
+            raise UserError(f"{file} is not the result of a stage: name a file of results/tables")
+    first, second = records
+    for key in PAIR_KEYS:
+        if first.get(key) != second.get(key):
+            raise UserError(
+                f"{before} has {key} {first.get(key)}, {after} {second.get(key)}: only results of the same episodes "
+                "are paired, so run both with the same flags and --episodes_file"
+            )
+    if episodes_of(first) != episodes_of(second):
+        raise UserError(
+            f"{before} is of {episodes_of(first)}, {after} of {episodes_of(second)}: "
+            "run both with the same --episodes_file"
+        )
+    accuracies = [torch.tensor(record["accuracy_per_episode"]).double() / 100 for record in records]
+    difference = paired_difference(*accuracies)
+    lines = [f"{percent(*mean_and_ci95(a))} %  {file}" for a, file in zip(accuracies, (before, after), strict=True)]
+    return "\n".join([*lines, f"paired difference {percent(*difference)} points, {first['n_episodes']} episodes"])
+
+
+def episodes_of(record: dict[str, Any]) -> str:
+    """Where the episodes of a result come from, in words."""
+    file = record["config"].get("episodes_file")
+    return f"the episodes in {Path(file).name}" if file else f"the episodes of seed {record['seed']}"
+
+
 def main() -> None:
-    parser = OneLineParser(prog="python -m methods.report", description=__doc__)
+    parser = OneLineParser(prog="python -m methods.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
-    print(markdown_table(read_results(parser.parse_args().results_dir)))
+    parser.add_argument(
+        "--pair",
+        type=Path,
+        nargs=2,
+        metavar=("BEFORE.json", "AFTER.json"),
+        help="print the paired difference AFTER - BEFORE of two results of the same episodes instead",
+    )
+    args = parser.parse_args()
+    print(paired_line(*args.pair) if args.pair else markdown_table(read_results(args.results_dir)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""Two results of the same episodes, paired; results of other episodes are refused."""
+
+import json
+
+import pytest
+
+from tests.helpers import call
+
+
+def write(path, accuracies, **changes):
+    record = {
+        "stage": "associative_alignment",
+        "dataset": "toy",
+        "dataset_fingerprint": "f",
+        "method": "arcMax",
+        "backbone": "Conv4",
+        "img_size": 84,
+        "n_way": 5,
+        "n_shot": 1,
+        "n_query": 15,
+        "n_episodes": len(accuracies),
+        "seconds": 1.0,
+        "accuracy": sum(accuracies) / len(accuracies),
+        "ci95": 1.0,
+        "accuracy_per_episode": accuracies,
+        "seed": 0,
+        "config": {"episodes_file": None},
+    }
+    path.write_text(json.dumps(record | changes))
+    return path
+
+
+def test_the_difference_of_two_results_is_paired(tmp_path):
+    """Episodes differ by 60 points, the two results always by 1 or 3: the interval is that of 1 and 3."""
+    before = write(tmp_path / "fp32.json", [20.0, 80.0, 20.0, 80.0])
+    after = write(tmp_path / "bf16.json", [21.0, 83.0, 21.0, 83.0])
+    outcome = call("methods.report", "--pair", before, after)
+    assert outcome.status == 0, outcome.err
+    first, second, difference = outcome.out.splitlines()
+    assert first.startswith("50.00 ± 33.95 %") and first.endswith("fp32.json") and second.startswith("52.00")
+    assert difference == "paired difference 2.00 ± 1.13 points, 4 episodes"
+    assert "difference -2.00 ± 1.13" in call("methods.report", "--pair", after, before).out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dataset_fingerprint": "g"}, ["dataset_fingerprint", "same episodes"]),
+        ({"n_shot": 5}, ["n_shot 1", "5"]),
+        ({"seed": 7}, ["seed 0", "seed 7", "--episodes_file"]),
+        ({"config": {"episodes_file": "e.json"}}, ["seed 0", "e.json"]),
+        ({"stage": "x", "alignment": "centroid"}, ["other.json", "lacks"]),
+    ],
+)
+def test_results_of_other_episodes_are_refused(tmp_path, changes, words):
+    before = write(tmp_path / "one.json", [20.0, 80.0])
+    outcome = call("methods.report", "--pair", before, write(tmp_path / "other.json", [20.0, 80.0], **changes))
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert all(word in outcome.err for word in words), outcome.err
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path):
+    before = write(tmp_path / "one.json", [20.0, 80.0])
+    (tmp_path / "speed.json").write_text('{"rows": []}')
+    for name, word in (("speed.json", "not the result of a stage"), ("absent.json", "no result file")):
+        outcome = call("methods.report", "--pair", before, tmp_path / name)
+        assert outcome.status == 2 and name in outcome.err and word in outcome.err
