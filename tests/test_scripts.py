@@ -170,6 +170,10 @@ def test_the_tuned_preset_swaps_defaults_by_alignment_and_flags_beside_it_win():
     assert (adversarial.align_blocks, adversarial.align_bn, adversarial.aug_size) == (1, "train", 20)
     assert (adversarial.align_lr, adversarial.support_lr, adversarial.critic_steps) == (1e-5, 1e-3, 1)
     assert args_parser("alignment", []).align_blocks is None
+    # predict.py fills in its alignment from --base: the preset is that alignment's all the same.
+    predict = ["--support", "s", "--query", "q", "--checkpoint", "c", "--base", "b", "--align_preset", "tuned"]
+    assert args_parser("predict", predict).align_bn == "eval"
+    assert args_parser("predict", [*predict, "--alignment", "adversarial"]).align_bn == "train"
 
 
 def test_the_tuned_result_lies_beside_the_published_one_and_is_told_from_it(workspace):
