@@ -29,7 +29,7 @@ LAPTOP = {
     },
     "transfer": {"n_episodes": 600},
     "meta": {"n_epoch": 10, "episodes_per_epoch": 60, "n_episodes": 600},
-    "alignment": {"n_episodes": 60, "aug_size": 10, "align_iters": 100},
+    "alignment": {"n_episodes": 60, "aug_size": 10, "align_iters": 100, "record_curve": 10},
 }
 
 # Chosen on the val classes of a fine-grained benchmark, the cheaper of settings that did about as well:
@@ -211,6 +211,11 @@ def shared_flags() -> argparse.ArgumentParser:
     run = p.add_argument_group("run")
     machine_flags(run)
     run.add_argument("--results_dir", type=Path, default=Path("./results"), help="where tables/ and logs/ are written")
+    run.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the numbers of metrics.jsonl for TensorBoard too, beside that file: needs pip install tensorboard",
+    )
     again = run.add_mutually_exclusive_group()
     again.add_argument(
         "--resume",
@@ -408,6 +413,13 @@ def alignment_flags(p: argparse.ArgumentParser) -> None:
         default=0,
         metavar="K",
         help="record the query accuracy after every K iterations, to see whether more help or hurt; 0 does not",
+    )
+    group.add_argument(
+        "--save_episode",
+        type=COUNT_OR_0,
+        default=0,
+        metavar="I",
+        help="the episode whose features and related base images are kept in episodes/, for methods.figures to draw",
     )
     update_flags(p, group)
 

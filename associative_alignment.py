@@ -13,10 +13,13 @@ from tqdm import tqdm
 from args_parser import args_parser, data_options
 from data.benchmarks import load_split
 from data.episodes import class_major_labels, fixed_episodes
+from data.errors import UserError
 from methods.alignment import AlignmentSetting, align_episode, blocks_to_update, network_input, stored_input
-from methods.checkpoints import best_model_path, check_base_classes, load_backbone
+from methods.checkpoints import best_model_path, check_base_classes, load_backbone, save_atomically
 from methods.engine import on_device, run_script, start, write_json
+from methods.episode_data import Source, first_draw, gather_episode
 from methods.evaluation import EpisodeScores, cached_activations, cached_features, mean_and_ci95
+from methods.metrics import open_metrics
 from methods.results import accuracy_record, curve_record, paired_difference, percent, result_path, run_record
 from methods.resume import LENGTH_FLAGS, AlignedEpisodes, begin, find_state, resumable, weights_digest
 
@@ -33,10 +36,14 @@ def main() -> None:
     name = args.alignment + ("_tuned" if args.align_preset == "tuned" else "")
     table = result_path(args.results_dir, "associative_alignment", own, args.dataset, args.novel_dataset, name)
     last = args.results_dir / "logs" / f"{table.stem}_last.tar"
+    metrics = open_metrics(args.results_dir / "logs" / table.stem, args.tensorboard)
+    episode_file = args.results_dir / "episodes" / f"{table.stem}.pt"
+    n_test = args.testing_epochs * args.n_episodes
+    if args.save_episode >= n_test:
+        raise UserError(f"--save_episode {args.save_episode}, but the {n_test} episodes are numbered from 0: give less")
     state = find_state(last, None, table, vars(args), LENGTH_FLAGS, args.resume, args.overwrite)
     load = partial(load_split, **data_options(args))
     base, novel = load(dataset=args.dataset, split="base"), load(dataset=args.novel_dataset, split=args.test_split)
-    n_test = args.testing_epochs * args.n_episodes
     episodes = fixed_episodes(args.episodes_file, novel, args.test_n_way, args.n_shot, args.n_query, n_test, args.seed)
     backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)
     check_base_classes(path, checkpoint, args.dataset, base.class_names)
@@ -56,6 +63,7 @@ def main() -> None:
             partial(stored_input, on_device(cached_activations(below, split, **cached), device), device=device)
             for split in (base, novel)
         )
+    novel_source, base_source = Source(novel, z_novel, novel_input), Source(base, z_base, base_input)
     setting = AlignmentSetting(**{name: getattr(args, name) for name in AlignmentSetting.__dataclass_fields__})
     per_class = len(base.class_names) // args.test_n_way
     if args.n_B > per_class:
@@ -75,6 +83,9 @@ def main() -> None:
     began -= begin(state, made_from, last)
     if state:
         done.restore(state, n_test, last)
+        metrics.keep([done.metrics_row(i) for i in range(len(done.rows))])
+        if args.save_episode < len(done.rows) and not episode_file.is_file():
+            print(f"note: episode {args.save_episode} is done and was not saved: only --overwrite runs it again")
     save = partial(done.save, last, vars(args), made_from, began)
     bar = tqdm(range(len(done.rows), n_test), desc=f"{args.alignment} alignment", unit="episode", disable=args.quiet)
     with resumable(last, save):
@@ -98,6 +109,10 @@ def main() -> None:
                 precision,
             )
             done.add(episode)
+            metrics.write(i, done.metrics_row(i))
+            if i == args.save_episode:
+                drawn, sources = first_draw(episode, args.seed, i), (novel_source, base_source)
+                save_atomically(episode_file, gather_episode(episodes, i, episode, drawn, *sources, updated, precision))
             empty = [w for w, samples in enumerate(episode.related.samples) if not len(samples)]
             for w in empty if args.alignment != "none" else []:
                 name = novel.class_names[episodes.classes[i, w]]

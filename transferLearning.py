@@ -24,6 +24,7 @@ from methods.checkpoints import (
 )
 from methods.engine import n_parameters, on_device, run_script, start
 from methods.evaluation import embed, evaluate_heads, mean_and_ci95
+from methods.metrics import open_metrics
 from methods.results import log_epoch, result_path, save_result
 from methods.resume import TEST_FLAGS, Training, begin, find_state, last_state_path, resumable
 from models import build_head
@@ -37,7 +38,7 @@ def main() -> None:
     # Where the run writes, and what an earlier one has left there.
     path = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
     last = last_state_path(path)
-    metrics = args.results_dir / "logs" / path.stem / "metrics.jsonl"
+    metrics = open_metrics(args.results_dir / "logs" / path.stem, args.tensorboard)
     table = result_path(args.results_dir, "transferLearning", path, args.dataset, args.novel_dataset)
     written = (last, path) if args.n_epoch else (None, None)
     state = find_state(*written, table, vars(args), TEST_FLAGS, args.resume, args.overwrite)
@@ -90,7 +91,7 @@ def main() -> None:
     if args.n_epoch:
         began -= begin(state, made_from, last)
     if state:
-        training.restore(state, args.n_epoch, metrics, last)
+        training.restore(state, args.n_epoch, metrics.path, last)
     with resumable(last):
         for epoch in range(training.n_done, args.n_epoch):
             epoch_began = time.time()

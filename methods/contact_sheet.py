@@ -8,14 +8,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from data.files import atomic_file
 from data.image_cache import open_rgb
 from data.user_images import printable
+from methods.figure_style import BLUE, GREY, INK, ORANGE, PALE, PAPER
 from methods.prediction import Predictions
 
 SIDE, GAP, MARGIN = 112, 4, 20  # pixels: side of a picture, between the two of a cell, around cells
 PAIR = 2 * SIDE + GAP
 HEADER, CAPTION = 62, 66  # pixels: above all cells, below the pictures of one
 COLUMNS = 4
-# Okabe and Ito's colours, told apart by colour-blind readers.
-BLUE, ORANGE, INK, GREY, PALE, PAPER = "#0072B2", "#D55E00", "#222222", "#666666", "#E4E4E4", "#FFFFFF"
 
 
 def typeface(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:

@@ -16,6 +16,7 @@ from data.episodes import Episodes, class_major_labels
 from data.generators import make_generator
 from data.transforms import Augmentation
 from methods.base_training import training_input
+from methods.confusion import count_predictions
 from methods.engine import Precision, check_finite, seeded
 from methods.evaluation import EpisodeScores, score_queries
 from methods.meta_learners import MetaLearner
@@ -82,13 +83,13 @@ def evaluate_meta_learner(
     # The largest tensors: a map for each pair of query and class; the four gates of MatchingNet's LSTM.
     expansion = episodes.n_way if learner.uses_maps else 4
     chunk = max(1, chunk_numbers // (expansion * episodes.index[0].numel() * features[0].numel()))
-    correct: list[Tensor] = []
+    counts: list[Tensor] = []
     with tqdm(total=len(episodes), desc=bar, disable=not bar, unit="episode") as progress:
         for first in range(0, len(episodes), chunk):
             part = episodes.slice(first, first + chunk)
             support = features[part.support.to(features.device)]
             query = features[part.query.flatten(1).to(features.device)]
-            correct.append(score_queries(learner(support, query), part.n_way).cpu())
+            counts.append(count_predictions(learner(support, query), part.n_way).cpu())
             progress.update(len(part))
-            progress.set_postfix_str(f"accuracy {100 * torch.cat(correct).mean().item():.2f}")
-    return EpisodeScores(torch.cat(correct))
+            progress.set_postfix_str(f"accuracy {100 * EpisodeScores(torch.cat(counts)).accuracy.mean().item():.2f}")
+    return EpisodeScores(torch.cat(counts))

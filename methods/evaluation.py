@@ -17,6 +17,7 @@ from data.files import atomic_file
 from data.generators import make_generator
 from data.transforms import normalise
 from methods.checkpoints import load_tensors, save_atomically
+from methods.confusion import count_predictions
 from methods.engine import Precision
 from methods.novel_finetune import fit_heads
 from models import Backbone, build_head
@@ -27,9 +28,16 @@ HEAD_CHUNK = 16
 
 @dataclass(frozen=True)
 class EpisodeScores:
-    """accuracy (E,) in 0..1, and correct (E, n_way): the share of each class's queries that were right."""
+    """How the queries of E episodes were predicted: counts (E, n_way, n_way), rows true and columns predicted.
 
-    correct: Tensor
+    correct (E, n_way): the share of each class's queries that were right; accuracy (E,): of all, in 0..1.
+    """
+
+    counts: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        return share_right(self.counts)
 
     @property
     def accuracy(self) -> Tensor:
@@ -126,9 +134,12 @@ def cached_activations(
 
 def score_queries(scores: Tensor, n_way: int) -> Tensor:
     """Share of right predictions of each class: class-major scores (..., n_way * n_query, n_way) -> (..., n_way)."""
-    n_query = scores.shape[-2] // n_way
-    right = scores.argmax(-1) == class_major_labels(n_way, n_query, scores.device)
-    return right.view(*right.shape[:-1], n_way, n_query).float().mean(-1)
+    return share_right(count_predictions(scores, n_way))
+
+
+def share_right(counts: Tensor) -> Tensor:
+    """The same of counts by true and predicted class: (..., n_way, n_way) -> (..., n_way)."""
+    return counts.diagonal(dim1=-2, dim2=-1).float() / counts.sum(-1)
 
 
 def evaluate_heads(
@@ -148,7 +159,7 @@ def evaluate_heads(
     features (N, d): the embedded split that `episodes` index. The initial head of the i-th of them is drawn from
     (seed, start + i).
     """
-    correct = []
+    counts = []
     chunks = range(0, len(episodes), HEAD_CHUNK)
     for first in tqdm(chunks, desc=bar, disable=not bar, unit=f"x{HEAD_CHUNK} episodes"):
         part = episodes.slice(first, first + HEAD_CHUNK)
@@ -159,8 +170,8 @@ def evaluate_heads(
         head = build_head(method, features.shape[1], part.n_way, s, m, generators, batched=True).to(features.device)
         fit_heads(head, z_support, y, n_steps, lr)
         with torch.no_grad():
-            correct.append(score_queries(head(z_query), part.n_way).cpu())
-    return EpisodeScores(torch.cat(correct))
+            counts.append(count_predictions(head(z_query), part.n_way).cpu())
+    return EpisodeScores(torch.cat(counts))
 
 
 def accuracy_per_class(scores: EpisodeScores, episodes: Episodes, class_names: list[str]) -> dict[str, float]:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from data.benchmarks import Split
 from data.episodes import Episodes
-from methods.engine import append_jsonl, provenance, write_json
+from methods.confusion import confusion_record
+from methods.engine import provenance, write_json
 from methods.evaluation import EpisodeScores, accuracy_per_class, mean_and_ci95
+from methods.metrics import MetricsLog
 
 
 def result_path(
@@ -28,13 +30,14 @@ def percent(mean: float, ci95: float) -> str:
 
 
 def accuracy_record(scores: EpisodeScores, episodes: Episodes, class_names: list[str]) -> dict[str, Any]:
-    """Accuracy and interval (%) pooled over all episodes, each episode's accuracy (%), and each class's."""
+    """Accuracy and interval (%) pooled over all episodes, each class's and each episode's (%), and the confusion."""
     mean, ci95 = mean_and_ci95(scores.accuracy)
     return {
         "accuracy": round(100 * mean, 3),
         "ci95": round(100 * ci95, 3) if len(episodes) > 1 else None,
         "accuracy_per_class": accuracy_per_class(scores, episodes, class_names),
         "accuracy_per_episode": [round(100 * a, 3) for a in scores.accuracy.tolist()],
+        "confusion": confusion_record(scores.counts, episodes, class_names),
     }
 
 
@@ -60,9 +63,9 @@ def run_record(
 
 
 def log_epoch(
-    metrics: Path, epoch: int, loss: float, base_accuracy: float, val: EpisodeScores, best: float, began: float
+    metrics: MetricsLog, epoch: int, loss: float, base_accuracy: float, val: EpisodeScores, best: float, began: float
 ) -> None:
-    """Print a line on an epoch that began at time `began`, and append one to the metrics file; epoch 0 starts it anew.
+    """Print a line on an epoch that began at time `began`, and write its row to the metrics; epoch 0 starts them anew.
 
     base_accuracy and best, the highest validation accuracy so far, are shares of 1.
     """
@@ -72,10 +75,8 @@ def log_epoch(
         f"epoch {epoch:3d}  loss {loss:.3f}  base accuracy {100 * base_accuracy:.1f}  "
         f"val {percent(val_accuracy, val_ci95)}  best {100 * best:.2f}  {seconds:.1f} s"
     )
-    if epoch == 0:
-        metrics.unlink(missing_ok=True)
     row = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
-    append_jsonl(metrics, row | {"val_accuracy": 100 * val_accuracy, "val_ci95": 100 * val_ci95, "seconds": seconds})
+    metrics.write(epoch, row | {"val_accuracy": 100 * val_accuracy, "val_ci95": 100 * val_ci95, "seconds": seconds})
 
 
 def save_result(
@@ -103,13 +104,15 @@ def paired_difference(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 
 def curve_record(accuracy: Tensor, every: int) -> list[dict[str, float]]:
-    """Mean accuracy (%), and its paired difference from iteration 0, over iterations 0, every, 2 every, ...
+    """Mean accuracy (%), and its paired difference from iteration 0, over iterations 0, every, 2 every, ..., each with
+    its 95% interval.
 
     accuracy (E, k): the share of right queries of each episode at those iterations; the first is fine-tuning.
     """
     rows = []
     for k in range(accuracy.shape[1] if every else 0):
         gain, gain_ci95 = paired_difference(accuracy[:, 0], accuracy[:, k])
-        row = {"iteration": k * every, "accuracy": 100 * accuracy[:, k].mean().item()}
+        _, ci95 = mean_and_ci95(accuracy[:, k])
+        row = {"iteration": k * every, "accuracy": 100 * accuracy[:, k].mean().item(), "ci95": 100 * ci95}
         rows.append(row | {"gain": 100 * gain, "gain_ci95": 100 * gain_ci95})
     return rows

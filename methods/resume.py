@@ -8,6 +8,7 @@ a run that was never interrupted.
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,19 +22,23 @@ from data.errors import UserError
 from data.files import atomic_file
 from methods.alignment import AlignedEpisode
 from methods.checkpoints import Checkpoint, load_checkpoint, load_tensors, save_atomically, save_checkpoint
+from methods.confusion import count_predictions
 from methods.engine import Precision, plain
-from methods.evaluation import score_queries
+from methods.evaluation import EpisodeScores, share_right
 
 STATE_FORMAT = "associative-alignment-state/1"
 # Flags that change no number, but for the rounding of another device.
 IRRELEVANT = {
     *("num_workers", "quiet", "device", "no_keep_memory", "preset", "resume", "overwrite", "n_base_class"),
+    *("tensorboard", "save_episode"),
     *("benchmarks_dir", "image_root", "cache_dir", "checkpoint_dir", "results_dir"),
 }
 # Flags that a training that goes on may change: how long it is, and the test after it.
 TEST_FLAGS = {"n_epoch", "n_episodes", "testing_epochs", "episodes_file", "novel_dataset"}
 # The same of stage 3.
 LENGTH_FLAGS = {"n_episodes", "testing_epochs"}
+# What stage 3 keeps of each episode.
+COLUMNS = ("finetuned", "aligned", "curve", "losses", "n_related", "n_empty", "n_drawn")
 
 
 def last_state_path(best: Path) -> Path:
@@ -234,36 +239,47 @@ class Training:
 
 @dataclass
 class AlignedEpisodes:
-    """What stage 3 has of the episodes done: a row (finetuned, aligned, curve, n_empty, n_drawn) each."""
+    """What stage 3 has of the episodes done, a row each: the columns of `tensors`."""
 
     precision: Precision
-    rows: list[tuple[Tensor, Tensor, Tensor, int, int]] = field(default_factory=list)
+    rows: list[dict[str, Tensor]] = field(default_factory=list)
 
     def add(self, episode: AlignedEpisode) -> None:
-        """Append what the report needs of an episode."""
+        """Append what the report and the metrics need of an episode."""
         finetuned, aligned, *curve = (
-            score_queries(scores, scores.shape[1]).cpu()
+            count_predictions(scores, scores.shape[1]).cpu()
             for scores in (episode.finetuned, episode.aligned, *episode.curve)
         )
-        accuracy = torch.stack([share.mean() for share in (finetuned, *curve)])
-        n_empty = sum(not len(samples) for samples in episode.related.samples)
-        self.rows.append((finetuned, aligned, accuracy, n_empty, episode.n_drawn))
+        n_related = torch.tensor([len(samples) for samples in episode.related.samples])
+        self.rows.append(
+            {
+                "finetuned": finetuned,
+                "aligned": aligned,
+                "curve": torch.stack([share_right(counts).mean() for counts in (finetuned, *curve)]),
+                "losses": torch.tensor(episode.losses[-1] if episode.losses else (math.nan,) * 3),
+                "n_related": n_related.sum(),
+                "n_empty": (n_related == 0).sum(),
+                "n_drawn": torch.tensor(episode.n_drawn),
+            }
+        )
+
+    def metrics_row(self, i: int) -> dict[str, Any]:
+        """Episode i in numbers: accuracy (%), losses of the last iteration, related base images and drawn of them."""
+        row = self.rows[i]
+        before, after = (EpisodeScores(row[name].unsqueeze(0)).accuracy.item() for name in ("finetuned", "aligned"))
+        losses = zip(("align_loss", "related_loss", "support_loss"), row["losses"].tolist(), strict=True)
+        counts = {name: int(row[name]) for name in ("n_related", "n_empty", "n_drawn")}
+        return {"episode": i, "fine_tuning": 100 * before, "alignment": 100 * after, **dict(losses), **counts}
 
     def means(self) -> tuple[float, float]:
         """Mean accuracy (%) so far, of fine-tuning and after alignment."""
-        finetuned, aligned, *_ = zip(*self.rows, strict=True)
-        return 100 * torch.stack(finetuned).mean().item(), 100 * torch.stack(aligned).mean().item()
+        finetuned, aligned = (torch.stack([row[name] for row in self.rows]) for name in ("finetuned", "aligned"))
+        return 100 * share_right(finetuned).mean().item(), 100 * share_right(aligned).mean().item()
 
     def tensors(self) -> dict[str, Tensor]:
-        """finetuned and aligned (E, n_way), curve (E, k), n_empty and n_drawn (E,)."""
-        finetuned, aligned, curve, n_empty, n_drawn = zip(*self.rows, strict=True)
-        return {
-            "finetuned": torch.stack(finetuned),
-            "aligned": torch.stack(aligned),
-            "curve": torch.stack(curve),
-            "n_empty": torch.tensor(n_empty),
-            "n_drawn": torch.tensor(n_drawn),
-        }
+        """finetuned and aligned (E, n_way, n_way): queries by true and predicted class; curve (E, k): accuracy at
+        iterations; losses (E, 3) of the last one; n_related, n_empty and n_drawn (E,)."""
+        return {name: torch.stack([row[name] for row in self.rows]) for name in self.rows[0]}
 
     def save(self, last: Path, config: dict[str, Any], made_from: dict[str, str], began: float) -> None:
         """Write the state, if any episode is done."""
@@ -273,9 +289,8 @@ class AlignedEpisodes:
     def restore(self, state: dict[str, Any], n_test: int, last: Path) -> None:
         """Go on after the episodes of a state, n_test of them at most. Raises UserError if it does not fit."""
         try:
-            columns = [state[name][:n_test] for name in ("finetuned", "aligned", "curve", "n_empty", "n_drawn")]
-            counts = [column.tolist() for column in columns[3:]]
-            self.rows = list(zip(*columns[:3], *counts, strict=True))
+            columns = [state[name][:n_test] for name in COLUMNS]
+            self.rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
             self.precision.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{last} does not fit this run: start anew with --overwrite") from error

@@ -195,7 +195,9 @@ def test_a_single_value_has_no_interval():
 
 def test_accuracy_per_class_pools_the_episodes_that_a_class_was_part_of():
     classes = torch.tensor([[0, 2], [2, 1], [0, 2]])
-    scores = EpisodeScores(torch.tensor([[1.0, 0.5], [0.0, 0.25], [0.5, 0.1]]))
+    # 20 queries a class; rows are the true classes, columns the predicted ones.
+    counts = torch.tensor([[[20, 0], [10, 10]], [[0, 20], [15, 5]], [[10, 10], [18, 2]]])
+    scores = EpisodeScores(counts)
     episodes = Episodes(torch.zeros(3, 2, 2, dtype=torch.long), classes, 1)
     table = accuracy_per_class(scores, episodes, ["ant", "bee", "cat", "never drawn"])
     assert table == {"ant": 75.0, "bee": 25.0, "cat": 20.0}

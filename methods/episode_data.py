@@ -1,0 +1,124 @@
+"""One episode of stage 3 in a file, to be drawn: its features before and after alignment, its related base classes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.benchmarks import Split
+from data.episodes import Episodes
+from data.errors import UserError
+from data.generators import make_generator
+from methods.alignment import AlignedEpisode, Input, draw_related
+from methods.checkpoints import load_tensors
+from methods.engine import Precision
+
+EPISODE_FORMAT = "associative-alignment-episode/1"
+N_SAMPLES = 2  # images kept of each related base class
+MAX_SIDE = 84  # pixels, of the images kept
+ROWS = 64  # images embedded together
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split that an episode takes images from: its features (N, d) before alignment, and the backbone's input."""
+
+    split: Split
+    features: Tensor
+    network_input: Input
+
+
+def first_draw(episode: AlignedEpisode, seed: int, i: int) -> tuple[Tensor, Tensor]:
+    """The related images, and their labels, that episode i took in the first iteration: (n,), (n,), perhaps none."""
+    if not episode.n_drawn:
+        return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    return draw_related(episode.related.samples, episode.n_drawn, make_generator(seed, "related draws", i))
+
+
+@torch.no_grad()
+def before_and_after(
+    source: Source, index: Tensor, labels: Tensor, backbone: nn.Module, precision: Precision
+) -> dict[str, Tensor]:
+    """Features (n, d) of the images at index (n,) before alignment, and by the aligned backbone in eval mode."""
+    backbone.eval()
+    before, after = source.features[index.to(source.features.device)].cpu(), []
+    for part in index.split(ROWS):
+        if len(part):
+            with precision.autocast():
+                after.append(backbone(source.network_input(part)).float().cpu())
+    return {"before": before, "after": torch.cat(after) if after else before.clone(), "labels": labels.cpu()}
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """uint8 images (n, 3, s, s), made MAX_SIDE pixels if they are larger."""
+    if images.shape[-1] <= MAX_SIDE or not len(images):
+        return images.cpu().clone()
+    return F.interpolate(images.cpu().float(), MAX_SIDE, mode="area").round().to(torch.uint8)
+
+
+def related_classes(episode: AlignedEpisode, base: Split) -> list[list[dict[str, Any]]]:
+    """For each novel class its related base classes, best first: name, score, and images (k, 3, s, s) aligned with."""
+    rows = []
+    for w, (chosen, samples) in enumerate(zip(episode.related.classes, episode.related.samples, strict=True)):
+        samples = samples.cpu()
+        rows.append(
+            [
+                {
+                    "name": base.class_names[b],
+                    "score": episode.related.score[b, w].item(),
+                    "images": thumbnails(base.images[samples[base.labels[samples] == b][:N_SAMPLES]]),
+                }
+                for b in chosen
+            ]
+        )
+    return rows
+
+
+def gather_episode(
+    episodes: Episodes,
+    i: int,
+    episode: AlignedEpisode,
+    drawn: tuple[Tensor, Tensor],
+    novel: Source,
+    base: Source,
+    backbone: nn.Module,
+    precision: Precision,
+) -> dict[str, Any]:
+    """What the figures need of episode i, as tensors and plain values.
+
+    backbone: as alignment left it, which takes what the sources' network_input gives. drawn: indices and labels of
+    the related images to embed (see first_draw). Draws no random number, and leaves the backbone's weights alone.
+    """
+    support, query = episodes.support[i], episodes.query[i]
+    ways = torch.arange(episodes.n_way)
+    novel_features = {
+        name: before_and_after(novel, index.flatten(), ways.repeat_interleave(index.shape[1]), backbone, precision)
+        for name, index in (("support", support), ("query", query))
+    }
+    return {
+        "format": EPISODE_FORMAT,
+        "episode": i,
+        "class_names": [novel.split.class_names[c] for c in episodes.classes[i].tolist()],
+        **novel_features,
+        "related": before_and_after(base, *drawn, backbone, precision),
+        "support_images": thumbnails(novel.split.images[support[:, 0]]),
+        "related_classes": related_classes(episode, base.split),
+    }
+
+
+def read_episode(path: Path) -> dict[str, Any]:
+    """The content of a file of gather_episode, and the file's name as `result`, running nothing of it.
+
+    Raises UserError when it is no such file.
+    """
+    try:
+        record = load_tensors(path, "cpu")
+        if not isinstance(record, dict) or record.get("format") != EPISODE_FORMAT:
+            raise ValueError(f"it has no format {EPISODE_FORMAT!r}")
+    except Exception as error:  # a damaged file makes the unpickler raise nearly any exception
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} is no saved episode ({reason}): delete it and run its stage again") from error
+    return record | {"result": path.stem}

@@ -1,0 +1,116 @@
+"""Pictures of result files: accuracy against alignment iterations, training curves, confusion over episodes."""
+
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from methods.figure_style import BLUE, GREY, colour, label_text
+
+Rows = list[dict[str, Any]]
+MAX_LABELS = 40  # classes named at each side of a confusion matrix
+MAX_NUMBERS = 10  # classes up to which its cells hold numbers
+
+
+def band(axes: Axes, x: list[float], rows: Rows, keys: tuple[str, str], line: dict[str, Any]) -> None:
+    """A line of the mean, keys[0], with its 95% interval, keys[1], where there is one."""
+    mean = [row[keys[0]] for row in rows]
+    half = [row.get(keys[1]) or 0.0 for row in rows]
+    axes.plot(x, mean, **line)
+    low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=line["color"], alpha=0.18, linewidth=0)
+
+
+def run_name(record: dict[str, Any]) -> str:
+    """A result in words: method, alignment and task."""
+    alignment = f" {record['alignment']}" if "alignment" in record else ""
+    return f"{record['method']}{alignment}, {record['dataset']} {record['n_way']}-way {record['n_shot']}-shot"
+
+
+def curve_figure(records: list[dict[str, Any]]) -> Figure:
+    """Accuracy, and its paired gain over fine-tuning, against alignment iterations, with 95% intervals."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    accuracy, gain = figure.subplots(1, 2)
+    for i, record in enumerate(records):
+        rows = record["curve"]
+        x = [row["iteration"] for row in rows]
+        line = {"color": colour(i), "marker": "o", "markersize": 3.5}
+        band(accuracy, x, rows, ("accuracy", "ci95"), line | {"label": label_text(run_name(record), 60)})
+        accuracy.axhline(rows[0]["accuracy"], color=colour(i), linestyle=":", linewidth=1)
+        band(gain, x, rows, ("gain", "gain_ci95"), line)
+    gain.axhline(0, color=GREY, linewidth=0.8)
+    accuracy.set(title="Query accuracy", ylabel="accuracy, % (95% interval)")
+    gain.set(title="Gain over fine-tuning, the same episodes", ylabel="points (paired 95% interval)")
+    for axes in (accuracy, gain):
+        axes.set_xlabel("alignment iterations (0: fine-tuning)")
+        axes.margins(x=0.02)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def training_figure(logs: dict[str, Rows]) -> Figure:
+    """Loss, and base and validation accuracy, by epoch: rows of metrics.jsonl of each run, by name."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for i, (name, rows) in enumerate(logs.items()):
+        x = [row["epoch"] for row in rows]
+        loss.plot(x, [row["loss"] for row in rows], color=colour(i), label=label_text(name, 60))
+        accuracy.plot(x, [row["base_accuracy"] for row in rows], color=colour(i), linestyle="--")
+        band(accuracy, x, rows, ("val_accuracy", "val_ci95"), {"color": colour(i)})
+    loss.set(title="Training loss", xlabel="epoch", ylabel="loss")
+    accuracy.set(title="Accuracy: base - - -, validation —", xlabel="epoch", ylabel="% (validation: 95% interval)")
+    for axes in (loss, accuracy):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def as_matrix(confusion: dict[str, dict[str, int]]) -> tuple[list[str], Tensor]:
+    """Class names (C,), sorted, and the counts (C, C) of a confusion_record, rows true."""
+    names = sorted({*confusion, *(name for row in confusion.values() for name in row)})
+    counts = [[confusion.get(true, {}).get(name, 0) for name in names] for true in names]
+    return names, torch.tensor(counts)
+
+
+def draw_confusion(axes: Axes, confusion: dict[str, dict[str, int]], title: str) -> Any:
+    """The counts of a confusion_record, each row in % of its queries; returns the image, for a colour bar."""
+    names, counts = as_matrix(confusion)
+    share = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
+    # The root shows the small shares that confusions are.
+    image = axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    step = -(-len(names) // MAX_LABELS)
+    shown = range(0, len(names), step)
+    labels = [label_text(names[i], 18) for i in shown]
+    axes.set_xticks(shown, labels, rotation=90, fontsize=7)
+    axes.set_yticks(shown, labels, fontsize=7)
+    if len(names) <= MAX_NUMBERS:
+        for i, j in torch.nonzero(share >= 0.5).tolist():
+            ink = "white" if share[i, j] > 40 else "black"
+            axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=7, color=ink)
+    each = f" (every {step}th is named)" if step > 1 else ""
+    axes.set(title=title, xlabel=f"predicted class{each}", ylabel=f"true class{each}")
+    return image
+
+
+def confusion_figure(record: dict[str, Any]) -> Figure:
+    """Confusion over all episodes of a result; of stage 3 by fine-tuning and after alignment."""
+    panels = [(f"{record['method']}, {record['accuracy']:.1f} %", record["confusion"])]
+    if "alignment" in record:
+        before = record["fine_tuning"]
+        panels = [
+            (f"fine-tuning, {before['accuracy']:.1f} %", before["confusion"]),
+            (f"{record['alignment']} alignment, {record['accuracy']:.1f} %", record["confusion"]),
+        ]
+    n_labels = min(MAX_LABELS, len(record["confusion"]))
+    side = 1.6 + max(3.2, 0.17 * n_labels)
+    figure = Figure(figsize=(side * len(panels) + 0.8, side + 0.3), layout="constrained")
+    subplots = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, confusion) in zip(subplots, panels, strict=True):
+        image = draw_confusion(axes, confusion, title)
+    bar = figure.colorbar(image, ax=list(subplots), shrink=0.8, ticks=[0, 1, 5, 20, 50, 100])
+    bar.set_label("% of the queries of a class", color=BLUE)
+    figure.suptitle(label_text(f"{run_name(record)}, {record['n_episodes']} episodes", 90), fontsize=10)
+    return figure
