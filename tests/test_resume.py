@@ -92,7 +92,11 @@ def numbers(root, script):
     record = json.loads(table.read_text())
     found = {key: value for key, value in record.items() if key not in ("seconds", "config", "command", "commit")}
     found.pop("checkpoint", None)
-    if script != "associative_alignment":
+    if script == "associative_alignment":
+        found["metrics"] = (results / "logs" / table.stem / "metrics.jsonl").read_text()
+        episode = torch.load(results / "episodes" / f"{table.stem}.pt", weights_only=True)
+        found["features"] = [v.numpy().tobytes() for kind in ("support", "related") for v in episode[kind].values()]
+    else:
         stem = table.stem.removeprefix(f"{script}_")
         rows = (results / "logs" / f"{stem}_bestModel" / "metrics.jsonl").read_text().splitlines()
         found["metrics"] = [{k: v for k, v in json.loads(row).items() if k != "seconds"} for row in rows]
