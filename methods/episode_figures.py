@@ -1,6 +1,7 @@
 """Pictures of a saved episode: its features in two dimensions before and after alignment, its related base classes."""
 
 import importlib
+import textwrap
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from methods.figure_style import GREY, INK, PALE, colour, label_text
 # Marker, size and z-order of each kind of sample; related ones lie below, the few support ones on top.
 KINDS = {"related": ("x", 26, 1), "query": ("o", 20, 2), "support": ("*", 260, 3)}
 MAX_RELATED = 10  # related base classes drawn of each novel class
-COLUMN, ROW = 1.16, 2.95  # image sides: from one related class to the next, from one novel class to the next
+COLUMN, ROW = 1.16, 3.1  # image sides: from one related class to the next, from one novel class to the next
 
 
 def pca(z: Tensor) -> tuple[Tensor, list[float]]:
@@ -82,7 +83,9 @@ def projection_figure(record: dict[str, Any], projection: str) -> Figure:
         Line2D([], [], linestyle="", marker=marker, color=GREY, markersize=size**0.5 * 0.75, label=f"{kind} ({n})")
         for (kind, (marker, size, _)), n in zip(KINDS.items(), map(len, kinds.values()), strict=True)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=9)
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = min(len(handles), 8, int(9.5 / (0.6 + 0.085 * longest)))  # inches
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     figure.suptitle(f"episode {record['episode']}: {label_text(record['result'], 90)}", fontsize=10)
     return figure
 
@@ -92,6 +95,12 @@ def place_image(axes: Axes, image: Tensor, x: float, y: float, side: float) -> N
     axes.imshow(image.permute(1, 2, 0).numpy(), extent=(x, x + side, y + side, y), interpolation="nearest", zorder=2)
 
 
+def two_lines(name: str, width: int) -> str:
+    """A name as a label of at most two lines of `width` characters, broken at its spaces and underscores if it can."""
+    lines = textwrap.wrap(name.replace("_", " "), width, max_lines=2, placeholder="…")
+    return "\n".join(label_text(line) for line in lines)
+
+
 def place_related(axes: Axes, related: dict[str, Any], x: float, y: float) -> None:
     """One related base class: its samples below each other, then its name and score."""
     for k in range(2):
@@ -99,25 +108,27 @@ def place_related(axes: Axes, related: dict[str, Any], x: float, y: float) -> No
             place_image(axes, related["images"][k], x, y + 1.04 * k, 1.0)
         else:
             axes.fill([x, x + 1, x + 1, x], [y + 1.04 * k] * 2 + [y + 1.04 * k + 1] * 2, color=PALE, zorder=1)
-    axes.text(x + 0.5, y + 2.14, label_text(related["name"], 13), ha="center", va="top", fontsize=7, color=INK)
-    axes.text(x + 0.5, y + 2.42, f"{related['score']:.2f}", ha="center", va="top", fontsize=7, color=GREY)
+    axes.text(x + 0.5, y + 2.1, f"{related['score']:.2f}", ha="center", va="top", fontsize=6.5, color=GREY)
+    axes.text(x + 0.5, y + 2.36, two_lines(related["name"], 11), ha="center", va="top", fontsize=6.5, color=INK)
 
 
 def related_base_figure(record: dict[str, Any]) -> Figure:
     """A row for each novel class: a support image, then samples of its related base classes with their scores."""
     rows = record["related_classes"]
     n_B = max(1, min(MAX_RELATED, max(len(row) for row in rows)))
-    width, height = 2.6 + COLUMN * n_B, ROW * len(rows)
-    figure = Figure(figsize=(0.62 * width, 0.62 * height + 0.6), layout="constrained")
+    width, height = max(7.0, 2.6 + COLUMN * n_B), ROW * len(rows)
+    figure = Figure(figsize=(0.62 * width, 0.62 * height + 0.3), layout="constrained")
     axes = figure.subplots()
     for w, (name, row) in enumerate(zip(record["class_names"], rows, strict=True)):
         y = ROW * w
         place_image(axes, record["support_images"][w], 0.0, y, 2.04)
-        axes.text(1.02, y + 2.14, label_text(name), ha="center", va="top", fontsize=9, color=colour(w), weight="bold")
+        axes.text(
+            1.02, y + 2.14, two_lines(name, 15), ha="center", va="top", fontsize=8.5, color=colour(w), weight="bold"
+        )
         for b, related in enumerate(row[:n_B]):
             place_related(axes, related, 2.6 + COLUMN * b, y)
-    axes.set(xlim=(-0.05, width), ylim=(height - 0.2, -0.05), aspect="equal")
+    axes.set(xlim=(-0.05, width), ylim=(height - 0.25, -0.05), aspect="equal")
     axes.set_axis_off()
     first = f", the first {n_B} of {len(rows[0])}" if len(rows[0]) > n_B else ""
-    axes.set_title(f"support image, and its related base classes{first}: images predicted as it, score", fontsize=10)
+    axes.set_title(f"support image, then its related base classes\nby score{first}", fontsize=9)
     return figure

@@ -6,8 +6,9 @@ Okabe and Ito, Color Universal Design, 2008: jfly.uni-koeln.de/color.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, AMBER = "#56B4E9", "#E69F00"
 INK, GREY, PALE, PAPER = "#222222", "#666666", "#E4E4E4", "#FFFFFF"
-# For lines and classes, in this order; after the last it begins anew. Their yellow is too pale for a line.
-CYCLE = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK)
+# For lines and classes; after the last it begins anew. In this order the first 4, 5 or 6 are those that are farthest
+# apart (in CIELAB, under simulated deuteranopia, protanopia and tritanopia). Their yellow is too pale for a line.
+CYCLE = (BLUE, ORANGE, SKY, INK, PINK, AMBER, GREEN)
 
 
 def colour(i: int) -> str:

@@ -6,9 +6,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
-from methods.figure_style import BLUE, GREY, colour, label_text
+from methods.figure_style import GREY, INK, colour, label_text
 
 Rows = list[dict[str, Any]]
 MAX_LABELS = 40  # classes named at each side of a confusion matrix
@@ -61,7 +62,12 @@ def training_figure(logs: dict[str, Rows]) -> Figure:
         accuracy.plot(x, [row["base_accuracy"] for row in rows], color=colour(i), linestyle="--")
         band(accuracy, x, rows, ("val_accuracy", "val_ci95"), {"color": colour(i)})
     loss.set(title="Training loss", xlabel="epoch", ylabel="loss")
-    accuracy.set(title="Accuracy: base - - -, validation —", xlabel="epoch", ylabel="% (validation: 95% interval)")
+    accuracy.set(title="Accuracy", xlabel="epoch", ylabel="% (validation: 95% interval)")
+    styles = [
+        Line2D([], [], color=INK, label="validation"),
+        Line2D([], [], color=INK, linestyle="--", label="base"),
+    ]
+    accuracy.legend(handles=styles, frameon=False)
     for axes in (loss, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
@@ -90,7 +96,7 @@ def draw_confusion(axes: Axes, confusion: dict[str, dict[str, int]], title: str)
         for i, j in torch.nonzero(share >= 0.5).tolist():
             ink = "white" if share[i, j] > 40 else "black"
             axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=7, color=ink)
-    each = f" (every {step}th is named)" if step > 1 else ""
+    each = f" (one in {step} is named)" if step > 1 else ""
     axes.set(title=title, xlabel=f"predicted class{each}", ylabel=f"true class{each}")
     return image
 
@@ -111,6 +117,6 @@ def confusion_figure(record: dict[str, Any]) -> Figure:
     for axes, (title, confusion) in zip(subplots, panels, strict=True):
         image = draw_confusion(axes, confusion, title)
     bar = figure.colorbar(image, ax=list(subplots), shrink=0.8, ticks=[0, 1, 5, 20, 50, 100])
-    bar.set_label("% of the queries of a class", color=BLUE)
+    bar.set_label("% of the queries of a class")
     figure.suptitle(label_text(f"{run_name(record)}, {record['n_episodes']} episodes", 90), fontsize=10)
     return figure

@@ -13,7 +13,7 @@ from PIL import Image
 from data.episodes import Episodes
 from methods.confusion import confusion_matrix, confusion_record, count_predictions
 from methods.episode_data import read_episode, thumbnails
-from methods.episode_figures import pca, related_base_figure
+from methods.episode_figures import pca, related_base_figure, two_lines
 from methods.evaluation import score_queries
 from methods.figure_style import CYCLE, label_text
 from methods.result_figures import as_matrix, confusion_figure
@@ -125,12 +125,14 @@ def test_tsne_is_drawn_by_scikit_learn_or_refused_in_a_line(workspace, monkeypat
 def test_class_names_are_labels_whatever_they_hold():
     assert label_text("$x$ and $y") == r"\$x\$ and \$y" and label_text("_a").lstrip() == "_a"
     assert label_text("_a")[0] != "_" and label_text("abcdef", 4) == "abc…"
+    assert two_lines("Worm_eating_Warbler", 11) == "Worm eating\nWarbler" and two_lines("u0040", 11) == "u0040"
+    assert [len(line) for line in two_lines("x" * 50, 11).split("\n")] == [11, 11]
     n_class = 45
     names = [f"$_{c}^" for c in range(n_class)]
     record = {"method": "arcMax", "accuracy": 50.0, "dataset": "$", "n_way": 2, "n_shot": 1, "n_episodes": 3}
     figure = confusion_figure(record | {"confusion": {name: {name: 2} for name in names}})
     figure.canvas.draw()
-    assert len(figure.axes[0].get_yticklabels()) == 23 and "every 2th" in figure.axes[0].get_xlabel()
+    assert len(figure.axes[0].get_yticklabels()) == 23 and "one in 2" in figure.axes[0].get_xlabel()
 
 
 def test_related_classes_without_images_and_novel_ones_without_related_classes_are_drawn():
