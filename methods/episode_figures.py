@@ -97,7 +97,9 @@ def place_image(axes: Axes, image: Tensor, x: float, y: float, side: float) -> N
 
 def two_lines(name: str, width: int) -> str:
     """A name as a label of at most two lines of `width` characters, broken at its spaces and underscores if it can."""
-    lines = textwrap.wrap(name.replace("_", " "), width, max_lines=2, placeholder="…")
+    lines = textwrap.wrap(name.replace("_", " "), width)
+    if len(lines) > 2:
+        lines = [lines[0], lines[1][: width - 1] + "…"]
     return "\n".join(label_text(line) for line in lines)
 
 
