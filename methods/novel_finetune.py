@@ -20,39 +20,51 @@ from models.heads import NORM_EPS, SINE_EPS, Head, add_arc_margin, arcMax, cosMa
 def score_gradient(head: Head, scores: Tensor, y: Tensor, one_hot: Tensor) -> Tensor:
     """Gradient of head.loss(scores, y) to the scores: (..., n, n_way) -> (..., n, n_way).
 
-    y (..., n) and one_hot (..., n, n_way) are the same labels.
+    (softmax(scores) - one_hot) / n; for arcMax, with logits s cos(theta + m), times s and, for the true class, times
+    d cos(theta + m) / d cos(theta) = cos m + sin m cos(theta) / sin(theta). y (..., n) and one_hot (..., n, n_way) are
+    the same labels.
     """
     n = scores.shape[-2]
     if not isinstance(head, arcMax):
-        return (scores.softmax(-1) - one_hot) / n
-    logits = head.s * add_arc_margin(scores, y, head.m)
-    gradient = (logits.softmax(-1) - one_hot) * (head.s / n)
-    # d cos(theta + m) / d cos(theta), where the margin applies; where the sine is bounded its slope is zero.
-    true = scores.gather(-1, y.unsqueeze(-1))
+        return probabilities(scores).sub_(one_hot).div_(n)
+    gradient = probabilities(head.s * add_arc_margin(scores, y, head.m)).sub_(one_hot).mul_(head.s / n)
+    # The margin applies where the cosine is positive; where the sine is bounded its slope is zero.
+    index = y.unsqueeze(-1)
+    true = scores.gather(-1, index)
     square = 1.0 - true.square()
     slope = math.cos(head.m) + math.sin(head.m) * true * square.clamp_min(SINE_EPS).rsqrt() * (square > SINE_EPS)
-    return gradient * torch.where(true > 0, one_hot * (slope - 1.0) + 1.0, 1.0)
+    return gradient.scatter_(-1, index, gradient.gather(-1, index) * torch.where(true > 0, slope, 1.0))
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax of (..., n, n_way) that lie in memory as (..., n_way, n): over so few ways, that takes a tenth."""
+    return logits.mT.softmax(-2).mT
 
 
 def set_gradients(head: Head, projected: Tensor, y: Tensor, one_hot: Tensor) -> None:
-    """Give the parameters of `head` the gradient of its loss on projected features (..., n, d); labels as above."""
+    """Give the parameters of `head` the gradient of its loss on projected features (..., n, d); labels as above.
+
+    A gradient that is there already is overwritten in place: fresh memory a step would cost more than the arithmetic.
+    """
     if not isinstance(head, softMax | cosMax | arcMax):
         head.zero_grad()
         with torch.enable_grad():
             head.loss(head.scores(projected), y).backward()
         return
-    scores = head.scores(projected)
-    gradient = score_gradient(head, scores, y, one_hot)
+    weight, out = head.weight.detach(), head.weight.grad
+    scores = (weight @ projected.mT).mT
     if isinstance(head, softMax):
-        head.weight.grad = gradient.transpose(-1, -2) @ projected
+        gradient = score_gradient(head, scores.add_(head.bias.unsqueeze(-2)), y, one_hot)
         head.bias.grad = gradient.sum(-2)
+        head.weight.grad = torch.matmul(gradient.mT, projected, out=out)
         return
     # The scores are k cos(theta): only what is orthogonal to a row of the weight changes them.
     k = head.s if isinstance(head, cosMax) else 1.0
-    norm = torch.linalg.vector_norm(head.weight, dim=-1, keepdim=True).clamp_min(NORM_EPS)
-    along = (gradient * scores).sum(-2).unsqueeze(-1)
-    across = (gradient.transpose(-1, -2) * (k / norm)) @ projected
-    head.weight.grad = across.addcmul_(head.weight, along / norm.square(), value=-1.0)
+    norm = torch.linalg.vector_norm(weight, dim=-1).clamp_min(NORM_EPS).unsqueeze(-2)
+    gradient = score_gradient(head, scores.mul_(k / norm), y, one_hot)
+    along = ((gradient * scores).sum(-2, keepdim=True) / norm.square()).mT
+    across = torch.matmul(gradient.mul_(k / norm).mT, projected, out=out)
+    head.weight.grad = across.addcmul_(weight, along, value=-1.0)
 
 
 @torch.no_grad()
