@@ -37,8 +37,12 @@ LAPTOP = {
 TUNED = {
     "all": {"align_blocks": 1, "aug_size": 20},
     "centroid": {"align_bn": "eval"},
-    "adversarial": {"align_lr": 1e-5, "critic_steps": 1},
+    "adversarial": {"critic_steps": 1},
 }
+
+# Of the backbone's step against the critic, which the paper leaves open. Adam's steps do not shrink with the critic's
+# scores: at 1e-3, the rate of the other updates, 150 of them destroy the features (docs/tuning.md).
+ADVERSARIAL_LR = 1e-5
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
@@ -352,7 +356,10 @@ def update_flags(p: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> 
         ("support", "(3), the support"),
     ):
         group.add_argument(
-            f"--{flag}_lr", type=number(float, 0, 1e30), help=f"learning rate of update {what} (default: --lr)"
+            f"--{flag}_lr",
+            type=number(float, 0, 1e30),
+            help=f"learning rate of update {what} (default: --lr"
+            + (f"; adversarial: {ADVERSARIAL_LR:g})" if flag == "align" else ")"),
         )
     group.add_argument(
         "--align_bn", choices=["train", "eval"], default="train", help="mode of batch norm in updates (1) and (3)"
@@ -541,6 +548,8 @@ def args_parser(
         if not args.backbone.startswith(TORCHVISION):
             parser.error(f"argument --weights: it is for {TORCHVISION}NAME backbones, not for {args.backbone}")
     if stage in ("alignment", "predict"):
+        if args.align_lr is None and args.alignment == "adversarial":
+            args.align_lr = ADVERSARIAL_LR
         for rate in ("align_lr", "related_lr", "support_lr"):
             setattr(args, rate, args.lr if getattr(args, rate) is None else getattr(args, rate))
     args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")

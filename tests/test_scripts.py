@@ -170,6 +170,10 @@ def test_the_tuned_preset_swaps_defaults_by_alignment_and_flags_beside_it_win():
     assert (adversarial.align_blocks, adversarial.align_bn, adversarial.aug_size) == (1, "train", 20)
     assert (adversarial.align_lr, adversarial.support_lr, adversarial.critic_steps) == (1e-5, 1e-3, 1)
     assert args_parser("alignment", []).align_blocks is None
+    assert args_parser("alignment", []).align_lr == 1e-3
+    plain = args_parser("alignment", ["--alignment", "adversarial", "--lr", "1e-4"])
+    assert (plain.align_lr, plain.related_lr, plain.critic_steps) == (1e-5, 1e-4, 5)
+    assert args_parser("alignment", ["--alignment", "adversarial", "--align_lr", "1e-3"]).align_lr == 1e-3
     # predict.py fills in its alignment from --base: the preset is that alignment's all the same.
     predict = ["--support", "s", "--query", "q", "--checkpoint", "c", "--base", "b", "--align_preset", "tuned"]
     assert args_parser("predict", predict).align_bn == "eval"
