@@ -9,6 +9,8 @@ import math
 
 from torch import Tensor, nn
 
+from models.pooled_norm import pooled_norm
+
 
 class ConvBlock(nn.Module):
     """3x3 convolution, batch norm, ReLU and, if `pool`, 2x2 max pooling: (b, c_in, h, w) -> (b, c_out, h', w')."""
@@ -22,7 +24,11 @@ class ConvBlock(nn.Module):
         nn.init.normal_(self.conv.weight, 0.0, math.sqrt(2.0 / (3 * 3 * c_out)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pool(self.relu(self.bn(self.conv(x))))
+        x = self.conv(x)
+        if self.training and isinstance(self.pool, nn.MaxPool2d) and x.requires_grad and x.device.type == "cpu":
+            return pooled_norm(x, self.bn)
+        # ReLU is increasing, so it may follow the pooling: the same numbers, on a quarter of the map.
+        return self.relu(self.pool(self.bn(x)))
 
 
 class Conv4(nn.Module):

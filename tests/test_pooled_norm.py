@@ -1,0 +1,103 @@
+"""The pooled batch norm of Conv4 against its three plain layers, and its gradient against finite differences."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad
+
+from models.conv4 import ConvBlock
+from models.pooled_norm import CACHE_ROWS, pooled_norm
+
+
+def block(dtype=torch.float32):
+    """A block whose batch norm has weights of both signs."""
+    torch.manual_seed(0)
+    b = ConvBlock(3, 6).to(dtype)
+    with torch.no_grad():
+        b.bn.weight.copy_(torch.tensor([1.5, -0.7, 0.3, -2.0, 0.0, 1.0]))
+        b.bn.bias.normal_()
+    return b
+
+
+def plain(b):
+    """The same layers in the published order."""
+    return nn.Sequential(b.conv, b.bn, nn.ReLU(), nn.MaxPool2d(2))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("side", [8, 9])
+def test_outputs_gradients_and_statistics_are_those_of_the_plain_layers(side, channels_last):
+    ours = block()
+    theirs = copy.deepcopy(ours)
+    x = torch.randn(CACHE_ROWS + 3, 3, side, side)
+    if channels_last:
+        x, ours = (a.to(memory_format=torch.channels_last) for a in (x, ours))
+    x2 = x.clone().requires_grad_()
+    found, expected = ours(x.requires_grad_()), plain(theirs)(x2)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(expected)
+    found.backward(direction)
+    expected.backward(direction)
+    torch.testing.assert_close(x.grad, x2.grad, rtol=1e-4, atol=1e-5)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=name)
+    for (name, p), q in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(x), plain(theirs)(x))
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    """Along random directions: gradcheck would run the backward pass of one graph several times."""
+    b, x, eps = block(torch.double), torch.randn(5, 3, 8, 8, dtype=torch.double), 1e-6
+    mixed = torch.randn(5, 6, 4, 4, dtype=torch.double)
+    loss = (b(x) * mixed).sum()
+    for p, gradient in zip(b.parameters(), torch.autograd.grad(loss, list(b.parameters())), strict=True):
+        step = torch.randn_like(p)
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p.add_(sign * eps * step)
+            ends.append((b(x) * mixed).sum().item())
+            with torch.no_grad():
+                p.sub_(sign * eps * step)
+        slope = (ends[0] - ends[1]) / (2 * eps)
+        assert slope == pytest.approx((gradient * step).sum().item(), rel=1e-5, abs=1e-6)
+
+
+def test_half_precision_is_as_near_to_single_as_the_plain_layers():
+    x = torch.randn(16, 3, 16, 16)
+    gradients = []
+    for half, layers in ((False, plain), (True, plain), (True, lambda b: b)):
+        b = block()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            z = layers(b)(x)
+        assert z.dtype == (torch.bfloat16 if half else torch.float32)
+        z.float().square().sum().backward()
+        gradients.append(b.conv.weight.grad)
+    exact, of_plain, ours = gradients
+    assert (ours - exact).norm() < 1.2 * (of_plain - exact).norm() < 0.1 * exact.norm()
+
+
+def test_it_runs_under_torch_func():
+    b, x = block(), torch.randn(4, 3, 8, 8)
+    parameters = {name: p.detach() for name, p in b.named_parameters()}
+    buffers = {name: v.clone() for name, v in b.named_buffers()}
+    found = grad(lambda p, v: functional_call(b, (p, v), (x,)).square().sum())(parameters, buffers)
+    b(x).square().sum().backward()
+    for name, p in b.named_parameters():
+        torch.testing.assert_close(found[name], p.grad)
+
+
+def test_a_second_backward_pass_is_an_error_and_not_a_wrong_number():
+    z = block()(torch.randn(4, 3, 8, 8)).sum()
+    z.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()
+
+
+def test_one_value_a_channel_has_no_statistics():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        pooled_norm(torch.randn(1, 6, 1, 1), block().bn)
