@@ -278,16 +278,24 @@ def measure(bench: Bench, setting: Setting, repeats: int) -> list[dict[str, Any]
     return rows
 
 
+def verdict(found: float, bound: float | None, at_most: bool = False) -> str:
+    """`met` or `missed`; empty without a bound."""
+    if bound is None:
+        return ""
+    return "met" if (found <= bound if at_most else found >= bound) else "missed"
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows of `measure` as a Markdown table."""
+    """Rows of `measure` as a Markdown table. The memory's target is no more than the reference's."""
     header = ["work", "reference s", "ours s", "ratio", "target", "limit s", "ours / limit", "peak memory MiB", "note"]
     table = [header, ["---"] + ["--:"] * (len(header) - 2) + ["---"]]
     for row in rows:
-        memory = [f"{row['peak_memory'][side] / 2**20:.0f}" for side in ("reference", "ours")]
-        target = "" if row["target"] is None else f"{row['target']:g}x"
+        theirs, ours = (row["peak_memory"][side] / 2**20 for side in ("reference", "ours"))
+        target = "" if row["target"] is None else f"{row['target']:g}x, {verdict(row['ratio'], row['target'])}"
+        memory = f"{theirs:.0f} -> {ours:.0f}, {verdict(ours, theirs, at_most=True)}"
         table.append(
             [row["work"], f"{row['reference_seconds']:.3g}", f"{row['ours_seconds']:.3g}", f"{row['ratio']:.1f}x"]
-            + [target, f"{row['limit_seconds']:.3g}", f"{row['ratio_to_limit']:.1f}", " -> ".join(memory), row["note"]]
+            + [target, f"{row['limit_seconds']:.3g}", f"{row['ratio_to_limit']:.1f}", memory, row["note"]]
         )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
