@@ -4,12 +4,13 @@ A critic that sees feature and label learns to score related base samples above 
 of its scores estimates, up to a factor, the Wasserstein-1 distance between the two, class by class. The
 backbone is updated to lower that difference, so that the related base samples become like novel samples.
 
-Our choices, where the paper's text leaves them open: five critic steps, the clip of 0.01, a low rate of the backbone's
-step (docs/tuning.md) and the gradient penalty as the other way to bound the critic's slope. The penalty is one-sided (Petzka et al., ICLR 2018): the two-sided
-one of Gulrajani et al. (NeurIPS 2017) also rewards slope 1 in the wrong direction, and there most small critics
-stayed when we measured two Gaussians apart. It mixes a related and a novel sample of the same label. The features
-are computed once for all critic steps and the backbone's step, as the backbone stands still in between. A novel
-class without related samples takes no part: its label alone would tell the critic where it comes from.
+Our choices, where the paper's text leaves them open: five critic steps, the clip of 0.01, a low rate of the
+backbone's step (docs/tuning.md) and the gradient penalty as the other way to bound the critic's slope. The penalty is
+one-sided (Petzka et al., ICLR 2018): the two-sided one of Gulrajani et al. (NeurIPS 2017) also rewards slope 1 in the
+wrong direction, and there most small critics stayed when we measured two Gaussians apart. It mixes a related and a
+novel sample of the same label. The features are computed once for all critic steps and the backbone's step, as the
+backbone stands still in between. A novel class without related samples takes no part: its label alone would tell the
+critic where it comes from.
 """
 
 import torch
