@@ -283,7 +283,17 @@ def transfer_flags(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--n_epoch", type=COUNT_OR_0, default=600, help="epochs over the base classes; 0 tests --init_from as it is"
     )
-    group.add_argument("--batch_size", type=COUNT, default=64)
+    group.add_argument(
+        "--batch_size",
+        type=COUNT,
+        default=64,
+        help="images in a step, of all processes together if there are several",
+    )
+    group.add_argument(
+        "--sync_bn",
+        action="store_true",
+        help="with several processes: batch norm over the whole batch, as one process has it, not over each one's part",
+    )
     group.add_argument("--lr", type=POSITIVE, default=1e-3, help="learning rate of Adam, constant")
     group.add_argument(
         "--n_base_class",

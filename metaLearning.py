@@ -20,6 +20,7 @@ from methods.checkpoints import (
     load_checkpoint,
     load_state,
 )
+from methods.distributed import copy_rank_0, join_ranks, rank_0_first
 from methods.engine import n_parameters, on_device, run_script, seeded, start
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
 from methods.evaluation import embed, mean_and_ci95
@@ -30,9 +31,11 @@ from methods.resume import TEST_FLAGS, Training, begin, find_state, last_state_p
 
 
 def main() -> None:
+    ranks = join_ranks()
     args = args_parser("meta")
+    args.quiet |= not ranks.first
     began = time.time()
-    device, precision = start(args.device, args.precision, args.no_keep_memory)
+    device, precision = start(args.device, args.precision, args.no_keep_memory, ranks)
 
     # Where the run writes, and what an earlier one has left there.
     path = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
@@ -40,22 +43,25 @@ def main() -> None:
     metrics = open_metrics(args.results_dir / "logs" / path.stem, args.tensorboard)
     table = result_path(args.results_dir, "metaLearning", path, args.dataset, args.novel_dataset)
     written = (last, path) if args.n_epoch else (None, None)
-    state = find_state(*written, table, vars(args), TEST_FLAGS, args.resume, args.overwrite)
+    with rank_0_first(ranks):
+        state = find_state(*written, table, vars(args), TEST_FLAGS, args.resume, args.overwrite)
 
     # Data: uint8 arrays; episodes are indices into them. Those of val are the same ones after every epoch.
     load = partial(load_split, **data_options(args))
-    base, val, novel = (
-        load(dataset=args.dataset, split="base"),
-        load(dataset=args.dataset, split="val"),
-        load(dataset=args.novel_dataset, split="novel"),
-    )
+    with rank_0_first(ranks):
+        base, val, novel = (
+            load(dataset=args.dataset, split="base"),
+            load(dataset=args.dataset, split="val"),
+            load(dataset=args.novel_dataset, split="novel"),
+        )
     train_protocol = (args.train_n_way, args.n_shot, args.train_n_query)
     if args.n_epoch:
         check_episodes_fit(base, *train_protocol)
     protocol = (args.test_n_way, args.n_shot, args.n_query)
     val_episodes = sample_episodes(val, *protocol, args.val_episodes, args.seed)
     n_test = args.testing_epochs * args.n_episodes
-    novel_episodes = fixed_episodes(args.episodes_file, novel, *protocol, n_test, args.seed)
+    with rank_0_first(ranks):
+        novel_episodes = fixed_episodes(args.episodes_file, novel, *protocol, n_test, args.seed)
 
     # Model: the backbone, and the meta-learner's own module, which a checkpoint of the same method brings as well.
     relation = args.method.startswith("RelationNet")
@@ -86,43 +92,49 @@ def main() -> None:
     if args.n_epoch:
         began -= begin(state, made_from, last)
     if state:
-        training.restore(state, args.n_epoch, metrics.path, last)
+        training.restore(state, args.n_epoch, metrics.path if ranks.first else None, last)
     with resumable(last):
         for epoch in range(training.n_done, args.n_epoch):
             epoch_began = time.time()
-            loss, train_accuracy = train_one_epoch(
-                backbone,
-                learner,
-                optimizer,
-                train_images,
-                base.train_sizes,
-                sample_episodes(
-                    base, *train_protocol, args.episodes_per_epoch, args.seed, start=epoch * args.episodes_per_epoch
-                ),
-                args.img_size,
-                augmentation,
-                epoch,
-                args.seed,
-                device,
-                precision,
-                args.quiet,
-            )
-            z_val = embed(backbone, val.images, device, precision, maps=relation)
-            val_scores = evaluate_meta_learner(learner, z_val, val_episodes)
+            if ranks.first:  # an episode is one batch, which is not shared out
+                loss, train_accuracy = train_one_epoch(
+                    backbone,
+                    learner,
+                    optimizer,
+                    train_images,
+                    base.train_sizes,
+                    sample_episodes(
+                        base, *train_protocol, args.episodes_per_epoch, args.seed, start=epoch * args.episodes_per_epoch
+                    ),
+                    args.img_size,
+                    augmentation,
+                    epoch,
+                    args.seed,
+                    device,
+                    precision,
+                    args.quiet,
+                )
+            copy_rank_0([backbone, learner], ranks)
+            z_val = embed(backbone, val.images, device, precision, maps=relation, ranks=ranks)
+            val_scores = evaluate_meta_learner(learner, z_val, val_episodes, ranks=ranks)
             val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
-            training.keep_best(path, "metaLearning", val_accuracy, epoch, base.class_names, vars(args))
-            log_epoch(metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
             training.n_done = epoch + 1
-            training.save(last, vars(args), made_from, began)
+            if ranks.first:
+                training.keep_best(path, "metaLearning", val_accuracy, epoch, base.class_names, vars(args))
+                log_epoch(metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
+                training.save(last, vars(args), made_from, began)
 
     # Novel test of the best model.
-    if args.n_epoch:
-        checkpoint = load_checkpoint(path)
-        load_state(backbone, checkpoint.backbone_state, path)
-        load_state(learner, checkpoint.head_state, path)
-    z_novel = embed(backbone, novel.images, device, precision, bar="" if args.quiet else "embed novel", maps=relation)
-    scores = evaluate_meta_learner(learner, z_novel, novel_episodes, bar="" if args.quiet else "novel episodes")
-    save_result(table, "metaLearning", vars(args), novel, novel_episodes, scores, began, device)
+    with rank_0_first(ranks):
+        if args.n_epoch:
+            checkpoint = load_checkpoint(path)
+            load_state(backbone, checkpoint.backbone_state, path)
+            load_state(learner, checkpoint.head_state, path)
+    bars = ("", "") if args.quiet else ("embed novel", "novel episodes")
+    z_novel = embed(backbone, novel.images, device, precision, bar=bars[0], maps=relation, ranks=ranks)
+    scores = evaluate_meta_learner(learner, z_novel, novel_episodes, bar=bars[1], ranks=ranks)
+    if ranks.first:
+        save_result(table, "metaLearning", vars(args), novel, novel_episodes, scores, began, device)
     print(f"checkpoint {path if args.n_epoch else args.init_from}, result {table}")
 
 

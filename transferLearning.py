@@ -22,18 +22,22 @@ from methods.checkpoints import (
     load_checkpoint,
     load_state,
 )
+from methods.distributed import copy_rank_0, data_parallel, join_ranks, rank_0_first
 from methods.engine import n_parameters, on_device, run_script, start
 from methods.evaluation import embed, evaluate_heads, mean_and_ci95
 from methods.metrics import open_metrics
 from methods.results import log_epoch, result_path, save_result
 from methods.resume import TEST_FLAGS, Training, begin, find_state, last_state_path, resumable
 from models import build_head
+from models.global_batch_norm import use_global_batch_norm
 
 
 def main() -> None:
+    ranks = join_ranks()
     args = args_parser("transfer")
+    args.quiet |= not ranks.first
     began = time.time()
-    device, precision = start(args.device, args.precision, args.no_keep_memory)
+    device, precision = start(args.device, args.precision, args.no_keep_memory, ranks)
 
     # Where the run writes, and what an earlier one has left there.
     path = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
@@ -41,15 +45,17 @@ def main() -> None:
     metrics = open_metrics(args.results_dir / "logs" / path.stem, args.tensorboard)
     table = result_path(args.results_dir, "transferLearning", path, args.dataset, args.novel_dataset)
     written = (last, path) if args.n_epoch else (None, None)
-    state = find_state(*written, table, vars(args), TEST_FLAGS, args.resume, args.overwrite)
+    with rank_0_first(ranks):
+        state = find_state(*written, table, vars(args), TEST_FLAGS, args.resume, args.overwrite)
 
     # Data: uint8 arrays; episodes are indices into them, the same ones after every epoch.
     load = partial(load_split, **data_options(args))
-    base, val, novel = (
-        load(dataset=args.dataset, split="base"),
-        load(dataset=args.dataset, split="val"),
-        load(dataset=args.novel_dataset, split="novel"),
-    )
+    with rank_0_first(ranks):
+        base, val, novel = (
+            load(dataset=args.dataset, split="base"),
+            load(dataset=args.dataset, split="val"),
+            load(dataset=args.novel_dataset, split="novel"),
+        )
     n_base_class = len(base.class_names)
     if args.n_base_class not in (None, n_base_class):
         raise UserError(
@@ -60,7 +66,8 @@ def main() -> None:
     protocol = (args.test_n_way, args.n_shot, args.n_query)
     val_episodes = sample_episodes(val, *protocol, args.val_episodes, args.seed)
     n_test = args.testing_epochs * args.n_episodes
-    novel_episodes = fixed_episodes(args.episodes_file, novel, *protocol, n_test, args.seed)
+    with rank_0_first(ranks):
+        novel_episodes = fixed_episodes(args.episodes_file, novel, *protocol, n_test, args.seed)
 
     # Model.
     backbone, _ = initial_backbone(
@@ -68,6 +75,8 @@ def main() -> None:
     )
     head_generator = make_generator(args.seed, "base head")
     head = build_head(args.method, backbone.feature_dim, n_base_class, args.s, args.m, [head_generator]).to(device)
+    if args.sync_bn and ranks.n > 1:
+        use_global_batch_norm(backbone)
     optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=args.lr)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
     train_images = on_device(base.train_images if augmentation else base.images, device)
@@ -85,19 +94,21 @@ def main() -> None:
         n_steps=args.ft_n_epoch,
         lr=args.ft_lr,
         seed=args.seed,
+        ranks=ranks,
     )
     training = Training(backbone, head, optimizer, precision)
     made_from = {"base images": base.fingerprint, "val images": val.fingerprint}
     if args.n_epoch:
         began -= begin(state, made_from, last)
     if state:
-        training.restore(state, args.n_epoch, metrics.path, last)
+        training.restore(state, args.n_epoch, metrics.path if ranks.first else None, last)
+    net, classifier = data_parallel(backbone, ranks), data_parallel(head, ranks)
     with resumable(last):
         for epoch in range(training.n_done, args.n_epoch):
             epoch_began = time.time()
             loss, train_accuracy = train_one_epoch(
-                backbone,
-                head,
+                net,
+                classifier,
                 optimizer,
                 train_images,
                 base.train_sizes,
@@ -110,21 +121,26 @@ def main() -> None:
                 device,
                 precision,
                 args.quiet,
+                ranks,
             )
-            z_val = embed(backbone, val.images, device, precision)
+            copy_rank_0([backbone], ranks)
+            z_val = embed(backbone, val.images, device, precision, ranks=ranks)
             val_scores = score_heads(z_val, val_episodes)
             val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
-            training.keep_best(path, "transferLearning", val_accuracy, epoch, base.class_names, vars(args))
-            log_epoch(metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
             training.n_done = epoch + 1
-            training.save(last, vars(args), made_from, began)
+            if ranks.first:
+                training.keep_best(path, "transferLearning", val_accuracy, epoch, base.class_names, vars(args))
+                log_epoch(metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
+                training.save(last, vars(args), made_from, began)
 
     # Novel test of the best model.
-    if args.n_epoch:
-        load_state(backbone, load_checkpoint(path).backbone_state, path)
-    z_novel = embed(backbone, novel.images, device, precision, bar="" if args.quiet else "embed novel")
+    with rank_0_first(ranks):
+        if args.n_epoch:
+            load_state(backbone, load_checkpoint(path).backbone_state, path)
+    z_novel = embed(backbone, novel.images, device, precision, bar="" if args.quiet else "embed novel", ranks=ranks)
     scores = score_heads(z_novel, novel_episodes, bar="" if args.quiet else "novel episodes")
-    save_result(table, "transferLearning", vars(args), novel, novel_episodes, scores, began, device)
+    if ranks.first:
+        save_result(table, "transferLearning", vars(args), novel, novel_episodes, scores, began, device)
     print(f"checkpoint {path if args.n_epoch else args.init_from}, result {table}")
 
 

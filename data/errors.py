@@ -1,5 +1,5 @@
 """What a user gave is wrong: the one exception that scripts turn into a clear line and exit status 2, and a parser
-that ends likewise."""
+that raises it."""
 
 import argparse
 from typing import NoReturn
@@ -13,15 +13,15 @@ class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose error is one line, without the usage of fifty flags above it."""
 
     def error(self, message: str) -> NoReturn:
-        """End the process with exit status 2."""
-        self.exit(2, f"error: {' '.join(message.split())} ({self._command()} --help explains every flag)\n")
+        """Raise UserError."""
+        raise UserError(f"{' '.join(message.split())} ({self._command()} --help explains every flag)")
 
     def _command(self) -> str:
         return self.prog if self.prog.startswith("python ") else f"python {self.prog}"
 
 
 class RaisingParser(OneLineParser):
-    """The same for a caller in Python: an error is a UserError, and the process goes on."""
+    """The same for a caller in Python, who has no command line to ask."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""

@@ -154,9 +154,8 @@ def _fractions(text: str) -> list[float]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; what the user can mend ends it with one line and exit status 2."""
-    args = prepare_parser().parse_args(argv)
     try:
-        prepare(args)
+        prepare(prepare_parser().parse_args(argv))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

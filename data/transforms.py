@@ -106,18 +106,26 @@ def colour_jitter(images: Tensor, factors: Tensor) -> Tensor:
     return torch.lerp(luma(images), images, colour).clamp_(0.0, 255.0)
 
 
-def augment(images: Tensor, sizes: Tensor, img_size: int, augmentation: Augmentation, generator: Generator) -> Tensor:
+def augment(
+    images: Tensor,
+    sizes: Tensor,
+    img_size: int,
+    augmentation: Augmentation,
+    generator: Generator,
+    part: slice = slice(None),
+) -> Tensor:
     """The published training transform of a batch: uint8 (b, 3, H, W) -> normalised float32 (b, 3, s, s).
 
-    sizes (b, 2): the original (height, width), in which the crops are drawn.
+    sizes (B, 2): the original (height, width), in which the crops are drawn, of the batch of which the images are
+    `part`, all of it by default: the draws for an image are the same in any part.
     """
-    n = len(images)
+    n = len(sizes)
     boxes = draw_crops(sizes, augmentation.crop_scale, augmentation.crop_ratio, generator)
     stored = torch.tensor(images.shape[2:], dtype=torch.float64) / sizes.double()
     boxes = boxes * torch.cat([stored, stored], 1)
     factors = 1.0 + augmentation.jitter * (2.0 * torch.rand(n, 3, generator=generator) - 1.0)
     flips = torch.rand(n, generator=generator) < 0.5
-    out = colour_jitter(resized_crop(images, boxes, img_size), factors)
+    out = colour_jitter(resized_crop(images, boxes[part], img_size), factors[part])
     if augmentation.flip:
-        out = torch.where(flips.view(-1, 1, 1, 1).to(out.device), out.flip(3), out)
+        out = torch.where(flips[part].view(-1, 1, 1, 1).to(out.device), out.flip(3), out)
     return normalise(out)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from data.errors import UserError
 from data.files import atomic_file
 from data.generators import make_generator
+from methods.distributed import ALONE, Ranks, first_to_fail, leave_ranks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -29,19 +30,21 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C a line and 130.
 
-    So does a file or folder that the system refuses, wherever that happens.
+    So does a file or folder that the system refuses, wherever that happens. Several ranks say it once.
     """
     try:
         main()
+        leave_ranks()
+        return
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        line, status = f"error: {error}", 2
     except OSError as error:
-        print(f"error: {error}: check this path, and that you may read and write there", file=sys.stderr)
-        sys.exit(2)
+        line, status = f"error: {error}: check this path, and that you may read and write there", 2
     except KeyboardInterrupt as interruption:
-        print(str(interruption) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+        line, status = str(interruption) or "interrupted", 130
+    if first_to_fail():
+        print(line, file=sys.stderr)
+    sys.exit(status)
 
 
 def keep_memory() -> None:
@@ -67,6 +70,20 @@ def select_device(name: str) -> torch.device:
         there = ", ".join(kind for kind, yes in available.items() if yes)
         raise UserError(f"--device {name} is not available on this machine: choose auto or one of {there}")
     return torch.device(name)
+
+
+def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
+    """The GPU of this rank among those of its machine, or the CPU, which the ranks share.
+
+    Raises UserError when there are more ranks than GPUs, or for a device that ranks cannot exchange tensors on.
+    """
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or ranks.local >= torch.cuda.device_count():
+        there = f"{torch.cuda.device_count()} CUDA GPUs" if device.type == "cuda" else "one process"
+        raise UserError(f"--device {device.type} is for {there} here: give a smaller --nproc_per_node, or --device cpu")
+    torch.cuda.set_device(ranks.local)
+    return torch.device("cuda", ranks.local)
 
 
 @dataclass
@@ -128,9 +145,10 @@ def git_commit() -> str:
 
 
 def provenance(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What a result row says of how it was made: command, seed, config, versions, commit, device."""
+    """What a result row says of how it was made: command, seed, config, versions, commit, device, processes."""
     return {
         "command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "n_processes": int(os.environ.get("WORLD_SIZE", "1")),
         "seed": config["seed"],
         "config": config,
         "versions": {
@@ -176,9 +194,14 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
         raise UserError(f"{path} cannot be written ({error}): free some space or give another folder") from error
 
 
-def start(device: str, precision: str, no_keep_memory: bool) -> tuple[torch.device, Precision]:
-    """The device and precision of a run; on a CPU also the memory setting (see keep_memory)."""
+def start(device: str, precision: str, no_keep_memory: bool, ranks: Ranks = ALONE) -> tuple[torch.device, Precision]:
+    """The device and precision of a run; on a CPU also the memory setting (see keep_memory).
+
+    Of several ranks each takes a GPU of its own. Raises UserError when there is no such device for this rank.
+    """
     chosen = select_device(device)
+    if ranks.n > 1:
+        chosen = device_of_rank(chosen, ranks)
     if chosen.type == "cpu" and not no_keep_memory:
         keep_memory()
     return chosen, Precision(precision, chosen.type)

@@ -17,6 +17,7 @@ from data.generators import make_generator
 from data.transforms import Augmentation
 from methods.base_training import training_input
 from methods.confusion import count_predictions
+from methods.distributed import ALONE, Ranks, gather_rows
 from methods.engine import Precision, check_finite, seeded
 from methods.evaluation import EpisodeScores, score_queries
 from methods.meta_learners import MetaLearner
@@ -72,12 +73,18 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate_meta_learner(
-    learner: MetaLearner, features: Tensor, episodes: Episodes, bar: str = "", chunk_numbers: int = CHUNK_NUMBERS
+    learner: MetaLearner,
+    features: Tensor,
+    episodes: Episodes,
+    bar: str = "",
+    chunk_numbers: int = CHUNK_NUMBERS,
+    ranks: Ranks = ALONE,
 ) -> EpisodeScores:
     """Score the queries of all episodes with the learner in eval mode, many episodes together.
 
     features: the embedded split that `episodes` index, (N, d), or its maps (N, c, h, w) if learner.uses_maps. How
     many go together follows from chunk_numbers (see CHUNK_NUMBERS), and changes no score. `bar` names a progress bar.
+    The chunks are shared out over the ranks, which all get all scores.
     """
     learner.eval()
     # The largest tensors: a map for each pair of query and class; the four gates of MatchingNet's LSTM.
@@ -85,11 +92,11 @@ def evaluate_meta_learner(
     chunk = max(1, chunk_numbers // (expansion * episodes.index[0].numel() * features[0].numel()))
     counts: list[Tensor] = []
     with tqdm(total=len(episodes), desc=bar, disable=not bar, unit="episode") as progress:
-        for first in range(0, len(episodes), chunk):
+        for first in ranks.share(range(0, len(episodes), chunk)):
             part = episodes.slice(first, first + chunk)
             support = features[part.support.to(features.device)]
             query = features[part.query.flatten(1).to(features.device)]
             counts.append(count_predictions(learner(support, query), part.n_way).cpu())
             progress.update(len(part))
             progress.set_postfix_str(f"accuracy {100 * EpisodeScores(torch.cat(counts)).accuracy.mean().item():.2f}")
-    return EpisodeScores(torch.cat(counts))
+    return EpisodeScores(gather_rows(counts, ranks))

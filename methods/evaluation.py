@@ -18,6 +18,7 @@ from data.generators import make_generator
 from data.transforms import normalise
 from methods.checkpoints import load_tensors, save_atomically
 from methods.confusion import count_predictions
+from methods.distributed import ALONE, Ranks, gather_objects, gather_rows
 from methods.engine import Precision
 from methods.novel_finetune import fit_heads
 from models import Backbone, build_head
@@ -61,20 +62,23 @@ def embed(
     batch_size: int = 64,
     bar: str = "",
     maps: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Features of uint8 images (N, 3, s, s) by the backbone in eval mode: (N, d) float32 on `device`.
 
     batch_size images go together: no more than a training batch, so that embedding does not set the peak of memory.
-    `bar` names a progress bar; empty shows none. With `maps` the result is the feature maps, (N, c, h, w).
+    `bar` names a progress bar; empty shows none. With `maps` the result is the feature maps, (N, c, h, w). The batches
+    are shared out over the ranks, which all get all features.
     """
     backbone.eval()
     network = backbone.feature_map if maps else backbone
     features = []
-    for start in tqdm(range(0, len(images), batch_size), desc=bar, disable=not bar, unit="batch"):
+    starts = range(0, len(images), batch_size)
+    for start in tqdm(ranks.share(starts), desc=bar, disable=not bar, unit="batch"):
         x = normalise(images[start : start + batch_size].to(device))
         with precision.autocast():
             features.append(network(x.contiguous(memory_format=torch.channels_last)).float())
-    return torch.cat(features)
+    return gather_rows(features, ranks, device)
 
 
 def cache_path(
@@ -88,16 +92,29 @@ def cache_path(
 
 
 def cached_features(
-    backbone: Backbone, split: Split, cache_dir: Path, device: torch.device, precision: Precision, quiet: bool = False
+    backbone: Backbone,
+    split: Split,
+    cache_dir: Path,
+    device: torch.device,
+    precision: Precision,
+    quiet: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Features of a whole split (N, d), from cache_dir when these weights have embedded these images before."""
+    features: Tensor | None = None
     path = cache_path(f"features{backbone.feature_dim}", backbone, split, cache_dir, device, precision)
     path = path.with_suffix(".pt")
     if path.is_file():
         with contextlib.suppress(Exception):  # damaged: embed anew
-            return load_tensors(path, device)
-    features = embed(backbone, split.images, device, precision, bar="" if quiet else f"embed {split.split}")
-    save_atomically(path, features.cpu())
+            features = load_tensors(path, device)
+    found = all(gather_objects(features is not None, ranks))
+    if found and features is not None:
+        return features
+    features = embed(
+        backbone, split.images, device, precision, bar="" if quiet else f"embed {split.split}", ranks=ranks
+    )
+    if ranks.first:
+        save_atomically(path, features.cpu())
     return features
 
 
@@ -153,15 +170,16 @@ def evaluate_heads(
     seed: int,
     start: int = 0,
     bar: str = "",
+    ranks: Ranks = ALONE,
 ) -> EpisodeScores:
     """Fit a new head on the support of each episode and score its queries, HEAD_CHUNK episodes together.
 
     features (N, d): the embedded split that `episodes` index. The initial head of the i-th of them is drawn from
-    (seed, start + i).
+    (seed, start + i). The chunks are shared out over the ranks, which all get all scores.
     """
     counts = []
     chunks = range(0, len(episodes), HEAD_CHUNK)
-    for first in tqdm(chunks, desc=bar, disable=not bar, unit=f"x{HEAD_CHUNK} episodes"):
+    for first in tqdm(ranks.share(chunks), desc=bar, disable=not bar, unit=f"x{HEAD_CHUNK} episodes"):
         part = episodes.slice(first, first + HEAD_CHUNK)
         z_support = features[part.support.flatten(1).to(features.device)]
         z_query = features[part.query.flatten(1).to(features.device)]
@@ -171,7 +189,7 @@ def evaluate_heads(
         fit_heads(head, z_support, y, n_steps, lr)
         with torch.no_grad():
             counts.append(count_predictions(head(z_query), part.n_way).cpu())
-    return EpisodeScores(torch.cat(counts))
+    return EpisodeScores(gather_rows(counts, ranks))
 
 
 def accuracy_per_class(scores: EpisodeScores, episodes: Episodes, class_names: list[str]) -> dict[str, float]:

@@ -216,8 +216,11 @@ class Training:
             scaler=self.precision.scaler.state_dict(),
         )
 
-    def restore(self, state: dict[str, Any], n_epoch: int, metrics: Path, last: Path) -> None:
-        """Go on from a state; rows of the metrics file that came after it go. Raises UserError if it does not fit."""
+    def restore(self, state: dict[str, Any], n_epoch: int, metrics: Path | None, last: Path) -> None:
+        """Go on from a state; rows of the metrics file, if given, that came after it go.
+
+        Raises UserError if it does not fit.
+        """
         if state["n_done"] > n_epoch:
             raise UserError(
                 f"{last} has done {state['n_done']} epochs, more than --n_epoch {n_epoch}: give at least that"
@@ -230,7 +233,7 @@ class Training:
             self.n_done, self.best = int(state["n_done"]), float(state["best"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{last} does not fit this run: start anew with --overwrite") from error
-        if metrics.is_file():
+        if metrics and metrics.is_file():
             rows = metrics.read_text().splitlines(keepends=True)[: self.n_done]
             with atomic_file(metrics) as temporary:
                 temporary.write_text("".join(rows))

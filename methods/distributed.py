@@ -1,0 +1,146 @@
+"""The processes of one run, started by torchrun: which one this is, what its share is, how the shares come together.
+
+Every process is a rank. Without torchrun, or with one process, there is no process group: a share is all of it and
+nothing is exchanged. Shares are consecutive, so that the parts of all ranks, one after another, are the whole in order.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+# Ranks wait while the first one decodes a benchmark, which takes hours; torchrun ends them when a rank dies.
+PATIENCE = timedelta(days=2)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process is the `rank`-th of n; `local`: its number on its machine, and that of its GPU."""
+
+    rank: int = 0
+    n: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files and prints."""
+        return self.rank == 0
+
+    def share(self, items: range) -> range:
+        """This rank's of the items."""
+        mine = split_range(len(items), self.rank, self.n)
+        return items[mine.start : mine.stop]
+
+
+ALONE = Ranks()  # a run of one process
+
+
+def split_range(n_items: int, rank: int, n_ranks: int) -> range:
+    """The items of a rank: consecutive, as many for each as for any other, or one more for the first ranks."""
+    each, left = divmod(n_items, n_ranks)
+    start = rank * each + min(rank, left)
+    return range(start, start + each + (rank < left))
+
+
+def join_ranks() -> Ranks:
+    """This process among those that torchrun started, all of which must call this; the others' prints go nowhere."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    if not dist.is_initialized():
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=PATIENCE)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+    if not ranks.first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return ranks
+
+
+def leave_ranks() -> None:
+    """The end of join_ranks, when nothing has failed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first of its ranks to ask, which is then the one to say what is wrong.
+
+    An error may be met by all ranks or by one, and torchrun ends the others as soon as one has ended.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
+        return store.add(f"failed in attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except (RuntimeError, KeyError):  # the store has gone: better twice than not at all
+        return True
+
+
+def gather_objects(value: T, ranks: Ranks) -> list[T]:
+    """The picklable values of all ranks, in their order, on each of them."""
+    values = [value] * ranks.n
+    if ranks.n > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(parts: list[Tensor], ranks: Ranks, device: torch.device | str = "cpu") -> Tensor:
+    """The rows of all ranks, in their order, on each of them: parts (n_i, ...) of this rank -> (sum of all n_i, ...).
+
+    parts: on `device`, of one dtype; some ranks, not all, may have none. Their memory format is kept.
+    """
+    if ranks.n == 1:
+        return torch.cat(parts)
+    mine = torch.cat(parts) if parts else None
+    forms = gather_objects(None if mine is None else (mine.shape, mine.dtype, mine.is_contiguous()), ranks)
+    shape, dtype, contiguous = next(form for form in forms if form)
+    counts = [form[0][0] if form else 0 for form in forms]
+    rows = torch.empty(sum(counts), *shape[1:], dtype=dtype, device=device)
+    for rank, piece in enumerate(rows.split(counts)):
+        if rank == ranks.rank and mine is not None:
+            piece.copy_(mine)
+        if len(piece):
+            dist.broadcast(piece, src=rank)
+    return rows if contiguous else rows.contiguous(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def rank_0_first(ranks: Ranks) -> Iterator[None]:
+    """A block that the first rank runs alone, and the others after it: they find the files that it has written."""
+    if not ranks.first:
+        gather_objects(None, ranks)
+    yield
+    if ranks.first:
+        gather_objects(None, ranks)
+
+
+def data_parallel(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """The module with gradients averaged over the ranks, starting from the first one's weights; itself if alone.
+
+    After a step its statistics are those of each rank's own images: see copy_rank_0.
+    """
+    return DistributedDataParallel(module) if ranks.n > 1 else module
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """What data_parallel was given."""
+    return cast(nn.Module, module.module) if isinstance(module, DistributedDataParallel) else module
+
+
+@torch.no_grad()
+def copy_rank_0(modules: list[nn.Module], ranks: Ranks) -> None:
+    """Give the weights and statistics of the first rank to all."""
+    for module in modules if ranks.n > 1 else []:
+        for value in module.state_dict().values():
+            sent = value.contiguous()
+            dist.broadcast(sent, src=0)
+            value.copy_(sent)
