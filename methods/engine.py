@@ -30,7 +30,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C a line and 130.
 
-    So does a file or folder that the system refuses, wherever that happens. Several ranks say it once.
+    So does a file or folder that the system refuses, wherever that happens. Several ranks say it once, and a bug, too,
+    keeps its traceback but once: the other ranks fail as they lose the one that has it.
     """
     try:
         main()
@@ -42,6 +43,10 @@ def run_script(main: Callable[[], None]) -> None:
         line, status = f"error: {error}: check this path, and that you may read and write there", 2
     except KeyboardInterrupt as interruption:
         line, status = str(interruption) or "interrupted", 130
+    except Exception:
+        if first_to_fail():
+            raise
+        sys.exit(1)
     if first_to_fail():
         print(line, file=sys.stderr)
     sys.exit(status)

@@ -35,7 +35,7 @@ class GlobalBatchNorm(nn.Module):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.eps = layer.eps
-        self.momentum = 0.1 if layer.momentum is None else layer.momentum
+        self.momentum = layer.momentum  # None: the plain mean of all batches so far
         self.running_mean: Tensor
         self.running_var: Tensor
         self.num_batches_tracked: Tensor
@@ -52,9 +52,10 @@ class GlobalBatchNorm(nn.Module):
         centred = full - mean.view(-1, 1, 1)
         variance = SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1).clamp_min(1), self.momentum)
             self.num_batches_tracked += 1
+            share = 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance * n / (n - 1).clamp_min(1), share)
         scale = self.weight * (variance + self.eps).rsqrt()
         return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
 

@@ -1,0 +1,81 @@
+"""What every rank of tests/test_distributed.py runs, under torchrun: python -m tests.rank_checks JOB
+
+JOB is a JSON file: {"runs": [[script, flags], ...], "root": folder, "fails": null or [script, function, n, how]}.
+The runs follow one another in the same processes. A rank other than the first fails when it writes below the folder.
+`fails`: rank 1 meets a UserError, or ends at once, as if killed, when the script calls that function for the n-th time.
+"""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from data.errors import UserError
+from methods.distributed import gather_objects, gather_rows, join_ranks
+from methods.engine import run_script
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def forbid_writing(root: str) -> None:
+    """From here on this process fails when it opens a file below root to write, or makes, moves or removes one."""
+
+    def hook(event: str, args: tuple) -> None:
+        if not (args and isinstance(args[0], str | Path) and str(args[0]).startswith(root)):
+            return
+        exists = os.path.lexists(args[0])
+        if (
+            (event == "open" and args[2] & WRITING)
+            or (event in ("os.remove", "os.rename", "os.rmdir") and exists)
+            or (event == "os.mkdir" and not exists)
+        ):
+            raise AssertionError(f"a rank other than the first writes: {event} {args}")
+
+    sys.addaudithook(hook)
+
+
+def check_exchange(ranks) -> None:
+    """Rows come together in order, also when ranks have none, and whatever their memory format."""
+    assert gather_objects(ranks.rank, ranks) == list(range(ranks.n))
+    whole = torch.arange(7 * 3 * 4 * 5.0).view(7, 3, 4, 5)
+    for form in (torch.contiguous_format, torch.channels_last):
+        rows = whole.contiguous(memory_format=form)
+        for n in (1, 2, 7):
+            mine = ranks.share(range(n))
+            got = gather_rows([rows[i : i + 1].contiguous(memory_format=form) for i in mine], ranks)
+            assert torch.equal(got, rows[:n]) and got.is_contiguous(memory_format=form)
+
+
+def fail_at(script: str, function: str, n: int, how: str) -> None:
+    module = importlib.import_module(script)
+    real, calls = getattr(module, function), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == n and how == "killed":
+            os._exit(9)
+        if len(calls) == n:
+            raise UserError("met by rank 1 alone")
+        return real(*args, **kwargs)
+
+    setattr(module, function, counted)
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    ranks = join_ranks()
+    check_exchange(ranks)
+    if not ranks.first:
+        forbid_writing(job["root"])
+    if job["fails"] and ranks.rank == 1:
+        fail_at(*job["fails"])
+    for script, flags in job["runs"]:
+        sys.argv = [f"{script}.py", *flags]
+        importlib.import_module(script).main()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,316 @@
+"""Under torchrun, with 1, 2 and 3 processes that talk by gloo: the same numbers, one writer, and no lost work."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from data.errors import UserError
+from data.transforms import Augmentation, augment
+from methods.checkpoints import load_checkpoint
+from methods.distributed import (
+    ALONE,
+    Ranks,
+    copy_rank_0,
+    data_parallel,
+    first_to_fail,
+    gather_objects,
+    gather_rows,
+    join_ranks,
+    leave_ranks,
+    plain_module,
+    rank_0_first,
+    split_range,
+)
+from methods.engine import device_of_rank, start
+from models import build_backbone
+from models.global_batch_norm import GlobalBatchNorm, use_global_batch_norm
+from tests.helpers import ROOT, call, make_benchmark, make_split
+from tests.test_resume import numbers
+from tests.test_scripts import folders
+
+TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--ft_n_epoch", 10]
+# 48 base images: the last batch has two, so that of three ranks one has none.
+TRAIN = [*TINY, "--batch_size", 23, "--val_episodes", 40, "--n_episodes", 40]
+ALIGN = [*TINY, "--n_episodes", 33, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--record_curve", 1]
+ALIGN += ["--save_episode", 6]  # which the first of several ranks does not align
+COMMANDS = {
+    "sync_bn": ("transferLearning", [*TRAIN, "--n_epoch", 3, "--sync_bn"]),
+    "own_bn": ("transferLearning", [*TRAIN, "--n_epoch", 1]),
+    "test": ("transferLearning", [*TRAIN, "--n_epoch", 0]),
+    "meta": (
+        "metaLearning",
+        [*TINY, "--method", "RelationNet", "--n_way", 3, "--train_n_query", 4, "--episodes_per_epoch", 3]
+        + ["--n_epoch", 2, "--val_episodes", 9, "--n_episodes", 40],
+    ),
+    "align": ("associative_alignment", ALIGN),
+    "align_last": ("associative_alignment", [*ALIGN, "--align_blocks", 1]),
+}
+SAME = ("test", "meta", "align", "align_last")  # bit for bit, with any number of ranks
+
+
+def command(finished, name, root):
+    """Script and flags of a command whose files lie below root, and whose benchmark and checkpoint are `finished`'s."""
+    script, flags = COMMANDS[name]
+    flags = [*flags, *folders(root), "--benchmarks_dir", finished / "benchmarks"]
+    if name == "test":
+        flags += ["--episodes_file", root / "episodes.json"]
+    if name in ("test", "align", "align_last"):
+        flags += ["--init_from", finished / "start.tar"]
+    return script, list(map(str, flags))
+
+
+def torchrun(n, folder, runs, fails=None):
+    """Run scripts one after another in n ranks, each of which checks more: see rank_checks."""
+    folder.mkdir(exist_ok=True)
+    job = folder / "job.json"
+    job.write_text(json.dumps({"runs": runs, "root": str(folder), "fails": fails}))
+    return launch(n, "-m", "tests.rank_checks", str(job))
+
+
+def launch(n, *what):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *what],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
+def outcome(root, name):
+    """The numbers of a command, but for the number of processes."""
+    found = numbers(root / name, COMMANDS[name][0]) if name != "test" else test_numbers(root / name)
+    assert found.pop("n_processes") in (1, 2, 3)
+    return found
+
+
+def test_numbers(root):
+    (table,) = (root / "results" / "tables").iterdir()
+    record = json.loads(table.read_text())
+    return {key: record[key] for key in ("accuracy_per_episode", "accuracy_per_class", "ci95", "n_processes")}
+
+
+test_numbers.__test__ = False
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a benchmark, and all commands run by one process without torchrun."""
+    root = tmp_path_factory.mktemp("one")
+    make_benchmark(root / "benchmarks" / "tiny")
+    for name in COMMANDS:
+        script, flags = command(root, name, root / name)
+        done = call(script, *flags)
+        assert done.status == 0, done.err
+        if name == "sync_bn":
+            shutil.copy(next((root / name).rglob("*_bestModel.tar")), root / "start.tar")
+    return root
+
+
+@pytest.fixture(scope="module")
+def died(finished, tmp_path_factory):
+    """A folder with what is left of the first and the last stage, of two ranks, when one of them has failed or died."""
+    root = tmp_path_factory.mktemp("died")
+    for name, function, n, how in (
+        ("sync_bn", "train_one_epoch", 3, "UserError"),
+        ("align", "align_episode", 7, "killed"),
+    ):
+        script, flags = command(finished, name, root / name)
+        ended = torchrun(2, root, [(script, flags)], fails=[script, function, n, how])
+        assert ended.returncode != 0 and f"exitcode  : {9 if how == 'killed' else 2}" in ended.stderr, ended.stderr
+        if how == "UserError":
+            lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+            assert len(lines) == 1 and "rank 1 alone; the last good checkpoint is" in lines[0], ended.stderr
+            assert ended.stderr.count("Traceback") == 1, ended.stderr  # torchrun's own
+        assert not list((root / name).rglob("tables/*.json"))
+    return root
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def ranks_run(request, finished, died, tmp_path_factory):
+    """The number of ranks, and a folder with all commands run by so many, and those that had died resumed."""
+    root = tmp_path_factory.mktemp(f"ranks{request.param}")
+    runs = [command(finished, name, root / name) for name in COMMANDS]
+    for name in ("sync_bn", "align"):
+        shutil.copytree(died / name, root / "resumed" / name)
+        script, flags = command(finished, name, root / "resumed" / name)
+        runs.append((script, [*flags, "--resume"]))
+    done = torchrun(request.param, root, runs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, root, done
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_episodic_results_do_not_depend_on_the_number_of_ranks(finished, ranks_run, name):
+    _, root, _ = ranks_run
+    assert outcome(root, name) == outcome(finished, name)
+    if name.startswith("align"):
+        ours, other = (next((folder / name).rglob("episodes/*.pt")) for folder in (root, finished))
+        ours, other = (torch.load(file, weights_only=True) for file in (ours, other))
+        assert torch.equal(ours["query"]["after"], other["query"]["after"]) and ours["episode"] == 6
+        rows, others = (next((folder / name).rglob("metrics.jsonl")).read_text() for folder in (root, finished))
+        assert rows == others
+    if name == "test":
+        assert (root / name / "episodes.json").read_bytes() == (finished / name / "episodes.json").read_bytes()
+
+
+def check_same_curve(found, expected):
+    for row, other in zip(found["metrics"], expected["metrics"], strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert row["base_accuracy"] == pytest.approx(other["base_accuracy"], abs=2.1)  # of 48 images, one
+        assert row["val_accuracy"] == pytest.approx(other["val_accuracy"], abs=2)
+
+
+def last_state(root):
+    return torch.load(next(root.rglob("*_last.tar")), weights_only=True)
+
+
+def test_the_same_global_batch_gives_the_same_learning_curve(finished, ranks_run):
+    n, root, _ = ranks_run
+    check_same_curve(outcome(root, "sync_bn"), outcome(finished, "sync_bn"))
+    ours, other = (last_state(folder / "sync_bn") for folder in (root, finished))
+    assert list(ours["backbone"]) == list(other["backbone"])
+    for name, value in ours["backbone"].items():
+        if "running_var" in name or "tracked" in name:
+            torch.testing.assert_close(value, other["backbone"][name], rtol=1e-2, atol=1e-3)
+    assert load_checkpoint(next((root / "sync_bn").rglob("*_bestModel.tar"))).backbone == "Conv4"
+    losses = [outcome(folder, "own_bn")["metrics"][0]["loss"] for folder in (root, finished)]
+    assert (losses[0] == losses[1]) == (n == 1)  # batch norm over a part is another training
+
+
+def test_a_run_of_which_a_rank_died_goes_on_with_any_number_of_ranks(finished, died, ranks_run):
+    _, root, done = ranks_run
+    assert last_state(died / "sync_bn")["n_done"] == 2 and len(last_state(died / "align")["aligned"]) == 10
+    assert "resumed after epoch 1" in done.stdout and "resumed after 10 episodes" in done.stdout
+    check_same_curve(outcome(root / "resumed", "sync_bn"), outcome(finished, "sync_bn"))
+    assert outcome(root / "resumed", "align") == outcome(finished, "align")
+
+
+def test_the_first_rank_alone_prints_and_writes(ranks_run):
+    """That the others open no file to write is checked by themselves."""
+    n, root, done = ranks_run
+    assert done.stdout.count("paired difference") == 3
+    assert done.stdout.count("epoch   0 ") == 3  # the resumed one has only epoch 2 to do
+    assert done.stdout.count("resumed after") == 2
+    record = json.loads(next((root / "align").rglob("tables/*.json")).read_text())
+    assert record["n_processes"] == n
+    assert not [path for path in root.rglob("*.tmp")]
+    assert done.stderr.count("decode tiny_base:   0%") == len(COMMANDS)
+
+
+def test_what_the_user_can_mend_is_one_line_of_all_ranks(tmp_path):
+    ended = launch(2, "transferLearning.py", "--lr", "nonsense")
+    assert ended.returncode != 0 and "exitcode  : 2" in ended.stderr
+    assert [line for line in ended.stderr.splitlines() if "error: " in line and "--lr" in line] == [
+        "error: argument --lr: invalid number value: 'nonsense' (python transferLearning.py --help explains every flag)"
+    ]
+    assert ended.stdout == "" and 'transferLearning.py", line' not in ended.stderr
+
+
+@given(st.integers(0, 200), st.integers(1, 20))
+def test_shares_are_consecutive_and_even(n_items, n_ranks):
+    shares = [split_range(n_items, rank, n_ranks) for rank in range(n_ranks)]
+    assert [i for share in shares for i in share] == list(range(n_items))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+    items = range(5, 5 + 3 * n_items, 3)
+    assert [i for rank in range(n_ranks) for i in Ranks(rank, n_ranks).share(items)] == list(items)
+
+
+def test_a_process_alone_exchanges_nothing(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join_ranks() == ALONE and ALONE.first and not dist.is_initialized()
+    leave_ranks()
+    rows = torch.arange(6.0).view(3, 2)
+    assert torch.equal(gather_rows([rows[:1], rows[1:]], ALONE), rows) and gather_objects(5, ALONE) == [5]
+    layer = nn.Linear(2, 2)
+    assert data_parallel(layer, ALONE) is layer and plain_module(layer) is layer
+    before = layer.weight.clone()
+    copy_rank_0([layer], ALONE)
+    assert torch.equal(layer.weight, before) and first_to_fail()
+    with rank_0_first(ALONE):
+        pass
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.3, None])
+def test_global_batch_norm_of_one_process_is_batch_norm(group_of_one, momentum):
+    theirs, layer = nn.BatchNorm2d(4, momentum=momentum), nn.BatchNorm2d(4, momentum=momentum)
+    for norm in (theirs, layer):
+        with torch.no_grad():
+            norm.weight.copy_(torch.tensor([1.0, -2.0, 0.5, 3.0]))
+            norm.bias.copy_(torch.tensor([0.0, 1.0, -1.0, 2.0]))
+    ours = GlobalBatchNorm(layer)
+    for step in range(3):
+        x = (3 * torch.randn(5, 4, 3, 2, generator=torch.Generator().manual_seed(step)) + 10).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        out, expected = ours(x), theirs(y)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        for value in (out, expected):
+            (value.sin() ** 2).sum().backward()
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(y))
+    half = ours.train()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["Conv4", "ResNet12", "WideResNet", "torchvision:resnet18"])
+def test_global_batch_norm_keeps_the_keys_and_the_parameters_of_a_backbone(name):
+    net = build_backbone(name, 64)
+    before = {key: value.data_ptr() for key, value in net.state_dict().items()}
+    use_global_batch_norm(net)
+    assert {key: value.data_ptr() for key, value in net.state_dict().items()} == before
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
+def test_a_part_of_a_batch_is_augmented_as_in_the_whole():
+    split = make_split(counts=(3, 4))
+    draw = (split.train_sizes, 12, Augmentation())
+    whole = augment(split.images, *draw, torch.Generator().manual_seed(0))
+    parts = [
+        augment(split.images[part], *draw, torch.Generator().manual_seed(0), part)
+        for part in (slice(0, 4), slice(4, 4), slice(4, 7))
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_the_first_to_fail_is_one(monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    assert [first_to_fail() for _ in range(3)] == [True, False, False]
+    monkeypatch.delenv("MASTER_PORT")
+    assert first_to_fail()
+
+
+def test_ranks_have_a_gpu_each_or_share_the_cpu(monkeypatch):
+    assert device_of_rank(torch.device("cpu"), Ranks(1, 2, 1)) == torch.device("cpu")
+    assert start("cpu", "fp32", True, Ranks(1, 2, 1))[0] == torch.device("cpu")
+    with pytest.raises(UserError, match="mps is for one process"):
+        device_of_rank(torch.device("mps"), Ranks(0, 2, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert device_of_rank(torch.device("cuda"), Ranks(5, 8, 1)) == torch.device("cuda", 1) and chosen == [1]
+    with pytest.raises(UserError, match="2 CUDA GPUs here: give a smaller --nproc_per_node"):
+        device_of_rank(torch.device("cuda"), Ranks(2, 4, 2))
