@@ -314,3 +314,10 @@ def test_ranks_have_a_gpu_each_or_share_the_cpu(monkeypatch):
     assert device_of_rank(torch.device("cuda"), Ranks(5, 8, 1)) == torch.device("cuda", 1) and chosen == [1]
     with pytest.raises(UserError, match="2 CUDA GPUs here: give a smaller --nproc_per_node"):
         device_of_rank(torch.device("cuda"), Ranks(2, 4, 2))
+
+
+@pytest.mark.parametrize("name", ["Conv4", "ResNet12", "WideResNet", "ResNet18", "torchvision:resnet18"])
+def test_a_rank_without_images_has_a_gradient_of_zero(name):
+    net = build_backbone(name, 64)
+    net(torch.empty(0, 3, 64, 64)).sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in net.parameters())
