@@ -128,7 +128,7 @@ def load_split(
     root = benchmarks_dir / dataset
     folder, file = root / split, root / f"{split}.json"
     if dataset == "glyphs" and not root.exists():
-        render_glyphs(root)
+        render_glyphs(root, quiet=quiet)
     if folder.is_dir():
         class_names, paths, labels = list_folder(folder)
     elif file.is_file():

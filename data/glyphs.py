@@ -37,12 +37,19 @@ COMPUTER_MODERN = "cmr10 cmb10 cmss10 cmti10 cmtt10".split()
 
 
 def render_glyphs(
-    out: Path, seed: int = 0, n_images: int = 100, n_base: int = 64, n_val: int = 16, n_novel: int = 20
+    out: Path,
+    seed: int = 0,
+    n_images: int = 100,
+    n_base: int = 64,
+    n_val: int = 16,
+    n_novel: int = 20,
+    quiet: bool = False,
 ) -> None:
     """Render `out/{base,val,novel}/<class>/<i>.jpg`: 84x84 images, `n_images` a class; a class folder is like `u0041`.
 
     A class's images depend on (seed, character) alone, so fewer images or classes are the first of the full benchmark.
-    Everything is rendered beside `out` and moved there at the end: `out` is never a half-finished benchmark.
+    Everything is rendered beside `out` and moved there at the end: `out` is never a half-finished benchmark. `quiet`
+    shows no progress bar.
     Raises UserError when `out` exists already or more than 100 classes are asked for.
     """
     if n_base + n_val + n_novel > len(CHARACTERS):
@@ -56,7 +63,8 @@ def render_glyphs(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         unfinished = Path(temporary) / out.name
-        for split, character in zip(tqdm(splits, desc=f"rendering {out.name}"), CHARACTERS, strict=False):
+        bar = tqdm(splits, desc=f"rendering {out.name}", disable=quiet)
+        for split, character in zip(bar, CHARACTERS, strict=False):
             folder = unfinished / split / f"u{ord(character):04x}"
             folder.mkdir(parents=True)
             tiles = character_tiles(character)

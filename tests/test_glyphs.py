@@ -37,6 +37,13 @@ def test_folders_and_images(small):
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (84, 84))
 
 
+def test_quiet_shows_no_bar(tmp_path, capfd):
+    render_glyphs(tmp_path / "loud", n_images=1, n_base=1, n_val=0, n_novel=0)
+    assert "rendering loud" in capfd.readouterr().err
+    render_glyphs(tmp_path / "silent", n_images=1, n_base=1, n_val=0, n_novel=0, quiet=True)
+    assert capfd.readouterr().err == ""
+
+
 def test_an_image_depends_on_seed_and_character_alone(small, tmp_path):
     render_glyphs(tmp_path / "fewer", seed=3, n_images=2, n_base=1, n_val=2, n_novel=0)
     render_glyphs(tmp_path / "other", seed=4, n_images=2, n_base=1, n_val=2, n_novel=0)
