@@ -1,8 +1,8 @@
 """One alignment episode on Conv4: the three updates of Algorithm 1, against the published code's.
 
-Both sides are timed on a few iterations and scaled up to all, each costing the same; what comes once is timed whole.
-The reference reads the checkpoint from disk, fits the head, iterates and scores the queries. Its related base samples are given to it, as their detection is a benchmark of its own; our time
-has the detection in it.
+Both sides are timed on a few iterations and scaled up to all, for each costs the same; what comes once is timed whole.
+The reference reads the checkpoint from disk and fits the head. Its related base samples are given to it, as their
+detection is a benchmark of its own; our time has the detection in it.
 
 python -m speed.bench_alignment --precision bf16
 """
@@ -172,7 +172,7 @@ def our_episode(setting: Setting, t: Task, initial: dict[str, Tensor], iteration
 
 
 def ours(setting: Setting) -> dict[str, Measured]:
-    """An episode of one iteration, and one of some more, whose difference is scaled up; the first ones for the comparison."""
+    """An episode of one iteration and one of some more: their difference is scaled up."""
     t = task(setting)
     initial = {name: value.clone() for name, value in t.backbone.state_dict().items()}
     n, n_timed = ITERATIONS[setting.scale], TIMED_ITERATIONS[setting.scale]
@@ -204,7 +204,8 @@ BENCH = Bench(
     ours=ours,
     flops=flops,
     tolerances={
-        "losses": {"fp32": 2e-3, "bf16": 0.1},
+        # After a step of Adam: the reference itself, in channels-last memory, is 0.003 from what it gives in the other.
+        "losses": {"fp32": 6e-3, "bf16": 0.1},
         # Half precision moves queries of one episode: parity is a matter of paired episodes, not of this one.
         "accuracy": {"fp32": 0.02, "bf16": 0.5},
         "update": {"fp32": 0.05, "bf16": 0.5},
