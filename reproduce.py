@@ -32,9 +32,9 @@ DEFAULT_SHOTS = {"crossdomain": [5], "ways": [5]}
 SCALES: dict[str, dict[str, dict[str, list[str]]]] = {
     "full": {stage: {} for stage in SCRIPTS},
     "laptop": {
-        "transfer": {"--preset": ["laptop"], "--n_epoch": ["20"]},
+        "transfer": {"--preset": ["laptop"], "--n_epoch": ["15"]},
         "meta": {"--preset": ["laptop"], "--n_epoch": ["5"]},
-        "alignment": {"--preset": ["laptop"], "--n_episodes": ["20"]},
+        "alignment": {"--preset": ["laptop"], "--n_episodes": ["15"]},
     },
 }
 # Flags that the rows set themselves, and what to give instead.
