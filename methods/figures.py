@@ -24,7 +24,7 @@ from data.files import atomic_file
 from methods.engine import run_script
 from methods.episode_data import read_episode
 from methods.episode_figures import projection_figure, related_base_figure
-from methods.figure_style import BLUE, GREY, ORANGE, colour
+from methods.figure_style import BLUE, GREY, ORANGE, colour, line_style
 from methods.report import is_result, read_record, read_results
 from methods.result_figures import confusion_figure, curve_figure, training_figure
 
@@ -46,13 +46,17 @@ def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
     return logs
 
 
+# A legend below its axes: many runs would cover the lines.
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 7, "frameon": False}
+
+
 def draw_training(axes: Axes, logs: dict[str, list[dict[str, Any]]]) -> None:
     """Validation accuracy of each run by epoch."""
     for i, (name, rows) in enumerate(logs.items()):
-        axes.plot([r["epoch"] for r in rows], [r["val_accuracy"] for r in rows], color=colour(i), label=name)
+        axes.plot([r["epoch"] for r in rows], [r["val_accuracy"] for r in rows], label=name, **line_style(i))
     axes.set(title="Training", xlabel="epoch", ylabel="validation accuracy, %")
     if logs:
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(**BELOW)
 
 
 def draw_accuracies(axes: Axes, records: list[dict[str, Any]]) -> None:
@@ -61,10 +65,10 @@ def draw_accuracies(axes: Axes, records: list[dict[str, Any]]) -> None:
     for r in records:
         task = f"{r['dataset']}, {r['n_way']}-way {r['n_shot']}-shot"
         if "alignment" in r:
-            rows.append((f"{r['method']} fine-tuning\n{task}", r["fine_tuning"], BLUE))
-            rows.append((f"{r['method']} {r['alignment']}\n{task}", r, ORANGE))
+            rows.append((f"{r['method']} fine-tuning, {task}", r["fine_tuning"], BLUE))
+            rows.append((f"{r['method']} {r['alignment']}, {task}", r, ORANGE))
         else:
-            rows.append((f"{r['method']}\n{task}", r, GREY))
+            rows.append((f"{r['method']}, {task}", r, GREY))
     for y, (_, record, ink) in enumerate(rows):
         axes.errorbar(record["accuracy"], y, xerr=record["ci95"] or 0, fmt="o", color=ink, capsize=3)
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows], fontsize=7)
@@ -82,12 +86,14 @@ def draw_gains(axes: Axes, records: list[dict[str, Any]]) -> None:
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(title="Alignment minus fine-tuning", xlabel="episodes, sorted, %", ylabel="points")
     if records:
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(**BELOW)
 
 
 def overview_figure(records: list[dict[str, Any]], logs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Training, all accuracies and the gains of alignment, side by side."""
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    n_rows = len(records) + sum("alignment" in r for r in records)
+    height = max(4.6, 0.25 * n_rows + 1.0) + 0.15 * len(logs)
+    figure = Figure(figsize=(15, height), layout="constrained")
     training, accuracies, gains = figure.subplots(1, 3)
     draw_training(training, logs)
     draw_accuracies(accuracies, records)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from methods.figure_style import GREY, INK, colour, label_text
+from methods.figure_style import GREY, INK, colour, label_text, line_style
 
 Rows = list[dict[str, Any]]
 MAX_LABELS = 40  # classes named at each side of a confusion matrix
@@ -58,9 +58,9 @@ def training_figure(logs: dict[str, Rows]) -> Figure:
     loss, accuracy = figure.subplots(1, 2)
     for i, (name, rows) in enumerate(logs.items()):
         x = [row["epoch"] for row in rows]
-        loss.plot(x, [row["loss"] for row in rows], color=colour(i), label=label_text(name, 60))
+        loss.plot(x, [row["loss"] for row in rows], label=label_text(name, 60), **line_style(i))
         accuracy.plot(x, [row["base_accuracy"] for row in rows], color=colour(i), linestyle="--")
-        band(accuracy, x, rows, ("val_accuracy", "val_ci95"), {"color": colour(i)})
+        band(accuracy, x, rows, ("val_accuracy", "val_ci95"), line_style(i))
     loss.set(title="Training loss", xlabel="epoch", ylabel="loss")
     accuracy.set(title="Accuracy", xlabel="epoch", ylabel="% (validation: 95% interval)")
     styles = [
