@@ -29,6 +29,8 @@ from methods.report import is_result, read_record, read_results
 from methods.result_figures import confusion_figure, curve_figure, training_figure
 
 STAGE_3 = "associative_alignment.py"
+# A legend below its axes: many runs would cover the lines.
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 7, "frameon": False}
 
 
 def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
@@ -44,10 +46,6 @@ def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"metrics file {file} is damaged ({error}): delete it or run its stage again") from error
     return logs
-
-
-# A legend below its axes: many runs would cover the lines.
-BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 7, "frameon": False}
 
 
 def draw_training(axes: Axes, logs: dict[str, list[dict[str, Any]]]) -> None:
