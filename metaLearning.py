@@ -12,22 +12,17 @@ import torch
 
 from args_parser import args_parser, data_options
 from data.benchmarks import load_split
-from data.episodes import check_episodes_fit, fixed_episodes, sample_episodes
+from data.episodes import check_episodes_fit, sample_episodes
 from data.transforms import Augmentation
-from methods.checkpoints import (
-    best_model_path,
-    initial_backbone,
-    load_checkpoint,
-    load_state,
-)
+from methods.checkpoints import initial_backbone, load_checkpoint, load_state
 from methods.distributed import copy_rank_0, join_ranks, rank_0_first
 from methods.engine import n_parameters, on_device, run_script, seeded, start
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
 from methods.evaluation import embed, mean_and_ci95
 from methods.meta_learners import build_meta_learner
-from methods.metrics import open_metrics
-from methods.results import log_epoch, result_path, save_result
-from methods.resume import TEST_FLAGS, Training, begin, find_state, last_state_path, resumable
+from methods.results import log_epoch, save_result
+from methods.resume import Training, begin, resumable
+from methods.training_run import load_data, open_run
 
 
 def main() -> None:
@@ -37,31 +32,12 @@ def main() -> None:
     began = time.time()
     device, precision = start(args.device, args.precision, args.no_keep_memory, ranks)
 
-    # Where the run writes, and what an earlier one has left there.
-    path = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
-    last = last_state_path(path)
-    metrics = open_metrics(args.results_dir / "logs" / path.stem, args.tensorboard)
-    table = result_path(args.results_dir, "metaLearning", path, args.dataset, args.novel_dataset)
-    written = (last, path) if args.n_epoch else (None, None)
-    with rank_0_first(ranks):
-        state = find_state(*written, table, vars(args), TEST_FLAGS, args.resume, args.overwrite)
-
-    # Data: uint8 arrays; episodes are indices into them. Those of val are the same ones after every epoch.
-    load = partial(load_split, **data_options(args))
-    with rank_0_first(ranks):
-        base, val, novel = (
-            load(dataset=args.dataset, split="base"),
-            load(dataset=args.dataset, split="val"),
-            load(dataset=args.novel_dataset, split="novel"),
-        )
+    files = open_run("metaLearning", args, ranks)
+    data = load_data(args, partial(load_split, **data_options(args)), ranks)
+    base, val, novel = data.base, data.val, data.novel
     train_protocol = (args.train_n_way, args.n_shot, args.train_n_query)
     if args.n_epoch:
         check_episodes_fit(base, *train_protocol)
-    protocol = (args.test_n_way, args.n_shot, args.n_query)
-    val_episodes = sample_episodes(val, *protocol, args.val_episodes, args.seed)
-    n_test = args.testing_epochs * args.n_episodes
-    with rank_0_first(ranks):
-        novel_episodes = fixed_episodes(args.episodes_file, novel, *protocol, n_test, args.seed)
 
     # Model: the backbone, and the meta-learner's own module, which a checkpoint of the same method brings as well.
     relation = args.method.startswith("RelationNet")
@@ -88,12 +64,11 @@ def main() -> None:
 
     # Episodic training; the model of the best validation accuracy is kept.
     training = Training(backbone, learner, optimizer, precision)
-    made_from = {"base images": base.fingerprint, "val images": val.fingerprint}
     if args.n_epoch:
-        began -= begin(state, made_from, last)
-    if state:
-        training.restore(state, args.n_epoch, metrics.path if ranks.first else None, last)
-    with resumable(last):
+        began -= begin(files.state, data.made_from, files.last)
+    if files.state:
+        training.restore(files.state, args.n_epoch, files.metrics.path if ranks.first else None, files.last)
+    with resumable(files.last):
         for epoch in range(training.n_done, args.n_epoch):
             epoch_began = time.time()
             if ranks.first:  # an episode is one batch, which is not shared out
@@ -116,26 +91,26 @@ def main() -> None:
                 )
             copy_rank_0([backbone, learner], ranks)
             z_val = embed(backbone, val.images, device, precision, maps=relation, ranks=ranks)
-            val_scores = evaluate_meta_learner(learner, z_val, val_episodes, ranks=ranks)
+            val_scores = evaluate_meta_learner(learner, z_val, data.val_episodes, ranks=ranks)
             val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
             training.n_done = epoch + 1
             if ranks.first:
-                training.keep_best(path, "metaLearning", val_accuracy, epoch, base.class_names, vars(args))
-                log_epoch(metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
-                training.save(last, vars(args), made_from, began)
+                training.keep_best(files.best, "metaLearning", val_accuracy, epoch, base.class_names, vars(args))
+                log_epoch(files.metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
+                training.save(files.last, vars(args), data.made_from, began)
 
     # Novel test of the best model.
     with rank_0_first(ranks):
         if args.n_epoch:
-            checkpoint = load_checkpoint(path)
-            load_state(backbone, checkpoint.backbone_state, path)
-            load_state(learner, checkpoint.head_state, path)
+            checkpoint = load_checkpoint(files.best)
+            load_state(backbone, checkpoint.backbone_state, files.best)
+            load_state(learner, checkpoint.head_state, files.best)
     bars = ("", "") if args.quiet else ("embed novel", "novel episodes")
     z_novel = embed(backbone, novel.images, device, precision, bar=bars[0], maps=relation, ranks=ranks)
-    scores = evaluate_meta_learner(learner, z_novel, novel_episodes, bar=bars[1], ranks=ranks)
+    scores = evaluate_meta_learner(learner, z_novel, data.novel_episodes, bar=bars[1], ranks=ranks)
     if ranks.first:
-        save_result(table, "metaLearning", vars(args), novel, novel_episodes, scores, began, device)
-    print(f"checkpoint {path if args.n_epoch else args.init_from}, result {table}")
+        save_result(files.table, "metaLearning", vars(args), novel, data.novel_episodes, scores, began, device)
+    print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")
 
 
 if __name__ == "__main__":

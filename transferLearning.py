@@ -11,23 +11,17 @@ import torch
 
 from args_parser import args_parser, data_options
 from data.benchmarks import load_split
-from data.episodes import fixed_episodes, sample_episodes
 from data.errors import UserError
 from data.generators import make_generator
 from data.transforms import Augmentation
 from methods.base_training import train_one_epoch
-from methods.checkpoints import (
-    best_model_path,
-    initial_backbone,
-    load_checkpoint,
-    load_state,
-)
+from methods.checkpoints import initial_backbone, load_checkpoint, load_state
 from methods.distributed import copy_rank_0, data_parallel, join_ranks, rank_0_first
 from methods.engine import n_parameters, on_device, run_script, start
 from methods.evaluation import embed, evaluate_heads, mean_and_ci95
-from methods.metrics import open_metrics
-from methods.results import log_epoch, result_path, save_result
-from methods.resume import TEST_FLAGS, Training, begin, find_state, last_state_path, resumable
+from methods.results import log_epoch, save_result
+from methods.resume import Training, begin, resumable
+from methods.training_run import load_data, open_run
 from models import build_head
 from models.global_batch_norm import use_global_batch_norm
 
@@ -39,23 +33,9 @@ def main() -> None:
     began = time.time()
     device, precision = start(args.device, args.precision, args.no_keep_memory, ranks)
 
-    # Where the run writes, and what an earlier one has left there.
-    path = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
-    last = last_state_path(path)
-    metrics = open_metrics(args.results_dir / "logs" / path.stem, args.tensorboard)
-    table = result_path(args.results_dir, "transferLearning", path, args.dataset, args.novel_dataset)
-    written = (last, path) if args.n_epoch else (None, None)
-    with rank_0_first(ranks):
-        state = find_state(*written, table, vars(args), TEST_FLAGS, args.resume, args.overwrite)
-
-    # Data: uint8 arrays; episodes are indices into them, the same ones after every epoch.
-    load = partial(load_split, **data_options(args))
-    with rank_0_first(ranks):
-        base, val, novel = (
-            load(dataset=args.dataset, split="base"),
-            load(dataset=args.dataset, split="val"),
-            load(dataset=args.novel_dataset, split="novel"),
-        )
+    files = open_run("transferLearning", args, ranks)
+    data = load_data(args, partial(load_split, **data_options(args)), ranks)
+    base, val, novel = data.base, data.val, data.novel
     n_base_class = len(base.class_names)
     if args.n_base_class not in (None, n_base_class):
         raise UserError(
@@ -63,11 +43,6 @@ def main() -> None:
         )
     if args.n_epoch and n_base_class < 2:
         raise UserError(f"the base split of {args.dataset!r} has 1 class: training needs at least 2, so add classes")
-    protocol = (args.test_n_way, args.n_shot, args.n_query)
-    val_episodes = sample_episodes(val, *protocol, args.val_episodes, args.seed)
-    n_test = args.testing_epochs * args.n_episodes
-    with rank_0_first(ranks):
-        novel_episodes = fixed_episodes(args.episodes_file, novel, *protocol, n_test, args.seed)
 
     # Model.
     backbone, _ = initial_backbone(
@@ -97,13 +72,12 @@ def main() -> None:
         ranks=ranks,
     )
     training = Training(backbone, head, optimizer, precision)
-    made_from = {"base images": base.fingerprint, "val images": val.fingerprint}
     if args.n_epoch:
-        began -= begin(state, made_from, last)
-    if state:
-        training.restore(state, args.n_epoch, metrics.path if ranks.first else None, last)
+        began -= begin(files.state, data.made_from, files.last)
+    if files.state:
+        training.restore(files.state, args.n_epoch, files.metrics.path if ranks.first else None, files.last)
     net, classifier = data_parallel(backbone, ranks), data_parallel(head, ranks)
-    with resumable(last):
+    with resumable(files.last):
         for epoch in range(training.n_done, args.n_epoch):
             epoch_began = time.time()
             loss, train_accuracy = train_one_epoch(
@@ -125,23 +99,23 @@ def main() -> None:
             )
             copy_rank_0([backbone], ranks)
             z_val = embed(backbone, val.images, device, precision, ranks=ranks)
-            val_scores = score_heads(z_val, val_episodes)
+            val_scores = score_heads(z_val, data.val_episodes)
             val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
             training.n_done = epoch + 1
             if ranks.first:
-                training.keep_best(path, "transferLearning", val_accuracy, epoch, base.class_names, vars(args))
-                log_epoch(metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
-                training.save(last, vars(args), made_from, began)
+                training.keep_best(files.best, "transferLearning", val_accuracy, epoch, base.class_names, vars(args))
+                log_epoch(files.metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
+                training.save(files.last, vars(args), data.made_from, began)
 
     # Novel test of the best model.
     with rank_0_first(ranks):
         if args.n_epoch:
-            load_state(backbone, load_checkpoint(path).backbone_state, path)
+            load_state(backbone, load_checkpoint(files.best).backbone_state, files.best)
     z_novel = embed(backbone, novel.images, device, precision, bar="" if args.quiet else "embed novel", ranks=ranks)
-    scores = score_heads(z_novel, novel_episodes, bar="" if args.quiet else "novel episodes")
+    scores = score_heads(z_novel, data.novel_episodes, bar="" if args.quiet else "novel episodes")
     if ranks.first:
-        save_result(table, "transferLearning", vars(args), novel, novel_episodes, scores, began, device)
-    print(f"checkpoint {path if args.n_epoch else args.init_from}, result {table}")
+        save_result(files.table, "transferLearning", vars(args), novel, data.novel_episodes, scores, began, device)
+    print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")
 
 
 if __name__ == "__main__":

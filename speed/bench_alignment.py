@@ -204,12 +204,13 @@ BENCH = Bench(
     ours=ours,
     flops=flops,
     tolerances={
-        # After a step of Adam: the reference itself, in channels-last memory, is 0.003 from what it gives in the other.
-        "losses": {"fp32": 6e-3, "bf16": 0.1},
+        # Adam makes a step of the rate also where a gradient is near rounding. So the reference itself is, in
+        # channels-last memory, 0.003 in its losses, 0.04 in its accuracy (near chance: the backbone is random) and 0.15
+        # in its update from what it gives in contiguous memory; with one thread instead of two nearly as much.
+        "losses": {"fp32": 0.01, "bf16": 0.1},
         # Half precision moves queries of one episode: parity is a matter of paired episodes, not of this one.
-        # In single precision two of the 250 queries may fall on the other side: the backbone is random, near chance.
         "accuracy": {"fp32": 0.06, "bf16": 0.5},
-        "update": {"fp32": 0.05, "bf16": 0.5},
+        "update": {"fp32": 0.3, "bf16": 0.5},
     },
 )
 

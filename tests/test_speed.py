@@ -12,7 +12,7 @@ from data.generators import make_generator
 from methods.novel_finetune import set_gradients
 from methods.report import read_results
 from models import HEADS, build_head
-from speed import bench_base_training, bench_related_base, common
+from speed import bench_alignment, bench_base_training, bench_related_base, common
 from speed.__main__ import BENCHES
 from speed.common import Bench, Measured, Setting, check, compare, markdown, measure, run_child, spread, timed
 
@@ -60,6 +60,20 @@ def test_another_learning_rate_would_be_noticed(setting, monkeypatch):
     monkeypatch.setattr(bench_base_training, "our_epoch", half_rate)
     with pytest.raises(AssertionError, match="on the same inputs is off"):
         check(bench_base_training.BENCH, setting)
+
+
+@pytest.mark.parametrize("rate", ["align_lr", "support_lr"])
+def test_another_rate_of_alignment_would_be_noticed(setting, monkeypatch, rate):
+    align = bench_alignment.align_episode
+
+    def half_rate(backbone, initial, algorithm, *arguments):
+        return align(
+            backbone, initial, dataclasses.replace(algorithm, **{rate: getattr(algorithm, rate) / 2}), *arguments
+        )
+
+    monkeypatch.setattr(bench_alignment, "align_episode", half_rate)
+    with pytest.raises(AssertionError, match="is off by"):
+        check(bench_alignment.BENCH, setting)
 
 
 def test_a_side_runs_in_a_process_of_its_own_and_hands_back_its_peak_of_memory(setting):
