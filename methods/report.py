@@ -19,7 +19,7 @@ from methods.results import paired_difference, percent
 KEYS = "dataset method backbone img_size n_way n_shot n_episodes seconds accuracy ci95 accuracy_per_episode".split()
 ALIGNMENT_KEYS = ("fine_tuning", "difference")
 # What two results of the same episodes have in common.
-PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query", "n_episodes")
+PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query")
 
 
 def read_record(file: Path) -> Any:
@@ -104,7 +104,8 @@ def markdown_table(records: list[dict[str, Any]]) -> str:
 def paired_line(before: Path, after: Path) -> str:
     """Both accuracies of two results of the same episodes, and the paired difference with its 95% interval.
 
-    Raises UserError when one is no result, or the episodes are not the same ones.
+    When one has more episodes, its first ones are taken: a shorter list is the beginning of a longer one. Raises
+    UserError when one is no result, or the episodes are not the same ones.
     """
     records = [read_record(file) for file in (before, after)]
     for file, record in zip((before, after), records, strict=True):
@@ -122,10 +123,11 @@ def paired_line(before: Path, after: Path) -> str:
             f"{before} is of {episodes_of(first)}, {after} of {episodes_of(second)}: "
             "run both with the same --episodes_file"
         )
-    accuracies = [torch.tensor(record["accuracy_per_episode"]).double() / 100 for record in records]
+    n = min(len(record["accuracy_per_episode"]) for record in records)
+    accuracies = [torch.tensor(record["accuracy_per_episode"][:n]).double() / 100 for record in records]
     difference = paired_difference(*accuracies)
     lines = [f"{percent(*mean_and_ci95(a))} %  {file}" for a, file in zip(accuracies, (before, after), strict=True)]
-    return "\n".join([*lines, f"paired difference {percent(*difference)} points, {first['n_episodes']} episodes"])
+    return "\n".join([*lines, f"paired difference {percent(*difference)} points, {n} episodes"])
 
 
 def episodes_of(record: dict[str, Any]) -> str:

@@ -42,6 +42,12 @@ def test_the_difference_of_two_results_is_paired(tmp_path):
     assert "difference -2.00 ± 1.13" in call("methods.report", "--pair", after, before).out
 
 
+def test_a_shorter_result_is_paired_with_the_beginning_of_a_longer_one(tmp_path):
+    long = write(tmp_path / "long.json", [20.0, 80.0, 0.0, 0.0])
+    lines = call("methods.report", "--pair", long, write(tmp_path / "short.json", [21.0, 83.0])).out.splitlines()
+    assert lines[0].startswith("50.00 ±") and lines[2] == "paired difference 2.00 ± 1.96 points, 2 episodes"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
