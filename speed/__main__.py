@@ -3,6 +3,7 @@
 python -m speed                        # everything, on a machine that does nothing else
 python -m speed --scale tiny           # only whether both give the same answers, in seconds
 python -m speed.bench_validation       # one stage
+python -m speed --profile              # where our time goes
 """
 
 from methods.engine import run_script

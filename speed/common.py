@@ -245,6 +245,14 @@ def run_child(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, Meas
     return {work: Measured(**m) for work, m in content["measured"].items()}, content["peak_memory"]
 
 
+def profile(bench: Bench, setting: Setting) -> str:
+    """Where our side's time goes: its costliest operations, by the time in themselves, preparation included."""
+    keep_memory()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        bench.ours(setting)
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45)
+
+
 def measure(bench: Bench, setting: Setting, repeats: int) -> list[dict[str, Any]]:
     """A row for each work: median seconds of both sides and the limit, their ratios, peaks of memory, errors."""
     for split in ("base", "val", "novel"):  # rendered and decoded before any side is timed
@@ -317,6 +325,7 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         help="of the rendered glyphs and the decoded images",
     )
     p.add_argument("--output", type=Path, default=Path("./results/tables/speed.json"), help="the JSON of the table")
+    p.add_argument("--profile", action="store_true", help="only print where our side's time goes")
     p.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     p.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     return p
@@ -330,6 +339,10 @@ def run(benches: list[Bench], prog: str, description: str | None) -> None:
     setting = Setting(args.scale, args.precision, args.images, args.workers, args.folder.resolve())
     if args.side:
         run_side(benches[0], setting, args.side, args.answer)
+        return
+    if args.profile:
+        for bench in benches:
+            print(f"{bench.name}: ours, {args.precision}\n{profile(bench, setting)}")
         return
     if setting.tiny:
         for bench in benches:

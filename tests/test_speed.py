@@ -14,7 +14,7 @@ from methods.report import read_results
 from models import HEADS, build_head
 from speed import bench_alignment, bench_base_training, bench_related_base, common
 from speed.__main__ import BENCHES
-from speed.common import Bench, Measured, Setting, check, compare, markdown, measure, run_child, spread, timed
+from speed.common import Bench, Measured, Setting, check, compare, markdown, measure, profile, run_child, spread, timed
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,10 @@ def test_a_side_runs_in_a_process_of_its_own_and_hands_back_its_peak_of_memory(s
     assert 50 * 2**20 < peak < 8 * 2**30
     assert side[bench_related_base.WORK].seconds > 0
     compare(bench, "fp32", bench.reference(setting), side)
+
+
+def test_the_profile_names_the_costly_operations(setting):
+    assert "convolution" in profile(bench_base_training.BENCH, setting)
 
 
 def test_the_table_holds_medians_ratios_and_the_limit(setting, monkeypatch):
