@@ -241,8 +241,10 @@ BENCH = Bench(
     tolerances={
         # PIL rounds the augmented images to whole grey levels.
         "loss": {"fp32": 0.05, "bf16": 0.1},
-        "loss without augmentation": {"fp32": 1e-3, "bf16": 0.1},
-        "update without augmentation": {"fp32": 0.1, "bf16": 0.7},
+        # Four steps of Adam magnify rounding: in channels-last memory MatchingNet's reference is 0.007 in its loss and
+        # 0.15 in its update from what it gives in contiguous memory.
+        "loss without augmentation": {"fp32": 0.02, "bf16": 0.1},
+        "update without augmentation": {"fp32": 0.3, "bf16": 0.7},
         "accuracy": {"fp32": 0.02, "bf16": 0.05},
     },
 )

@@ -84,6 +84,20 @@ def test_a_side_runs_in_a_process_of_its_own_and_hands_back_its_peak_of_memory(s
     compare(bench, "fp32", bench.reference(setting), side)
 
 
+def test_a_wrong_answer_ends_the_command_and_leaves_the_other_rows(monkeypatch, tmp_path, capsys):
+    def measured(bench, setting, repeats):
+        assert bench.name == "right", "loss is off"
+        return []
+
+    monkeypatch.setattr(common, "measure", measured)
+    monkeypatch.setattr("sys.argv", ["speed", "--output", str(tmp_path / "speed.json")])
+    benches = [Bench(name, {}, None, None, None, {}) for name in ("wrong", "right")]
+    with pytest.raises(SystemExit, match="wrong answer: loss is off"):
+        common.run(benches, "speed", None)
+    assert json.loads((tmp_path / "speed.json").read_text())["rows"] == []
+    assert "| work |" in capsys.readouterr().out
+
+
 def test_the_profile_names_the_costly_operations(setting):
     assert "convolution" in profile(bench_base_training.BENCH, setting)
 
