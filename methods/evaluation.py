@@ -23,8 +23,8 @@ from methods.engine import Precision
 from methods.novel_finetune import fit_heads
 from models import Backbone, build_head
 
-# Heads fitted together: their weights and features should stay in a core's cache.
-HEAD_CHUNK = 16
+# Heads fitted together: more of them spend less time between operations, fewer stay in a nearer cache.
+HEAD_CHUNK = 32
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def set_gradients(head: Head, projected: Tensor, y: Tensor, one_hot: Tensor) -> 
             head.loss(head.scores(projected), y).backward()
         return
     weight, out = head.weight.detach(), head.weight.grad
-    scores = (weight @ projected.mT).mT
+    # The faster order of the product, laid out anew as probabilities() likes it.
+    scores = (projected @ weight.mT).mT.contiguous().mT
     if isinstance(head, softMax):
         gradient = score_gradient(head, scores.add_(head.bias.unsqueeze(-2)), y, one_hot)
         head.bias.grad = gradient.sum(-2)
