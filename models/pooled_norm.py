@@ -15,6 +15,15 @@ from torch.autograd.function import once_differentiable
 CACHE_ROWS = 8  # images whose gradient is made together: 14 MB of 64 channels at 84x84, which stay in cache
 
 
+def pool(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """2x2 maxima of the channels (minima where the weight is negative) and their indices: (b, c, h // 2, w // 2)."""
+    if not bool((weight < 0).any()):
+        return F.max_pool2d(x, 2, return_indices=True)
+    sign = torch.where(weight < 0, -1.0, 1.0).to(x.dtype).view(-1, 1, 1)
+    pooled, index = F.max_pool2d(x * sign, 2, return_indices=True)
+    return pooled * sign, index
+
+
 class PooledNorm(torch.autograd.Function):
     """See pooled_norm; returns also what the backward pass needs."""
 
@@ -22,14 +31,9 @@ class PooledNorm(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, ...]:
         assert norm.momentum is not None
         mean, var = torch.batch_norm_update_stats(x, norm.running_mean, norm.running_var, norm.momentum)
-        if bool((weight < 0).any()):
-            sign = torch.where(weight < 0, -1.0, 1.0).to(x.dtype).view(-1, 1, 1)
-            pooled, index = F.max_pool2d(x * sign, 2, return_indices=True)
-            pooled = pooled * sign
-        else:
-            pooled, index = F.max_pool2d(x, 2, return_indices=True)
+        pooled, _ = pool(x, weight)
         y = F.batch_norm(pooled, mean, var, weight, bias, eps=norm.eps).relu_()
-        return y, pooled, index, mean, var
+        return y, pooled, mean, var
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -41,7 +45,7 @@ class PooledNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, y, pooled, index, mean, var = ctx.saved_tensors
+        x, weight, y, pooled, mean, var = ctx.saved_tensors
         invstd = (var + ctx.eps).rsqrt()
         of_pooled, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             torch.ops.aten.threshold_backward(gradient, y, 0),
@@ -52,7 +56,8 @@ class PooledNorm(torch.autograd.Function):
         slope = -weight * invstd.square() * of_weight / n
         offset = -weight * invstd * of_bias / n - slope * mean
         slope, offset = (v.to(x.dtype).view(-1, 1, 1) for v in (slope, offset))
-        for part, of_part, at in zip(*(t.split(CACHE_ROWS) for t in (x, of_pooled, index)), strict=True):
+        for part, of_part in zip(x.split(CACHE_ROWS), of_pooled.split(CACHE_ROWS), strict=True):
+            at = pool(part, weight)[1]  # found again: kept, it would be twice as large as what was pooled
             taken = torch.ops.aten.max_pool2d_with_indices_backward(
                 of_part, part, [2, 2], [2, 2], [0, 0], [1, 1], False, at
             )
