@@ -17,8 +17,8 @@ demo: install
 	$(BIN)/python transferLearning.py --preset laptop --resume
 	$(BIN)/python metaLearning.py --preset laptop --resume --init_from $(STAGE_1)
 	$(BIN)/python associative_alignment.py --preset laptop --resume
-	$(BIN)/python -m methods.report results
-	$(BIN)/python -m methods.figures results
+	$(BIN)/python -m reporting.report results
+	$(BIN)/python -m reporting.figures results
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import OneLineParser
+from engine.errors import OneLineParser
 from methods.meta_learners import META_LEARNERS
 from models import BACKBONES, HEADS, TORCHVISION, native_img_size
 
@@ -436,7 +436,7 @@ def alignment_flags(p: argparse.ArgumentParser) -> None:
         type=COUNT_OR_0,
         default=0,
         metavar="I",
-        help="the episode whose features and related base images are kept in episodes/, for methods.figures to draw",
+        help="the episode whose features and related base images are kept in episodes/, for reporting.figures to draw",
     )
     update_flags(p, group)
 
@@ -515,8 +515,8 @@ def complete_predict(args: argparse.Namespace, parser: OneLineParser) -> None:
     if not args.checkpoint and args.weights == "none":
         parser.error(
             "no trained backbone: give --checkpoint FILE (made by 'make demo', by transferLearning.py, or by "
-            "'python -m methods.checkpoints import-published' of a published file), or torchvision's ImageNet weights, "
-            f"--backbone {TORCHVISION}resnet18 --weights DEFAULT"
+            "'python -m persistence.checkpoints import-published' of a published file), or torchvision's ImageNet "
+            f"weights, --backbone {TORCHVISION}resnet18 --weights DEFAULT"
         )
     args.alignment = args.alignment or ("centroid" if args.base else "none")
     if args.alignment != "none" and not args.base:

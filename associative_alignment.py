@@ -13,16 +13,19 @@ from tqdm import tqdm
 from args_parser import args_parser, data_options
 from data.benchmarks import load_split
 from data.episodes import class_major_labels, fixed_episodes
-from data.errors import UserError
+from engine.distributed import gather_objects, join_ranks, rank_0_first
+from engine.errors import UserError
+from engine.files import save_atomically
+from engine.metrics import open_metrics
+from engine.records import write_json
+from engine.run import on_device, start
+from engine.script import run_script
 from methods.alignment import AlignmentSetting, align_episode, blocks_to_update, network_input, stored_input
-from methods.checkpoints import best_model_path, check_base_classes, load_backbone, save_atomically
-from methods.distributed import gather_objects, join_ranks, rank_0_first
-from methods.engine import on_device, run_script, start, write_json
-from methods.episode_data import Source, first_draw, gather_episode
 from methods.evaluation import EpisodeScores, cached_activations, cached_features, mean_and_ci95
-from methods.metrics import open_metrics
-from methods.results import accuracy_record, curve_record, paired_difference, percent, result_path, run_record
-from methods.resume import LENGTH_FLAGS, AlignedEpisodes, begin, find_state, resumable, weights_digest
+from persistence.checkpoints import best_model_path, check_base_classes, load_backbone
+from persistence.files import LENGTH_FLAGS, AlignedEpisodes, begin, find_state, resumable, weights_digest
+from persistence.results import accuracy_record, curve_record, paired_difference, percent, result_path, run_record
+from persistence.saved_episode import Source, first_draw, gather_episode
 
 SAVE_EVERY = 5  # episodes
 

@@ -14,15 +14,17 @@ from args_parser import args_parser, data_options
 from data.benchmarks import load_split
 from data.episodes import check_episodes_fit, sample_episodes
 from data.transforms import Augmentation
-from methods.checkpoints import initial_backbone, load_checkpoint, load_state
-from methods.distributed import copy_rank_0, join_ranks, rank_0_first
-from methods.engine import n_parameters, on_device, run_script, seeded, start
+from engine.distributed import copy_rank_0, join_ranks, rank_0_first
+from engine.generators import seeded
+from engine.run import n_parameters, on_device, start
+from engine.script import run_script
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
 from methods.evaluation import embed, mean_and_ci95
 from methods.meta_learners import build_meta_learner
-from methods.results import log_epoch, save_result
-from methods.resume import Training, begin, resumable
-from methods.training_run import load_data, open_run
+from persistence.checkpoints import initial_backbone, load_checkpoint, load_state
+from persistence.files import Training, begin, resumable
+from persistence.results import log_epoch, save_result
+from persistence.training import load_data, open_run
 
 
 def main() -> None:

@@ -19,21 +19,17 @@ import torch
 
 from args_parser import args_parser
 from data.benchmarks import Split, load_split
-from data.errors import RaisingParser, UserError
 from data.user_images import decode_views, folder_truth, list_queries, list_support, other_files
+from engine.errors import RaisingParser, UserError
+from engine.records import provenance, write_json
+from engine.run import select_device, start
+from engine.script import run_script
 from methods.alignment import AlignmentSetting
-from methods.checkpoints import check_base_classes, create_backbone, load_backbone
-from methods.contact_sheet import write_sheet
-from methods.engine import provenance, run_script, select_device, start, write_json
-from methods.prediction import (
-    Predictions,
-    alignment_notes,
-    nearest_support,
-    probabilities_of,
-    run_episode,
-)
-from methods.prediction_files import prediction_record, summary_lines, write_csv
+from methods.prediction import Predictions, alignment_notes, nearest_support, probabilities_of, run_episode
 from models import Backbone, native_img_size
+from persistence.checkpoints import check_base_classes, create_backbone, load_backbone
+from reporting.contact_sheet import write_sheet
+from reporting.prediction_files import prediction_record, summary_lines, write_csv
 
 
 def few_shot_predict(

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from args_parser import COUNT, STAGES, args_parser, backbone_name, number, shared_flags
-from data.errors import OneLineParser, UserError
-from methods.commands import run_command, script_command, shown
-from methods.engine import REPOSITORY, run_script
-from methods.paper_tables import SCRIPTS, TABLES, Plan, Row, compare, finished, table_rows, write_table
-from methods.report import interval
+from engine.errors import OneLineParser, UserError
+from engine.records import REPOSITORY
+from engine.script import run_command, run_script, script_command, shown
+from reporting.paper_tables import SCRIPTS, TABLES, Plan, Row, compare, finished, table_rows, write_table
+from reporting.report import interval
 
 DEFAULT_BACKBONES = {
     "full": {"main": ["Conv4", "ResNet18", "WideResNet"], "crossdomain": ["ResNet18"]},

@@ -11,19 +11,20 @@ import torch
 
 from args_parser import args_parser, data_options
 from data.benchmarks import load_split
-from data.errors import UserError
-from data.generators import make_generator
 from data.transforms import Augmentation
+from engine.distributed import copy_rank_0, data_parallel, join_ranks, rank_0_first
+from engine.errors import UserError
+from engine.generators import make_generator
+from engine.run import n_parameters, on_device, start
+from engine.script import run_script
 from methods.base_training import train_one_epoch
-from methods.checkpoints import initial_backbone, load_checkpoint, load_state
-from methods.distributed import copy_rank_0, data_parallel, join_ranks, rank_0_first
-from methods.engine import n_parameters, on_device, run_script, start
 from methods.evaluation import embed, evaluate_heads, mean_and_ci95
-from methods.results import log_epoch, save_result
-from methods.resume import Training, begin, resumable
-from methods.training_run import load_data, open_run
 from models import build_head
 from models.global_batch_norm import use_global_batch_norm
+from persistence.checkpoints import initial_backbone, load_checkpoint, load_state
+from persistence.files import Training, begin, resumable
+from persistence.results import log_epoch, save_result
+from persistence.training import load_data, open_run
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor, tensor
 
-from data.errors import UserError
 from data.glyphs import render_glyphs
 from data.image_cache import load_images
+from engine.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 

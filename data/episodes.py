@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from data.benchmarks import Split
-from data.errors import UserError
-from data.files import atomic_file
-from data.generators import make_generator
+from engine.errors import UserError
+from engine.files import atomic_file
+from engine.generators import make_generator
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-from data.errors import UserError
+from engine.errors import UserError
 
 # In a fixed mixed order: the first n_base are the base classes, the next n_val the val classes, then n_novel novel.
 CHARACTERS = "ΣyωΞEVæKL&7t+Δ÷£БR%mZΠ€∫σFδЫ2$Y∞gЭa√h8U>5Ж±WHД9?MG4<§ЦT#Чε6λXPr¶Ωe∂Φd©BИЮC=3OЯfn¥A!Ψ{DμNb~@ζβξQiJ∀ШS"

@@ -29,7 +29,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from data.errors import UserError
+from engine.errors import UserError
 
 T = TypeVar("T")
 # Larger than any photograph; a file that claims more pixels is a decompression bomb.

@@ -26,8 +26,8 @@ from data.converters.folder import convert_folder
 from data.converters.mini_imagenet import convert_mini_imagenet
 from data.converters.tiered_imagenet import convert_tiered_imagenet
 from data.converters.writing import SPLITS, Conversion, count_images, write_benchmark
-from data.errors import OneLineParser, UserError
 from data.glyphs import render_glyphs
+from engine.errors import OneLineParser, UserError
 
 SPLIT_FILES = Path(__file__).parents[1] / "fs_benchmarks" / "splits"
 

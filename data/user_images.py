@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.benchmarks import IMAGE_SUFFIXES, list_folder
-from data.errors import UserError
 from data.image_cache import chunks, eval_view, open_rgb
+from engine.errors import UserError
 
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from methods.engine import Precision
+from engine.precision import Precision
 from models.critic import Critic
 
 CONSTRAINTS = ("clip", "gp")

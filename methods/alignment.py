@@ -19,18 +19,18 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from data.errors import UserError
-from data.generators import make_generator
-from data.related_base import RelatedBase, find_related_base
 from data.transforms import normalise
+from engine.errors import UserError
+from engine.generators import make_generator, seeded
+from engine.precision import Precision, check_finite
 from methods.adversarial_alignment import adversarial_alignment_step
 from methods.centroid_alignment import centroid_alignment_step
-from methods.engine import Precision, check_finite, seeded
 from methods.novel_finetune import fit_heads
+from methods.related_base import RelatedBase, find_related_base
 from models import Backbone, build_head
+from models.backbone import split_backbone
 from models.critic import Critic
 from models.heads import Head
-from models.last_blocks import split_backbone
 
 # The critic meets features that move with every step: a short memory of its gradients.
 CRITIC_BETAS = (0.5, 0.9)

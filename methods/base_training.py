@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.generators import make_generator
 from data.transforms import Augmentation, augment, normalise
-from methods.distributed import ALONE, Ranks, gather_objects, plain_module
-from methods.engine import Precision, check_finite, seeded
+from engine.distributed import ALONE, Ranks, gather_objects, plain_module
+from engine.generators import make_generator, seeded
+from engine.precision import Precision, check_finite
 from models.heads import Head
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.engine import Precision
+from engine.precision import Precision
 
 
 def class_centroids(z: Tensor, y: Tensor) -> Tensor:

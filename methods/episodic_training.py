@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.episodes import Episodes, class_major_labels
-from data.generators import make_generator
 from data.transforms import Augmentation
+from engine.distributed import ALONE, Ranks, gather_rows
+from engine.generators import make_generator, seeded
+from engine.precision import Precision, check_finite
 from methods.base_training import training_input
 from methods.confusion import count_predictions
-from methods.distributed import ALONE, Ranks, gather_rows
-from methods.engine import Precision, check_finite, seeded
 from methods.evaluation import EpisodeScores, score_queries
 from methods.meta_learners import MetaLearner
 from models import Backbone

@@ -13,13 +13,12 @@ from tqdm import tqdm
 
 from data.benchmarks import Split
 from data.episodes import Episodes, class_major_labels
-from data.files import atomic_file
-from data.generators import make_generator
 from data.transforms import normalise
-from methods.checkpoints import load_tensors, save_atomically
+from engine.distributed import ALONE, Ranks, gather_objects, gather_rows
+from engine.files import atomic_file, load_tensors, save_atomically
+from engine.generators import make_generator
+from engine.precision import Precision
 from methods.confusion import count_predictions
-from methods.distributed import ALONE, Ranks, gather_objects, gather_rows
-from methods.engine import Precision
 from methods.novel_finetune import fit_heads
 from models import Backbone, build_head
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from data.benchmarks import Split
+from engine.precision import Precision
+from engine.run import on_device
 from methods.alignment import (
     AlignedEpisode,
     AlignmentSetting,
@@ -22,7 +24,6 @@ from methods.alignment import (
     network_input,
     stored_input,
 )
-from methods.engine import Precision, on_device
 from methods.evaluation import cached_activations, cached_features, embed
 from models import Backbone
 from models.heads import unit

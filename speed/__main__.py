@@ -6,7 +6,7 @@ python -m speed.bench_validation       # one stage
 python -m speed --profile              # where our time goes
 """
 
-from methods.engine import run_script
+from engine.script import run_script
 from speed import bench_alignment, bench_base_training, bench_meta_learning, bench_related_base, bench_validation
 from speed.common import run
 

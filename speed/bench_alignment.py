@@ -17,8 +17,9 @@ from torch import Tensor
 
 from data.benchmarks import Split
 from data.episodes import Episodes, class_major_labels, sample_episodes
-from data.generators import make_generator
 from data.transforms import normalise
+from engine.generators import make_generator
+from engine.script import run_script
 from methods.alignment import (
     AlignedEpisode,
     AlignmentSetting,
@@ -27,7 +28,6 @@ from methods.alignment import (
     network_input,
     related_base_of_head,
 )
-from methods.engine import run_script
 from methods.evaluation import cached_features, score_queries
 from methods.novel_finetune import fit_heads
 from models import Backbone, build_head

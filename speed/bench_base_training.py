@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.generators import make_generator
 from data.transforms import Augmentation
+from engine.generators import make_generator
+from engine.script import run_script
 from methods.base_training import train_one_epoch, training_input
-from methods.engine import run_script
 from models import Backbone, build_head
 from models.heads import arcMax
 from speed import reference_loops as plain

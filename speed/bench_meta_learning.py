@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from data.benchmarks import Split
 from data.episodes import Episodes, class_major_labels, sample_episodes
-from data.generators import make_generator
 from data.transforms import Augmentation
-from methods.engine import run_script, seeded
+from engine.generators import make_generator, seeded
+from engine.script import run_script
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
 from methods.evaluation import embed
 from methods.meta_learners import META_LEARNERS, MetaLearner, build_meta_learner

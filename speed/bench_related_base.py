@@ -14,9 +14,9 @@ from torch import Tensor
 
 from data.benchmarks import Split
 from data.episodes import class_major_labels, sample_episodes
-from data.generators import make_generator
+from engine.generators import make_generator
+from engine.script import run_script
 from methods.alignment import related_base_of_head
-from methods.engine import run_script
 from methods.evaluation import cached_features, embed
 from methods.novel_finetune import fit_heads
 from models import Backbone, build_head

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from data.episodes import Episodes, class_major_labels, sample_episodes
-from data.generators import make_generator
-from methods.engine import run_script
+from engine.generators import make_generator
+from engine.script import run_script
 from methods.evaluation import embed, evaluate_heads
 from methods.novel_finetune import fit_heads
 from models import build_head

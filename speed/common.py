@@ -25,12 +25,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.benchmarks import Split, load_split
-from data.errors import UserError
 from data.glyphs import render_glyphs
 from data.transforms import normalise
-from methods.checkpoints import create_backbone, load_tensors, save_atomically
-from methods.engine import Precision, keep_memory, provenance, write_json
+from engine.errors import UserError
+from engine.files import load_tensors, save_atomically
+from engine.precision import Precision
+from engine.records import provenance, write_json
+from engine.run import keep_memory
 from models import Backbone
+from persistence.checkpoints import create_backbone
 
 CPU = torch.device("cpu")
 SIDES = ("reference", "ours", "limit")

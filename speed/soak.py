@@ -19,12 +19,12 @@ from args_parser import args_parser
 from data.benchmarks import Split
 from data.episodes import class_major_labels, sample_episodes
 from data.transforms import Augmentation
+from engine.run import start
 from methods.alignment import AlignmentSetting, align_episode, network_input
 from methods.base_training import train_one_epoch
-from methods.checkpoints import create_backbone
-from methods.engine import start
 from methods.evaluation import embed, evaluate_heads
 from models import build_head
+from persistence.checkpoints import create_backbone
 
 SIDE = 16  # pixels
 ALIGNMENTS = ("centroid", "adversarial")  # in turn

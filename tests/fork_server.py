@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 
-from methods.engine import run_script
+from engine.script import run_script
 
 SCRIPTS = ("transferLearning", "metaLearning", "associative_alignment")
 

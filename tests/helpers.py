@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from data.benchmarks import Split
-from methods.engine import run_script
+from engine.script import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from data.errors import UserError
-from methods.distributed import gather_objects, gather_rows, join_ranks
-from methods.engine import run_script
+from engine.distributed import gather_objects, gather_rows, join_ranks
+from engine.errors import UserError
+from engine.script import run_script
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from data.episodes import class_major_labels
+from engine.precision import Precision
 from methods.adversarial_alignment import (
     adversarial_alignment_loss,
     adversarial_alignment_step,
@@ -15,7 +16,6 @@ from methods.adversarial_alignment import (
     critic_step,
     gradient_penalty,
 )
-from methods.engine import Precision
 from models.critic import Critic
 
 FP32 = Precision("fp32", "cpu")

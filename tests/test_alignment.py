@@ -10,8 +10,8 @@ import torch
 from args_parser import args_parser
 from data.benchmarks import load_split
 from data.episodes import class_major_labels
-from data.related_base import choose_related_base, find_related_base
 from data.transforms import normalise
+from engine.precision import Precision
 from methods.alignment import (
     AlignmentSetting,
     align_episode,
@@ -24,12 +24,12 @@ from methods.alignment import (
     train_on_support,
 )
 from methods.centroid_alignment import centroid_alignment_loss, centroid_alignment_step
-from methods.engine import Precision
 from methods.evaluation import cached_activations, embed
 from methods.novel_finetune import fit_heads
+from methods.related_base import choose_related_base, find_related_base
 from models import BACKBONES, build_backbone, build_head
+from models.backbone import split_backbone
 from models.conv4 import Conv4
-from models.last_blocks import split_backbone
 from tests.helpers import golden, make_benchmark
 
 FP32 = Precision("fp32", "cpu")

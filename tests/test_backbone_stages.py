@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 from args_parser import args_parser
-from methods.checkpoints import load_checkpoint
+from persistence.checkpoints import load_checkpoint
 from tests.helpers import call, make_benchmark
 from tests.test_scripts import folders
 

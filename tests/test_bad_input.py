@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from methods.checkpoints import load_checkpoint, save_checkpoint
+from persistence.checkpoints import load_checkpoint, save_checkpoint
 from tests.helpers import call
 from tests.test_scripts import ALIGN, CHECKPOINT, TRAIN, folders, trained, workspace  # noqa: F401
 
 STAGE_1, STAGE_2, STAGE_3 = "transferLearning", "metaLearning", "associative_alignment"
-PREPARE, REPORT, FIGURES = "data.prepare", "methods.report", "methods.figures"
+PREPARE, REPORT, FIGURES = "data.prepare", "reporting.report", "reporting.figures"
 META = [*TRAIN[:-2], "--train_n_query", 2, "--n_way", 3, "--episodes_per_epoch", 1]
 META = [flag for i, flag in enumerate(META) if "--batch_size" not in (flag, META[i - 1])]
 SPLITS = ("base", "val", "novel")

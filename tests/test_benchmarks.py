@@ -11,7 +11,7 @@ from PIL import Image
 
 from data import benchmarks
 from data.benchmarks import list_folder, list_json, load_split
-from data.errors import UserError
+from engine.errors import UserError
 from tests.helpers import make_benchmark
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.errors import UserError
-from methods import checkpoints
-from methods.checkpoints import (
+from engine.errors import UserError
+from engine.files import save_atomically
+from models import build_head
+from persistence import checkpoints
+from persistence.checkpoints import (
     FORMAT,
     Checkpoint,
     best_model_path,
@@ -20,10 +22,8 @@ from methods.checkpoints import (
     load_backbone,
     load_checkpoint,
     load_state,
-    save_atomically,
     save_checkpoint,
 )
-from models import build_head
 
 IMG_SIZE = 16
 

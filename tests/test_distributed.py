@@ -14,10 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from data.errors import UserError
 from data.transforms import Augmentation, augment
-from methods.checkpoints import load_checkpoint
-from methods.distributed import (
+from engine.distributed import (
     ALONE,
     Ranks,
     copy_rank_0,
@@ -31,9 +29,11 @@ from methods.distributed import (
     rank_0_first,
     split_range,
 )
-from methods.engine import device_of_rank, start
+from engine.errors import UserError
+from engine.run import device_of_rank, start
 from models import build_backbone
 from models.global_batch_norm import GlobalBatchNorm, use_global_batch_norm
+from persistence.checkpoints import load_checkpoint
 from tests.helpers import ROOT, call, make_benchmark, make_split
 from tests.test_resume import numbers
 from tests.test_scripts import folders

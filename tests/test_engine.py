@@ -10,23 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.errors import UserError
-from data.generators import make_generator
-from methods import engine
-from methods.engine import (
-    Precision,
-    append_jsonl,
-    check_finite,
-    git_commit,
-    n_parameters,
-    on_device,
-    provenance,
-    run_script,
-    seeded,
-    select_device,
-    start,
-    write_json,
-)
+from engine import run as engine
+from engine.errors import UserError
+from engine.generators import make_generator, seeded
+from engine.precision import Precision, check_finite
+from engine.records import append_jsonl, git_commit, provenance, write_json
+from engine.run import n_parameters, on_device, select_device, start
+from engine.script import run_script
 
 # Generators.
 

@@ -6,15 +6,8 @@ import json
 import pytest
 import torch
 
-from data.episodes import (
-    Episodes,
-    class_major_labels,
-    fixed_episodes,
-    read_episodes,
-    sample_episodes,
-    write_episodes,
-)
-from data.errors import UserError
+from data.episodes import Episodes, class_major_labels, fixed_episodes, read_episodes, sample_episodes, write_episodes
+from engine.errors import UserError
 from tests.helpers import make_split
 
 UNEQUAL = make_split(counts=(9, 7, 12, 7, 30, 8), side=1)

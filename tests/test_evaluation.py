@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from data.episodes import Episodes, class_major_labels, sample_episodes
-from data.generators import make_generator
 from data.transforms import normalise
+from engine.generators import make_generator
+from engine.precision import Precision
 from methods import evaluation
-from methods.checkpoints import create_backbone
-from methods.engine import Precision
 from methods.evaluation import (
     EpisodeScores,
     accuracy_per_class,
@@ -25,6 +24,7 @@ from methods.evaluation import (
 )
 from methods.novel_finetune import fit_heads
 from models import HEADS, build_head
+from persistence.checkpoints import create_backbone
 from tests.helpers import golden, make_split
 
 CPU = torch.device("cpu")

@@ -12,11 +12,11 @@ from PIL import Image
 
 from data.episodes import Episodes
 from methods.confusion import confusion_matrix, confusion_record, count_predictions
-from methods.episode_data import read_episode, thumbnails
-from methods.episode_figures import pca, related_base_figure, two_lines
 from methods.evaluation import score_queries
-from methods.figure_style import CYCLE, label_text
-from methods.result_figures import as_matrix, confusion_figure
+from persistence.saved_episode import read_episode, thumbnails
+from reporting.episode_figures import pca, related_base_figure, two_lines
+from reporting.figure_style import CYCLE, label_text
+from reporting.result_figures import as_matrix, confusion_figure
 from tests.helpers import call, make_benchmark
 from tests.test_scripts import ALIGN, TINY, TRAIN, folders, result
 
@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
     for script, flags in (("transferLearning", TRAIN), ("associative_alignment", CURVE)):
         outcome = call(script, *flags, *folders(root))
         assert outcome.status == 0, outcome.err
-    outcome = call("methods.figures", root / "results")
+    outcome = call("reporting.figures", root / "results")
     assert outcome.status == 0 and "skipped" not in outcome.out, outcome
     return root
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_drawn_is_said_in_a_line_with_what_would_make_it(workspac
     for path in (results / "episodes", results / "figures"):
         shutil.rmtree(path)
     (results / "tables" / f"{STAGE_3}.json").unlink()
-    outcome = call("methods.figures", results)
+    outcome = call("reporting.figures", results)
     assert outcome.status == 0
     skipped = [line for line in outcome.out.splitlines() if line.startswith("skipped")]
     assert [line.split()[1] for line in skipped] == ["curve.png:", "projection.png:", "related_base.png:"]
@@ -87,9 +87,9 @@ def test_what_cannot_be_drawn_is_said_in_a_line_with_what_would_make_it(workspac
 
 def test_a_result_is_named_or_the_newest(workspace):
     results = workspace / "results"
-    outcome = call("methods.figures", results, "--result", STAGE_1)
+    outcome = call("reporting.figures", results, "--result", STAGE_1)
     assert outcome.status == 0 and "skipped projection.png" in outcome.out and "confusion.png" in outcome.out
-    outcome = call("methods.figures", results, "--result", "absent")
+    outcome = call("reporting.figures", results, "--result", "absent")
     assert outcome.status == 2 and "--result absent" in outcome.err and outcome.err.count("\n") == 1
 
 
@@ -97,10 +97,10 @@ def test_a_damaged_episode_is_one_clear_line(workspace):
     path = workspace / "results" / "episodes" / f"{STAGE_3}.pt"
     for content in (b"x", path.read_bytes()[:2000]):
         path.write_bytes(content)
-        outcome = call("methods.figures", workspace / "results")
+        outcome = call("reporting.figures", workspace / "results")
         assert outcome.status == 2 and str(path) in outcome.err and outcome.err.count("\n") == 1
     torch.save({"format": "other"}, path)
-    assert "no saved episode" in call("methods.figures", workspace / "results").err
+    assert "no saved episode" in call("reporting.figures", workspace / "results").err
 
 
 @pytest.mark.parametrize("installed", [False, True])
@@ -115,7 +115,7 @@ def test_tsne_is_drawn_by_scikit_learn_or_refused_in_a_line(workspace, monkeypat
     manifold = types.SimpleNamespace(TSNE=TSNE)
     monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn") if installed else None)
     monkeypatch.setitem(sys.modules, "sklearn.manifold", manifold if installed else None)
-    outcome = call("methods.figures", workspace / "results", "--projection", "tsne")
+    outcome = call("reporting.figures", workspace / "results", "--projection", "tsne")
     if installed:
         assert outcome.status == 0, outcome.err
     else:
@@ -339,12 +339,12 @@ def test_a_saved_episode_holds_features_before_and_after_and_related_classes(wor
 
 
 def test_an_episode_without_related_images_is_saved_and_drawn(workspace, monkeypatch):
-    monkeypatch.setattr("methods.episode_data.draw_related", None)  # nothing is drawn
+    monkeypatch.setattr("persistence.saved_episode.draw_related", None)  # nothing is drawn
     monkeypatch.setattr("methods.alignment.drawn_per_class", lambda samples, aug_size: 0)
     align(workspace, "--overwrite")
     saved = read_episode(workspace / "results" / "episodes" / f"{STAGE_3}.pt")
     assert saved["related"]["before"].shape == saved["related"]["after"].shape == (0, 64)
-    assert call("methods.figures", workspace / "results").status == 0
+    assert call("reporting.figures", workspace / "results").status == 0
 
 
 def test_a_resumed_run_leaves_a_saved_episode_and_says_when_one_is_missing(workspace):

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from data import glyphs
-from data.errors import UserError
 from data.glyphs import CHARACTERS, character_tiles, render_glyphs
+from engine.errors import UserError
 
 
 def files_of(root: Path) -> dict[str, bytes]:

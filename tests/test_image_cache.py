@@ -14,8 +14,8 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from data import image_cache
-from data.errors import UserError
 from data.image_cache import decode_all, load_images, open_rgb
+from engine.errors import UserError
 
 
 def random_image(width, height, seed=0, mode="RGB"):

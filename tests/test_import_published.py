@@ -18,9 +18,9 @@ from torch import nn
 
 from data.prepare import SPLIT_FILES
 from data.transforms import normalise
-from methods.checkpoints import create_backbone, load_backbone, load_checkpoint
-from methods.inert_pickle import LEGACY_MAGIC, LEGACY_PROTOCOL
 from models import build_head
+from persistence.checkpoints import create_backbone, load_backbone, load_checkpoint
+from persistence.inert_pickle import LEGACY_MAGIC, LEGACY_PROTOCOL
 from tests.helpers import ROOT, call, golden, make_benchmark, run
 
 REFERENCE = Path(os.environ.get("PUBLISHED_CHECKPOINTS", ROOT.parent / "shared" / "reference"))
@@ -52,7 +52,7 @@ def published_content(seed=0, n_class=3):
 
 
 def importing(path, out, *flags):
-    return call("methods.import_published", "import-published", path, out, "--img_size", 16, *flags)
+    return call("persistence.import_published", "import-published", path, out, "--img_size", 16, *flags)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_published_file_becomes_a_checkpoint_of_ours(tmp_path, base, new_forma
 def imported(tmp_path_factory):
     """The published checkpoint of 5-shot miniImagenet, imported by the documented command."""
     out = tmp_path_factory.mktemp("imported") / "published.tar"
-    result = run("-m", "methods.checkpoints", "import-published", PUBLISHED, out)
+    result = run("-m", "persistence.checkpoints", "import-published", PUBLISHED, out)
     assert "Conv4, arcMax of 64 classes, epoch 335, validation accuracy 70.04 %" in result.stdout
     return out
 

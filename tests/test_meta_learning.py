@@ -10,12 +10,12 @@ from args_parser import args_parser
 from data.benchmarks import load_split
 from data.episodes import Episodes, sample_episodes
 from data.transforms import Augmentation, normalise
-from methods.checkpoints import load_backbone, load_checkpoint
-from methods.engine import Precision
+from engine.precision import Precision
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
 from methods.evaluation import embed
 from methods.meta_learners import META_LEARNERS, build_meta_learner
 from models import build_backbone
+from persistence.checkpoints import load_backbone, load_checkpoint
 from tests.helpers import call, make_benchmark
 from tests.test_scripts import folders, result
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 from args_parser import args_parser
 from data.benchmarks import list_folder
-from data.errors import UserError
 from data.user_images import list_queries
+from engine.errors import UserError
 from methods.alignment import AlignmentSetting
-from methods.checkpoints import Checkpoint, create_backbone, save_checkpoint
-from methods.contact_sheet import HEADER, SIDE, draw_sheet, elide, picture, typeface
+from persistence.checkpoints import Checkpoint, create_backbone, save_checkpoint
 from predict import few_shot_predict
+from reporting.contact_sheet import HEADER, SIDE, draw_sheet, elide, picture, typeface
 from tests.helpers import call, make_benchmark
 
 N_SUPPORT = {"class12": 1, "class13": 3, "class14": 2}

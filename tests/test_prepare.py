@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from data.converters.safe_pickle import load_pickle
-from data.errors import UserError
 from data.image_cache import open_rgb
 from data.prepare import SPLIT_FILES, main
+from engine.errors import UserError
 
 SPLITS = ("base", "val", "novel")
 RANDOM = np.random.default_rng(0)

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 
 from data.benchmarks import load_split
 from data.episodes import class_major_labels, read_episodes, sample_episodes, write_episodes
-from data.related_base import choose_related_base, find_related_base, related_base_score
 from data.transforms import draw_crops
+from engine.records import plain
 from methods import alignment
 from methods.adversarial_alignment import adversarial_alignment_loss
 from methods.alignment import draw_related, drawn_per_class, related_base_of_head
 from methods.centroid_alignment import centroid_alignment_loss
-from methods.engine import plain
 from methods.evaluation import mean_and_ci95
 from methods.novel_finetune import fit_heads
 from methods.protonet import protonet_scores
-from methods.resume import differences
+from methods.related_base import choose_related_base, find_related_base, related_base_score
 from models import HEADS, build_head
 from models.critic import Critic
 from models.heads import NORM_EPS
+from persistence.files import differences
 from tests.helpers import make_benchmark, make_split
 
 # The same examples in every run; no files.

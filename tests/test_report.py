@@ -34,17 +34,17 @@ def test_the_difference_of_two_results_is_paired(tmp_path):
     """Episodes differ by 60 points, the two results always by 1 or 3: the interval is that of 1 and 3."""
     before = write(tmp_path / "fp32.json", [20.0, 80.0, 20.0, 80.0])
     after = write(tmp_path / "bf16.json", [21.0, 83.0, 21.0, 83.0])
-    outcome = call("methods.report", "--pair", before, after)
+    outcome = call("reporting.report", "--pair", before, after)
     assert outcome.status == 0, outcome.err
     first, second, difference = outcome.out.splitlines()
     assert first.startswith("50.00 ± 33.95 %") and first.endswith("fp32.json") and second.startswith("52.00")
     assert difference == "paired difference 2.00 ± 1.13 points, 4 episodes"
-    assert "difference -2.00 ± 1.13" in call("methods.report", "--pair", after, before).out
+    assert "difference -2.00 ± 1.13" in call("reporting.report", "--pair", after, before).out
 
 
 def test_a_shorter_result_is_paired_with_the_beginning_of_a_longer_one(tmp_path):
     long = write(tmp_path / "long.json", [20.0, 80.0, 0.0, 0.0])
-    lines = call("methods.report", "--pair", long, write(tmp_path / "short.json", [21.0, 83.0])).out.splitlines()
+    lines = call("reporting.report", "--pair", long, write(tmp_path / "short.json", [21.0, 83.0])).out.splitlines()
     assert lines[0].startswith("50.00 ±") and lines[2] == "paired difference 2.00 ± 1.96 points, 2 episodes"
 
 
@@ -60,7 +60,7 @@ def test_a_shorter_result_is_paired_with_the_beginning_of_a_longer_one(tmp_path)
 )
 def test_results_of_other_episodes_are_refused(tmp_path, changes, words):
     before = write(tmp_path / "one.json", [20.0, 80.0])
-    outcome = call("methods.report", "--pair", before, write(tmp_path / "other.json", [20.0, 80.0], **changes))
+    outcome = call("reporting.report", "--pair", before, write(tmp_path / "other.json", [20.0, 80.0], **changes))
     assert outcome.status == 2 and outcome.err.count("\n") == 1
     assert all(word in outcome.err for word in words), outcome.err
 
@@ -69,5 +69,5 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
     before = write(tmp_path / "one.json", [20.0, 80.0])
     (tmp_path / "speed.json").write_text('{"rows": []}')
     for name, word in (("speed.json", "not the result of a stage"), ("absent.json", "no result file")):
-        outcome = call("methods.report", "--pair", before, tmp_path / name)
+        outcome = call("reporting.report", "--pair", before, tmp_path / name)
         assert outcome.status == 2 and name in outcome.err and word in outcome.err

@@ -11,9 +11,9 @@ import pytest
 
 import reproduce
 from args_parser import STAGES, args_parser
-from methods.commands import run_command, script_command
-from methods.paper_tables import PAPER, SCRIPTS, TABLES, Plan, compare, markdown, paper_number
-from methods.paper_tables import table_rows as rows_of
+from engine.script import run_command, script_command
+from reporting.paper_tables import PAPER, SCRIPTS, TABLES, Plan, compare, markdown, paper_number
+from reporting.paper_tables import table_rows as rows_of
 from tests.helpers import ROOT, call, make_benchmark
 
 STAGE_OF = {script: stage for stage, (script, _, _) in STAGES.items()}

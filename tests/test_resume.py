@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
-from methods.checkpoints import load_checkpoint
-from methods.resume import differences
+from persistence.checkpoints import load_checkpoint
+from persistence.files import differences
 from tests.helpers import ROOT, call, make_benchmark, run
 from tests.test_scripts import folders
 

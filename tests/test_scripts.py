@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from args_parser import args_parser
-from methods.checkpoints import load_checkpoint
+from persistence.checkpoints import load_checkpoint
 from tests.helpers import ROOT, call, make_benchmark, run
 
 TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
@@ -184,15 +184,15 @@ def test_the_tuned_result_lies_beside_the_published_one_and_is_told_from_it(work
     for flags in ([], ["--align_preset", "tuned"]):
         outcome = call("associative_alignment", *ALIGN, *folders(workspace), *flags)
         assert outcome.status == 0, outcome.err
-    report = call("methods.report", workspace / "results").out
+    report = call("reporting.report", workspace / "results").out
     assert "arcMax, centroid alignment |" in report and "arcMax, centroid alignment, tuned |" in report
 
 
 def test_report_and_figure_are_made_from_result_files(workspace):
     assert call("associative_alignment", *ALIGN, *folders(workspace)).status == 0
-    report = call("methods.report", workspace / "results")
+    report = call("reporting.report", workspace / "results")
     assert "arcMax, centroid alignment" in report.out and "3-way 2-shot" in report.out
-    assert call("methods.figures", workspace / "results").status == 0
+    assert call("reporting.figures", workspace / "results").status == 0
     assert (workspace / "results" / "figures" / "overview.png").stat().st_size > 10_000
 
 
@@ -281,7 +281,7 @@ USER_ERRORS = {
         ["--cache_dir", "/dev/null/cache"],
         ["/dev/null/cache", "--cache_dir"],
     ),
-    "no results to report": ("methods.report", nothing, ["absent"], ["absent", "run a stage"]),
+    "no results to report": ("reporting.report", nothing, ["absent"], ["absent", "run a stage"]),
 }
 
 
@@ -289,7 +289,7 @@ USER_ERRORS = {
 def test_a_user_error_is_one_clear_line_and_overwrites_nothing(workspace, case):
     script, spoil, flags, expected = USER_ERRORS[case]
     spoil(workspace)
-    stage = {"transferLearning": TRAIN, "associative_alignment": ALIGN, "methods.report": []}[script]
+    stage = {"transferLearning": TRAIN, "associative_alignment": ALIGN, "reporting.report": []}[script]
     before = {p: p.read_bytes() for p in (workspace / "results").rglob("*") if p.is_file() and p.suffix != ".jsonl"}
     outcome = call(script, *stage, *(folders(workspace) if stage else []), *flags)
     assert outcome.status == 2, outcome.err

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from data.episodes import class_major_labels
-from data.errors import UserError
-from data.generators import make_generator
+from engine.errors import UserError
+from engine.generators import make_generator
 from methods.novel_finetune import set_gradients
-from methods.report import read_results
 from models import HEADS, build_head
+from reporting.report import read_results
 from speed import bench_alignment, bench_base_training, bench_related_base, common
 from speed.__main__ import BENCHES
 from speed.common import Bench, Measured, Setting, check, compare, markdown, measure, profile, run_child, spread, timed

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from data.errors import UserError
+from engine.errors import UserError
 
 
 @dataclass(frozen=True)

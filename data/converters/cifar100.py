@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from data.converters.archives import FileTree, open_tree
 from data.converters.safe_pickle import StoredArray, load_pickle
 from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
-from data.errors import UserError
+from engine.errors import UserError
 
 PER_CLASS = 600
 ARCHIVE = "cifar-100-python.tar.gz"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.converters.archives import FileTree, open_tree
 from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
-from data.errors import UserError
+from engine.errors import UserError
 
 N_IMAGES = 11788
 N_CLASSES = {"base": 100, "val": 50, "novel": 50}

@@ -11,7 +11,7 @@ import torch
 
 from data.benchmarks import IMAGE_SUFFIXES
 from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
-from data.errors import UserError
+from engine.errors import UserError
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from data.benchmarks import list_json
 from data.converters.archives import FileTree, open_tree
 from data.converters.safe_pickle import StoredArray, load_pickle
 from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
-from data.errors import UserError
+from engine.errors import UserError
 
 PER_CLASS = 600
 TAGS = {"base": "train", "val": "val", "novel": "test"}  # what the shared files call the splits

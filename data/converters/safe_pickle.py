@@ -20,7 +20,7 @@ from typing import IO, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from data.errors import UserError
+from engine.errors import UserError
 
 LONG = 1024  # bytes; longer byte strings stay in the file
 

@@ -21,7 +21,7 @@ from numpy.lib import format as npy
 
 from data.converters.safe_pickle import StoredArray, load_pickle
 from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
-from data.errors import UserError
+from engine.errors import UserError
 
 TAGS = {"base": "train", "val": "val", "novel": "test"}
 N_CLASSES = {"base": 351, "val": 97, "novel": 160}

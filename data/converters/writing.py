@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from data.errors import UserError
-from data.files import atomic_file
 from data.image_cache import to_rgb
+from engine.errors import UserError
+from engine.files import atomic_file
 
 SPLITS = ("base", "val", "novel")
 SETTINGS = "prepared.json"

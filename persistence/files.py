@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError
-from data.files import atomic_file
+from engine.errors import UserError
+from engine.files import atomic_file, load_tensors, save_atomically
+from engine.precision import Precision
+from engine.records import plain
 from methods.alignment import AlignedEpisode
-from methods.checkpoints import Checkpoint, load_checkpoint, load_tensors, save_atomically, save_checkpoint
 from methods.confusion import count_predictions
-from methods.engine import Precision, plain
 from methods.evaluation import EpisodeScores, share_right
+from persistence.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 
 STATE_FORMAT = "associative-alignment-state/1"
 # Flags that change no number, but for the rounding of another device.

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from data.benchmarks import Split
 from data.episodes import Episodes
-from data.errors import UserError
-from data.generators import make_generator
+from engine.errors import UserError
+from engine.files import load_tensors
+from engine.generators import make_generator
+from engine.precision import Precision
 from methods.alignment import AlignedEpisode, Input, draw_related
-from methods.checkpoints import load_tensors
-from methods.engine import Precision
 
 EPISODE_FORMAT = "associative-alignment-episode/1"
 N_SAMPLES = 2  # images kept of each related base class

@@ -3,8 +3,6 @@
 A checkpoint describes itself: backbone and head can be rebuilt from it alone. Its keys are those of `Checkpoint`.
 """
 
-import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError
-from data.files import atomic_file
-from methods.engine import plain, run_script, seeded
+from engine.errors import UserError
+from engine.files import load_tensors, save_atomically
+from engine.generators import seeded
+from engine.records import plain
+from engine.script import run_script
 from models import Backbone, build_backbone
 
 FORMAT = "associative-alignment/1"
@@ -43,17 +43,6 @@ def best_model_path(folder: Path, n_way: int, n_shot: int, dataset: str, method:
     return folder / f"{n_way}way_{n_shot}shot_{dataset}_{method}_{backbone.replace(':', '-')}_bestModel.tar"
 
 
-def save_atomically(path: Path, content: dict[str, Any] | Tensor) -> None:
-    """Write `content` so that the file is either the old one or the new one, never half of one.
-
-    Raises UserError when it cannot be written; the file that was there before is then intact.
-    """
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically, its tensors on the CPU and contiguous, its config as plain values."""
     content = {field: getattr(checkpoint, field) for field in checkpoint.__dataclass_fields__}
@@ -61,16 +50,6 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         content[states] = {k: v.detach().cpu().contiguous() for k, v in content[states].items()}
     content["config"] = plain(content["config"])
     save_atomically(path, content)
-
-
-def load_tensors(path: Path, device: torch.device | str) -> Any:
-    """The content of a file of save_atomically, on `device`, running nothing of it.
-
-    A damaged file makes the unpickler raise nearly any exception, and so may this function.
-    """
-    if not zipfile.is_zipfile(path):  # torch.load would take it for a bare pickle, which nothing here writes
-        raise ValueError("it is no file of torch.save, or only the beginning of one")
-    return torch.load(path, map_location=device, weights_only=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -162,7 +141,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"the weights of {path} do not fit {type(module).__name__} ({reason})") from error
 
 
-if __name__ == "__main__":  # python -m methods.checkpoints import-published FILE OUT
-    from methods.import_published import main
+if __name__ == "__main__":  # python -m persistence.checkpoints import-published FILE OUT
+    from persistence.import_published import main
 
     run_script(main)

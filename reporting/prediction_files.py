@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data.files import atomic_file
+from engine.files import atomic_file
 from methods.prediction import Predictions
 
 N_LEAST_SURE = 5

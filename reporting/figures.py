@@ -1,4 +1,4 @@
-"""Draw result files: python -m methods.figures results
+"""Draw result files: python -m reporting.figures results
 
 Into results/figures/, each if there is what it shows:
 overview.png       validation accuracy by epoch, accuracy of every result, gain of alignment episode by episode
@@ -19,14 +19,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data.errors import OneLineParser, UserError
-from data.files import atomic_file
-from methods.engine import run_script
-from methods.episode_data import read_episode
-from methods.episode_figures import projection_figure, related_base_figure
-from methods.figure_style import BLUE, GREY, ORANGE, colour, line_style
-from methods.report import is_result, read_record, read_results
-from methods.result_figures import confusion_figure, curve_figure, training_figure
+from engine.errors import OneLineParser, UserError
+from engine.files import atomic_file
+from engine.script import run_script
+from persistence.saved_episode import read_episode
+from reporting.episode_figures import projection_figure, related_base_figure
+from reporting.figure_style import BLUE, GREY, ORANGE, colour, line_style
+from reporting.report import is_result, read_record, read_results
+from reporting.result_figures import confusion_figure, curve_figure, training_figure
 
 STAGE_3 = "associative_alignment.py"
 # A legend below its axes: many runs would cover the lines.
@@ -142,7 +142,7 @@ def draw_all(results_dir: Path, result: str | None, projection: str) -> None:
 
 def main() -> None:
     parser = OneLineParser(
-        prog="python -m methods.figures",
+        prog="python -m reporting.figures",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -5,11 +5,11 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data.files import atomic_file
 from data.image_cache import open_rgb
 from data.user_images import printable
-from methods.figure_style import BLUE, GREY, INK, ORANGE, PALE, PAPER
+from engine.files import atomic_file
 from methods.prediction import Predictions
+from reporting.figure_style import BLUE, GREY, INK, ORANGE, PALE, PAPER
 
 SIDE, GAP, MARGIN = 112, 4, 20  # pixels: side of a picture, between the two of a cell, around cells
 PAIR = 2 * SIDE + GAP

@@ -8,11 +8,11 @@ from typing import Any
 
 from data.benchmarks import Split
 from data.episodes import Episodes, fixed_episodes, sample_episodes
-from methods.checkpoints import best_model_path
-from methods.distributed import Ranks, rank_0_first
-from methods.metrics import MetricsLog, open_metrics
-from methods.results import result_path
-from methods.resume import TEST_FLAGS, find_state, last_state_path
+from engine.distributed import Ranks, rank_0_first
+from engine.metrics import MetricsLog, open_metrics
+from persistence.checkpoints import best_model_path
+from persistence.files import TEST_FLAGS, find_state, last_state_path
+from persistence.results import result_path
 
 
 @dataclass(frozen=True)

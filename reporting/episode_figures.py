@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from data.errors import UserError
-from methods.figure_style import GREY, INK, PALE, colour, label_text
+from engine.errors import UserError
+from reporting.figure_style import GREY, INK, PALE, colour, label_text
 
 # Marker, size and z-order of each kind of sample; related ones lie below, the few support ones on top.
 KINDS = {"related": ("x", 26, 1), "query": ("o", 20, 2), "support": ("*", 260, 3)}

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from methods.figure_style import GREY, INK, colour, label_text, line_style
+from reporting.figure_style import GREY, INK, colour, label_text, line_style
 
 Rows = list[dict[str, Any]]
 MAX_LABELS = 40  # classes named at each side of a confusion matrix

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data.converters.safe_pickle import StoredType
-from data.errors import UserError
+from engine.errors import UserError
 
 STORAGES = {
     "FloatStorage": torch.float32,

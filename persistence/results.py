@@ -9,10 +9,10 @@ from torch import Tensor
 
 from data.benchmarks import Split
 from data.episodes import Episodes
+from engine.metrics import MetricsLog
+from engine.records import provenance, write_json
 from methods.confusion import confusion_record
-from methods.engine import provenance, write_json
 from methods.evaluation import EpisodeScores, accuracy_per_class, mean_and_ci95
-from methods.metrics import MetricsLog
 
 
 def result_path(

@@ -1,7 +1,7 @@
 """Print result files as one Markdown table, or the paired difference of two results of the same episodes.
 
-python -m methods.report results
-python -m methods.report --pair fp32.json bf16.json
+python -m reporting.report results
+python -m reporting.report --pair fp32.json bf16.json
 """
 
 import json
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from data.errors import OneLineParser, UserError
-from methods.engine import run_script
+from engine.errors import OneLineParser, UserError
+from engine.script import run_script
 from methods.evaluation import mean_and_ci95
-from methods.results import paired_difference, percent
+from persistence.results import paired_difference, percent
 
 # What a result holds that is reported or drawn; of stage 3 also the second row.
 KEYS = "dataset method backbone img_size n_way n_shot n_episodes seconds accuracy ci95 accuracy_per_episode".split()
@@ -137,7 +137,7 @@ def episodes_of(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = OneLineParser(prog="python -m methods.report", description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog="python -m reporting.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
     parser.add_argument(
         "--pair",

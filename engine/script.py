@@ -1,16 +1,43 @@
-"""Running the scripts of this repository as commands, each in a process of its own."""
+"""A script of this repository: how it ends, and how another runs it as a command, in a process of its own."""
 
 import contextlib
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from methods.engine import REPOSITORY
+from engine.distributed import first_to_fail, leave_ranks
+from engine.errors import UserError
+from engine.records import REPOSITORY
 
 SECONDS_TO_SAVE = 10.0  # what a command has after Ctrl-C, before it is told again
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C a line and 130.
+
+    So does a file or folder that the system refuses, wherever that happens. Several ranks say it once, and a bug, too,
+    keeps its traceback but once: the other ranks fail as they lose the one that has it.
+    """
+    try:
+        main()
+        leave_ranks()
+        return
+    except UserError as error:
+        line, status = f"error: {error}", 2
+    except OSError as error:
+        line, status = f"error: {error}: check this path, and that you may read and write there", 2
+    except KeyboardInterrupt as interruption:
+        line, status = str(interruption) or "interrupted", 130
+    except Exception:
+        if first_to_fail():
+            raise
+        sys.exit(1)
+    if first_to_fail():
+        print(line, file=sys.stderr)
+    sys.exit(status)
 
 
 def script_command(script: str, flags: Sequence[str], nproc_per_node: int | None = None) -> list[str]:

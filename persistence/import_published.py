@@ -1,4 +1,4 @@
-"""Turn a published checkpoint into ours: python -m methods.checkpoints import-published FILE OUT
+"""Turn a published checkpoint into ours: python -m persistence.checkpoints import-published FILE OUT
 
 The published files of base training hold a Conv4's weights under other names, and the head as a pickled object of a
 class that is not ours. They are read without running anything of them (see inert_pickle).
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from data.benchmarks import list_folder
-from data.errors import OneLineParser, UserError
 from data.prepare import SPLIT_FILES, read_split_file
-from methods.checkpoints import Checkpoint, create_backbone, load_state, save_checkpoint
-from methods.inert_pickle import Inert, read_torch_file
+from engine.errors import OneLineParser, UserError
 from models import HEADS, build_head
+from persistence.checkpoints import Checkpoint, create_backbone, load_state, save_checkpoint
+from persistence.inert_pickle import Inert, read_torch_file
 
 PUBLISHED_KEY = re.compile(r"nConvBlock\.(\d)\.convBlock\.([01])\.(\w+)")
 
@@ -109,7 +109,7 @@ def import_published(path: Path, dataset: str, img_size: int, base: Path | None)
 
 
 def main() -> None:
-    parser = OneLineParser(prog="python -m methods.checkpoints", description="Import a published checkpoint.")
+    parser = OneLineParser(prog="python -m persistence.checkpoints", description="Import a published checkpoint.")
     command = parser.add_subparsers(dest="command", required=True).add_parser(
         "import-published",
         help="turn a published checkpoint into one of this project, running nothing of it",

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.files import atomic_file
-from methods.engine import append_jsonl, plain
+from engine.errors import UserError
+from engine.files import atomic_file
+from engine.records import append_jsonl, plain
 
 # What TensorBoard's files are called.
 EVENTS = "events.out.tfevents.*"

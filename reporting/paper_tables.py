@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.files import atomic_file
-from methods.checkpoints import best_model_path
-from methods.engine import write_json
+from engine.files import atomic_file
+from engine.records import write_json
 from methods.meta_learners import META_LEARNERS
-from methods.report import interval
-from methods.results import result_path
-from methods.resume import differences
 from models import HEADS
+from persistence.checkpoints import best_model_path
+from persistence.files import differences
+from persistence.results import result_path
+from reporting.report import interval
 
 TABLES = ("main", "ablation", "crossdomain", "ways")
 SCRIPTS = {"transfer": "transferLearning", "meta": "metaLearning", "alignment": "associative_alignment"}

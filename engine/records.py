@@ -1,0 +1,85 @@
+"""JSON records, and what a record says of how it was made."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+
+from engine.errors import UserError
+from engine.files import atomic_file
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def git_commit() -> str:
+    """The commit of this repository, `-dirty` appended when tracked files differ; `unknown` outside git."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def provenance(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What a result row says of how it was made: command, seed, config, versions, commit, device, processes."""
+    return {
+        "command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "n_processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "seed": config["seed"],
+        "config": config,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+        },
+        "commit": git_commit(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {platform.machine()}",
+    }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: paths as text, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON file atomically. Raises UserError when the folder cannot be written."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(plain(record), indent=1) + "\n")
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """Append one line to a metrics file. Raises UserError when the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(plain(record)) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): free some space or give another folder") from error

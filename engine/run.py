@@ -1,0 +1,75 @@
+"""What a run computes on: its device, its precision, its share among several processes."""
+
+import ctypes
+import platform
+
+import torch
+from torch import Tensor, nn
+
+from engine.distributed import ALONE, Ranks
+from engine.errors import UserError
+from engine.precision import Precision
+
+
+def select_device(name: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu. Raises UserError when the named device is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
+        there = ", ".join(kind for kind, yes in available.items() if yes)
+        raise UserError(f"--device {name} is not available on this machine: choose auto or one of {there}")
+    return torch.device(name)
+
+
+def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
+    """The GPU of this rank among those of its machine, or the CPU, which the ranks share.
+
+    Raises UserError when there are more ranks than GPUs, or for a device that ranks cannot exchange tensors on.
+    """
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or ranks.local >= torch.cuda.device_count():
+        there = f"{torch.cuda.device_count()} CUDA GPUs" if device.type == "cuda" else "one process"
+        raise UserError(f"--device {device.type} is for {there} here: give a smaller --nproc_per_node, or --device cpu")
+    torch.cuda.set_device(ranks.local)
+    return torch.device("cuda", ranks.local)
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory instead of handing each large activation back to the kernel.
+
+    Otherwise half the time of CPU training goes to page faults. Call before the first large allocation; does
+    nothing where the C library is another one.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_max = -1, -4
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def start(device: str, precision: str, no_keep_memory: bool, ranks: Ranks = ALONE) -> tuple[torch.device, Precision]:
+    """The device and precision of a run; on a CPU also the memory setting (see keep_memory).
+
+    Of several ranks each takes a GPU of its own. Raises UserError when there is no such device for this rank.
+    """
+    chosen = select_device(device)
+    if ranks.n > 1:
+        chosen = device_of_rank(chosen, ranks)
+    if chosen.type == "cpu" and not no_keep_memory:
+        keep_memory()
+    return chosen, Precision(precision, chosen.type)
+
+
+def on_device(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 images moved to a GPU for good when they take less than half its free memory; else left mapped."""
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return images.to(device)
+    return images
+
+
+def n_parameters(module: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
