@@ -8,13 +8,15 @@ as beside `--align_preset tuned`.
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from engine.errors import OneLineParser
 from methods.meta_learners import META_LEARNERS
 from models import BACKBONES, HEADS, TORCHVISION, native_img_size
 
+T = TypeVar("T")
 # What a laptop does in minutes: the built-in benchmark, small images, fewer epochs and episodes.
 LAPTOP = {
     "all": {
@@ -276,7 +278,7 @@ def transfer_flags(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("base training")
     group.add_argument(
         "--method",
-        choices=HEADS,
+        choices=list(HEADS),
         default="arcMax",
         help="head: a linear layer (softMax), scaled cosine (cosMax) or cosine with an angular margin (arcMax)",
     )
@@ -312,7 +314,7 @@ def meta_flags(p: argparse.ArgumentParser) -> None:
     weights_flag(p)
     augmentation_flags(p)
     group = p.add_argument_group("episodic training")
-    group.add_argument("--method", choices=META_LEARNERS, default="ProtoNet", help="the meta-learner")
+    group.add_argument("--method", choices=list(META_LEARNERS), default="ProtoNet", help="the meta-learner")
     group.add_argument("--train_n_way", "--n_way", type=number(int, 2), default=5, help="classes in a training episode")
     group.add_argument(
         "--train_n_query",
@@ -409,7 +411,10 @@ def alignment_flags(p: argparse.ArgumentParser) -> None:
     """The flags of stage 3."""
     group = p.add_argument_group("alignment")
     group.add_argument(
-        "--method", choices=HEADS, default="arcMax", help="head: of stage 1's checkpoint and of the novel episodes"
+        "--method",
+        choices=list(HEADS),
+        default="arcMax",
+        help="head: of stage 1's checkpoint and of the novel episodes",
     )
     group.add_argument(
         "--alignment",
@@ -475,7 +480,7 @@ def predict_flags(p: argparse.ArgumentParser) -> None:
     )
     weights_flag(p)
     group = p.add_argument_group("classifier")
-    group.add_argument("--method", choices=HEADS, default="arcMax", help="head that is fitted on the examples")
+    group.add_argument("--method", choices=list(HEADS), default="arcMax", help="head that is fitted on the examples")
     group.add_argument(
         "--alignment",
         choices=ALIGNMENTS,
@@ -575,3 +580,14 @@ def data_options(args: argparse.Namespace) -> dict[str, Any]:
     """How any split is loaded: the flags of that name, as the arguments of load_split."""
     names = ("benchmarks_dir", "img_size", "cache_dir", "image_root", "num_workers", "quiet")
     return {name: getattr(args, name) for name in names}
+
+
+def from_flags(cls: type[T], args: argparse.Namespace) -> T:
+    """A dataclass filled from the flags of its fields' names; so is a field that is itself one of flags."""
+    hints, values = get_type_hints(cls), {}
+    for field in fields(cls):
+        if is_dataclass(hints[field.name]):
+            values[field.name] = from_flags(hints[field.name], args)
+        elif field.name in args:
+            values[field.name] = getattr(args, field.name)
+    return cls(**values)

@@ -5,113 +5,85 @@ python metaLearning.py --method ProtoNet --init_from results/models/5way_5shot_m
 python metaLearning.py --preset laptop                                          # about a minute on 2 CPU cores
 """
 
-import time
 from functools import partial
 
 import torch
 
-from args_parser import args_parser, data_options
-from data.benchmarks import load_split
-from data.episodes import check_episodes_fit, sample_episodes
-from data.transforms import Augmentation
+from args_parser import args_parser, from_flags
+from data.benchmarks import DataOptions, load_split
+from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, sample_episodes
+from data.transforms import Augmentation, training_images
 from engine.distributed import copy_rank_0, join_ranks, rank_0_first
-from engine.generators import seeded
-from engine.run import n_parameters, on_device, start
+from engine.run import start_run
 from engine.script import run_script
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
-from methods.evaluation import embed, mean_and_ci95
-from methods.meta_learners import build_meta_learner
-from persistence.checkpoints import initial_backbone, load_checkpoint, load_state
-from persistence.files import Training, begin, resumable
-from persistence.results import log_epoch, save_result
-from persistence.training import load_data, open_run
+from methods.features import embed
+from methods.meta_learners import build_meta_learner, uses_maps
+from models import Model, n_parameters
+from persistence.checkpoints import BackboneSpec, initial_backbone, load_state
+from persistence.files import TEST_FLAGS, Folders, RunName, training_files
+from persistence.results import save_result
+from persistence.training import Training
 
 
 def main() -> None:
     ranks = join_ranks()
     args = args_parser("meta")
     args.quiet |= not ranks.first
-    began = time.time()
-    device, precision = start(args.device, args.precision, args.no_keep_memory, ranks)
+    run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
+    name, folders = from_flags(RunName, args), from_flags(Folders, args)
+    files = training_files("metaLearning", name, folders, vars(args), args.n_epoch)
 
-    files = open_run("metaLearning", args, ranks)
-    data = load_data(args, partial(load_split, **data_options(args)), ranks)
-    base, val, novel = data.base, data.val, data.novel
-    train_protocol = (args.train_n_way, args.n_shot, args.train_n_query)
+    # Images as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch.
+    load = partial(load_split, from_flags(DataOptions, args))
+    shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
+    train_shape = EpisodeShape(args.train_n_way, args.n_shot, args.train_n_query)
+    n_test = args.testing_epochs * args.n_episodes
+    with rank_0_first(ranks):
+        files.find_state(TEST_FLAGS)
+        base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
+        val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
+        novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
     if args.n_epoch:
-        check_episodes_fit(base, *train_protocol)
+        check_episodes_fit(base, train_shape)
 
     # Model: the backbone, and the meta-learner's own module, which a checkpoint of the same method brings as well.
-    relation = args.method.startswith("RelationNet")
-    backbone, checkpoint = initial_backbone(
-        args.init_from, args.backbone, args.img_size, args.seed, device, relation, args.weights
-    )
-    with seeded(args.seed, "meta-learner"):
-        learner = build_meta_learner(args.method, backbone).to(device)
+    maps = uses_maps(args.method)
+    backbone, checkpoint = initial_backbone(from_flags(BackboneSpec, args), run, relation=maps)
+    with run.seeded("meta-learner"):
+        learner = build_meta_learner(args.method, backbone).to(run.device)
     if checkpoint and checkpoint.method == args.method:
         load_state(learner, checkpoint.head_state, args.init_from)
     elif not args.n_epoch and n_parameters(learner):
         print(f"note: the module of {args.method} is tested untrained: only a {args.method} checkpoint brings it")
-    optimizer = torch.optim.Adam([*backbone.parameters(), *learner.parameters()], lr=args.lr)
+    parameters = [*backbone.parameters(), *learner.parameters()]
+    model = Model(backbone, learner, torch.optim.Adam(parameters, lr=args.lr))
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
-    train_images = on_device(base.train_images if augmentation else base.images, device)
-    print(
-        f"{args.backbone}: {n_parameters(backbone):,} parameters; {args.method}: {n_parameters(learner):,} of its own, "
-        f"on {'x'.join(map(str, backbone.map_shape)) if relation else backbone.feature_dim} features "
-        f"at {args.img_size} px"
-    )
-    print(
-        f"{args.dataset}: {len(base.class_names)} base classes of {len(base.labels)} images; {device}, {args.precision}"
-    )
+    images = training_images(base, augmentation, run.device)
+    size = "x".join(map(str, backbone.map_shape)) if maps else backbone.feature_dim
+    own = f"{args.method}: {n_parameters(learner):,} of its own, on {size} features at {args.img_size} px"
+    print(f"{args.backbone}: {n_parameters(backbone):,} parameters; {own}")
+    n_class = len(base.class_names)
+    print(f"{args.dataset}: {n_class} base classes of {len(base.labels)} images; {run.device}, {args.precision}")
 
     # Episodic training; the model of the best validation accuracy is kept.
-    training = Training(backbone, learner, optimizer, precision)
-    if args.n_epoch:
-        began -= begin(files.state, data.made_from, files.last)
-    if files.state:
-        training.restore(files.state, args.n_epoch, files.metrics.path if ranks.first else None, files.last)
-    with resumable(files.last):
-        for epoch in range(training.n_done, args.n_epoch):
-            epoch_began = time.time()
+    training, figures = Training(files, model, base, run), (0.0, 0.0)
+    with training.begin(val, args.n_epoch):
+        for epoch in training.epochs(args.n_epoch):
             if ranks.first:  # an episode is one batch, which is not shared out
-                loss, train_accuracy = train_one_epoch(
-                    backbone,
-                    learner,
-                    optimizer,
-                    train_images,
-                    base.train_sizes,
-                    sample_episodes(
-                        base, *train_protocol, args.episodes_per_epoch, args.seed, start=epoch * args.episodes_per_epoch
-                    ),
-                    args.img_size,
-                    augmentation,
-                    epoch,
-                    args.seed,
-                    device,
-                    precision,
-                    args.quiet,
-                )
+                first = epoch * args.episodes_per_epoch
+                episodes = sample_episodes(base, train_shape, args.episodes_per_epoch, args.seed, first)
+                figures = train_one_epoch(model, images, episodes, epoch, run)
             copy_rank_0([backbone, learner], ranks)
-            z_val = embed(backbone, val.images, device, precision, maps=relation, ranks=ranks)
-            val_scores = evaluate_meta_learner(learner, z_val, data.val_episodes, ranks=ranks)
-            val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
-            training.n_done = epoch + 1
-            if ranks.first:
-                training.keep_best(files.best, "metaLearning", val_accuracy, epoch, base.class_names, vars(args))
-                log_epoch(files.metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
-                training.save(files.last, vars(args), data.made_from, began)
+            z_val = embed(backbone, val.images, run, maps=maps)
+            training.end_epoch(epoch, *figures, evaluate_meta_learner(learner, z_val, val_episodes, run))
 
     # Novel test of the best model.
-    with rank_0_first(ranks):
-        if args.n_epoch:
-            checkpoint = load_checkpoint(files.best)
-            load_state(backbone, checkpoint.backbone_state, files.best)
-            load_state(learner, checkpoint.head_state, files.best)
-    bars = ("", "") if args.quiet else ("embed novel", "novel episodes")
-    z_novel = embed(backbone, novel.images, device, precision, bar=bars[0], maps=relation, ranks=ranks)
-    scores = evaluate_meta_learner(learner, z_novel, data.novel_episodes, bar=bars[1], ranks=ranks)
+    training.load_best()
+    z_novel = embed(backbone, novel.images, run, bar="embed novel", maps=maps)
+    scores = evaluate_meta_learner(learner, z_novel, novel_episodes, run, bar="novel episodes")
     if ranks.first:
-        save_result(files.table, "metaLearning", vars(args), novel, data.novel_episodes, scores, began, device)
+        save_result(files, novel, novel_episodes, scores, run)
     print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")
 
 

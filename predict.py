@@ -9,24 +9,27 @@ from predict import few_shot_predict; predictions = few_shot_predict("my_classes
 """
 
 import argparse
-import hashlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from args_parser import args_parser
-from data.benchmarks import Split, load_split
+from args_parser import args_parser, from_flags
+from data.benchmarks import DataOptions, Split, load_split
 from data.user_images import decode_views, folder_truth, list_queries, list_support, other_files
+from engine.distributed import ALONE
 from engine.errors import RaisingParser, UserError
 from engine.records import provenance, write_json
-from engine.run import select_device, start
+from engine.run import Run, select_device, start_run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
-from methods.prediction import Predictions, alignment_notes, nearest_support, probabilities_of, run_episode
-from models import Backbone, native_img_size
+from methods.features import blocks_to_update
+from methods.prediction import Predictions, alignment_notes, nearest_support, probabilities_of, run_episode, user_split
+from models import native_img_size
+from models.backbone import Backbone
 from persistence.checkpoints import check_base_classes, create_backbone, load_backbone
 from reporting.contact_sheet import write_sheet
 from reporting.prediction_files import prediction_record, summary_lines, write_csv
@@ -54,12 +57,12 @@ def few_shot_predict(
 
 def predict(args: argparse.Namespace) -> Predictions:
     """The predictions that the flags ask for."""
-    device, precision = start(args.device, args.precision, args.no_keep_memory)
+    run = start_run(ALONE, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
     class_names, support_paths, labels = list_support(args.support)
     query_paths, names = list_queries(args.query)
     k = len(support_paths)
     backbone, img_size, base, facts = backbone_and_base(args)
-    backbone = backbone.to(device, memory_format=torch.channels_last)
+    blocks = blocks_to_update(backbone.to(run.device, memory_format=torch.channels_last), args.align_blocks)
 
     paths = support_paths + query_paths
     n_needed = k if args.skip_bad else len(paths)
@@ -69,27 +72,13 @@ def predict(args: argparse.Namespace) -> Predictions:
     queries = [i - k for i in kept[k:]]
     names = [names[i] for i in queries]
 
-    setting = AlignmentSetting(**{name: getattr(args, name) for name in AlignmentSetting.__dataclass_fields__})
-    episode, z = run_episode(
-        backbone,
-        images,
-        torch.tensor(labels),
-        base,
-        setting,
-        args.align_blocks,
-        args.cache_dir,
-        args.seed,
-        device,
-        precision,
-        args.quiet,
-    )
+    user = user_split(class_names, [str(paths[i]) for i in kept], torch.tensor(labels), images)
+    setting = from_flags(AlignmentSetting, args)
+    episode, z = run_episode(backbone, blocks, user, base, args.cache_dir, setting, run)
     probabilities, finetuned = probabilities_of(episode, setting)
     nearest = nearest_support(z, k)
 
-    notes = [f"skipped: {reason}" for reason in reasons]
-    for folder, used in ((args.support, support_paths), (args.query, query_paths)):
-        ignored = other_files(folder, used) if folder.is_dir() else ""
-        notes += [f"of {folder}, {len(used)} images were read{ignored}"] if ignored else []
+    notes = [f"skipped: {reason}" for reason in reasons] + [*ignored_notes(args, support_paths, query_paths)]
     if base is None:
         why = f"--base {args.base} is not used, for --alignment none" if args.base else "it takes base images, --base"
         notes.append(f"no alignment: {why}")
@@ -110,8 +99,16 @@ def predict(args: argparse.Namespace) -> Predictions:
         related=related,
         n_support=torch.bincount(torch.tensor(labels)).tolist(),
         notes=notes,
-        facts=facts | {"images_sha256": hashlib.sha256(images.numpy()).hexdigest()},
+        facts=facts | {"images_sha256": user.fingerprint},
     )
+
+
+def ignored_notes(args: argparse.Namespace, support_paths: list[Path], query_paths: list[Path]) -> Iterator[str]:
+    """What was left out of the user's folders, a line each."""
+    for folder, used in ((args.support, support_paths), (args.query, query_paths)):
+        ignored = other_files(folder, used) if folder.is_dir() else ""
+        if ignored:
+            yield f"of {folder}, {len(used)} images were read{ignored}"
 
 
 def backbone_and_base(args: argparse.Namespace) -> tuple[Backbone, int, Split | None, dict[str, Any]]:
@@ -137,9 +134,8 @@ def backbone_and_base(args: argparse.Namespace) -> tuple[Backbone, int, Split | 
         raise UserError(
             f"--base {args.base} has no base split: expected {root}/base/<class>/<image> or {root}/base.json"
         )
-    base = load_split(
-        root.parent, root.name, "base", img_size, args.cache_dir, args.image_root, args.num_workers, args.quiet
-    )
+    options = DataOptions(root.parent, img_size, args.cache_dir, args.image_root, args.num_workers, args.quiet)
+    base = load_split(options, root.name, "base")
     if checkpoint:
         check_base_classes(args.checkpoint, checkpoint, str(args.base), base.class_names)
     return backbone, img_size, base, facts | {"base": root.name, "base_fingerprint": base.fingerprint}
@@ -167,7 +163,8 @@ def main() -> None:
     table, sheet = args.out / "predictions.csv", args.out / "contact_sheet.png"
     write_sheet(sheet, predictions, n_sheet)
     record = {"stage": "predict", "alignment": args.alignment, **prediction_record(predictions)}
-    record |= {"seconds": round(time.time() - began, 2), **provenance(vars(args), select_device(args.device))}
+    run = Run(select_device(args.device), seed=args.seed)
+    record |= {"seconds": round(time.time() - began, 2), **provenance(vars(args), run)}
     write_json(args.out / "predictions.json", record)
     write_csv(table, predictions)
 

@@ -4,118 +4,82 @@ python transferLearning.py --dataset miniImagenet --method arcMax --n_shot 5    
 python transferLearning.py --preset laptop                                        # about 3 minutes on 2 CPU cores
 """
 
-import time
 from functools import partial
 
 import torch
 
-from args_parser import args_parser, data_options
-from data.benchmarks import load_split
-from data.transforms import Augmentation
+from args_parser import args_parser, from_flags
+from data.benchmarks import DataOptions, load_split
+from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
+from data.transforms import Augmentation, training_images
 from engine.distributed import copy_rank_0, data_parallel, join_ranks, rank_0_first
 from engine.errors import UserError
-from engine.generators import make_generator
-from engine.run import n_parameters, on_device, start
+from engine.run import start_run
 from engine.script import run_script
 from methods.base_training import train_one_epoch
-from methods.evaluation import embed, evaluate_heads, mean_and_ci95
-from models import build_head
+from methods.evaluation import evaluate_heads
+from methods.features import embed
+from methods.novel_finetune import HeadFit
+from models import Model, build_head, n_parameters
 from models.global_batch_norm import use_global_batch_norm
-from persistence.checkpoints import initial_backbone, load_checkpoint, load_state
-from persistence.files import Training, begin, resumable
-from persistence.results import log_epoch, save_result
-from persistence.training import load_data, open_run
+from persistence.checkpoints import BackboneSpec, initial_backbone
+from persistence.files import TEST_FLAGS, Folders, RunName, training_files
+from persistence.results import save_result
+from persistence.training import Training
 
 
 def main() -> None:
     ranks = join_ranks()
     args = args_parser("transfer")
     args.quiet |= not ranks.first
-    began = time.time()
-    device, precision = start(args.device, args.precision, args.no_keep_memory, ranks)
+    run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
+    name, folders = from_flags(RunName, args), from_flags(Folders, args)
+    files = training_files("transferLearning", name, folders, vars(args), args.n_epoch)
 
-    files = open_run("transferLearning", args, ranks)
-    data = load_data(args, partial(load_split, **data_options(args)), ranks)
-    base, val, novel = data.base, data.val, data.novel
-    n_base_class = len(base.class_names)
-    if args.n_base_class not in (None, n_base_class):
-        raise UserError(
-            f"--n_base_class {args.n_base_class}, but {args.dataset!r} has {n_base_class} base classes: drop it"
-        )
-    if args.n_epoch and n_base_class < 2:
+    # Images as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch.
+    load = partial(load_split, from_flags(DataOptions, args))
+    shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
+    n_test = args.testing_epochs * args.n_episodes
+    with rank_0_first(ranks):
+        files.find_state(TEST_FLAGS)
+        base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
+        val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
+        novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
+    n_class = len(base.class_names)
+    if args.n_base_class not in (None, n_class):
+        raise UserError(f"--n_base_class {args.n_base_class}, but {args.dataset!r} has {n_class} base classes: drop it")
+    if args.n_epoch and n_class < 2:
         raise UserError(f"the base split of {args.dataset!r} has 1 class: training needs at least 2, so add classes")
 
     # Model.
-    backbone, _ = initial_backbone(
-        args.init_from, args.backbone, args.img_size, args.seed, device, weights=args.weights
-    )
-    head_generator = make_generator(args.seed, "base head")
-    head = build_head(args.method, backbone.feature_dim, n_base_class, args.s, args.m, [head_generator]).to(device)
+    backbone, _ = initial_backbone(from_flags(BackboneSpec, args), run)
+    head = build_head(args.method, backbone.feature_dim, n_class, args.s, args.m, run.generator("base head"))
     if args.sync_bn and ranks.n > 1:
         use_global_batch_norm(backbone)
-    optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=args.lr)
+    parameters = [*backbone.parameters(), *head.to(run.device).parameters()]
+    model = Model(backbone, head, torch.optim.Adam(parameters, lr=args.lr))
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
-    train_images = on_device(base.train_images if augmentation else base.images, device)
-    print(
-        f"{args.backbone}: {n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
-    )
-    print(f"{args.dataset}: {n_base_class} base classes of {len(base.labels)} images; {device}, {args.precision}")
+    images = training_images(base, augmentation, run.device)
+    size = f"{n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
+    print(f"{args.backbone}: {size}")
+    print(f"{args.dataset}: {n_class} base classes of {len(base.labels)} images; {run.device}, {args.precision}")
 
     # Base training; the model of the best validation accuracy is kept.
-    score_heads = partial(
-        evaluate_heads,
-        method=args.method,
-        s=args.ft_s,
-        m=args.ft_m,
-        n_steps=args.ft_n_epoch,
-        lr=args.ft_lr,
-        seed=args.seed,
-        ranks=ranks,
-    )
-    training = Training(backbone, head, optimizer, precision)
-    if args.n_epoch:
-        began -= begin(files.state, data.made_from, files.last)
-    if files.state:
-        training.restore(files.state, args.n_epoch, files.metrics.path if ranks.first else None, files.last)
-    net, classifier = data_parallel(backbone, ranks), data_parallel(head, ranks)
-    with resumable(files.last):
-        for epoch in range(training.n_done, args.n_epoch):
-            epoch_began = time.time()
-            loss, train_accuracy = train_one_epoch(
-                net,
-                classifier,
-                optimizer,
-                train_images,
-                base.train_sizes,
-                base.labels,
-                args.img_size,
-                augmentation,
-                args.batch_size,
-                epoch,
-                args.seed,
-                device,
-                precision,
-                args.quiet,
-                ranks,
-            )
+    fit, training = from_flags(HeadFit, args), Training(files, model, base, run)
+    with training.begin(val, args.n_epoch):
+        model.net, model.classifier = data_parallel(backbone, ranks), data_parallel(head, ranks)
+        for epoch in training.epochs(args.n_epoch):
+            loss, accuracy = train_one_epoch(model, images, args.batch_size, epoch, run)
             copy_rank_0([backbone], ranks)
-            z_val = embed(backbone, val.images, device, precision, ranks=ranks)
-            val_scores = score_heads(z_val, data.val_episodes)
-            val_accuracy, _ = mean_and_ci95(val_scores.accuracy)
-            training.n_done = epoch + 1
-            if ranks.first:
-                training.keep_best(files.best, "transferLearning", val_accuracy, epoch, base.class_names, vars(args))
-                log_epoch(files.metrics, epoch, loss, train_accuracy, val_scores, training.best, epoch_began)
-                training.save(files.last, vars(args), data.made_from, began)
+            val_scores = evaluate_heads(embed(backbone, val.images, run), val_episodes, fit, run)
+            training.end_epoch(epoch, loss, accuracy, val_scores)
 
     # Novel test of the best model.
-    with rank_0_first(ranks):
-        if args.n_epoch:
-            load_state(backbone, load_checkpoint(files.best).backbone_state, files.best)
-    z_novel = embed(backbone, novel.images, device, precision, bar="" if args.quiet else "embed novel", ranks=ranks)
-    scores = score_heads(z_novel, data.novel_episodes, bar="" if args.quiet else "novel episodes")
+    training.load_best()
+    features = embed(backbone, novel.images, run, bar="embed novel")
+    scores = evaluate_heads(features, novel_episodes, fit, run, bar="novel episodes")
     if ranks.first:
-        save_result(files.table, "transferLearning", vars(args), novel, data.novel_episodes, scores, began, device)
+        save_result(files, novel, novel_episodes, scores, run)
     print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")
 
 

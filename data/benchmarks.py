@@ -7,9 +7,11 @@ fs_benchmarks/<dataset>/{base,val,novel}.json      with label_names, image_names
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor, tensor
+import torch
+from torch import Tensor
 
 from data.glyphs import render_glyphs
 from data.image_cache import load_images
@@ -19,6 +21,18 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".ti
 
 # What `python -m data.prepare` knows by name; anything else is a folder of the user's own.
 PREPARED = {"miniImagenet", "tieredImageNet", "CUB", "FC100", "CIFAR-FS"}
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How any split is found and decoded; each field is explained at the flag of the same name."""
+
+    benchmarks_dir: Path
+    img_size: int
+    cache_dir: Path
+    image_root: Path | None = None
+    num_workers: int = 2
+    quiet: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,11 @@ class Split:
     train_images: Tensor | None
     train_sizes: Tensor
     fingerprint: str
+
+    @cached_property
+    def members(self) -> list[Tensor]:
+        """The indices of each class's images, in order."""
+        return [torch.nonzero(self.labels == c).squeeze(1) for c in range(len(self.class_names))]
 
 
 def list_folder(root: Path) -> tuple[list[str], list[Path], list[int]]:
@@ -110,29 +129,20 @@ def list_json(file: Path, image_root: Path | None) -> tuple[list[str], list[Path
     return class_names, paths, [rank[label] for label in raw_labels]
 
 
-def load_split(
-    benchmarks_dir: Path,
-    dataset: str,
-    split: str,
-    img_size: int,
-    cache_dir: Path,
-    image_root: Path | None = None,
-    num_workers: int = 2,
-    quiet: bool = False,
-) -> Split:
-    """Load one split (`base`, `val` or `novel`) of a benchmark; images are decoded once and cached in cache_dir.
+def load_split(options: DataOptions, dataset: str, split: str) -> Split:
+    """Load one split (`base`, `val` or `novel`) of a benchmark; images are decoded once and cached.
 
     The built-in benchmark `glyphs` is rendered when it is missing. Raises UserError when the data is missing,
     malformed or cannot be decoded.
     """
-    root = benchmarks_dir / dataset
+    root = options.benchmarks_dir / dataset
     folder, file = root / split, root / f"{split}.json"
     if dataset == "glyphs" and not root.exists():
-        render_glyphs(root, quiet=quiet)
+        render_glyphs(root, quiet=options.quiet)
     if folder.is_dir():
         class_names, paths, labels = list_folder(folder)
     elif file.is_file():
-        class_names, paths, labels = list_json(file, image_root)
+        class_names, paths, labels = list_json(file, options.image_root)
     else:
         prepared_as = dataset if dataset in PREPARED else f"folder --name {dataset}"
         raise UserError(
@@ -144,13 +154,14 @@ def load_split(
     if len(set(names)) < len(names):  # an image in the support and in the query; two images of one name in a file
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"{file} lists image {twice!r} twice: give each image of a class once, by a name of its own")
-    arrays = load_images(paths, names, img_size, cache_dir, f"{dataset}_{split}", split == "base", num_workers, quiet)
+    where = (options.cache_dir, f"{dataset}_{split}", split == "base")
+    arrays = load_images(paths, names, options.img_size, *where, options.num_workers, options.quiet)
     return Split(
         benchmark=dataset,
         split=split,
         class_names=class_names,
         image_names=names,
-        labels=tensor(labels),
+        labels=torch.tensor(labels),
         images=arrays.eval,
         train_images=arrays.train,
         train_sizes=arrays.sizes,

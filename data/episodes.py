@@ -18,6 +18,31 @@ from engine.generators import make_generator
 
 
 @dataclass(frozen=True)
+class EpisodeShape:
+    """Classes of an episode, and support and query images of each."""
+
+    n_way: int
+    n_shot: int
+    n_query: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One episode: indices of its support (k,) and its query (q,) images in a split, and the support's labels (k,).
+
+    y_support holds every class from 0 to n_way - 1, in any number.
+    """
+
+    support: Tensor
+    y_support: Tensor
+    query: Tensor
+
+    @property
+    def n_way(self) -> int:
+        return int(self.y_support.max()) + 1
+
+
+@dataclass(frozen=True)
 class Episodes:
     """E episodes of one split: `index` (E, n_way, n_shot + n_query) image indices, `classes` (E, n_way)."""
 
@@ -46,47 +71,49 @@ class Episodes:
         """Episodes start to stop - 1."""
         return Episodes(self.index[start:stop], self.classes[start:stop], self.n_shot)
 
+    def task(self, i: int) -> Task:
+        """Episode i, class-major."""
+        return Task(self.support[i].flatten(), class_major_labels(self.n_way, self.n_shot), self.query[i].flatten())
+
 
 def class_major_labels(n_way: int, n_each: int, device: torch.device | str = "cpu") -> Tensor:
     """Labels of class-major samples, (n_way * n_each,): 0 ... 0, 1 ... 1, ..."""
     return torch.arange(n_way, device=device).repeat_interleave(n_each)
 
 
-def check_episodes_fit(split: Split, n_way: int, n_shot: int, n_query: int) -> None:
+def check_episodes_fit(split: Split, shape: EpisodeShape) -> None:
     """Raise UserError when a split has too few classes, or a class too few images, for such episodes."""
     where = f"the {split.split} split of {split.benchmark!r}"
-    if n_way > len(split.class_names):
+    if shape.n_way > len(split.class_names):
         raise UserError(
-            f"{where} has {len(split.class_names)} classes but episodes of {n_way} ways were asked for: "
+            f"{where} has {len(split.class_names)} classes but episodes of {shape.n_way} ways were asked for: "
             f"give a smaller way or add classes"
         )
-    counts = torch.bincount(split.labels, minlength=len(split.class_names)).tolist()
-    for name, count in zip(split.class_names, counts, strict=True):
-        if count < n_shot + n_query:
+    needed = shape.n_shot + shape.n_query
+    for name, members in zip(split.class_names, split.members, strict=True):
+        if len(members) < needed:
             raise UserError(
-                f"class {name!r} of {where} has {count} images; n_shot + n_query = {n_shot + n_query} are needed: "
+                f"class {name!r} of {where} has {len(members)} images; n_shot + n_query = {needed} are needed: "
                 f"lower --n_shot or {'--train_n_query' if split.split == 'base' else '--n_query'}, or add images"
             )
 
 
-def sample_episodes(
-    split: Split, n_way: int, n_shot: int, n_query: int, n_episodes: int, seed: int, start: int = 0
-) -> Episodes:
+def sample_episodes(split: Split, shape: EpisodeShape, n_episodes: int, seed: int, start: int = 0) -> Episodes:
     """Episodes start ... start + n_episodes - 1: classes, then images of each, drawn without replacement.
 
     Raises UserError when the split is too small (see check_episodes_fit).
     """
-    check_episodes_fit(split, n_way, n_shot, n_query)
-    members = [torch.nonzero(split.labels == c).squeeze(1) for c in range(len(split.class_names))]
-    index = torch.empty(n_episodes, n_way, n_shot + n_query, dtype=torch.long)
-    classes = torch.empty(n_episodes, n_way, dtype=torch.long)
+    check_episodes_fit(split, shape)
+    n_images = shape.n_shot + shape.n_query
+    index = torch.empty(n_episodes, shape.n_way, n_images, dtype=torch.long)
+    classes = torch.empty(n_episodes, shape.n_way, dtype=torch.long)
     for e in range(n_episodes):
         generator = make_generator(seed, split.split, "episode", start + e)
-        classes[e] = torch.randperm(len(members), generator=generator)[:n_way]
+        classes[e] = torch.randperm(len(split.members), generator=generator)[: shape.n_way]
         for w, c in enumerate(classes[e].tolist()):
-            picks = torch.randperm(len(members[c]), generator=generator)[: n_shot + n_query]
-            index[e, w] = members[c][picks]
-    return Episodes(index, classes, n_shot)
+            picks = torch.randperm(len(split.members[c]), generator=generator)[:n_images]
+            index[e, w] = split.members[c][picks]
+    return Episodes(index, classes, shape.n_shot)
 
 
 def write_episodes(path: Path, split: Split, episodes: Episodes) -> None:
@@ -108,7 +135,7 @@ def write_episodes(path: Path, split: Split, episodes: Episodes) -> None:
         temporary.write_text(json.dumps(record, separators=(",", ":")))
 
 
-def read_episodes(path: Path, split: Split, n_way: int, n_shot: int, n_query: int, n_episodes: int) -> Episodes:
+def read_episodes(path: Path, split: Split, shape: EpisodeShape, n_episodes: int) -> Episodes:
     """The first n_episodes of a file of write_episodes, as indices into `split`.
 
     Raises UserError when the file is of another shape, is too short, names images that the split lacks, or holds an
@@ -116,18 +143,19 @@ def read_episodes(path: Path, split: Split, n_way: int, n_shot: int, n_query: in
     """
     try:
         record = json.loads(path.read_text())
-        shape = (record["n_way"], record["n_shot"], record["n_query"])
+        found = EpisodeShape(record["n_way"], record["n_shot"], record["n_query"])
         names, index = list(map(str, record["images"])), torch.tensor(record["episodes"], dtype=torch.long)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"episodes file {path} cannot be read ({error}): delete it to have it written anew") from error
-    if shape != (n_way, n_shot, n_query):
+    if found != shape:
         raise UserError(
-            f"episodes file {path} holds {shape[0]}-way {shape[1]}-shot episodes of {shape[2]} queries; "
-            f"{n_way}-way {n_shot}-shot with {n_query} were asked for: give matching flags or another file"
+            f"episodes file {path} holds {found.n_way}-way {found.n_shot}-shot episodes of {found.n_query} queries; "
+            f"{shape.n_way}-way {shape.n_shot}-shot with {shape.n_query} were asked for: "
+            f"give matching flags or another file"
         )
     if (
         index.ndim != 3
-        or index.shape[1:] != (n_way, n_shot + n_query)
+        or index.shape[1:] != (shape.n_way, shape.n_shot + shape.n_query)
         or not 0 <= index.min() <= index.max() < len(names)
     ):
         raise UserError(f"episodes file {path} is damaged: delete it to have it written anew")
@@ -152,16 +180,14 @@ def read_episodes(path: Path, split: Split, n_way: int, n_shot: int, n_query: in
         raise UserError(
             f"episodes file {path} has a way of images of several classes: delete it to have it written anew"
         )
-    return Episodes(index, labels[:, :, 0], n_shot)
+    return Episodes(index, labels[:, :, 0], shape.n_shot)
 
 
-def fixed_episodes(
-    file: Path | None, split: Split, n_way: int, n_shot: int, n_query: int, n_episodes: int, seed: int
-) -> Episodes:
+def fixed_episodes(file: Path | None, split: Split, shape: EpisodeShape, n_episodes: int, seed: int) -> Episodes:
     """The episodes of `file` if it exists; else episodes sampled from `seed`, and written to `file` if one is named."""
     if file is not None and file.exists():
-        return read_episodes(file, split, n_way, n_shot, n_query, n_episodes)
-    episodes = sample_episodes(split, n_way, n_shot, n_query, n_episodes, seed)
+        return read_episodes(file, split, shape, n_episodes)
+    episodes = sample_episodes(split, shape, n_episodes, seed)
     if file is not None:
         write_episodes(file, split, episodes)
     return episodes

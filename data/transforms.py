@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from data.benchmarks import Split
+from engine.run import on_device
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # PIL's integer weights of RGB -> L (ITU-R 601-2), over 65536.
@@ -129,3 +132,41 @@ def augment(
     if augmentation.flip:
         out = torch.where(flips[part].view(-1, 1, 1, 1).to(out.device), out.flip(3), out)
     return normalise(out)
+
+
+def network_input(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 images (b, 3, s, s) as a network takes them: normalised, float32, channels-last, on `device`."""
+    return normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """What a stage trains on: uint8 images (N, 3, H, W), their labels (N,), and how they are augmented, if at all.
+
+    sizes (N, 2): their original (height, width). Without augmentation the images must be of img_size.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    labels: Tensor
+    img_size: int
+    augmentation: Augmentation | None
+    device: torch.device
+
+    def batch(self, index: Tensor, generator: Generator, part: slice = slice(None)) -> Tensor:
+        """The images at `index` (b,), augmented if asked: channels-last input (b, 3, s, s) on the device.
+
+        `part` gives the rows of the input that are made, without changing them.
+        """
+        images = self.images[index[part].to(self.images.device)].to(self.device)
+        if self.augmentation is None:
+            return network_input(images, self.device)
+        x = augment(images, self.sizes[index], self.img_size, self.augmentation, generator, part)
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def training_images(base: Split, augmentation: Augmentation | None, device: torch.device) -> TrainingImages:
+    """What a stage trains on: the images of a base split, on the device for good where they have room there."""
+    images = base.images if augmentation is None or base.train_images is None else base.train_images
+    images, img_size = on_device(images, device), base.images.shape[-1]
+    return TrainingImages(images, base.train_sizes, base.labels, img_size, augmentation, device)

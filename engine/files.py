@@ -1,6 +1,7 @@
-"""Writing a file so that it is either the old one or the new one, never half of one."""
+"""Files that are either the old one or the new one, never half of one; tensors in them; a hash of weights."""
 
 import contextlib
+import hashlib
 import os
 import zipfile
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.errors import UserError
 
@@ -52,3 +53,11 @@ def load_tensors(path: Path, device: torch.device | str) -> Any:
     if not zipfile.is_zipfile(path):  # torch.load would take it for a bare pickle, which nothing here writes
         raise ValueError("it is no file of torch.save, or only the beginning of one")
     return torch.load(path, map_location=device, weights_only=True)
+
+
+def weights_digest(module: nn.Module, *facts: object) -> str:
+    """A hash, 16 characters, of all weights and statistics of a module, and of the facts if any are given."""
+    digest = hashlib.sha256(str(facts).encode() if facts else b"")
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -15,8 +15,8 @@ from engine.errors import UserError
 class Precision:
     """Autocast of the backbone's forward pass to fp32, bf16 or fp16; heads, distances and losses stay in float32."""
 
-    name: str
-    device_type: str
+    name: str = "fp32"
+    device_type: str = "cpu"
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -28,11 +28,16 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, torch.bfloat16 if self.name == "bf16" else torch.float16)
 
-    def backward_and_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Backward pass and optimiser step; with fp16 the loss is scaled so that small gradients survive."""
+    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
+        """One step of the optimiser on a loss, whose value it returns; fp16 scales it so that small gradients survive.
+
+        What the optimiser's parameters held as gradients before is dropped.
+        """
+        optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
+        return loss.item()
 
 
 def check_finite(loss: Tensor | float, where: str) -> None:

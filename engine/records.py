@@ -16,6 +16,7 @@ import torchvision
 
 from engine.errors import UserError
 from engine.files import atomic_file
+from engine.run import Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -35,12 +36,12 @@ def git_commit() -> str:
     return run.stdout.strip()
 
 
-def provenance(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def provenance(config: dict[str, Any], run: Run) -> dict[str, Any]:
     """What a result row says of how it was made: command, seed, config, versions, commit, device, processes."""
     return {
         "command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         "n_processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "seed": config["seed"],
+        "seed": run.seed,
         "config": config,
         "versions": {
             "python": platform.python_version(),
@@ -50,9 +51,9 @@ def provenance(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
             "pillow": PIL.__version__,
         },
         "commit": git_commit(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {platform.machine()}",
+        "device": torch.cuda.get_device_name(run.device)
+        if run.device.type == "cuda"
+        else f"{run.device.type}, {platform.machine()}",
     }
 
 

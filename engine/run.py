@@ -1,14 +1,43 @@
-"""What a run computes on: its device, its precision, its share among several processes."""
+"""What a run computes on and draws from: its device, precision and share among several processes, its seed."""
 
 import ctypes
 import platform
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor
+from tqdm import tqdm
 
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
+from engine.generators import make_generator, seeded
 from engine.precision import Precision
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every computation of a run shares; by default a silent one on the CPU, in fp32, of one process."""
+
+    device: torch.device = torch.device("cpu")
+    precision: Precision = field(default_factory=Precision)
+    ranks: Ranks = ALONE
+    seed: int = 0
+    quiet: bool = True
+
+    def generator(self, *keys: str | int) -> Generator:
+        """A generator that depends on (seed, keys) alone: see make_generator."""
+        return make_generator(self.seed, *keys)
+
+    def seeded(self, *keys: str | int) -> AbstractContextManager[None]:
+        """A block in which PyTorch's own draws depend on (seed, keys) alone: see seeded."""
+        return seeded(self.seed, *keys)
+
+    def bar(self, items: Iterable[Any] | None, name: str, unit: str, **options: Any) -> tqdm:
+        """A progress bar of tqdm over items, unless the run is quiet or the bar has no name."""
+        return tqdm(items, desc=name, unit=unit, disable=self.quiet or not name, **options)
 
 
 def select_device(name: str) -> torch.device:
@@ -50,8 +79,8 @@ def keep_memory() -> None:
     libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def start(device: str, precision: str, no_keep_memory: bool, ranks: Ranks = ALONE) -> tuple[torch.device, Precision]:
-    """The device and precision of a run; on a CPU also the memory setting (see keep_memory).
+def start_run(ranks: Ranks, device: str, precision: str, seed: int, quiet: bool, no_keep_memory: bool) -> Run:
+    """The run that the flags ask for; on a CPU also the memory setting (see keep_memory).
 
     Of several ranks each takes a GPU of its own. Raises UserError when there is no such device for this rank.
     """
@@ -60,7 +89,7 @@ def start(device: str, precision: str, no_keep_memory: bool, ranks: Ranks = ALON
         chosen = device_of_rank(chosen, ranks)
     if chosen.type == "cpu" and not no_keep_memory:
         keep_memory()
-    return chosen, Precision(precision, chosen.type)
+    return Run(chosen, Precision(precision, chosen.type), ranks, seed, quiet)
 
 
 def on_device(images: Tensor, device: torch.device) -> Tensor:
@@ -68,8 +97,3 @@ def on_device(images: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         return images.to(device)
     return images
-
-
-def n_parameters(module: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)

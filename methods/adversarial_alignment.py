@@ -1,4 +1,4 @@
-"""Adversarial alignment (equations 6-8 of Afrasiyabi et al., ECCV 2020) and its update of Algorithm 2.
+"""Adversarial alignment: equations 6-8 of Afrasiyabi et al., ECCV 2020, and the critic of Algorithm 2.
 
 A critic that sees feature and label learns to score related base samples above novel ones; the mean difference
 of its scores estimates, up to a factor, the Wasserstein-1 distance between the two, class by class. The
@@ -13,14 +13,28 @@ backbone stands still in between. A novel class without related samples takes no
 critic where it comes from.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from engine.precision import Precision
 from models.critic import Critic
 
-CONSTRAINTS = ("clip", "gp")
+# The critic meets features that move with every step: a short memory of its gradients.
+CRITIC_BETAS = (0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class CriticSetting:
+    """The critic and how it learns; each field is explained at the flag of the same name."""
+
+    critic_hidden: int = 1024
+    critic_steps: int = 5
+    critic_lr: float = 1e-3
+    critic_constraint: str = "clip"
+    critic_clip: float = 0.01
+    critic_gp_weight: float = 10.0
 
 
 def adversarial_alignment_loss(
@@ -32,11 +46,6 @@ def adversarial_alignment_loss(
     both. At the best critic of slope 1 it is the Wasserstein-1 distance.
     """
     return critic(z_related.float(), y_related).mean() - critic(z_novel.float(), y_novel).mean()
-
-
-def critic_loss(critic: Critic, z_related: Tensor, y_related: Tensor, z_novel: Tensor, y_novel: Tensor) -> Tensor:
-    """What the critic minimises: minus the estimate of the Wasserstein distance; arguments as above."""
-    return -adversarial_alignment_loss(critic, z_related, y_related, z_novel, y_novel)
 
 
 def gradient_penalty(
@@ -67,81 +76,45 @@ def clip_weights(critic: Critic, clip: float) -> None:
         parameter.clamp_(-clip, clip)
 
 
-def critic_step(
-    critic: Critic,
-    optimizer: torch.optim.Optimizer,
-    z_related: Tensor,
-    y_related: Tensor,
-    z_novel: Tensor,
-    y_novel: Tensor,
-    constraint: str,
-    clip: float,
-    gp_weight: float,
-    generator: Generator,
-) -> float:
-    """One step of the critic on fixed features; returns its estimate before the step.
+class AdversarialAlignment:
+    """The adversarial alignment loss of one episode, with the critic that learns along with the backbone.
 
-    constraint 'clip' clamps the weights to +-clip after the step; 'gp' adds gp_weight times the gradient penalty.
-    Raises ValueError for any other.
+    d: size of the features; the critic's initial weights, and what its constraint draws, come from `generator`.
     """
-    if constraint not in CONSTRAINTS:
-        raise ValueError(f"unknown critic constraint {constraint!r}: choose one of {', '.join(CONSTRAINTS)}")
-    z_related, z_novel = z_related.detach().float(), z_novel.detach().float()
-    loss = critic_loss(critic, z_related, y_related, z_novel, y_novel)
-    estimate = -loss.item()
-    if constraint == "gp":
-        penalty = gradient_penalty(critic, z_related, y_related, z_novel, y_novel, generator)
-        loss = loss + gp_weight * penalty
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    if constraint == "clip":
-        clip_weights(critic, clip)
-    return estimate
 
+    def __init__(self, d: int, n_way: int, setting: CriticSetting, generator: Generator, device: torch.device):
+        self.setting = setting
+        self.generator = generator
+        self.critic = Critic(d, n_way, setting.critic_hidden, generator=generator).to(device)
+        self.optimizer = torch.optim.Adam(self.critic.parameters(), lr=setting.critic_lr, betas=CRITIC_BETAS)
 
-def adversarial_alignment_step(
-    backbone: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    critic: Critic,
-    critic_optimizer: torch.optim.Optimizer,
-    x_support: Tensor,
-    y_support: Tensor,
-    x_related: Tensor,
-    y_related: Tensor,
-    n_critic: int,
-    constraint: str,
-    clip: float,
-    gp_weight: float,
-    generator: Generator,
-    precision: Precision,
-) -> float:
-    """Update (1) of Algorithm 2: n_critic steps of the critic, then one of the backbone against it.
+    def __call__(self, z_support: Tensor, y_support: Tensor, z_related: Tensor, y_related: Tensor) -> Tensor:
+        """The loss, after critic_steps steps of the critic on these features: the backbone's part of Algorithm 2.
 
-    x_support (n_way * n_shot, 3, h, w), x_related (n, 3, h, w) and their labels. The backbone, which the caller
-    has put in train mode, sees the related and the support images in two forward passes, so that each has its own
-    batch statistics.
-    Returns the critic's estimate that the backbone's step lowers.
-    """
-    with precision.autocast():
-        z_related, z_support = backbone(x_related), backbone(x_support)
-    has_related = torch.isin(y_support, y_related)
-    z_novel, y_novel = z_support[has_related], y_support[has_related]
-    for _ in range(n_critic):
-        critic_step(
-            critic,
-            critic_optimizer,
-            z_related,
-            y_related,
-            z_novel,
-            y_novel,
-            constraint,
-            clip,
-            gp_weight,
-            generator,
-        )
-    loss = adversarial_alignment_loss(critic, z_related, y_related, z_novel, y_novel)
-    # The gradients that this leaves on the critic are dropped by its next step.
-    optimizer.zero_grad()
-    precision.backward_and_step(loss, optimizer)
-    return loss.item()
+        z_support (k, d), z_related (n, d) and their labels -> scalar, the estimate that the backbone's step lowers. A
+        novel class without related samples takes no part.
+        """
+        has_related = torch.isin(y_support, y_related)
+        z_novel, y_novel = z_support[has_related], y_support[has_related]
+        for _ in range(self.setting.critic_steps):
+            self.critic_step(z_related.detach().float(), y_related, z_novel.detach().float(), y_novel)
+        # The gradients that the backbone's step leaves on the critic are dropped by its next step.
+        return adversarial_alignment_loss(self.critic, z_related, y_related, z_novel, y_novel)
+
+    def critic_step(self, z_related: Tensor, y_related: Tensor, z_novel: Tensor, y_novel: Tensor) -> float:
+        """One step of the critic on fixed features; returns its estimate before the step.
+
+        The constraint 'clip' clamps the weights to +-critic_clip after the step; 'gp' adds critic_gp_weight times the
+        gradient penalty to the loss.
+        """
+        setting, labelled = self.setting, (z_related, y_related, z_novel, y_novel)
+        loss = -adversarial_alignment_loss(self.critic, *labelled)
+        estimate = -loss.item()
+        if setting.critic_constraint == "gp":
+            loss = loss + setting.critic_gp_weight * gradient_penalty(self.critic, *labelled, self.generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if setting.critic_constraint == "clip":
+            clip_weights(self.critic, setting.critic_clip)
+        return estimate

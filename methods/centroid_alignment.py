@@ -1,14 +1,11 @@
-"""Centroid alignment (equations 4-5 of the paper) and its update of Algorithm 1.
+"""Centroid alignment: equations 4-5 of Afrasiyabi et al., ECCV 2020.
 
 Related base samples are pulled to the centroid of the novel class that they were assigned to, and away from the
 other centroids: the negative log-likelihood of a softmax over minus squared Euclidean distances.
 """
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from engine.precision import Precision
+from torch import Tensor
 
 
 def class_centroids(z: Tensor, y: Tensor) -> Tensor:
@@ -27,26 +24,3 @@ def centroid_alignment_loss(z_support: Tensor, y_support: Tensor, z_related: Ten
     centroids = class_centroids(z_support, y_support)
     distance = (z_related.float().unsqueeze(1) - centroids).square().sum(2)
     return F.cross_entropy(-distance, y_related)
-
-
-def centroid_alignment_step(
-    backbone: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x_support: Tensor,
-    y_support: Tensor,
-    x_related: Tensor,
-    y_related: Tensor,
-    precision: Precision,
-) -> float:
-    """Update (1) of Algorithm 1: one optimiser step of the backbone on the centroid alignment loss.
-
-    x_support (k, 3, h, w), x_related (n, 3, h, w) and their labels. The backbone, which the caller has put in train
-    mode, sees the related and the support images in two forward passes, so that each has its own batch statistics.
-    Returns the loss before the step.
-    """
-    with precision.autocast():
-        z_related, z_support = backbone(x_related), backbone(x_support)
-    loss = centroid_alignment_loss(z_support, y_support, z_related, y_related)
-    optimizer.zero_grad()
-    precision.backward_and_step(loss, optimizer)
-    return loss.item()

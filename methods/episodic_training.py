@@ -8,65 +8,48 @@ whole episode. At test everything is in eval mode: a split is embedded once and 
 al., A Closer Look at Few-shot Classification (ICLR 2019), the images of an episode are augmented one by one.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.episodes import Episodes, class_major_labels
-from data.transforms import Augmentation
-from engine.distributed import ALONE, Ranks, gather_rows
-from engine.generators import make_generator, seeded
-from engine.precision import Precision, check_finite
-from methods.base_training import training_input
-from methods.confusion import count_predictions
-from methods.evaluation import EpisodeScores, score_queries
-from methods.meta_learners import MetaLearner
-from models import Backbone
+from data.transforms import TrainingImages
+from engine.distributed import gather_rows
+from engine.precision import check_finite
+from engine.run import Run
+from methods.evaluation import EpisodeScores, count_predictions, share_right
+from methods.meta_learner import MetaLearner
+from models import Model
 
 # Episodes evaluated together: as many as keep their largest tensor, of which a few live at a time, at 64 MiB.
 CHUNK_NUMBERS = 2**24
 
 
 def train_one_epoch(
-    backbone: Backbone,
-    learner: MetaLearner,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    sizes: Tensor,
-    episodes: Episodes,
-    img_size: int,
-    augmentation: Augmentation | None,
-    epoch: int,
-    seed: int,
-    device: torch.device,
-    precision: Precision,
-    quiet: bool = False,
+    model: Model, images: TrainingImages, episodes: Episodes, epoch: int, run: Run
 ) -> tuple[float, float]:
     """One optimiser step an episode; returns the mean loss and the mean query accuracy in 0..1.
 
-    images (N, 3, H, W) uint8, sizes (N, 2) and img_size as in training_input; `episodes` index the images. The
-    augmentation and dropout of episode k depend on (seed, epoch, k) alone. Raises UserError when the loss is no longer
-    finite.
+    `episodes` index the images. The augmentation and dropout of episode k depend on (seed, epoch, k) alone. Raises
+    UserError when the loss is no longer finite.
     """
-    backbone.train()
-    learner.train()
-    y_query = class_major_labels(episodes.n_way, episodes.query.shape[2], device)
+    backbone, learner = model.backbone.train(), cast(MetaLearner, model.head).train()
+    network = backbone.feature_map if learner.uses_maps else backbone
+    y_query = class_major_labels(episodes.n_way, episodes.query.shape[2], run.device)
     loss_sum = accuracy_sum = 0.0
-    bar = tqdm(range(len(episodes)), desc=f"epoch {epoch}", unit="episode", leave=False, disable=quiet)
+    bar = run.bar(range(len(episodes)), f"epoch {epoch}", "episode", leave=False)
     for k in bar:
         index = episodes.index[k]
-        generator = make_generator(seed, "episodic training", epoch, k)
-        x = training_input(images, sizes, index.flatten(), img_size, augmentation, generator, device)
-        with precision.autocast(), seeded(seed, "dropout", epoch, k):
-            z = backbone.feature_map(x) if learner.uses_maps else backbone(x)
+        x = images.batch(index.flatten(), run.generator("episodic training", epoch, k))
+        with run.precision.autocast(), run.seeded("dropout", epoch, k):
+            z = network(x)
         z = z.float().unflatten(0, tuple(index.shape))
         scores = learner(z[:, : episodes.n_shot], z[:, episodes.n_shot :].flatten(0, 1))
         loss = learner.loss(scores, y_query)
         check_finite(loss, f"epoch {epoch}, episode {k}")
-        optimizer.zero_grad()
-        precision.backward_and_step(loss, optimizer)
-        loss_sum += loss.item()
-        accuracy_sum += score_queries(scores, episodes.n_way).mean().item()
+        loss_sum += run.precision.step(loss, model.optimizer)
+        accuracy_sum += share_right(count_predictions(scores, episodes.n_way)).mean().item()
         bar.set_postfix(loss=f"{loss_sum / (k + 1):.3f}", accuracy=f"{100 * accuracy_sum / (k + 1):.1f}")
     return loss_sum / len(episodes), accuracy_sum / len(episodes)
 
@@ -76,9 +59,9 @@ def evaluate_meta_learner(
     learner: MetaLearner,
     features: Tensor,
     episodes: Episodes,
+    run: Run,
     bar: str = "",
     chunk_numbers: int = CHUNK_NUMBERS,
-    ranks: Ranks = ALONE,
 ) -> EpisodeScores:
     """Score the queries of all episodes with the learner in eval mode, many episodes together.
 
@@ -91,12 +74,12 @@ def evaluate_meta_learner(
     expansion = episodes.n_way if learner.uses_maps else 4
     chunk = max(1, chunk_numbers // (expansion * episodes.index[0].numel() * features[0].numel()))
     counts: list[Tensor] = []
-    with tqdm(total=len(episodes), desc=bar, disable=not bar, unit="episode") as progress:
-        for first in ranks.share(range(0, len(episodes), chunk)):
+    with run.bar(None, bar, "episode", total=len(episodes)) as progress:
+        for first in run.ranks.share(range(0, len(episodes), chunk)):
             part = episodes.slice(first, first + chunk)
             support = features[part.support.to(features.device)]
             query = features[part.query.flatten(1).to(features.device)]
             counts.append(count_predictions(learner(support, query), part.n_way).cpu())
             progress.update(len(part))
             progress.set_postfix_str(f"accuracy {100 * EpisodeScores(torch.cat(counts)).accuracy.mean().item():.2f}")
-    return EpisodeScores(gather_rows(counts, ranks))
+    return EpisodeScores(gather_rows(counts, run.ranks))

@@ -18,18 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.meta_learner import MetaLearner
+
 SIMILARITY_SCALE = 100.0
 NORM_EPS = 1e-5
 PROBABILITY_EPS = 1e-6
 
 
-class MatchingNet(nn.Module):
-    """MatchingNet on features of size d. Its scores are log-probabilities."""
+class MatchingNet(MetaLearner):
+    """MatchingNet on features. Its scores are log-probabilities."""
 
-    uses_maps = False
-
-    def __init__(self, d: int):
-        super().__init__()
+    def __init__(self, feature_dim: int, map_shape: tuple[int, int, int]):
+        super().__init__(feature_dim, map_shape)
+        d = feature_dim
         self.support_lstm = nn.LSTM(d, d, batch_first=True, bidirectional=True)
         self.query_lstm = nn.LSTMCell(2 * d, d)
 

@@ -1,34 +1,29 @@
-"""The four meta-learners of stage 2 by their published names.
+"""The four meta-learners of stage 2 by their published names; a new one is one class and one entry."""
 
-Each is an nn.Module `learner(support, query) -> scores` with `learner.loss(scores, y_query)`. It works on the
-backbone's maps, `backbone.feature_map(x)`, where `learner.uses_maps`, and on its features otherwise.
-"""
-
-from typing import Protocol
+from typing import Any
 
 from methods.matchingnet import MatchingNet
+from methods.meta_learner import MetaLearner
 from methods.protonet import ProtoNet
 from methods.relationnet import RelationNet
+from models.backbone import Backbone
 
-META_LEARNERS = ("ProtoNet", "MatchingNet", "RelationNet", "RelationNet_softmax")
-MetaLearner = ProtoNet | MatchingNet | RelationNet
-
-
-class HasShapes(Protocol):
-    """What is asked of a backbone here."""
-
-    feature_dim: int
-    map_shape: tuple[int, int, int]
+META_LEARNERS: dict[str, tuple[type[MetaLearner], dict[str, Any]]] = {
+    "ProtoNet": (ProtoNet, {}),
+    "MatchingNet": (MatchingNet, {}),
+    "RelationNet": (RelationNet, {"kind": "mse"}),
+    "RelationNet_softmax": (RelationNet, {"kind": "softmax"}),
+}
 
 
-def build_meta_learner(method: str, backbone: HasShapes) -> MetaLearner:
+def uses_maps(method: str) -> bool:
+    """Whether a meta-learner works on maps, which is known before the backbone is built."""
+    return META_LEARNERS[method][0].uses_maps
+
+
+def build_meta_learner(method: str, backbone: Backbone) -> MetaLearner:
     """A fresh meta-learner for the features, or the maps, of a backbone. Raises ValueError if unknown."""
-    if method == "ProtoNet":
-        return ProtoNet()
-    if method == "MatchingNet":
-        return MatchingNet(backbone.feature_dim)
-    if method == "RelationNet":
-        return RelationNet(backbone.map_shape, "mse")
-    if method == "RelationNet_softmax":
-        return RelationNet(backbone.map_shape, "softmax")
-    raise ValueError(f"unknown meta-learner {method!r}: choose one of {', '.join(META_LEARNERS)}")
+    if method not in META_LEARNERS:
+        raise ValueError(f"unknown meta-learner {method!r}: choose one of {', '.join(META_LEARNERS)}")
+    learner, options = META_LEARNERS[method]
+    return learner(backbone.feature_dim, backbone.map_shape, **options)

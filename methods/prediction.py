@@ -4,8 +4,8 @@ The head is fitted on the support features; with a base set, the backbone is the
 (see methods/alignment.py). What is asked here is not an accuracy but the probability of each class for each query.
 """
 
+import hashlib
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,11 @@ import torch
 from torch import Tensor
 
 from data.benchmarks import Split
-from engine.precision import Precision
-from engine.run import on_device
-from methods.alignment import (
-    AlignedEpisode,
-    AlignmentSetting,
-    align_episode,
-    blocks_to_update,
-    computed_input,
-    network_input,
-    stored_input,
-)
-from methods.evaluation import cached_activations, cached_features, embed
-from models import Backbone
+from data.episodes import Task
+from engine.run import Run
+from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
+from methods.features import FeatureCache, UpdatedBlocks, image_source
+from models.backbone import Backbone
 from models.heads import unit
 
 
@@ -67,58 +59,36 @@ class Predictions:
         return sum(p == c for p, c in zip(self.probabilities.argmax(1).tolist(), self.truth, strict=True))
 
 
+def user_split(class_names: list[str], names: list[str], y_support: Tensor, images: Tensor) -> Split:
+    """The user's images as a split, the support first: k labels, y_support (k,), then -1 for the queries.
+
+    names (k + q) of the files; images (k + q, 3, s, s), uint8.
+    """
+    labels = torch.cat([y_support, y_support.new_full((len(images) - len(y_support),), -1)])
+    sizes = torch.tensor(images.shape[2:]).expand(len(images), -1)
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    return Split("", "user", class_names, names, labels, images, None, sizes, digest)
+
+
 def run_episode(
     backbone: Backbone,
-    images: Tensor,
-    y_support: Tensor,
+    blocks: UpdatedBlocks,
+    user: Split,
     base: Split | None,
-    setting: AlignmentSetting,
-    align_blocks: int | None,
     cache_dir: Path,
-    seed: int,
-    device: torch.device,
-    precision: Precision,
-    quiet: bool,
+    setting: AlignmentSetting,
+    run: Run,
 ) -> tuple[AlignedEpisode, Tensor]:
-    """The episode of images (k + q, 3, s, s), uint8, the support first, and their features (k + q, d).
+    """The episode of a user_split, and the features (k + q, d) of its images before alignment.
 
-    y_support (k,) holds every class from 0 to n_way - 1, in any number. Without `base`, setting.alignment is `none`.
+    Without `base`, setting.alignment is `none`.
     """
-    z = embed(backbone, images, device, precision, bar="" if quiet else "embed")
-    z_base, y_base = z.new_empty(0, z.shape[1]), torch.empty(0, dtype=torch.long)
-    members: list[Tensor] = []
-    novel_input = base_input = partial(network_input, images, device=device)
-    below, updated = blocks_to_update(backbone, align_blocks)
-    if base is not None:
-        cached: dict[str, Any] = {"cache_dir": cache_dir, "device": device, "precision": precision, "quiet": quiet}
-        z_base, y_base = cached_features(backbone, base, **cached), base.labels
-        members = [torch.nonzero(y_base == b).squeeze(1) for b in range(len(base.class_names))]
-        if below is None:
-            base_input = partial(network_input, on_device(base.images, device), device=device)
-        else:
-            novel_input = partial(computed_input, below, images, device=device, precision=precision)
-            activations = cached_activations(below, base, **cached)
-            base_input = partial(stored_input, on_device(activations, device), device=device)
-    episode = align_episode(
-        updated,
-        {name: value.clone() for name, value in updated.state_dict().items()},
-        setting,
-        torch.arange(len(y_support)),
-        y_support,
-        torch.arange(len(y_support), len(images)),
-        z,
-        novel_input,
-        z_base,
-        y_base,
-        members,
-        base_input,
-        seed,
-        0,
-        device,
-        precision,
-        bar="" if quiet else f"{setting.alignment} alignment",
-    )
-    return episode, z
+    novel = image_source(backbone, blocks, user, run, "embed")
+    base_source = FeatureCache(cache_dir, run).source(backbone, blocks, base) if base else None
+    support, query = (torch.nonzero(known).squeeze(1) for known in (user.labels >= 0, user.labels < 0))
+    task = Task(support, user.labels[support], query)
+    bar = f"{setting.alignment} alignment"
+    return align_episode(blocks, task, novel, base_source, setting, run, 0, bar), novel.features
 
 
 def probabilities_of(episode: AlignedEpisode, setting: AlignmentSetting) -> tuple[Tensor, Tensor]:
@@ -128,7 +98,7 @@ def probabilities_of(episode: AlignedEpisode, setting: AlignmentSetting) -> tupl
     that of alignment, and is set back to that of fine-tuning for the others.
     """
     aligned = episode.head.logits(episode.aligned).softmax(1)
-    episode.head.rescale(setting.ft_s, setting.ft_m)
+    episode.head.rescale(setting.fit.ft_s, setting.fit.ft_m)
     return aligned.cpu(), episode.head.logits(episode.finetuned).softmax(1).cpu()
 
 
@@ -138,17 +108,17 @@ def alignment_notes(
     """What a user should know of the related base images that alignment had."""
     notes = []
     per_class = n_base_class // len(class_names)
-    if setting.n_B > per_class:
+    if setting.related.n_B > per_class:
         notes.append(
-            f"{len(class_names)} classes x n_B {setting.n_B} exceed the {n_base_class} base classes: "
+            f"{len(class_names)} classes x n_B {setting.related.n_B} exceed the {n_base_class} base classes: "
             f"{per_class} related base classes a class"
         )
     empty = [name for name, samples in zip(class_names, episode.related.samples, strict=True) if not len(samples)]
     if empty:
         notes.append(f"no base image is predicted as {', '.join(map(repr, empty))}: aligned with nothing")
-    if 0 < episode.n_drawn < setting.aug_size:
+    if 0 < episode.n_drawn < setting.related.aug_size:
         notes.append(
-            f"the smallest related set holds fewer than --aug_size {setting.aug_size} images: "
+            f"the smallest related set holds fewer than --aug_size {setting.related.aug_size} images: "
             f"{episode.n_drawn} were drawn of each class"
         )
     return notes

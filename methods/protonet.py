@@ -9,8 +9,9 @@ they lose less to rounding; any number of episodes goes through at once.
 """
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from methods.meta_learner import MetaLearner
 
 
 def protonet_scores(z_support: Tensor, z_query: Tensor) -> Tensor:
@@ -27,20 +28,9 @@ def protonet_scores(z_support: Tensor, z_query: Tensor) -> Tensor:
         return 2.0 * cross - q.square().sum(-1, keepdim=True) - p.square().sum(-1).unsqueeze(-2)
 
 
-def episode_cross_entropy(scores: Tensor, y_query: Tensor) -> Tensor:
-    """Mean cross-entropy over all queries: scores (..., n, n_way), y_query (n,) or (..., n) -> scalar."""
-    return F.cross_entropy(scores.flatten(0, -2), y_query.expand(scores.shape[:-1]).flatten())
-
-
-class ProtoNet(nn.Module):
-    """ProtoNet as a module on features, the interface that all meta-learners share."""
-
-    uses_maps = False
+class ProtoNet(MetaLearner):
+    """ProtoNet on features; its loss is the cross-entropy of its scores."""
 
     def forward(self, z_support: Tensor, z_query: Tensor) -> Tensor:
         """z_support (..., n_way, n_shot, d), z_query (..., n, d) -> scores (..., n, n_way)."""
         return protonet_scores(z_support, z_query)
-
-    def loss(self, scores: Tensor, y_query: Tensor) -> Tensor:
-        """scores (..., n, n_way), y_query (n,) -> scalar."""
-        return episode_cross_entropy(scores, y_query)

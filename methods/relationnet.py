@@ -21,12 +21,12 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.protonet import episode_cross_entropy
+from methods.meta_learner import MetaLearner
 
 KINDS = ("mse", "softmax")
 
 
-class RelationNet(nn.Module):
+class RelationNet(MetaLearner):
     """The relation module on maps of shape (c, h, w); `hidden` is the width of its linear layers.
 
     Raises ValueError for a kind other than 'mse' and 'softmax'.
@@ -34,8 +34,8 @@ class RelationNet(nn.Module):
 
     uses_maps = True
 
-    def __init__(self, map_shape: tuple[int, int, int], kind: str = "mse", hidden: int = 8):
-        super().__init__()
+    def __init__(self, feature_dim: int, map_shape: tuple[int, int, int], kind: str = "mse", hidden: int = 8):
+        super().__init__(feature_dim, map_shape)
         if kind not in KINDS:
             raise ValueError(f"unknown kind of RelationNet {kind!r}: choose one of {', '.join(KINDS)}")
         self.kind = kind
@@ -79,6 +79,6 @@ class RelationNet(nn.Module):
     def loss(self, scores: Tensor, y_query: Tensor) -> Tensor:
         """scores (..., n, n_way), y_query (n,) -> scalar: mean squared error to one-hot, or cross-entropy."""
         if self.kind == "softmax":
-            return episode_cross_entropy(scores, y_query)
+            return super().loss(scores, y_query)
         one_hot = F.one_hot(y_query, scores.shape[-1]).to(scores)
         return F.mse_loss(scores, one_hot.expand_as(scores))

@@ -1,25 +1,46 @@
-"""What turns images into features (backbones) and features into scores (heads)."""
+"""What turns images into features (backbones) and features into scores (heads); each is listed in a dict by its name.
 
-from collections.abc import Sequence
+A new backbone or head is one class of the contract, `Backbone` or `Head`, and one entry.
+"""
 
-from torch import Generator
+from dataclasses import dataclass, field
 
+import torch
+from torch import nn
+
+from models.backbone import Backbone
 from models.conv4 import Conv4
-from models.heads import Head, arcMax, cosMax, softMax
+from models.heads import Generators, Head, arcMax, cosMax, softMax
 from models.resnet12 import ResNet12
 from models.resnet18 import ResNet18
 from models.torchvision_backbone import TorchvisionBackbone
 from models.wide_resnet import WideResNet
 
-Backbone = Conv4 | ResNet12 | ResNet18 | WideResNet | TorchvisionBackbone
-BACKBONES: dict[str, type[Conv4] | type[ResNet12] | type[ResNet18] | type[WideResNet]] = {
+BACKBONES: dict[str, type[Backbone]] = {
     "Conv4": Conv4,
     "ResNet12": ResNet12,
     "ResNet18": ResNet18,
     "WideResNet": WideResNet,
 }
+HEADS: dict[str, type[Head]] = {"softMax": softMax, "cosMax": cosMax, "arcMax": arcMax}
 TORCHVISION = "torchvision:"  # followed by the name of a classification model of torchvision
-HEADS = ("softMax", "cosMax", "arcMax")
+
+
+@dataclass
+class Model:
+    """What a stage trains: a backbone, a head (of the base classes, or a meta-learner), and their optimiser.
+
+    net and classifier: the two as the steps call them, which average gradients when there are several processes.
+    """
+
+    backbone: Backbone
+    head: nn.Module
+    optimizer: torch.optim.Optimizer
+    net: nn.Module = field(init=False)
+    classifier: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.net, self.classifier = self.backbone, self.head
 
 
 def native_img_size(name: str) -> int:
@@ -40,23 +61,20 @@ def build_backbone(name: str, img_size: int, relation: bool = False, weights: st
         raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)} or {TORCHVISION}NAME")
     if weights != "none":
         raise ValueError(f"weights are for {TORCHVISION}NAME backbones, not for {name}: give 'none'")
-    return Conv4(img_size, relation=relation) if name == "Conv4" else BACKBONES[name](img_size=img_size)
+    make = BACKBONES[name].for_relation if relation else BACKBONES[name]
+    return make(img_size)
 
 
-def build_head(
-    method: str,
-    d: int,
-    n_class: int,
-    s: float,
-    m: float,
-    generators: Sequence[Generator | None] = (None,),
-    batched: bool = False,
-) -> Head:
-    """A head of `n_class` classes on d features, or, if `batched`, one head a generator, fitted together."""
-    if method == "softMax":
-        return softMax(d, n_class, generators, batched)
-    if method == "cosMax":
-        return cosMax(d, n_class, s, generators, batched)
-    if method == "arcMax":
-        return arcMax(d, n_class, s, m, generators, batched)
-    raise ValueError(f"unknown head {method!r}: choose one of {', '.join(HEADS)}")
+def build_head(method: str, d: int, n_class: int, s: float, m: float, generators: Generators = None) -> Head:
+    """A head of `n_class` classes on d features; of a list of generators, as many heads, fitted together.
+
+    Raises ValueError for an unknown name.
+    """
+    if method not in HEADS:
+        raise ValueError(f"unknown head {method!r}: choose one of {', '.join(HEADS)}")
+    return HEADS[method](d, n_class, s, m, generators)
+
+
+def n_parameters(module: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

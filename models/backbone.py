@@ -1,11 +1,48 @@
-"""A backbone in two: the blocks that stand still, and the last ones, which alignment may update alone.
+"""What a backbone must give, and a backbone in two: the blocks that stand still, and the last ones.
 
-What the first part makes of an image can then be computed once. Beyond the paper, which updates all blocks.
+Alignment may update the last blocks alone; what the others make of an image is then computed once. Beyond the paper,
+which updates all blocks.
 """
+
+from abc import abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from models import Backbone
+
+class Backbone(nn.Module):
+    """A network for square images: a list of blocks, and what is done with the map that the last one makes.
+
+    native_img_size: the side, in pixels, that it is published with; map_shape (c, h', w') and feature_dim d: of one
+    image. Made as Backbone(img_size), which raises ValueError for a size that it cannot take.
+    """
+
+    native_img_size: ClassVar[int]
+    feature_dim: int
+    map_shape: tuple[int, int, int]
+
+    @classmethod
+    def for_relation(cls, img_size: int) -> "Backbone":
+        """The form of it that RelationNet compares maps of, with the same parameters: itself, for most."""
+        return cls(img_size)
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The blocks from input to output: (b, 3, h, w) -> (b, c, h', w') by one after another."""
+
+    def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
+        """(b, c, h', w') -> (b, d): the mean over the map, unless a backbone says otherwise."""
+        return feature_map.mean((-2, -1))
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) -> (b, c, h', w')."""
+        for block in self.blocks():
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) -> (b, d)."""
+        return self.pool_and_flatten(self.feature_map(x))
 
 
 class LastBlocks(nn.Module):

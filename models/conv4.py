@@ -9,6 +9,7 @@ import math
 
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.pooled_norm import pooled_norm
 
 
@@ -33,7 +34,7 @@ class ConvBlock(nn.Module):
         return self.relu(self.pool(self.bn(x)))
 
 
-class Conv4(nn.Module):
+class Conv4(Backbone):
     """Conv4 for square images of `img_size` pixels; `width` channels a block.
 
     Raises ValueError when the image is too small to survive the four blocks.
@@ -58,20 +59,15 @@ class Conv4(nn.Module):
         self.map_shape = (width, side, side)
         self.feature_dim = width * side * side
 
+    @classmethod
+    def for_relation(cls, img_size: int) -> "Conv4":
+        """With the larger maps of RelationNet."""
+        return cls(img_size, relation=True)
+
     def blocks(self) -> list[nn.Module]:
-        """The blocks from input to output; forward(x) is `pool_and_flatten` of their composition."""
+        """Four blocks."""
         return list(self.layers)
 
     def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
         """(b, c, h', w') -> (b, d): Conv4 only flattens."""
         return feature_map.flatten(1)
-
-    def feature_map(self, x: Tensor) -> Tensor:
-        """(b, 3, h, w) -> (b, c, h', w'), before flattening."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, 3, h, w) -> (b, d)."""
-        return self.pool_and_flatten(self.feature_map(x))

@@ -1,4 +1,4 @@
-"""The three classification heads: softMax, cosMax and arcMax (ArcFace, Deng et al., CVPR 2019).
+"""What a head must give, and the three of the paper: softMax, cosMax and arcMax (ArcFace, Deng et al., CVPR 2019).
 
 A head maps features to scores, `head(z) -> scores`, and scores to a loss, `head.loss(scores, y)`. The same
 formulas serve one head, weight (n_class, d) on z (n, d), and E heads of E episodes at once, weight
@@ -6,10 +6,14 @@ formulas serve one head, weight (n_class, d) on z (n, d), and E heads of E episo
 that does not depend on its weight; on frozen features it is computed once, before the steps of the optimiser.
 
 Initial weights come from generators, one a head, so that the head of an episode depends on that episode alone.
+
+The gradients of the three are written out, because automatic differentiation of so small a problem costs several
+times the problem itself. They are those of `head.loss`, to rounding.
 """
 
 import math
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +24,56 @@ NORM_EPS = 1e-6
 # 1 - cos^2 is not resolved below this in float32; the bound keeps the gradient of the sine finite at cos = +-1.
 SINE_EPS = 1e-7
 
+# One generator makes one head; a list of them as many heads, fitted together.
+Generators = Generator | Sequence[Generator] | None
+
+
+class Head(nn.Module):
+    """A classifier of d features, or E of them together; made as Head(d, n_class, s, m, generators).
+
+    s and m: the scale and the margin (radians) of the heads that have them. One generator, or None, makes one head; a
+    list of generators as many. weight: (n_class, d), or (E, n_class, d).
+    """
+
+    weight: nn.Parameter
+
+    @abstractmethod
+    def project(self, z: Tensor) -> Tensor:
+        """What does not depend on the weight, in float32: (..., n, d) -> (..., n, d)."""
+
+    @abstractmethod
+    def scores(self, projected: Tensor) -> Tensor:
+        """Projected features (..., n, d) -> scores (..., n, n_class), of which the largest is the prediction."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Features (..., n, d) -> scores (..., n, n_class)."""
+        return self.scores(self.project(z))
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """What the softmax of a prediction is taken of: the scores themselves, unless a head says otherwise."""
+        return scores
+
+    def rescale(self, s: float, m: float) -> None:
+        """Go on with another scale s and margin m; a head that has neither changes nothing."""
+
+    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of scores (..., n, n_class) against y (..., n), summed over the heads: scalar."""
+        return mean_cross_entropy(self.logits(scores), y)
+
+    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor) -> None:
+        """Give the parameters the gradient of the loss on projected features (..., n, d).
+
+        y (..., n) and one_hot (..., n, n_class) are the same labels. By automatic differentiation, unless a head
+        writes it out.
+        """
+        self.zero_grad()
+        with torch.enable_grad():
+            self.loss(self.scores(projected), y).backward()
+
 
 def unit(z: Tensor) -> Tensor:
     """L2-normalise the last axis in float32: (..., d) -> (..., d)."""
     return F.normalize(z.float(), dim=-1, eps=NORM_EPS)
-
-
-def add_arc_margin(cosine: Tensor, y: Tensor, m: float) -> Tensor:
-    """Replace cos(theta) of the true class by cos(theta + m), where cos(theta) > 0 (the easy margin).
-
-    cosine (..., n, n_class), y (..., n) -> (..., n, n_class). ArcFace, eq. 3, with m in radians.
-    """
-    true = cosine.gather(-1, y.unsqueeze(-1))
-    sine = (1.0 - true.square()).clamp_min(SINE_EPS).sqrt()
-    with_margin = true * math.cos(m) - sine * math.sin(m)
-    return cosine.scatter(-1, y.unsqueeze(-1), torch.where(true > 0, with_margin, true))
 
 
 def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -46,22 +85,54 @@ def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return loss.view(y.shape).mean(-1).sum()
 
 
-def initial_weight(
-    n_class: int, d: int, bound: float, generators: Sequence[Generator | None], batched: bool
-) -> nn.Parameter:
-    """Weights uniform in +-bound, (n_class, d) or, if `batched`, (E, n_class, d), one generator a head."""
-    weights = [torch.empty(n_class, d).uniform_(-bound, bound, generator=g) for g in generators]
-    return nn.Parameter(torch.stack(weights) if batched else weights[0])
+def initial_weight(n_class: int, d: int, bound: float, generators: Generators) -> nn.Parameter:
+    """Weights uniform in +-bound: (n_class, d) of one generator or None, (E, n_class, d) of a list of E."""
+    if isinstance(generators, Sequence):
+        return nn.Parameter(torch.stack([initial_weight(n_class, d, bound, g).detach() for g in generators]))
+    return nn.Parameter(torch.empty(n_class, d).uniform_(-bound, bound, generator=generators))
 
 
-class softMax(nn.Module):
-    """A linear layer with bias and the cross-entropy."""
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax of (..., n, n_class) that lie in memory as (..., n_class, n): over so few classes, that takes a tenth."""
+    return logits.mT.softmax(-2).mT
 
-    def __init__(self, d: int, n_class: int, generators: Sequence[Generator | None] = (None,), batched: bool = False):
+
+def products(projected: Tensor, weight: Tensor) -> Tensor:
+    """Features (..., n, d) times weights (..., n_class, d): (..., n, n_class), lying as (..., n_class, n)."""
+    return (projected @ weight.mT).mT.contiguous().mT  # the faster order of the product, laid out anew
+
+
+def cross_entropy_gradient(logits: Tensor, one_hot: Tensor) -> Tensor:
+    """Gradient of the mean cross-entropy to the logits, (softmax(logits) - one_hot) / n: (..., n, n_class)."""
+    return probabilities(logits).sub_(one_hot).div_(logits.shape[-2])
+
+
+def set_cosine_gradient(
+    weight: nn.Parameter, projected: Tensor, k: float, gradient: Callable[[Tensor], Tensor]
+) -> None:
+    """Give a weight (..., n_class, d) the gradient of a loss on scores k cos(theta) of unit features (..., n, d).
+
+    gradient: of the loss to the scores, (..., n, n_class) -> (..., n, n_class). Only what is orthogonal to a row of
+    the weight changes its scores. A gradient that is there already is overwritten in place: fresh memory a step would
+    cost more than the arithmetic.
+    """
+    w = weight.detach()
+    norm = torch.linalg.vector_norm(w, dim=-1).clamp_min(NORM_EPS).unsqueeze(-2)
+    scores = products(projected, w).mul_(k / norm)
+    of_scores = gradient(scores)
+    along = ((of_scores * scores).sum(-2, keepdim=True) / norm.square()).mT
+    across = torch.matmul(of_scores.mul_(k / norm).mT, projected, out=weight.grad)
+    weight.grad = across.addcmul_(w, along, value=-1.0)
+
+
+class softMax(Head):
+    """A linear layer with bias and the cross-entropy; without scale and margin."""
+
+    def __init__(self, d: int, n_class: int, s: float = 1.0, m: float = 0.0, generators: Generators = None):
         super().__init__()
         bound = 1.0 / math.sqrt(d)
-        self.weight = initial_weight(n_class, d, bound, generators, batched)
-        self.bias = nn.Parameter(initial_weight(1, n_class, bound, generators, batched).squeeze(-2).detach())
+        self.weight = initial_weight(n_class, d, bound, generators)
+        self.bias = nn.Parameter(initial_weight(1, n_class, bound, generators).squeeze(-2).detach())
 
     def project(self, z: Tensor) -> Tensor:
         """Features in float32, unchanged."""
@@ -71,34 +142,20 @@ class softMax(nn.Module):
         """(..., n, d) -> logits (..., n, n_class)."""
         return projected @ self.weight.transpose(-1, -2) + self.bias.unsqueeze(-2)
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.scores(self.project(z))
-
-    def logits(self, scores: Tensor) -> Tensor:
-        """What the softmax of a prediction is taken of: the scores themselves."""
-        return scores
-
-    def rescale(self, s: float, m: float) -> None:
-        """A linear layer has neither scale nor margin: nothing changes."""
-
-    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of scores (..., n, n_class) against y (..., n)."""
-        return mean_cross_entropy(scores, y)
+    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor) -> None:
+        """The gradient of the logits, taken on to weight and bias."""
+        logits = products(projected, self.weight.detach()).add_(self.bias.detach().unsqueeze(-2))
+        gradient = cross_entropy_gradient(logits, one_hot)
+        self.bias.grad = gradient.sum(-2)
+        self.weight.grad = torch.matmul(gradient.mT, projected, out=self.weight.grad)
 
 
-class cosMax(nn.Module):
+class cosMax(Head):
     """Scaled cosine similarity, s cos(theta), without a margin and without a bias."""
 
-    def __init__(
-        self,
-        d: int,
-        n_class: int,
-        s: float,
-        generators: Sequence[Generator | None] = (None,),
-        batched: bool = False,
-    ):
+    def __init__(self, d: int, n_class: int, s: float, m: float = 0.0, generators: Generators = None):
         super().__init__()
-        self.weight = initial_weight(n_class, d, math.sqrt(6.0 / (d + n_class)), generators, batched)
+        self.weight = initial_weight(n_class, d, math.sqrt(6.0 / (d + n_class)), generators)
         self.s = s
 
     def project(self, z: Tensor) -> Tensor:
@@ -109,39 +166,24 @@ class cosMax(nn.Module):
         """Unit features (..., n, d) -> s cos(theta) (..., n, n_class)."""
         return self.s * (projected @ unit(self.weight).transpose(-1, -2))
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.scores(self.project(z))
-
-    def logits(self, scores: Tensor) -> Tensor:
-        """What the softmax of a prediction is taken of: the scores themselves."""
-        return scores
-
     def rescale(self, s: float, m: float) -> None:
         """Go on with another scale s; there is no margin."""
         self.s = s
 
-    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of scores (..., n, n_class) against y (..., n)."""
-        return mean_cross_entropy(scores, y)
+    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor) -> None:
+        """The gradient of the scores s cos(theta), which are the logits, taken on to the weight."""
+        set_cosine_gradient(self.weight, projected, self.s, lambda scores: cross_entropy_gradient(scores, one_hot))
 
 
-class arcMax(nn.Module):
+class arcMax(Head):
     """Cosine similarity with an additive angular margin m (radians) on the true class, scaled by s in the loss.
 
     The scores are cos(theta), without scale or margin: they are what predicts.
     """
 
-    def __init__(
-        self,
-        d: int,
-        n_class: int,
-        s: float,
-        m: float,
-        generators: Sequence[Generator | None] = (None,),
-        batched: bool = False,
-    ):
+    def __init__(self, d: int, n_class: int, s: float, m: float, generators: Generators = None):
         super().__init__()
-        self.weight = initial_weight(n_class, d, math.sqrt(6.0 / (d + n_class)), generators, batched)
+        self.weight = initial_weight(n_class, d, math.sqrt(6.0 / (d + n_class)), generators)
         self.s = s
         self.m = m
 
@@ -152,9 +194,6 @@ class arcMax(nn.Module):
     def scores(self, projected: Tensor) -> Tensor:
         """Unit features (..., n, d) -> cos(theta) (..., n, n_class)."""
         return projected @ unit(self.weight).transpose(-1, -2)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.scores(self.project(z))
 
     def logits(self, scores: Tensor) -> Tensor:
         """What the softmax of a prediction is taken of: s cos(theta)."""
@@ -168,5 +207,33 @@ class arcMax(nn.Module):
         """Cross-entropy of s cos(theta + m) on scores = cos(theta) (..., n, n_class) against y (..., n)."""
         return mean_cross_entropy(self.s * add_arc_margin(scores, y, self.m), y)
 
+    def score_gradient(self, scores: Tensor, y: Tensor, one_hot: Tensor) -> Tensor:
+        """Gradient of the loss to scores = cos(theta): (..., n, n_class) -> (..., n, n_class).
 
-Head = softMax | cosMax | arcMax
+        That of the logits s cos(theta + m), times s and, for the true class, times
+        d cos(theta + m) / d cos(theta) = cos m + sin m cos(theta) / sin(theta).
+        """
+        gradient = (
+            probabilities(self.s * add_arc_margin(scores, y, self.m)).sub_(one_hot).mul_(self.s / scores.shape[-2])
+        )
+        # The margin applies where the cosine is positive; where the sine is bounded its slope is zero.
+        index = y.unsqueeze(-1)
+        true = scores.gather(-1, index)
+        square = 1.0 - true.square()
+        slope = math.cos(self.m) + math.sin(self.m) * true * square.clamp_min(SINE_EPS).rsqrt() * (square > SINE_EPS)
+        return gradient.scatter_(-1, index, gradient.gather(-1, index) * torch.where(true > 0, slope, 1.0))
+
+    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor) -> None:
+        """The gradient of the scores, taken on to the weight."""
+        set_cosine_gradient(self.weight, projected, 1.0, lambda scores: self.score_gradient(scores, y, one_hot))
+
+
+def add_arc_margin(cosine: Tensor, y: Tensor, m: float) -> Tensor:
+    """Replace cos(theta) of the true class by cos(theta + m), where cos(theta) > 0 (the easy margin).
+
+    cosine (..., n, n_class), y (..., n) -> (..., n, n_class). ArcFace, eq. 3, with m in radians.
+    """
+    true = cosine.gather(-1, y.unsqueeze(-1))
+    sine = (1.0 - true.square()).clamp_min(SINE_EPS).sqrt()
+    with_margin = true * math.cos(m) - sine * math.sin(m)
+    return cosine.scatter(-1, y.unsqueeze(-1), torch.where(true > 0, with_margin, true))

@@ -4,11 +4,13 @@
 torchvision's without `fc`. That the paper's ResNet18 is this one is the best evidence available, not proof.
 """
 
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import resnet18
 
+from models.backbone import Backbone
 
-class ResNet18(nn.Module):
+
+class ResNet18(Backbone):
     """ResNet18 for square images of `img_size` pixels."""
 
     native_img_size = 224
@@ -23,19 +25,6 @@ class ResNet18(nn.Module):
         self.feature_dim = 512
 
     def blocks(self) -> list[nn.Module]:
-        """The stem and the 8 residual blocks; forward(x) is `pool_and_flatten` of their composition."""
+        """The stem and the 8 residual blocks."""
         stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
         return [stem, *self.layer1, *self.layer2, *self.layer3, *self.layer4]
-
-    def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
-        """(b, 512, h', w') -> (b, 512): the mean over the map."""
-        return feature_map.mean((-2, -1))
-
-    def feature_map(self, x: Tensor) -> Tensor:
-        """(b, 3, h, w) -> (b, 512, h', w'), before the average pooling."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, 3, h, w) -> (b, 512)."""
-        return self.pool_and_flatten(self.feature_map(x))

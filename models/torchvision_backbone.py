@@ -12,6 +12,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from models.backbone import Backbone
+
 # The attributes of a torchvision model that, called one after another, make its feature map.
 TRUNKS = (
     ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"),  # ResNet, ResNeXt
@@ -94,7 +96,7 @@ def take_blocks(net: nn.Module) -> list[nn.Module]:
     return [nn.Sequential(*block) for block in blocks]
 
 
-class TorchvisionBackbone(nn.Module):
+class TorchvisionBackbone(Backbone):
     """A torchvision classification model for square images of `img_size` pixels, without its classifier.
 
     `weights` is 'none', 'DEFAULT' (torchvision's, downloaded) or the path of a state dict. Raises ValueError
@@ -139,7 +141,7 @@ class TorchvisionBackbone(nn.Module):
         self.train()
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks from input to output; forward(x) is `pool_and_flatten` of their composition."""
+        """The blocks from input to output."""
         return list(self.layers)
 
     def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
@@ -148,10 +150,5 @@ class TorchvisionBackbone(nn.Module):
 
     def feature_map(self, x: Tensor) -> Tensor:
         """(b, 3, h, w) -> (b, c, h', w'), before the pooling; (b, d, 1, 1) from a model without a map."""
-        for layer in self.layers:
-            x = layer(x)
+        x = super().feature_map(x)
         return x if x.dim() == 4 else x[:, :, None, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, 3, h, w) -> (b, d)."""
-        return self.pool_and_flatten(self.feature_map(x))

@@ -10,15 +10,16 @@ evidence available, not proof.
 
 from torch import Tensor, nn
 
+from models.backbone import Backbone
+
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, dropout between them, and a shortcut: (b, c_in, h, w) -> (b, c_out, h', w')."""
+    """Two 3x3 convolutions and a shortcut: (b, c_in, h, w) -> (b, c_out, h', w')."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int, drop_rate: float):
+    def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
-        self.drop = nn.Dropout(drop_rate)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.relu = nn.ReLU(inplace=True)
@@ -27,24 +28,22 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.relu(self.drop(self.bn1(self.conv1(x))))
+        z = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(z)) + self.shortcut(x))
 
 
-class WideResNet(nn.Module):
-    """WRN-28-10 for square images of `img_size` pixels. Raises ValueError if `drop_rate` is not in [0, 1)."""
+class WideResNet(Backbone):
+    """WRN-28-10 for square images of `img_size` pixels."""
 
     native_img_size = 80
 
-    def __init__(self, img_size: int = 80, drop_rate: float = 0.0):
+    def __init__(self, img_size: int = 80):
         super().__init__()
-        if not 0.0 <= drop_rate < 1.0:
-            raise ValueError(f"WideResNet's drop_rate is a probability below 1, not {drop_rate}")
         self.stem = nn.Sequential(nn.Conv2d(3, 80, 3, padding=1), nn.BatchNorm2d(80), nn.ReLU(inplace=True))
         self.layers = nn.ModuleList()
         for c_in, c_out in ((80, 160), (160, 320), (320, 640)):
-            self.layers.append(BasicBlock(c_in, c_out, 2, drop_rate))
-            self.layers.extend(BasicBlock(c_out, c_out, 1, drop_rate) for _ in range(3))
+            self.layers.append(BasicBlock(c_in, c_out, 2))
+            self.layers.extend(BasicBlock(c_out, c_out, 1) for _ in range(3))
         side = -(-img_size // 8)  # three halvings, each rounding up
         self.map_shape = (640, side, side)
         self.feature_dim = 640
@@ -53,20 +52,5 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def blocks(self) -> list[nn.Module]:
-        """The stem and the 12 basic blocks; forward(x) is `pool_and_flatten` of their composition."""
+        """The stem and the 12 basic blocks."""
         return [self.stem, *self.layers]
-
-    def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
-        """(b, 640, h', w') -> (b, 640): the mean over the map."""
-        return feature_map.mean((-2, -1))
-
-    def feature_map(self, x: Tensor) -> Tensor:
-        """(b, 3, h, w) -> (b, 640, h', w'), before the average pooling."""
-        x = self.stem(x)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, 3, h, w) -> (b, 640)."""
-        return self.pool_and_flatten(self.feature_map(x))

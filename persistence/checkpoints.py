@@ -3,7 +3,7 @@
 A checkpoint describes itself: backbone and head can be rebuilt from it alone. Its keys are those of `Checkpoint`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from engine.errors import UserError
 from engine.files import load_tensors, save_atomically
 from engine.generators import seeded
 from engine.records import plain
+from engine.run import Run
 from engine.script import run_script
-from models import Backbone, build_backbone
+from models import build_backbone
+from models.backbone import Backbone
 
 FORMAT = "associative-alignment/1"
 
@@ -38,14 +40,9 @@ class Checkpoint:
     format: str = FORMAT
 
 
-def best_model_path(folder: Path, n_way: int, n_shot: int, dataset: str, method: str, backbone: str) -> Path:
-    """The published file name of a best model; a dash for the colon of torchvision:NAME, which not all systems take."""
-    return folder / f"{n_way}way_{n_shot}shot_{dataset}_{method}_{backbone.replace(':', '-')}_bestModel.tar"
-
-
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically, its tensors on the CPU and contiguous, its config as plain values."""
-    content = {field: getattr(checkpoint, field) for field in checkpoint.__dataclass_fields__}
+    content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     for states in ("backbone_state", "head_state"):
         content[states] = {k: v.detach().cpu().contiguous() for k, v in content[states].items()}
     content["config"] = plain(content["config"])
@@ -112,24 +109,27 @@ def check_base_classes(path: Path, checkpoint: Checkpoint, dataset: str, class_n
         )
 
 
-def initial_backbone(
-    init_from: Path | None,
-    name: str,
-    img_size: int,
-    seed: int,
-    device: torch.device,
-    relation: bool = False,
-    weights: str = "none",
-) -> tuple[Backbone, Checkpoint | None]:
-    """What training starts from: the backbone of a checkpoint, if one is named, or a new one; on `device`.
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A backbone to train: each field is explained at the flag of the same name."""
 
-    Arguments and errors are those of load_backbone and create_backbone.
+    backbone: str
+    img_size: int
+    weights: str = "none"
+    init_from: Path | None = None
+
+
+def initial_backbone(spec: BackboneSpec, run: Run, relation: bool = False) -> tuple[Backbone, Checkpoint | None]:
+    """What training starts from, on the run's device: the backbone of a checkpoint, if one is named, or a new one.
+
+    `relation` and the errors are those of load_backbone and create_backbone.
     """
-    if init_from:
-        net, checkpoint = load_backbone(init_from, name, img_size, relation)
+    checkpoint: Checkpoint | None = None
+    if spec.init_from:
+        net, checkpoint = load_backbone(spec.init_from, spec.backbone, spec.img_size, relation)
     else:
-        net, checkpoint = create_backbone(name, img_size, seed, relation, weights), None
-    return net.to(device).to(memory_format=torch.channels_last), checkpoint
+        net = create_backbone(spec.backbone, spec.img_size, run.seed, relation, spec.weights)
+    return net.to(run.device).to(memory_format=torch.channels_last), checkpoint
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Continue a run that was killed, and never write over one of other flags unasked.
+"""Where a run keeps its files; continue one that was killed, and never write over one of other flags unasked.
 
 Every stage writes `..._last.tar`, atomically: all that the rest of the run follows from. Random numbers come from the
 seed and the number of the epoch or episode, so no generator is part of it, and the final result is bit for bit that of
@@ -6,26 +6,18 @@ a run that was never interrupted.
 """
 
 import contextlib
-import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from engine.errors import UserError
-from engine.files import atomic_file, load_tensors, save_atomically
-from engine.precision import Precision
+from engine.files import load_tensors, save_atomically
+from engine.metrics import MetricsLog, open_metrics
 from engine.records import plain
-from methods.alignment import AlignedEpisode
-from methods.confusion import count_predictions
-from methods.evaluation import EpisodeScores, share_right
-from persistence.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from persistence.checkpoints import load_checkpoint
 
 STATE_FORMAT = "associative-alignment-state/1"
 # Flags that change no number, but for the rounding of another device.
@@ -36,15 +28,150 @@ IRRELEVANT = {
 }
 # Flags that a training that goes on may change: how long it is, and the test after it.
 TEST_FLAGS = {"n_epoch", "n_episodes", "testing_epochs", "episodes_file", "novel_dataset"}
-# The same of stage 3.
+# Flags that an alignment that goes on may change: how many episodes it has.
 LENGTH_FLAGS = {"n_episodes", "testing_epochs"}
-# What stage 3 keeps of each episode.
-COLUMNS = ("finetuned", "aligned", "curve", "losses", "n_related", "n_empty", "n_drawn")
 
 
-def last_state_path(best: Path) -> Path:
-    """Where the last state of a training is written, beside its best model."""
-    return best.with_name(best.name.replace("_bestModel.tar", "_last.tar"))
+@dataclass(frozen=True)
+class RunName:
+    """What a run's files are named after; each field is explained at the flag of the same name."""
+
+    test_n_way: int
+    n_shot: int
+    dataset: str
+    novel_dataset: str
+    method: str
+    backbone: str
+
+    def best_model(self, folder: Path) -> Path:
+        """The published file name of a best model; a dash for the colon of torchvision:NAME, which not all systems
+        take."""
+        task = f"{self.test_n_way}way_{self.n_shot}shot_{self.dataset}"
+        return folder / f"{task}_{self.method}_{self.backbone.replace(':', '-')}_bestModel.tar"
+
+    def table(self, results_dir: Path, stage: str, alignment: str = "") -> Path:
+        """Where a result is written: named as the best model, the alignment and another novel benchmark appended."""
+        parts = [stage, self.best_model(results_dir).stem.removesuffix("_bestModel"), alignment]
+        parts.append(f"to_{self.novel_dataset}" if self.novel_dataset != self.dataset else "")
+        return results_dir / "tables" / f"{'_'.join(part for part in parts if part)}.json"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where files go, and whether they may replace others; each field is explained at the flag of the same name."""
+
+    checkpoint_dir: Path
+    results_dir: Path
+    tensorboard: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class RunFiles:
+    """The files of a run of a stage: best model, last state, metrics, result; and the state that it goes on from.
+
+    config: all its flags. writes_best, writes_state: whether it writes the first two. made_from: hashes, by name, of
+    what it follows from besides its flags. began: when it would have begun had it never been stopped.
+    """
+
+    stage: str
+    name: RunName
+    folders: Folders
+    config: dict[str, Any]
+    best: Path
+    last: Path
+    table: Path
+    metrics: MetricsLog
+    writes_best: bool
+    writes_state: bool
+    state: dict[str, Any] | None = None
+    made_from: dict[str, str] = field(default_factory=dict)
+    began: float = field(default_factory=time.time)
+
+    @property
+    def episode(self) -> Path:
+        """Where stage 3 keeps an episode to be drawn."""
+        return self.folders.results_dir / "episodes" / f"{self.table.stem}.pt"
+
+    def find_state(self, may_differ: set[str]) -> None:
+        """Find the state to go on from, if there is one and --resume was given.
+
+        may_differ: flags that need not be those of the state. A run of the same flags that has finished may be run
+        again, as it gives the same numbers. Raises UserError when a folder cannot be made, or when starting anew would
+        replace a run that is unfinished or of other flags, unless told to overwrite.
+        """
+        last = self.last if self.writes_state else None
+        best = self.best if self.writes_best else None
+        make_folders(last, best, self.table)
+        if self.folders.resume and last and last.is_file():
+            state = read_state(last)
+            if differ := differences(self.config, state["config"], but=may_differ):
+                raise UserError(
+                    f"{last} is of a run of other flags, {differ}: give --resume with the flags of that run, or start "
+                    f"anew with --overwrite"
+                )
+            self.state = state
+        elif not self.folders.overwrite:
+            refuse_to_replace(last, best, self.table, self.config)
+
+    def begin(self, made_from: dict[str, str]) -> None:
+        """Make ready for the first state of the run, or for those after the one found.
+
+        Raises UserError when that one was made from something else.
+        """
+        self.made_from = made_from
+        if self.state is None:
+            self.last.unlink(missing_ok=True)  # so that no older state is ever taken for this run's
+            return
+        changed = [name for name, digest in made_from.items() if self.state["made_from"].get(name) != digest]
+        if changed:
+            raise UserError(
+                f"{self.last} cannot be resumed: the {' and the '.join(changed)} have changed since: start anew with "
+                f"--overwrite"
+            )
+        self.began -= float(self.state["seconds"])
+
+    def save_state(self, **content: Any) -> None:
+        """Write a state atomically: plain values and tensors, and how long the run has taken."""
+        head = {"format": STATE_FORMAT, "config": plain(self.config), "made_from": self.made_from}
+        save_atomically(self.last, head | {"seconds": time.time() - self.began} | content)
+
+    @contextlib.contextmanager
+    def resumable(self, save: Callable[[], None] | None = None) -> Iterator[None]:
+        """Around the loop of a run: an interruption or an error ends it with a line that says where its state is.
+
+        save: writes the state of what is done when the loop is interrupted between two states.
+        """
+        last = self.last
+        try:
+            yield
+        except KeyboardInterrupt:
+            if save:
+                save()
+            on = f": the same command with --resume goes on from {last}" if last.is_file() else ", nothing is saved yet"
+            raise KeyboardInterrupt(f"interrupted{on}") from None
+        except UserError as error:
+            good = f"the last good checkpoint is {last}" if last.is_file() else "there is no earlier checkpoint"
+            raise UserError(f"{error}; {good}") from error
+
+
+def training_files(stage: str, name: RunName, folders: Folders, config: dict[str, Any], n_epoch: int) -> RunFiles:
+    """The files of stage 1 or 2; without epochs, it writes neither model nor state."""
+    best = name.best_model(folders.checkpoint_dir)
+    last = best.with_name(best.name.replace("_bestModel.tar", "_last.tar"))
+    metrics = open_metrics(folders.results_dir / "logs" / best.stem, folders.tensorboard)
+    table = name.table(folders.results_dir, stage)
+    return RunFiles(stage, name, folders, config, best, last, table, metrics, bool(n_epoch), bool(n_epoch))
+
+
+def alignment_files(name: RunName, variant: str, folders: Folders, config: dict[str, Any]) -> RunFiles:
+    """The files of stage 3, whose best model is the one that it reads; variant: the alignment, as results name it."""
+    stage, best = "associative_alignment", name.best_model(folders.checkpoint_dir)
+    table = name.table(folders.results_dir, stage, variant)
+    last = folders.results_dir / "logs" / f"{table.stem}_last.tar"
+    metrics = open_metrics(folders.results_dir / "logs" / table.stem, folders.tensorboard)
+    return RunFiles(stage, name, folders, config, best, last, table, metrics, False, True)
 
 
 def differences(config: dict[str, Any], earlier: dict[str, Any], but: set[str] | None = None) -> str:
@@ -69,6 +196,21 @@ def read_state(last: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def make_folders(last: Path | None, best: Path | None, table: Path) -> None:
+    """Make the folders of these files, and remove from them what a process that was killed while writing has left.
+
+    Raises UserError when a folder cannot be made.
+    """
+    for path in filter(None, (last, table)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path.parent} cannot be written ({error}): give another folder") from error
+    for path in filter(None, (last, best, table)):
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):
+            stale.unlink(missing_ok=True)
+
+
 def earlier_configs(last: Path | None, best: Path | None, table: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The flags of the runs that wrote the files which are there. Raises UserError when one cannot be read."""
     if last and last.is_file():
@@ -85,225 +227,16 @@ def earlier_configs(last: Path | None, best: Path | None, table: Path) -> Iterat
         ) from error
 
 
-def find_state(
-    last: Path | None,
-    best: Path | None,
-    table: Path,
-    config: dict[str, Any],
-    may_differ: set[str],
-    resume: bool,
-    overwrite: bool,
-) -> dict[str, Any] | None:
-    """The state to resume from, or None to start anew.
-
-    last, best, table: where this run writes its last state and best model (None if it writes none) and its result.
-    may_differ: flags that need not be those of the state. A run of the same flags that has finished may be run again,
-    as it gives the same numbers. Raises UserError when a folder cannot be made, or when starting anew would replace
-    a run that is unfinished or of other flags, unless told to overwrite.
-    """
-    for path in filter(None, (last, table)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path.parent} cannot be written ({error}): give another folder") from error
-    for path in filter(None, (last, best, table)):
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while writing
-            stale.unlink(missing_ok=True)
-    if resume and last and last.is_file():
-        state = read_state(last)
-        if differ := differences(config, state["config"], but=may_differ):
+def refuse_to_replace(last: Path | None, best: Path | None, table: Path, config: dict[str, Any]) -> None:
+    """Raise UserError when these files are of a run of other flags, or of an unfinished one of the same."""
+    for path, earlier in earlier_configs(last, best, table):
+        if differ := differences(config, earlier):
             raise UserError(
-                f"{last} is of a run of other flags, {differ}: give --resume with the flags of that run, or start anew "
-                f"with --overwrite"
+                f"{path} is of a run of other flags, {differ}: continue that run with its flags and --resume, "
+                f"replace it with --overwrite, or give another --results_dir and --checkpoint_dir"
             )
-        return state
-    if not overwrite:
-        for path, earlier in earlier_configs(last, best, table):
-            if differ := differences(config, earlier):
-                raise UserError(
-                    f"{path} is of a run of other flags, {differ}: continue that run with its flags and --resume, "
-                    f"replace it with --overwrite, or give another --results_dir and --checkpoint_dir"
-                )
-        if last and last.is_file() and not table.is_file():
-            raise UserError(
-                f"{last} is of an unfinished run of the same flags: continue it with --resume, or start anew with "
-                f"--overwrite"
-            )
-    return None
-
-
-def save_state(last: Path, config: dict[str, Any], made_from: dict[str, str], began: float, **content: Any) -> None:
-    """Write a state atomically: plain values and tensors, and how long the run, which began at `began`, has taken."""
-    head = {"format": STATE_FORMAT, "config": plain(config), "made_from": made_from, "seconds": time.time() - began}
-    save_atomically(last, head | content)
-
-
-def begin(state: dict[str, Any] | None, made_from: dict[str, str], last: Path) -> float:
-    """Make ready for the first state of a run, or for those after `state`; returns the seconds taken so far.
-
-    made_from: hashes, by name, of what the run follows from besides its flags. Raises UserError when one of them is
-    not what `state` was made from.
-    """
-    if state is None:
-        last.unlink(missing_ok=True)  # so that no older state is ever taken for this run's
-        return 0.0
-    changed = [name for name, digest in made_from.items() if state["made_from"].get(name) != digest]
-    if changed:
+    if last and last.is_file() and not table.is_file():
         raise UserError(
-            f"{last} cannot be resumed: the {' and the '.join(changed)} have changed since: start anew with --overwrite"
+            f"{last} is of an unfinished run of the same flags: continue it with --resume, or start anew with "
+            f"--overwrite"
         )
-    return float(state["seconds"])
-
-
-@contextlib.contextmanager
-def resumable(last: Path, save: Callable[[], None] | None = None) -> Iterator[None]:
-    """Around the loop of a run: an interruption or an error ends it with a line that says where its state is.
-
-    save: writes the state of what is done when the loop is interrupted between two states.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        if save:
-            save()
-        told = f": the same command with --resume goes on from {last}" if last.is_file() else ", nothing is saved yet"
-        raise KeyboardInterrupt(f"interrupted{told}") from None
-    except UserError as error:
-        good = f"the last good checkpoint is {last}" if last.is_file() else "there is no earlier checkpoint"
-        raise UserError(f"{error}; {good}") from error
-
-
-@dataclass
-class Training:
-    """What stages 1 and 2 train: all that changes from epoch to epoch."""
-
-    backbone: nn.Module
-    head: nn.Module
-    optimizer: torch.optim.Optimizer
-    precision: Precision
-    n_done: int = 0  # epochs
-    best: float = -1.0  # highest validation accuracy so far, share of 1
-
-    def keep_best(
-        self, path: Path, stage: str, val_accuracy: float, epoch: int, class_names: list[str], config: dict[str, Any]
-    ) -> None:
-        """Save the model as the best one when its validation accuracy, a share of 1, is the highest so far."""
-        if val_accuracy > self.best:
-            self.best = val_accuracy
-            checkpoint = Checkpoint(
-                stage=stage,
-                dataset=config["dataset"],
-                method=config["method"],
-                backbone=config["backbone"],
-                img_size=config["img_size"],
-                class_names=class_names,
-                backbone_state=self.backbone.state_dict(),
-                head_state=self.head.state_dict(),
-                epoch=epoch,
-                val_accuracy=100 * val_accuracy,
-                config=config,
-            )
-            save_checkpoint(path, checkpoint)
-
-    def save(self, last: Path, config: dict[str, Any], made_from: dict[str, str], began: float) -> None:
-        """Write the state. Raises UserError when it cannot be written; the previous one is then intact."""
-        save_state(
-            *(last, config, made_from, began),
-            n_done=self.n_done,
-            best=self.best,
-            backbone=self.backbone.state_dict(),
-            head=self.head.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.precision.scaler.state_dict(),
-        )
-
-    def restore(self, state: dict[str, Any], n_epoch: int, metrics: Path | None, last: Path) -> None:
-        """Go on from a state; rows of the metrics file, if given, that came after it go.
-
-        Raises UserError if it does not fit.
-        """
-        if state["n_done"] > n_epoch:
-            raise UserError(
-                f"{last} has done {state['n_done']} epochs, more than --n_epoch {n_epoch}: give at least that"
-            )
-        try:
-            self.backbone.load_state_dict(state["backbone"])
-            self.head.load_state_dict(state["head"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.precision.scaler.load_state_dict(state["scaler"])
-            self.n_done, self.best = int(state["n_done"]), float(state["best"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{last} does not fit this run: start anew with --overwrite") from error
-        if metrics and metrics.is_file():
-            rows = metrics.read_text().splitlines(keepends=True)[: self.n_done]
-            with atomic_file(metrics) as temporary:
-                temporary.write_text("".join(rows))
-        print(f"resumed after epoch {self.n_done - 1}: {last}")
-
-
-@dataclass
-class AlignedEpisodes:
-    """What stage 3 has of the episodes done, a row each: the columns of `tensors`."""
-
-    precision: Precision
-    rows: list[dict[str, Tensor]] = field(default_factory=list)
-
-    def add(self, episode: AlignedEpisode) -> None:
-        """Append what the report and the metrics need of an episode."""
-        finetuned, aligned, *curve = (
-            count_predictions(scores, scores.shape[1]).cpu()
-            for scores in (episode.finetuned, episode.aligned, *episode.curve)
-        )
-        n_related = torch.tensor([len(samples) for samples in episode.related.samples])
-        self.rows.append(
-            {
-                "finetuned": finetuned,
-                "aligned": aligned,
-                "curve": torch.stack([share_right(counts).mean() for counts in (finetuned, *curve)]),
-                "losses": torch.tensor(episode.losses[-1] if episode.losses else (math.nan,) * 3),
-                "n_related": n_related.sum(),
-                "n_empty": (n_related == 0).sum(),
-                "n_drawn": torch.tensor(episode.n_drawn),
-            }
-        )
-
-    def metrics_row(self, i: int) -> dict[str, Any]:
-        """Episode i in numbers: accuracy (%), losses of the last iteration, related base images and drawn of them."""
-        row = self.rows[i]
-        before, after = (EpisodeScores(row[name].unsqueeze(0)).accuracy.item() for name in ("finetuned", "aligned"))
-        losses = zip(("align_loss", "related_loss", "support_loss"), row["losses"].tolist(), strict=True)
-        counts = {name: int(row[name]) for name in ("n_related", "n_empty", "n_drawn")}
-        return {"episode": i, "fine_tuning": 100 * before, "alignment": 100 * after, **dict(losses), **counts}
-
-    def means(self) -> tuple[float, float]:
-        """Mean accuracy (%) so far, of fine-tuning and after alignment."""
-        finetuned, aligned = (torch.stack([row[name] for row in self.rows]) for name in ("finetuned", "aligned"))
-        return 100 * share_right(finetuned).mean().item(), 100 * share_right(aligned).mean().item()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """finetuned and aligned (E, n_way, n_way): queries by true and predicted class; curve (E, k): accuracy at
-        iterations; losses (E, 3) of the last one; n_related, n_empty and n_drawn (E,)."""
-        return {name: torch.stack([row[name] for row in self.rows]) for name in self.rows[0]}
-
-    def save(self, last: Path, config: dict[str, Any], made_from: dict[str, str], began: float) -> None:
-        """Write the state, if any episode is done."""
-        if self.rows:
-            save_state(last, config, made_from, began, scaler=self.precision.scaler.state_dict(), **self.tensors())
-
-    def restore(self, state: dict[str, Any], n_test: int, last: Path) -> None:
-        """Go on after the episodes of a state, n_test of them at most. Raises UserError if it does not fit."""
-        try:
-            columns = [state[name][:n_test] for name in COLUMNS]
-            self.rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
-            self.precision.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{last} does not fit this run: start anew with --overwrite") from error
-        print(f"resumed after {len(self.rows)} episodes: {last}")
-
-
-def weights_digest(module: nn.Module) -> str:
-    """A hash of all weights and statistics of a module."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

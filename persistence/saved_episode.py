@@ -1,55 +1,44 @@
 """One episode of stage 3 in a file, to be drawn: its features before and after alignment, its related base classes."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor
 
 from data.benchmarks import Split
 from data.episodes import Episodes
 from engine.errors import UserError
 from engine.files import load_tensors
-from engine.generators import make_generator
 from engine.precision import Precision
-from methods.alignment import AlignedEpisode, Input, draw_related
+from engine.run import Run
+from methods.alignment import AlignedEpisode
+from methods.features import Source, UpdatedBlocks, updated_features
+from methods.related_base import draw_related
 
 EPISODE_FORMAT = "associative-alignment-episode/1"
 N_SAMPLES = 2  # images kept of each related base class
 MAX_SIDE = 84  # pixels, of the images kept
-ROWS = 64  # images embedded together
 
 
-@dataclass(frozen=True)
-class Source:
-    """A split that an episode takes images from: its features (N, d) before alignment, and the backbone's input."""
+def first_draw(episode: AlignedEpisode, generator: Generator) -> tuple[Tensor, Tensor]:
+    """The related images, and their labels, that an episode took in the first iteration: (n,), (n,), perhaps none.
 
-    split: Split
-    features: Tensor
-    network_input: Input
-
-
-def first_draw(episode: AlignedEpisode, seed: int, i: int) -> tuple[Tensor, Tensor]:
-    """The related images, and their labels, that episode i took in the first iteration: (n,), (n,), perhaps none."""
+    generator: a new one of the episode's draws.
+    """
     if not episode.n_drawn:
         return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    return draw_related(episode.related.samples, episode.n_drawn, make_generator(seed, "related draws", i))
+    return draw_related(episode.related.samples, episode.n_drawn, generator)
 
 
-@torch.no_grad()
 def before_and_after(
-    source: Source, index: Tensor, labels: Tensor, backbone: nn.Module, precision: Precision
+    source: Source, index: Tensor, labels: Tensor, blocks: UpdatedBlocks, precision: Precision
 ) -> dict[str, Tensor]:
-    """Features (n, d) of the images at index (n,) before alignment, and by the aligned backbone in eval mode."""
-    backbone.eval()
-    before, after = source.features[index.to(source.features.device)].cpu(), []
-    for part in index.split(ROWS):
-        if len(part):
-            with precision.autocast():
-                after.append(backbone(source.network_input(part)).float().cpu())
-    return {"before": before, "after": torch.cat(after) if after else before.clone(), "labels": labels.cpu()}
+    """Features (n, d) of the images at index (n,) before alignment, and by the blocks as alignment left them."""
+    before = source.features[index.to(source.features.device)].cpu()
+    after = updated_features(blocks, source, index, precision).cpu() if len(index) else before.clone()
+    return {"before": before, "after": after, "labels": labels.cpu()}
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -78,32 +67,25 @@ def related_classes(episode: AlignedEpisode, base: Split) -> list[list[dict[str,
 
 
 def gather_episode(
-    episodes: Episodes,
-    i: int,
-    episode: AlignedEpisode,
-    drawn: tuple[Tensor, Tensor],
-    novel: Source,
-    base: Source,
-    backbone: nn.Module,
-    precision: Precision,
+    episodes: Episodes, i: int, episode: AlignedEpisode, novel: Source, base: Source, blocks: UpdatedBlocks, run: Run
 ) -> dict[str, Any]:
-    """What the figures need of episode i, as tensors and plain values.
+    """What the figures need of episode i, as tensors and plain values; the blocks are as alignment left them.
 
-    backbone: as alignment left it, which takes what the sources' network_input gives. drawn: indices and labels of
-    the related images to embed (see first_draw). Draws no random number, and leaves the backbone's weights alone.
+    The weights of the blocks stay as they are.
     """
     support, query = episodes.support[i], episodes.query[i]
     ways = torch.arange(episodes.n_way)
     novel_features = {
-        name: before_and_after(novel, index.flatten(), ways.repeat_interleave(index.shape[1]), backbone, precision)
+        name: before_and_after(novel, index.flatten(), ways.repeat_interleave(index.shape[1]), blocks, run.precision)
         for name, index in (("support", support), ("query", query))
     }
+    drawn = first_draw(episode, run.generator("related draws", i))
     return {
         "format": EPISODE_FORMAT,
         "episode": i,
         "class_names": [novel.split.class_names[c] for c in episodes.classes[i].tolist()],
         **novel_features,
-        "related": before_and_after(base, *drawn, backbone, precision),
+        "related": before_and_after(base, *drawn, blocks, run.precision),
         "support_images": thumbnails(novel.split.images[support[:, 0]]),
         "related_classes": related_classes(episode, base.split),
     }

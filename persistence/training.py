@@ -1,69 +1,127 @@
-"""What stages 1 and 2 begin with: the files of the run, what an earlier run left there, the data and the episodes."""
+"""What stages 1 and 2 keep of a training: its state after every epoch, the best model, a row of metrics."""
 
-from argparse import Namespace
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from data.benchmarks import Split
-from data.episodes import Episodes, fixed_episodes, sample_episodes
-from engine.distributed import Ranks, rank_0_first
-from engine.metrics import MetricsLog, open_metrics
-from persistence.checkpoints import best_model_path
-from persistence.files import TEST_FLAGS, find_state, last_state_path
-from persistence.results import result_path
+from engine.distributed import rank_0_first
+from engine.errors import UserError
+from engine.files import atomic_file
+from engine.run import Run
+from methods.evaluation import EpisodeScores, mean_and_ci95
+from models import Model
+from persistence.checkpoints import Checkpoint, load_checkpoint, load_state, save_checkpoint
+from persistence.files import RunFiles
+from persistence.results import percent
 
 
-@dataclass(frozen=True)
-class RunFiles:
-    """Where a run writes its best model, last state, metrics and result; `state` is what it goes on from."""
+@dataclass
+class Training:
+    """A model that is trained on a base split, and how far that has come.
 
-    best: Path
-    last: Path
-    metrics: MetricsLog
-    table: Path
-    state: dict[str, Any] | None
-
-
-def open_run(stage: str, args: Namespace, ranks: Ranks) -> RunFiles:
-    """The files of a run with these flags. Raises UserError as find_state."""
-    best = best_model_path(args.checkpoint_dir, args.test_n_way, args.n_shot, args.dataset, args.method, args.backbone)
-    last = last_state_path(best)
-    metrics = open_metrics(args.results_dir / "logs" / best.stem, args.tensorboard)
-    table = result_path(args.results_dir, stage, best, args.dataset, args.novel_dataset)
-    trained, kept = (last, best) if args.n_epoch else (None, None)
-    with rank_0_first(ranks):
-        state = find_state(trained, kept, table, vars(args), TEST_FLAGS, args.resume, args.overwrite)
-    return RunFiles(best, last, metrics, table, state)
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The splits as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch."""
-
-    base: Split
-    val: Split
-    novel: Split
-    val_episodes: Episodes
-    novel_episodes: Episodes
-
-    @property
-    def made_from(self) -> dict[str, str]:
-        """Hashes of the images that training follows from, by name."""
-        return {"base images": self.base.fingerprint, "val images": self.val.fingerprint}
-
-
-def load_data(args: Namespace, load: Callable[..., Split], ranks: Ranks) -> TrainingData:
-    """The data of a run with these flags, by load(dataset, split).
-
-    Raises UserError when a split is missing or too small for its episodes.
+    n_done: epochs; best: the highest validation accuracy so far, share of 1; epoch_began: when the last epoch did.
     """
-    protocol = (args.test_n_way, args.n_shot, args.n_query)
-    n_test = args.testing_epochs * args.n_episodes
-    with rank_0_first(ranks):
-        base, val = load(dataset=args.dataset, split="base"), load(dataset=args.dataset, split="val")
-        novel = load(dataset=args.novel_dataset, split="novel")
-        val_episodes = sample_episodes(val, *protocol, args.val_episodes, args.seed)
-        novel_episodes = fixed_episodes(args.episodes_file, novel, *protocol, n_test, args.seed)
-    return TrainingData(base, val, novel, val_episodes, novel_episodes)
+
+    files: RunFiles
+    model: Model
+    base: Split
+    run: Run
+    n_done: int = 0
+    best: float = -1.0
+    epoch_began: float = 0.0
+
+    @contextlib.contextmanager
+    def begin(self, val: Split, n_epoch: int) -> Iterator[None]:
+        """Around all epochs: go on from the state that was found, if one was; an interruption says where it is."""
+        if n_epoch:
+            self.files.begin({"base images": self.base.fingerprint, "val images": val.fingerprint})
+        if self.files.state:
+            self.restore(n_epoch)
+        with self.files.resumable():
+            yield
+
+    def epochs(self, n_epoch: int) -> Iterator[int]:
+        """The epochs that are still to be done."""
+        for epoch in range(self.n_done, n_epoch):
+            self.epoch_began = time.time()
+            yield epoch
+
+    def end_epoch(self, epoch: int, loss: float, base_accuracy: float, val: EpisodeScores) -> None:
+        """Keep the model if it is the best so far, log the epoch and write the state; the first rank does.
+
+        base_accuracy: share of 1. Raises UserError when a file cannot be written; the previous one is then intact.
+        """
+        self.n_done = epoch + 1
+        if not self.run.ranks.first:
+            return
+        accuracy, ci95 = mean_and_ci95(val.accuracy)
+        if accuracy > self.best:
+            self.best = accuracy
+            save_checkpoint(self.files.best, self.checkpoint(epoch))
+        seconds = time.time() - self.epoch_began
+        print(
+            f"epoch {epoch:3d}  loss {loss:.3f}  base accuracy {100 * base_accuracy:.1f}  "
+            f"val {percent(accuracy, ci95)}  best {100 * self.best:.2f}  {seconds:.1f} s"
+        )
+        row = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
+        row |= {"val_accuracy": 100 * accuracy, "val_ci95": 100 * ci95, "seconds": seconds}
+        self.files.metrics.write(epoch, row)
+        self.files.save_state(
+            n_done=self.n_done,
+            best=self.best,
+            backbone=self.model.backbone.state_dict(),
+            head=self.model.head.state_dict(),
+            optimizer=self.model.optimizer.state_dict(),
+            scaler=self.run.precision.scaler.state_dict(),
+        )
+
+    def checkpoint(self, epoch: int) -> Checkpoint:
+        """The model as it is after an epoch, the best one so far."""
+        name = self.files.name
+        return Checkpoint(
+            stage=self.files.stage,
+            dataset=name.dataset,
+            method=name.method,
+            backbone=name.backbone,
+            img_size=self.base.images.shape[-1],
+            class_names=self.base.class_names,
+            backbone_state=self.model.backbone.state_dict(),
+            head_state=self.model.head.state_dict(),
+            epoch=epoch,
+            val_accuracy=100 * self.best,
+            config=self.files.config,
+        )
+
+    def restore(self, n_epoch: int) -> None:
+        """Go on from the state that was found; rows of the metrics file that came after it go.
+
+        Raises UserError if it does not fit.
+        """
+        state, last, metrics = self.files.state or {}, self.files.last, self.files.metrics.path
+        if state["n_done"] > n_epoch:
+            raise UserError(
+                f"{last} has done {state['n_done']} epochs, more than --n_epoch {n_epoch}: give at least that"
+            )
+        try:
+            self.model.backbone.load_state_dict(state["backbone"])
+            self.model.head.load_state_dict(state["head"])
+            self.model.optimizer.load_state_dict(state["optimizer"])
+            self.run.precision.scaler.load_state_dict(state["scaler"])
+            self.n_done, self.best = int(state["n_done"]), float(state["best"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{last} does not fit this run: start anew with --overwrite") from error
+        if self.run.ranks.first and metrics.is_file():
+            rows = metrics.read_text().splitlines(keepends=True)[: self.n_done]
+            with atomic_file(metrics) as temporary:
+                temporary.write_text("".join(rows))
+        print(f"resumed after epoch {self.n_done - 1}: {last}")
+
+    def load_best(self) -> None:
+        """Give the model the weights of its best epoch, if it was trained."""
+        with rank_0_first(self.run.ranks):
+            if self.files.writes_best:
+                checkpoint = load_checkpoint(self.files.best)
+                load_state(self.model.backbone, checkpoint.backbone_state, self.files.best)
+                load_state(self.model.head, checkpoint.head_state, self.files.best)

@@ -15,9 +15,7 @@ from engine.files import atomic_file
 from engine.records import write_json
 from methods.meta_learners import META_LEARNERS
 from models import HEADS
-from persistence.checkpoints import best_model_path
-from persistence.files import differences
-from persistence.results import result_path
+from persistence.files import RunName, differences
 from reporting.report import interval
 
 TABLES = ("main", "ablation", "crossdomain", "ways")
@@ -111,7 +109,8 @@ class Plan:
     ) -> Row:
         """One row. novel: benchmark of its novel classes (default: the dataset); init_from: a checkpoint to test."""
         novel = novel or self.dataset
-        own = best_model_path(self.checkpoint_dir, n_way, n_shot, self.dataset, method, backbone)
+        files = RunName(n_way, n_shot, self.dataset, novel, method, backbone)
+        own = files.best_model(self.checkpoint_dir)
         name = method if stage == "meta" else f"{method}, fine-tuning"
         if alignment not in ("", "none"):
             name = f"{method}, {alignment} alignment"
@@ -130,7 +129,7 @@ class Plan:
             flags += ["--init_from", str(init_from)]
         episodes = self.results_dir / "episodes" / f"{novel}_{n_way}way_{n_shot}shot.json"
         flags += ["--episodes_file", str(episodes), "--resume"]
-        result = result_path(self.results_dir, SCRIPTS[stage], own, self.dataset, novel, alignment)
+        result = files.table(self.results_dir, SCRIPTS[stage], alignment)
         return Row(name, stage, method, backbone, novel, n_way, n_shot, tuple(flags), result, init_from or own)
 
 

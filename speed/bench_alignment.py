@@ -30,7 +30,8 @@ from methods.alignment import (
 )
 from methods.evaluation import cached_features, score_queries
 from methods.novel_finetune import fit_heads
-from models import Backbone, build_head
+from models import build_head
+from models.backbone import Backbone
 from speed import reference_loops as plain
 from speed.common import (
     CPU,

@@ -15,7 +15,8 @@ from data.transforms import Augmentation
 from engine.generators import make_generator
 from engine.script import run_script
 from methods.base_training import train_one_epoch, training_input
-from models import Backbone, build_head
+from models import build_head
+from models.backbone import Backbone
 from models.heads import arcMax
 from speed import reference_loops as plain
 from speed.common import (

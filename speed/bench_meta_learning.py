@@ -21,7 +21,7 @@ from engine.script import run_script
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
 from methods.evaluation import embed
 from methods.meta_learners import META_LEARNERS, MetaLearner, build_meta_learner
-from models import Backbone
+from models.backbone import Backbone
 from speed import reference_loops as plain
 from speed.common import (
     CPU,

@@ -19,7 +19,8 @@ from engine.script import run_script
 from methods.alignment import related_base_of_head
 from methods.evaluation import cached_features, embed
 from methods.novel_finetune import fit_heads
-from models import Backbone, build_head
+from models import build_head
+from models.backbone import Backbone
 from models.heads import arcMax
 from speed import reference_loops as plain
 from speed.common import CPU, Bench, Measured, Setting, count_flops, example_backbone, for_ours, load, run, timed

@@ -32,7 +32,7 @@ from engine.files import load_tensors, save_atomically
 from engine.precision import Precision
 from engine.records import provenance, write_json
 from engine.run import keep_memory
-from models import Backbone
+from models.backbone import Backbone
 from persistence.checkpoints import create_backbone
 
 CPU = torch.device("cpu")

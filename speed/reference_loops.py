@@ -22,7 +22,7 @@ from data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation, draw_crop
 from methods.matchingnet import MatchingNet
 from methods.meta_learners import MetaLearner
 from methods.relationnet import RelationNet
-from models import Backbone
+from models.backbone import Backbone
 
 Draw = tuple[list[int], list[float], bool]  # the crop's box; brightness, contrast, colour; whether to flip
 TO_INPUT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])

@@ -1,0 +1,182 @@
+"""Images to features: a whole split, by a backbone that stands still; a few, by the blocks that alignment moves.
+
+What a backbone makes of a split is kept between runs, as is what enters its last blocks when those alone are updated.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.benchmarks import Split
+from data.transforms import network_input
+from engine.distributed import gather_objects, gather_rows, rank_0_first
+from engine.errors import UserError
+from engine.files import atomic_file, load_tensors, save_atomically, weights_digest
+from engine.precision import Precision
+from engine.run import Run, on_device
+from models.backbone import Backbone, split_backbone
+
+# Images that go through a network together: no more than a training batch, so that this does not set the peak of
+# memory.
+BATCH = 64
+# Images whose inputs are made together: a folder of them may be larger than memory.
+INPUT_ROWS = 512
+
+
+@torch.no_grad()
+def outputs(network: Callable[[Tensor], Tensor], batches: Iterable[Tensor], precision: Precision) -> Iterator[Tensor]:
+    """What a network makes of each batch, in float32, without gradients; its mode is the caller's affair."""
+    for x in batches:
+        with precision.autocast():
+            z = network(x).float()
+        yield z
+
+
+@torch.no_grad()
+def embed(backbone: Backbone, images: Tensor, run: Run, bar: str = "", maps: bool = False) -> Tensor:
+    """Features of uint8 images (N, 3, s, s) by the backbone in eval mode: (N, d) float32 on the run's device.
+
+    `bar` names a progress bar; empty shows none. With `maps` the result is the feature maps, (N, c, h, w). The batches
+    are shared out over the ranks, which all get all features.
+    """
+    backbone.eval()
+    starts = run.bar(run.ranks.share(range(0, len(images), BATCH)), bar, "batch")
+    batches = (network_input(images[start : start + BATCH], run.device) for start in starts)
+    network = backbone.feature_map if maps else backbone
+    return gather_rows(list(outputs(network, batches, run.precision)), run.ranks, run.device)
+
+
+@dataclass(frozen=True)
+class UpdatedBlocks:
+    """A backbone in two: `below`, which stands still (None if nothing does), and `updated`, which alignment moves.
+
+    initial: the state that `updated` starts every episode from.
+    """
+
+    below: nn.Sequential | None
+    updated: nn.Module
+    initial: dict[str, Tensor]
+
+    def restore(self) -> None:
+        """Give the updated blocks their initial state."""
+        self.updated.load_state_dict(self.initial)
+
+
+def blocks_to_update(backbone: Backbone, align_blocks: int | None) -> UpdatedBlocks:
+    """The last align_blocks blocks of a backbone, or all, as what alignment updates.
+
+    Raises UserError when the backbone has fewer.
+    """
+    n_blocks = len(backbone.blocks())
+    below: nn.Sequential | None = None
+    updated: nn.Module = backbone
+    if align_blocks not in (None, n_blocks):
+        if align_blocks > n_blocks:
+            raise UserError(f"--align_blocks {align_blocks}, but the backbone has {n_blocks} blocks: give fewer")
+        below, updated = split_backbone(backbone, align_blocks)
+    return UpdatedBlocks(below, updated, {name: value.clone() for name, value in updated.state_dict().items()})
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split that episodes take images from: features (N, d) by the backbone before alignment, and a way in again.
+
+    enter: images at an index (n,) -> what the updated blocks take of them, channels-last, on the run's device.
+    """
+
+    features: Tensor
+    enter: Callable[[Tensor], Tensor]
+    split: Split
+
+
+def image_source(backbone: Backbone, blocks: UpdatedBlocks, split: Split, run: Run, bar: str = "") -> Source:
+    """The source of a split of which nothing is kept on disk; what the blocks take is made when it is asked for."""
+
+    def enter(index: Tensor) -> Tensor:
+        batches = (network_input(split.images[part], run.device) for part in index.cpu().split(BATCH))
+        if blocks.below is None:
+            return torch.cat(list(batches))
+        blocks.below.eval()
+        entering = torch.cat(list(outputs(blocks.below, batches, run.precision)))
+        return entering.contiguous(memory_format=torch.channels_last)
+
+    return Source(embed(backbone, split.images, run, bar), enter, split)
+
+
+@torch.no_grad()
+def updated_features(blocks: UpdatedBlocks, source: Source, index: Tensor, precision: Precision) -> Tensor:
+    """Features (n, d) of the images at `index` (n,) by the blocks as they are now, in eval mode: no image sees
+    another."""
+    blocks.updated.eval()
+    batches = (x for part in index.split(INPUT_ROWS) for x in source.enter(part).split(BATCH))
+    return torch.cat(list(outputs(blocks.updated, batches, precision)))
+
+
+class FeatureCache:
+    """Features and activations of whole splits, kept in `folder` between runs under a hash of all they follow from."""
+
+    def __init__(self, folder: Path, run: Run):
+        self.folder = folder
+        self.run = run
+
+    def source(self, backbone: Backbone, blocks: UpdatedBlocks, split: Split) -> Source:
+        """The source of a split, its features, and what enters the updated blocks if others are below, kept here."""
+        run, features = self.run, self.features(backbone, split)
+        if blocks.below is None:
+            images = on_device(split.images, run.device)
+            return Source(features, lambda index: network_input(images[index.to(images.device)], run.device), split)
+        with rank_0_first(run.ranks):
+            activations = on_device(self.activations(blocks.below, split), run.device)
+
+        def enter(index: Tensor) -> Tensor:
+            x = activations[index.to(activations.device)].to(run.device)
+            return x.contiguous(memory_format=torch.channels_last)
+
+        return Source(features, enter, split)
+
+    def features(self, backbone: Backbone, split: Split) -> Tensor:
+        """Features of a whole split (N, d)."""
+        features: Tensor | None = None
+        path = self.path(f"features{backbone.feature_dim}", backbone, split).with_suffix(".pt")
+        if path.is_file():
+            with contextlib.suppress(Exception):  # damaged: embed anew
+                features = load_tensors(path, self.run.device)
+        found = all(gather_objects(features is not None, self.run.ranks))
+        if found and features is not None:
+            return features
+        features = embed(backbone, split.images, self.run, f"embed {split.split}")
+        if self.run.ranks.first:
+            save_atomically(path, features.cpu())
+        return features
+
+    @torch.no_grad()
+    def activations(self, below: nn.Sequential, split: Split) -> Tensor:
+        """What the blocks `below`, in eval mode, make of a whole split: (N, c, h, w) float32, mapped from its file.
+
+        Written batch by batch, for it may be larger than memory.
+        """
+        path = self.path(f"activations{len(below)}", below, split).with_suffix(".npy")
+        with contextlib.suppress(OSError, ValueError):  # not there or damaged: compute it
+            return torch.from_numpy(np.load(path, mmap_mode="c"))
+        below.eval()
+        starts = self.run.bar(range(0, len(split.images), BATCH), f"activations {split.split}", "batch")
+        batches = (network_input(split.images[start : start + BATCH], self.run.device) for start in starts)
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            for i, a in enumerate(outputs(below, batches, self.run.precision)):
+                array = a.cpu().contiguous().numpy()
+                if i == 0:
+                    header = {"descr": "<f4", "fortran_order": False, "shape": (len(split.images), *array.shape[1:])}
+                    np.lib.format.write_array_header_2_0(file, header)
+                array.tofile(file)
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+    def path(self, kind: str, module: nn.Module, split: Split) -> Path:
+        """Where what this module made of this split is kept, its suffix left open: another weight, another name."""
+        run, shape = self.run, tuple(split.images.shape)
+        digest = weights_digest(module, split.fingerprint, shape, run.precision.name, run.device.type)
+        return self.folder / f"{kind}_{split.benchmark}_{split.split}_{digest}"

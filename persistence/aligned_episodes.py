@@ -1,0 +1,162 @@
+"""What stage 3 keeps: a row an episode, its state every few of them, an episode to be drawn, and the result."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.benchmarks import Split
+from data.episodes import Episodes
+from engine.distributed import gather_objects
+from engine.errors import UserError
+from engine.files import save_atomically
+from engine.records import write_json
+from engine.run import Run
+from methods.alignment import AlignedEpisode, AlignmentSetting
+from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95, share_right
+from persistence.checkpoints import Checkpoint
+from persistence.files import RunFiles
+from persistence.results import accuracy_record, curve_record, paired_difference, percent, run_record
+
+# What is kept of each episode.
+COLUMNS = ("finetuned", "aligned", "curve", "losses", "n_related", "n_empty", "n_drawn")
+
+
+class AlignedEpisodes:
+    """The episodes done, a row each: the columns of `tensors`. class_names: of the split that `episodes` index.
+
+    An episode that is kept to be drawn waits in `kept` until the first rank has it; so do the notes.
+    """
+
+    def __init__(
+        self, files: RunFiles, run: Run, episodes: Episodes, class_names: list[str], setting: AlignmentSetting
+    ):
+        self.files = files
+        self.run = run
+        self.episodes = episodes
+        self.class_names = class_names
+        self.setting = setting
+        self.rows: list[dict[str, Tensor]] = []
+        self.kept: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        if files.state:
+            self.restore(files.state)
+        name = f"{setting.alignment} alignment"
+        self.bar = run.bar(None, name, "episode", total=len(episodes), initial=len(self.rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, i: int, episode: AlignedEpisode) -> None:
+        """Append what the report and the metrics need of episode i."""
+        finetuned, aligned, *curve = (
+            count_predictions(scores, scores.shape[1]).cpu()
+            for scores in (episode.finetuned, episode.aligned, *episode.curve)
+        )
+        n_related = torch.tensor([len(samples) for samples in episode.related.samples])
+        self.rows.append(
+            {
+                "finetuned": finetuned,
+                "aligned": aligned,
+                "curve": torch.stack([share_right(counts).mean() for counts in (finetuned, *curve)]),
+                "losses": torch.tensor(episode.losses[-1] if episode.losses else (math.nan,) * 3),
+                "n_related": n_related.sum(),
+                "n_empty": (n_related == 0).sum(),
+                "n_drawn": torch.tensor(episode.n_drawn),
+            }
+        )
+        for w in torch.nonzero(n_related == 0).flatten().tolist() if self.setting.alignment != "none" else []:
+            name = self.class_names[self.episodes.classes[i, w]]
+            self.notes.append(f"note: episode {i}: no base image is predicted as {name!r}; it is aligned with nothing")
+        means = (100 * share_right(torch.stack([row[k] for row in self.rows])).mean() for k in ("finetuned", "aligned"))
+        self.bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*means))
+        self.bar.update()
+
+    def keep(self, drawing: dict[str, Any]) -> None:
+        """Write an episode to be drawn, now if this is the first rank, else when the ranks exchange."""
+        if self.run.ranks.first:
+            save_atomically(self.files.episode, drawing)
+        else:
+            self.kept.append(drawing)
+
+    def exchange(self, first: int) -> None:
+        """Bring the ranks' rows from the first-th on together, in order, and show what is new."""
+        mine = (self.rows[first:], self.notes, self.kept)
+        of_ranks = gather_objects(mine, self.run.ranks)
+        self.rows[first:] = [row for rows, _, _ in of_ranks for row in rows]
+        self.notes, self.kept = [], []
+        self.bar.update(len(self.rows) - self.bar.n)
+        for note in (note for _, notes, _ in of_ranks for note in notes):
+            tqdm.write(note)
+        if self.run.ranks.first:
+            for i in range(first, len(self.rows)):
+                self.files.metrics.write(i, self.metrics_row(i))
+            for drawing in (drawing for _, _, kept in of_ranks for drawing in kept):
+                save_atomically(self.files.episode, drawing)
+
+    def metrics_row(self, i: int) -> dict[str, Any]:
+        """Episode i in numbers: accuracy (%), losses of the last iteration, related base images and drawn of them."""
+        row = self.rows[i]
+        before, after = (EpisodeScores(row[name].unsqueeze(0)).accuracy.item() for name in ("finetuned", "aligned"))
+        losses = zip(("align_loss", "related_loss", "support_loss"), row["losses"].tolist(), strict=True)
+        counts = {name: int(row[name]) for name in ("n_related", "n_empty", "n_drawn")}
+        return {"episode": i, "fine_tuning": 100 * before, "alignment": 100 * after, **dict(losses), **counts}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """finetuned and aligned (E, n_way, n_way): queries by true and predicted class; curve (E, k): accuracy at
+        iterations; losses (E, 3) of the last one; n_related, n_empty and n_drawn (E,)."""
+        return {name: torch.stack([row[name] for row in self.rows]) for name in self.rows[0]}
+
+    def save(self) -> None:
+        """Write the state, if any episode is done and this is the first rank."""
+        if self.rows and self.run.ranks.first:
+            self.files.save_state(scaler=self.run.precision.scaler.state_dict(), **self.tensors())
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on after the episodes of a state, no more than there are to be. Raises UserError if it does not fit."""
+        try:
+            columns = [state[name][: len(self.episodes)] for name in COLUMNS]
+            self.rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
+            self.run.precision.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.files.last} does not fit this run: start anew with --overwrite") from error
+        print(f"resumed after {len(self.rows)} episodes: {self.files.last}")
+        if self.run.ranks.first:
+            self.files.metrics.keep([self.metrics_row(i) for i in range(len(self.rows))])
+
+
+def save_alignment_result(done: AlignedEpisodes, novel: Split, checkpoint: Checkpoint, path: Path) -> None:
+    """Write the result of all episodes, fine-tuning against alignment, and print it.
+
+    checkpoint: that the backbone is of, read from `path`.
+    """
+    files, episodes, setting, columns = done.files, done.episodes, done.setting, done.tensors()
+    n_small = int((columns["n_drawn"] < setting.related.aug_size).sum())
+    if n_small and setting.alignment != "none":
+        print(
+            f"note: in {n_small} of {len(done)} episodes the smallest related set held fewer than "
+            f"--aug_size {setting.related.aug_size} images; so many were drawn of each class"
+        )
+    before, after = EpisodeScores(columns["finetuned"]), EpisodeScores(columns["aligned"])
+    difference, difference_ci95 = paired_difference(before.accuracy, after.accuracy)
+    record = run_record(files, novel, episodes, done.run) | accuracy_record(after, episodes, novel.class_names)
+    record |= {
+        "alignment": setting.alignment,
+        "checkpoint": path,
+        "checkpoint_epoch": checkpoint.epoch,
+        "fine_tuning": accuracy_record(before, episodes, novel.class_names),
+        "difference": {"accuracy": 100 * difference, "ci95": 100 * difference_ci95},
+        "curve": curve_record(columns["curve"], setting.record_curve),
+        "n_empty_related_sets": int(columns["n_empty"].sum()),
+        "n_episodes_below_aug_size": n_small,
+    }
+    write_json(files.table, record)
+    task = f"{episodes.n_way}-way {episodes.n_shot}-shot, {len(done)} {novel.split} episodes"
+    print(f"{files.name.method} on {novel.benchmark}, {task}")
+    print(f"  fine-tuning         {percent(*mean_and_ci95(before.accuracy))} %")
+    print(f"  {setting.alignment} alignment  {percent(*mean_and_ci95(after.accuracy))} %")
+    print(f"  paired difference   {percent(difference, difference_ci95)} points")
+    print(f"result {files.table}")
