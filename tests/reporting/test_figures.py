@@ -17,62 +17,26 @@ from persistence.saved_episode import read_episode, thumbnails
 from reporting.episode_figures import pca, related_base_figure, two_lines
 from reporting.figure_style import CYCLE, label_text
 from reporting.result_figures import as_matrix, confusion_figure
-from tests.helpers import call, make_benchmark
-from tests.test_scripts import ALIGN, TINY, TRAIN, folders, result
+from tests.helpers import CHECKPOINT, CURVE, RUN, STAGE_1, STAGE_3, TINY, TRAIN, align, call, folders, metrics, result
 
-RUN = "3way_2shot_tiny_arcMax_Conv4"
-STAGE_1, STAGE_3 = f"transferLearning_{RUN}", f"associative_alignment_{RUN}_centroid"
-CURVE = [*ALIGN, "--record_curve", 1, "--lr", 0.01]
 PICTURES = ("overview", "training", "curve", "confusion", "projection", "related_base")
 TENSORBOARD = "torch.utils.tensorboard"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A folder with a tiny benchmark and finished stages 1 and 3, drawn. Tests must not write to it."""
-    root = tmp_path_factory.mktemp("finished")
-    make_benchmark(root / "benchmarks" / "tiny")
-    for script, flags in (("transferLearning", TRAIN), ("associative_alignment", CURVE)):
-        outcome = call(script, *flags, *folders(root))
-        assert outcome.status == 0, outcome.err
-    outcome = call("reporting.figures", root / "results")
-    assert outcome.status == 0 and "skipped" not in outcome.out, outcome
-    return root
-
-
-@pytest.fixture
-def workspace(finished, tmp_path):
-    """A copy of `finished` that a test may spoil."""
-    shutil.copytree(finished, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def align(root, *flags, results="results"):
-    """Stage 3 in `root` on its own checkpoint, its results below `results`; the outcome, which must be good."""
-    where = [*folders(root), "--results_dir", root / results]
-    outcome = call("associative_alignment", *CURVE, *where, *flags)
-    assert outcome.status == 0, outcome.err
-    return outcome
-
-
-def metrics(root, run=STAGE_3, results="results"):
-    return [json.loads(line) for line in (root / results / "logs" / run / "metrics.jsonl").read_text().splitlines()]
 
 
 # Pictures.
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_each_picture_has_content_in_the_colours_of_the_palette(finished, name):
-    image = Image.open(finished / "results" / "figures" / f"{name}.png").convert("RGB")
+def test_each_picture_has_content_in_the_colours_of_the_palette(aligned, name):
+    image = Image.open(aligned / "results" / "figures" / f"{name}.png").convert("RGB")
     colours = {colour for _, colour in image.getcolors(maxcolors=2**24)}
     assert min(image.size) > 300 and len(colours) > 100
     if name not in ("confusion", "related_base"):
         assert sum(tuple(round(255 * c) for c in to_rgb(colour)) in colours for colour in CYCLE) >= 2
 
 
-def test_what_cannot_be_drawn_is_said_in_a_line_with_what_would_make_it(workspace):
-    results = workspace / "results"
+def test_what_cannot_be_drawn_is_said_in_a_line_with_what_would_make_it(aligned_copy):
+    results = aligned_copy / "results"
     for path in (results / "episodes", results / "figures"):
         shutil.rmtree(path)
     (results / "tables" / f"{STAGE_3}.json").unlink()
@@ -85,26 +49,26 @@ def test_what_cannot_be_drawn_is_said_in_a_line_with_what_would_make_it(workspac
     assert drawn == {"overview", "training", "confusion"}
 
 
-def test_a_result_is_named_or_the_newest(workspace):
-    results = workspace / "results"
+def test_a_result_is_named_or_the_newest(aligned_copy):
+    results = aligned_copy / "results"
     outcome = call("reporting.figures", results, "--result", STAGE_1)
     assert outcome.status == 0 and "skipped projection.png" in outcome.out and "confusion.png" in outcome.out
     outcome = call("reporting.figures", results, "--result", "absent")
     assert outcome.status == 2 and "--result absent" in outcome.err and outcome.err.count("\n") == 1
 
 
-def test_a_damaged_episode_is_one_clear_line(workspace):
-    path = workspace / "results" / "episodes" / f"{STAGE_3}.pt"
+def test_a_damaged_episode_is_one_clear_line(aligned_copy):
+    path = aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt"
     for content in (b"x", path.read_bytes()[:2000]):
         path.write_bytes(content)
-        outcome = call("reporting.figures", workspace / "results")
+        outcome = call("reporting.figures", aligned_copy / "results")
         assert outcome.status == 2 and str(path) in outcome.err and outcome.err.count("\n") == 1
     torch.save({"format": "other"}, path)
-    assert "no saved episode" in call("reporting.figures", workspace / "results").err
+    assert "no saved episode" in call("reporting.figures", aligned_copy / "results").err
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_tsne_is_drawn_by_scikit_learn_or_refused_in_a_line(workspace, monkeypatch, installed):
+def test_tsne_is_drawn_by_scikit_learn_or_refused_in_a_line(aligned_copy, monkeypatch, installed):
     class TSNE:
         def __init__(self, n_components, perplexity, **rest):
             assert n_components == 2 and 1 <= perplexity <= 30 and rest["random_state"] == 0
@@ -115,7 +79,7 @@ def test_tsne_is_drawn_by_scikit_learn_or_refused_in_a_line(workspace, monkeypat
     manifold = types.SimpleNamespace(TSNE=TSNE)
     monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn") if installed else None)
     monkeypatch.setitem(sys.modules, "sklearn.manifold", manifold if installed else None)
-    outcome = call("reporting.figures", workspace / "results", "--projection", "tsne")
+    outcome = call("reporting.figures", aligned_copy / "results", "--projection", "tsne")
     if installed:
         assert outcome.status == 0, outcome.err
     else:
@@ -207,14 +171,14 @@ def check_confusion(record, n_queries):
         assert share == pytest.approx(record["accuracy_per_class"][name], abs=0.01)
 
 
-def test_the_confusion_of_every_stage_matches_its_accuracies(finished, tmp_path):
-    check_confusion(result(finished, STAGE_1), 6 * 3 * 3)
-    aligned = result(finished, STAGE_3)
-    check_confusion(aligned, 3 * 3 * 3)
-    check_confusion(aligned["fine_tuning"], 3 * 3 * 3)
-    trained = finished / "results" / "models" / f"{RUN}_bestModel.tar"
+def test_the_confusion_of_every_stage_matches_its_accuracies(aligned, tmp_path):
+    check_confusion(result(aligned, STAGE_1), 6 * 3 * 3)
+    record = result(aligned, STAGE_3)
+    check_confusion(record, 3 * 3 * 3)
+    check_confusion(record["fine_tuning"], 3 * 3 * 3)
+    trained = aligned / "results" / "models" / CHECKPOINT
     meta = [*TINY, "--method", "ProtoNet", "--n_epoch", 0, "--n_episodes", 6, "--init_from", trained]
-    outcome = call("metaLearning", *meta, *folders(finished), "--results_dir", tmp_path)
+    outcome = call("metaLearning", *meta, *folders(aligned), "--results_dir", tmp_path)
     assert outcome.status == 0, outcome.err
     check_confusion(json.loads(next((tmp_path / "tables").iterdir()).read_text()), 6 * 3 * 3)
 
@@ -222,8 +186,8 @@ def test_the_confusion_of_every_stage_matches_its_accuracies(finished, tmp_path)
 # Metrics.
 
 
-def test_stage_3_writes_a_line_an_episode(finished):
-    rows, record = metrics(finished), result(finished, STAGE_3)
+def test_stage_3_writes_a_line_an_episode(aligned):
+    rows, record = metrics(aligned), result(aligned, STAGE_3)
     assert [row["episode"] for row in rows] == [0, 1, 2]
     assert [row["alignment"] for row in rows] == pytest.approx(record["accuracy_per_episode"], abs=0.01)
     assert [row["fine_tuning"] for row in rows] == pytest.approx(
@@ -235,14 +199,14 @@ def test_stage_3_writes_a_line_an_episode(finished):
 
 
 @pytest.mark.parametrize("left", ["nothing", "half a line", "a row too many"])
-def test_a_resumed_run_mends_the_metrics(workspace, finished, left):
+def test_a_resumed_run_mends_the_metrics(aligned_copy, aligned, left):
     """They follow from the state, whatever the killed run has left of them."""
-    align(workspace, "--n_episodes", 2, results="short")
-    path = workspace / "short" / "logs" / STAGE_3 / "metrics.jsonl"
+    align(aligned_copy, "--n_episodes", 2, results="short")
+    path = aligned_copy / "short" / "logs" / STAGE_3 / "metrics.jsonl"
     text = path.read_text()
     path.write_text({"nothing": "", "half a line": text[: len(text) // 3], "a row too many": text + text}[left])
-    align(workspace, "--resume", results="short")
-    assert metrics(workspace, results="short") == metrics(finished)
+    align(aligned_copy, "--resume", results="short")
+    assert metrics(aligned_copy, results="short") == metrics(aligned)
 
 
 # TensorBoard.
@@ -276,21 +240,21 @@ def scalars(rows, step):
     return {(key, row[step]): value for row in rows for key, value in row.items()}
 
 
-def test_tensorboard_gets_the_numbers_of_the_metrics(workspace, writers):
-    stale = workspace / "results" / "logs" / STAGE_3 / "events.out.tfevents.1.x"
+def test_tensorboard_gets_the_numbers_of_the_metrics(aligned_copy, writers):
+    stale = aligned_copy / "results" / "logs" / STAGE_3 / "events.out.tfevents.1.x"
     stale.write_text("of an earlier run")
-    align(workspace, "--tensorboard")
+    align(aligned_copy, "--tensorboard")
     (writer,) = writers
     assert writer.log_dir == str(stale.parent) and writer.purge_step == 0 and not stale.exists()
-    assert writer.scalars == scalars(metrics(workspace), "episode")
-    outcome = call("transferLearning", *TRAIN, *folders(workspace), "--tensorboard")
+    assert writer.scalars == scalars(metrics(aligned_copy), "episode")
+    outcome = call("transferLearning", *TRAIN, *folders(aligned_copy), "--tensorboard")
     assert outcome.status == 0, outcome.err
-    assert writers[1].scalars == scalars(metrics(workspace, f"{RUN}_bestModel"), "epoch")
+    assert writers[1].scalars == scalars(metrics(aligned_copy, f"{RUN}_bestModel"), "epoch")
 
 
-def test_tensorboard_goes_on_where_a_resumed_run_does(workspace, writers):
-    align(workspace, "--n_episodes", 2, "--tensorboard", results="short")
-    align(workspace, "--resume", "--tensorboard", results="short")
+def test_tensorboard_goes_on_where_a_resumed_run_does(aligned_copy, writers):
+    align(aligned_copy, "--n_episodes", 2, "--tensorboard", results="short")
+    align(aligned_copy, "--resume", "--tensorboard", results="short")
     assert [writer.purge_step for writer in writers] == [0, 2]
     assert {step for _, step in writers[1].scalars} == {2}
 
@@ -306,22 +270,24 @@ def test_tensorboard_that_is_not_installed_is_one_clear_line(tmp_path, monkeypat
 # Saved episodes.
 
 
-def test_saving_an_episode_changes_no_number(workspace, finished):
-    align(workspace, "--save_episode", 2, results="other")
-    saved = read_episode(workspace / "other" / "episodes" / f"{STAGE_3}.pt")
+def test_saving_an_episode_changes_no_number(aligned_copy, aligned):
+    align(aligned_copy, "--save_episode", 2, results="other")
+    saved = read_episode(aligned_copy / "other" / "episodes" / f"{STAGE_3}.pt")
     assert saved["episode"] == 2
     keys = ("accuracy_per_episode", "confusion", "curve", "fine_tuning")
-    first, other = result(finished, STAGE_3), result(workspace, STAGE_3, "other")
+    first, other = result(aligned, STAGE_3), result(aligned_copy, STAGE_3, "other")
     assert {key: first[key] for key in keys} == {key: other[key] for key in keys}
-    assert metrics(finished) == metrics(workspace, results="other")
+    assert metrics(aligned) == metrics(aligned_copy, results="other")
 
 
 @pytest.mark.parametrize("flags", [[], ["--align_blocks", 1]])
-def test_a_saved_episode_holds_features_before_and_after_and_related_classes(workspace, flags):
-    align(workspace, *flags, results="aligned")
-    align(workspace, *flags, "--alignment", "none", results="none")
-    aligned, none = (read_episode(next((workspace / name / "episodes").glob("*.pt"))) for name in ("aligned", "none"))
-    row = metrics(workspace, results="aligned")[0]
+def test_a_saved_episode_holds_features_before_and_after_and_related_classes(aligned_copy, flags):
+    align(aligned_copy, *flags, results="aligned")
+    align(aligned_copy, *flags, "--alignment", "none", results="none")
+    aligned, none = (
+        read_episode(next((aligned_copy / name / "episodes").glob("*.pt"))) for name in ("aligned", "none")
+    )
+    row = metrics(aligned_copy, results="aligned")[0]
     for kind, n_each in (("support", 2), ("query", 3), ("related", row["n_drawn"])):
         n = n_each * (3 - row["n_empty"] if kind == "related" else 3)
         assert aligned[kind]["before"].shape == aligned[kind]["after"].shape == (n, 64)
@@ -338,27 +304,27 @@ def test_a_saved_episode_holds_features_before_and_after_and_related_classes(wor
         )
 
 
-def test_an_episode_without_related_images_is_saved_and_drawn(workspace, monkeypatch):
+def test_an_episode_without_related_images_is_saved_and_drawn(aligned_copy, monkeypatch):
     monkeypatch.setattr("persistence.saved_episode.draw_related", None)  # nothing is drawn
     monkeypatch.setattr("methods.alignment.drawn_per_class", lambda samples, aug_size: 0)
-    align(workspace, "--overwrite")
-    saved = read_episode(workspace / "results" / "episodes" / f"{STAGE_3}.pt")
+    align(aligned_copy, "--overwrite")
+    saved = read_episode(aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt")
     assert saved["related"]["before"].shape == saved["related"]["after"].shape == (0, 64)
-    assert call("reporting.figures", workspace / "results").status == 0
+    assert call("reporting.figures", aligned_copy / "results").status == 0
 
 
-def test_a_resumed_run_leaves_a_saved_episode_and_says_when_one_is_missing(workspace):
-    path = workspace / "results" / "episodes" / f"{STAGE_3}.pt"
+def test_a_resumed_run_leaves_a_saved_episode_and_says_when_one_is_missing(aligned_copy):
+    path = aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt"
     before = path.stat().st_mtime_ns
-    assert "was not saved" not in align(workspace, "--resume", "--n_episodes", 4).out
+    assert "was not saved" not in align(aligned_copy, "--resume", "--n_episodes", 4).out
     assert path.stat().st_mtime_ns == before
     path.unlink()
-    outcome = align(workspace, "--resume", "--n_episodes", 5)
+    outcome = align(aligned_copy, "--resume", "--n_episodes", 5)
     assert "episode 0 is done and was not saved" in outcome.out and not path.exists()
 
 
-def test_an_episode_that_is_not_run_cannot_be_saved(workspace):
-    outcome = call("associative_alignment", *CURVE, *folders(workspace), "--save_episode", 3)
+def test_an_episode_that_is_not_run_cannot_be_saved(aligned_copy):
+    outcome = call("associative_alignment", *CURVE, *folders(aligned_copy), "--save_episode", 3)
     assert outcome.status == 2 and "--save_episode 3" in outcome.err and outcome.err.count("\n") == 1
 
 

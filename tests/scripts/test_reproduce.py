@@ -18,14 +18,14 @@ from tests.helpers import ROOT, call, make_benchmark
 
 STAGE_OF = {script: stage for stage, (script, _, _) in STAGES.items()}
 # All rows of all stages on a few 16-pixel images.
-TINY = [
+FEW = [
     *("--dataset", "tiny", "--img_size", 16, "--n_query", 3, "--n_epoch", 2, "--batch_size", 16, "--val_episodes", 4),
     *("--n_episodes", 3, "--ft_n_epoch", 5, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--quiet"),
     *("--episodes_per_epoch", 2, "--train_n_query", 2, "--n_way", 3),
 ]
 
 
-def folders(root):
+def places(root):
     return [
         *("--benchmarks_dir", root / "benchmarks", "--cache_dir", root / "cache"),
         *("--results_dir", root / "results", "--shots", 2, "--backbones", "Conv4"),
@@ -187,7 +187,7 @@ def runner(monkeypatch):
 
 def test_a_table_is_run_once_and_goes_on_after_a_row_that_failed(tmp_path, runner):
     make_benchmark(tmp_path / "benchmarks" / "tiny")
-    table = ["--table", "main", *TINY, *folders(tmp_path)]
+    table = ["--table", "main", *FEW, *places(tmp_path)]
     broken = tmp_path / "results" / "tables" / "metaLearning_5way_2shot_tiny_RelationNet_Conv4.json"
     broken.mkdir(parents=True)  # where the result of the sixth row goes
 
@@ -230,7 +230,7 @@ def result_of(root, alignment):
 def test_ways_crossdomain_and_ablation_share_what_is_the_same(tmp_path, runner):
     make_benchmark(tmp_path / "benchmarks" / "tiny")
     make_benchmark(tmp_path / "benchmarks" / "other", seed=1)
-    tiny = [*TINY, *folders(tmp_path)]
+    tiny = [*FEW, *places(tmp_path)]
     assert call("reproduce", "--table", "ways", *tiny, "--ways", 5, 6).status == 0, runner.errors
     assert len(runner.ran) == 4
     cross = ["--table", "crossdomain", *tiny, "--novel_dataset", "other"]
@@ -248,7 +248,7 @@ def test_ways_crossdomain_and_ablation_share_what_is_the_same(tmp_path, runner):
 
 def test_a_result_older_than_its_checkpoint_is_made_again(tmp_path, runner):
     make_benchmark(tmp_path / "benchmarks" / "tiny")
-    ways = ["--table", "ways", *TINY, *folders(tmp_path), "--ways", 5]
+    ways = ["--table", "ways", *FEW, *places(tmp_path), "--ways", 5]
     assert call("reproduce", *ways).status == 0
     checkpoint = next((tmp_path / "results" / "models").glob("*_bestModel.tar"))
     result = max((tmp_path / "results" / "tables").glob("[at]*.json"), key=lambda p: p.stat().st_mtime)

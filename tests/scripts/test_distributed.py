@@ -34,14 +34,12 @@ from engine.run import device_of_rank, start
 from models import build_backbone
 from models.global_batch_norm import GlobalBatchNorm, use_global_batch_norm
 from persistence.checkpoints import load_checkpoint
-from tests.helpers import ROOT, call, make_benchmark, make_split
-from tests.test_resume import numbers
-from tests.test_scripts import folders
+from tests.helpers import ROOT, TINY, call, folders, make_benchmark, make_split, numbers
 
-TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--ft_n_epoch", 10]
+SHOWN = [*(flag for flag in TINY if flag != "--quiet"), "--ft_n_epoch", 10]  # with progress bars, of one rank alone
 # 48 base images: the last batch has two, so that of three ranks one has none.
-TRAIN = [*TINY, "--batch_size", 23, "--val_episodes", 40, "--n_episodes", 40]
-ALIGN = [*TINY, "--n_episodes", 33, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--record_curve", 1]
+TRAIN = [*SHOWN, "--batch_size", 23, "--val_episodes", 40, "--n_episodes", 40]
+ALIGN = [*SHOWN, "--n_episodes", 33, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--record_curve", 1]
 ALIGN += ["--save_episode", 6]  # which the first of several ranks does not align
 COMMANDS = {
     "sync_bn": ("transferLearning", [*TRAIN, "--n_epoch", 3, "--sync_bn"]),
@@ -49,7 +47,7 @@ COMMANDS = {
     "test": ("transferLearning", [*TRAIN, "--n_epoch", 0]),
     "meta": (
         "metaLearning",
-        [*TINY, "--method", "RelationNet", "--n_way", 3, "--train_n_query", 4, "--episodes_per_epoch", 3]
+        [*SHOWN, "--method", "RelationNet", "--n_way", 3, "--train_n_query", 4, "--episodes_per_epoch", 3]
         + ["--n_epoch", 2, "--val_episodes", 9, "--n_episodes", 40],
     ),
     "align": ("associative_alignment", ALIGN),
