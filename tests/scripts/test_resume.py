@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from persistence.checkpoints import load_checkpoint
-from persistence.files import differences
 from tests.helpers import ROOT, TINY, call, folders, make_benchmark, numbers, run
 
 pytest.importorskip("resource")  # fork and limits are POSIX's
@@ -313,10 +312,3 @@ def test_the_documented_command_is_killed_and_resumed(finished, tmp_path):
     assert refused.status == 2 and "unfinished run" in refused.err
     assert "resumed after epoch" in run("transferLearning.py", *flags, "--resume").stdout
     assert numbers(root, "transferLearning") == numbers(finished[0], "transferLearning")
-
-
-def test_flags_that_change_no_number_are_not_differences():
-    config = {"lr": 0.1, "crop_scale": (0.08, 1.0), "num_workers": 4, "resume": False, "image_root": None}
-    assert differences(config, {"lr": 0.1, "crop_scale": [0.08, 1.0], "num_workers": 0, "resume": True}) == ""
-    assert differences(config, {"lr": 0.2, "num_workers": 4}) == "--lr 0.1 (was 0.2)"
-    assert differences(config, {"imported_from": "published.tar"}) != ""
