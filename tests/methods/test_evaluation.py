@@ -10,9 +10,11 @@ from data.episodes import Episodes, class_major_labels, sample_episodes
 from engine.generators import make_generator
 from engine.precision import Precision
 from methods import evaluation
+from methods.confusion import confusion_matrix, confusion_record, count_predictions
 from methods.evaluation import EpisodeScores, accuracy_per_class, evaluate_heads, mean_and_ci95, score_queries
 from methods.novel_finetune import fit_heads
 from models import HEADS, build_head
+from reporting.result_figures import as_matrix
 from tests.helpers import make_split
 
 CPU = torch.device("cpu")
@@ -126,3 +128,22 @@ def test_accuracy_per_class_pools_the_episodes_that_a_class_was_part_of():
     episodes = Episodes(torch.zeros(3, 2, 2, dtype=torch.long), classes, 1)
     table = accuracy_per_class(scores, episodes, ["ant", "bee", "cat", "never drawn"])
     assert table == {"ant": 75.0, "bee": 25.0, "cat": 20.0}
+
+
+def test_predictions_are_counted_by_true_and_predicted_class():
+    scores = torch.tensor([[3.0, 1, 0], [0, 3, 1], [0, 2, 1], [0, 2, 1], [0, 0, 1], [5, 1, 0]])
+    counts = count_predictions(scores, 3)
+    assert counts.tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 1]]
+    assert score_queries(scores, 3).tolist() == [0.5, 1.0, 0.5]
+    assert torch.equal(count_predictions(scores.expand(4, 2, 6, 3), 3), counts.expand(4, 2, 3, 3))
+
+
+def test_counts_are_summed_by_class_over_episodes():
+    counts = torch.tensor([[[3, 1], [2, 2]], [[4, 0], [1, 3]]])
+    classes = torch.tensor([[2, 0], [0, 3]])
+    total = confusion_matrix(counts, classes, 4)
+    assert total.tolist() == [[6, 0, 2, 0], [0, 0, 0, 0], [1, 0, 3, 0], [1, 0, 0, 3]]
+    record = confusion_record(counts, Episodes(torch.zeros(2, 2, 5), classes, 1), ["ant", "bee", "cat", "dog"])
+    assert record == {"ant": {"ant": 6, "cat": 2}, "cat": {"ant": 1, "cat": 3}, "dog": {"ant": 1, "dog": 3}}
+    names, matrix = as_matrix(record)
+    assert names == ["ant", "cat", "dog"] and torch.equal(matrix, total[[0, 2, 3]][:, [0, 2, 3]])
