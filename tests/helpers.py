@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -16,8 +17,19 @@ from PIL import Image
 
 from data.benchmarks import Split
 from engine.script import run_script
+from persistence.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The flags of a run on a tiny benchmark, and those of its stages 1 and 3.
+TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
+TRAIN = [*TINY, "--n_epoch", 2, "--batch_size", 16, "--val_episodes", 4, "--n_episodes", 6, "--ft_n_epoch", 20]
+ALIGN = [*TINY, "--n_episodes", 3, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--ft_n_epoch", 20]
+CURVE = [*ALIGN, "--record_curve", 1, "--lr", 0.01]
+# What they write.
+RUN = "3way_2shot_tiny_arcMax_Conv4"
+STAGE_1, STAGE_3 = f"transferLearning_{RUN}", f"associative_alignment_{RUN}_centroid"
+CHECKPOINT = f"{RUN}_bestModel.tar"
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -96,3 +108,53 @@ def call(script: str, *flags: object) -> Outcome:
         except SystemExit as end:
             status = int(end.code or 0)
     return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def folders(root: Path, results: str = "results") -> list[object]:
+    """The folder flags of a run whose files all lie below `root`."""
+    return [
+        *("--benchmarks_dir", root / "benchmarks", "--cache_dir", root / "cache"),
+        *("--results_dir", root / results, "--checkpoint_dir", root / results / "models"),
+    ]
+
+
+def result(root: Path, name: str, results: str = "results") -> dict:
+    """The result of a run whose files lie below `root`."""
+    return json.loads((root / results / "tables" / f"{name}.json").read_text())
+
+
+def metrics(root: Path, run: str = STAGE_3, results: str = "results") -> list[dict]:
+    """The rows of the metrics of a run."""
+    return [json.loads(line) for line in (root / results / "logs" / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def align(root: Path, *flags: object, results: str = "results") -> Outcome:
+    """Stage 3 in `root` on its own checkpoint, its results below `results`; the outcome, which must be good."""
+    where = [*folders(root), "--results_dir", root / results]
+    outcome = call("associative_alignment", *CURVE, *where, *flags)
+    assert outcome.status == 0, outcome.err
+    return outcome
+
+
+def numbers(root: Path, script: str) -> dict:
+    """All numbers that a stage leaves, but for times: its weights, metrics and result."""
+    results = root / "results"
+    (table,) = (results / "tables").glob(f"{script}_*.json")
+    record = json.loads(table.read_text())
+    found = {key: value for key, value in record.items() if key not in ("seconds", "config", "command", "commit")}
+    found.pop("checkpoint", None)
+    if script == "associative_alignment":
+        found["metrics"] = (results / "logs" / table.stem / "metrics.jsonl").read_text()
+        episode = torch.load(results / "episodes" / f"{table.stem}.pt", weights_only=True)
+        found["features"] = [v.numpy().tobytes() for kind in ("support", "related") for v in episode[kind].values()]
+    else:
+        stem = table.stem.removeprefix(f"{script}_")
+        rows = (results / "logs" / f"{stem}_bestModel" / "metrics.jsonl").read_text().splitlines()
+        found["metrics"] = [{k: v for k, v in json.loads(row).items() if k != "seconds"} for row in rows]
+        best = load_checkpoint(results / "models" / f"{stem}_bestModel.tar")
+        last = torch.load(results / "models" / f"{stem}_last.tar", weights_only=True)
+        found["epoch"], found["val_accuracy"] = best.epoch, best.val_accuracy
+        states = [best.backbone_state, best.head_state, last["backbone"], last["head"]]
+        states += list(last["optimizer"]["state"].values())
+        found["tensors"] = [value.numpy().tobytes() for state in states for value in state.values()]
+    return found

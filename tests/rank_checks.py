@@ -1,4 +1,4 @@
-"""What every rank of tests/test_distributed.py runs, under torchrun: python -m tests.rank_checks JOB
+"""What every rank of tests/scripts/test_distributed.py runs, under torchrun: python -m tests.rank_checks JOB
 
 JOB is a JSON file: {"runs": [[script, flags], ...], "root": folder, "fails": null or [script, function, n, how]}.
 The runs follow one another in the same processes. A rank other than the first fails when it writes below the folder.

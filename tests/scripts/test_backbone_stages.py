@@ -9,8 +9,7 @@ import torchvision
 
 from args_parser import args_parser
 from persistence.checkpoints import load_checkpoint
-from tests.helpers import call, make_benchmark
-from tests.test_scripts import folders
+from tests.helpers import call, folders, make_benchmark
 
 SMALL = ["--dataset", "small", "--test_n_way", 2, "--n_shot", 1, "--n_query", 2, "--n_episodes", 1, "--quiet"]
 TRAIN = [*SMALL, "--n_epoch", 1, "--val_episodes", 1, "--ft_n_epoch", 5]

@@ -13,13 +13,10 @@ import pytest
 import torch
 
 from persistence.checkpoints import load_checkpoint
-from persistence.files import differences
-from tests.helpers import ROOT, call, make_benchmark, run
-from tests.test_scripts import folders
+from tests.helpers import ROOT, TINY, call, folders, make_benchmark, numbers, run
 
 pytest.importorskip("resource")  # fork and limits are POSIX's
 
-TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
 COMMANDS = {
     "transferLearning": [*TINY, "--n_epoch", 8, "--batch_size", 16, "--val_episodes", 4, "--ft_n_epoch", 20]
     + ["--n_episodes", 6],
@@ -83,30 +80,6 @@ def finished(tmp_path_factory, processes):
         assert processes.run(script, [*flags, *folders(root)], root / "out") == 0, (root / "out").read_text()
         seconds[script] = time.monotonic() - began
     return root, seconds
-
-
-def numbers(root, script):
-    """All numbers that a stage leaves, but for times: its weights, metrics and result."""
-    results = root / "results"
-    (table,) = (results / "tables").glob(f"{script}_*.json")
-    record = json.loads(table.read_text())
-    found = {key: value for key, value in record.items() if key not in ("seconds", "config", "command", "commit")}
-    found.pop("checkpoint", None)
-    if script == "associative_alignment":
-        found["metrics"] = (results / "logs" / table.stem / "metrics.jsonl").read_text()
-        episode = torch.load(results / "episodes" / f"{table.stem}.pt", weights_only=True)
-        found["features"] = [v.numpy().tobytes() for kind in ("support", "related") for v in episode[kind].values()]
-    else:
-        stem = table.stem.removeprefix(f"{script}_")
-        rows = (results / "logs" / f"{stem}_bestModel" / "metrics.jsonl").read_text().splitlines()
-        found["metrics"] = [{k: v for k, v in json.loads(row).items() if k != "seconds"} for row in rows]
-        best = load_checkpoint(results / "models" / f"{stem}_bestModel.tar")
-        last = torch.load(results / "models" / f"{stem}_last.tar", weights_only=True)
-        found["epoch"], found["val_accuracy"] = best.epoch, best.val_accuracy
-        states = [best.backbone_state, best.head_state, last["backbone"], last["head"]]
-        states += list(last["optimizer"]["state"].values())
-        found["tensors"] = [value.numpy().tobytes() for state in states for value in state.values()]
-    return found
 
 
 def new_root(finished, tmp_path, script):
@@ -339,10 +312,3 @@ def test_the_documented_command_is_killed_and_resumed(finished, tmp_path):
     assert refused.status == 2 and "unfinished run" in refused.err
     assert "resumed after epoch" in run("transferLearning.py", *flags, "--resume").stdout
     assert numbers(root, "transferLearning") == numbers(finished[0], "transferLearning")
-
-
-def test_flags_that_change_no_number_are_not_differences():
-    config = {"lr": 0.1, "crop_scale": (0.08, 1.0), "num_workers": 4, "resume": False, "image_root": None}
-    assert differences(config, {"lr": 0.1, "crop_scale": [0.08, 1.0], "num_workers": 0, "resume": True}) == ""
-    assert differences(config, {"lr": 0.2, "num_workers": 4}) == "--lr 0.1 (was 0.2)"
-    assert differences(config, {"imported_from": "published.tar"}) != ""

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+from engine.run import n_parameters
+from models import BACKBONES, build_backbone
+from models.backbone import split_backbone
 from models.conv4 import Conv4
 from models.resnet12 import ResNet12
 from models.resnet18 import ResNet18
@@ -216,3 +219,28 @@ def test_torchvision_weights_that_cannot_be_had_are_one_clear_line(tmp_path, mon
 def test_torchvision_models_and_sizes_that_do_not_exist_are_refused(name, side, words):
     with pytest.raises(ValueError, match=words):
         TorchvisionBackbone(name, side)
+
+
+def test_frozen_parameters_are_not_counted():
+    layer = torch.nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    assert n_parameters(layer) == 6
+
+
+@pytest.mark.parametrize("name", ["Conv4", "ResNet12", "WideResNet", "ResNet18", "torchvision:resnet18"])
+def test_a_rank_without_images_has_a_gradient_of_zero(name):
+    net = build_backbone(name, 64)
+    net(torch.empty(0, 3, 64, 64)).sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_backbone_in_two_is_the_backbone(backbone):
+    net = build_backbone(backbone, 32).eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for n_last in range(1, len(net.blocks())):
+        below, last = split_backbone(net, n_last)
+        torch.testing.assert_close(last(below(x)), net(x), rtol=0, atol=0)
+    for n_last in (0, len(net.blocks())):
+        with pytest.raises(ValueError, match="blocks"):
+            split_backbone(net, n_last)

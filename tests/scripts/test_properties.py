@@ -26,9 +26,6 @@ from models.heads import NORM_EPS
 from persistence.files import differences
 from tests.helpers import make_benchmark, make_split
 
-# The same examples in every run; no files.
-settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
-settings.load_profile("fixed")
 SEEDS = st.integers(0, 2**31)
 METHODS = st.sampled_from(HEADS)
 

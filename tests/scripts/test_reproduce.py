@@ -3,29 +3,26 @@
 import json
 import os
 import shlex
-import signal
 import sys
-import threading
 
 import pytest
 
 import reproduce
 from args_parser import STAGES, args_parser
-from engine.script import run_command, script_command
-from reporting.paper_tables import PAPER, SCRIPTS, TABLES, Plan, compare, markdown, paper_number
+from reporting.paper_tables import SCRIPTS, TABLES, Plan
 from reporting.paper_tables import table_rows as rows_of
 from tests.helpers import ROOT, call, make_benchmark
 
 STAGE_OF = {script: stage for stage, (script, _, _) in STAGES.items()}
 # All rows of all stages on a few 16-pixel images.
-TINY = [
+FEW = [
     *("--dataset", "tiny", "--img_size", 16, "--n_query", 3, "--n_epoch", 2, "--batch_size", 16, "--val_episodes", 4),
     *("--n_episodes", 3, "--ft_n_epoch", 5, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--quiet"),
     *("--episodes_per_epoch", 2, "--train_n_query", 2, "--n_way", 3),
 ]
 
 
-def folders(root):
+def places(root):
     return [
         *("--benchmarks_dir", root / "benchmarks", "--cache_dir", root / "cache"),
         *("--results_dir", root / "results", "--shots", 2, "--backbones", "Conv4"),
@@ -187,7 +184,7 @@ def runner(monkeypatch):
 
 def test_a_table_is_run_once_and_goes_on_after_a_row_that_failed(tmp_path, runner):
     make_benchmark(tmp_path / "benchmarks" / "tiny")
-    table = ["--table", "main", *TINY, *folders(tmp_path)]
+    table = ["--table", "main", *FEW, *places(tmp_path)]
     broken = tmp_path / "results" / "tables" / "metaLearning_5way_2shot_tiny_RelationNet_Conv4.json"
     broken.mkdir(parents=True)  # where the result of the sixth row goes
 
@@ -230,7 +227,7 @@ def result_of(root, alignment):
 def test_ways_crossdomain_and_ablation_share_what_is_the_same(tmp_path, runner):
     make_benchmark(tmp_path / "benchmarks" / "tiny")
     make_benchmark(tmp_path / "benchmarks" / "other", seed=1)
-    tiny = [*TINY, *folders(tmp_path)]
+    tiny = [*FEW, *places(tmp_path)]
     assert call("reproduce", "--table", "ways", *tiny, "--ways", 5, 6).status == 0, runner.errors
     assert len(runner.ran) == 4
     cross = ["--table", "crossdomain", *tiny, "--novel_dataset", "other"]
@@ -248,42 +245,12 @@ def test_ways_crossdomain_and_ablation_share_what_is_the_same(tmp_path, runner):
 
 def test_a_result_older_than_its_checkpoint_is_made_again(tmp_path, runner):
     make_benchmark(tmp_path / "benchmarks" / "tiny")
-    ways = ["--table", "ways", *TINY, *folders(tmp_path), "--ways", 5]
+    ways = ["--table", "ways", *FEW, *places(tmp_path), "--ways", 5]
     assert call("reproduce", *ways).status == 0
     checkpoint = next((tmp_path / "results" / "models").glob("*_bestModel.tar"))
     result = max((tmp_path / "results" / "tables").glob("[at]*.json"), key=lambda p: p.stat().st_mtime)
     os.utime(checkpoint, (result.stat().st_mtime + 1,) * 2)
     assert call("reproduce", *ways).status == 0 and len(runner.ran) == 2 + 2
-
-
-def test_only_what_is_known_for_sure_stands_as_the_papers_number():
-    plan = Plan("miniImagenet", "CUB", ROOT, ROOT, {stage: [] for stage in SCRIPTS})
-    known = {}
-    for table in TABLES:
-        for row in rows_of(table, plan, ["Conv4", "ResNet18"], [1, 5], [5, 10] if table == "ways" else [5]):
-            number, source = paper_number(row, "miniImagenet")
-            if number:
-                assert (row.n_way, row.novel) == (5, "miniImagenet")
-                known[row.name, row.backbone, row.n_shot] = (*number, source)
-    assert known["arcMax, centroid alignment", "Conv4", 1] == (53.14, 1.06, "paper")
-    assert known["arcMax, adversarial alignment", "ResNet18", 5] == (77.92, 0.82, "paper")
-    assert known["arcMax, fine-tuning", "Conv4", 5] == (69.13, 0.59, "published code")
-    assert len(known) == 2 * 4 + 2
-    for numbers in (numbers for by_dataset in PAPER.values() for numbers in by_dataset.values()):
-        assert all(20 < mean < 100 and 0 < ci95 < 2 for mean, ci95 in numbers) and numbers[0] < numbers[1]
-
-
-def test_the_table_shows_how_far_we_are_from_the_paper():
-    plan = Plan("miniImagenet", "miniImagenet", ROOT, ROOT, {stage: [] for stage in SCRIPTS})
-    rows = rows_of("main", plan, ["Conv4"], [1], [5])
-    done = {"accuracy": 52.0, "ci95": 0.8, "n_episodes": 600, "n_query": 50, "img_size": 84, "seconds": 12.3}
-    done |= {"seed": 0, "commit": "abc", "command": "python", "config": {"n_epoch": 600}}
-    aligned = done | {"alignment": "centroid", "difference": {"accuracy": 1.5, "ci95": 0.2}, "config": {}}
-    results = [None, None, done, *[None] * 4, aligned, None]
-    lines = markdown(compare("miniImagenet", rows, results)).splitlines()[2:]
-    assert "52.00 ± 0.80 | 51.37 ± 0.69 (published code) | +0.63 |  | 600 | 600 | 12 |" in lines[2]
-    assert "52.00 ± 0.80 | 53.14 ± 1.06 | -1.14 | +1.50 ± 0.20 | 600 | 600 | 12 |" in lines[7]
-    assert "not run yet | 52.13 ± 0.99 |  |" in lines[8] and "not run yet | not known here |" in lines[0]
 
 
 def test_a_row_runs_in_a_process_of_its_own_and_its_error_is_shown(tmp_path, capfd):
@@ -299,33 +266,3 @@ def test_how_a_row_ends_is_how_the_run_ends(tmp_path, monkeypatch, status, ends)
     outcome = call("reproduce", "--table", "ways", "--results_dir", tmp_path)
     assert outcome.status == ends and outcome.err.count("\n") == 1
     assert "the same" in outcome.err and ("signal 9" in outcome.err) == (status == -9)
-
-
-@pytest.mark.parametrize("both", [True, False], ids=["a terminal's Ctrl-C", "a signal to this process alone"])
-def test_ctrl_c_waits_until_the_stage_has_saved_its_state(tmp_path, both):
-    stage = tmp_path / "stage.py"
-    stage.write_text(
-        "import pathlib, signal, sys, time\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "try:\n"
-        "    pathlib.Path(sys.argv[1], 'started').write_text(str(__import__('os').getpid()))\n"
-        "    time.sleep(60)\n"
-        "except KeyboardInterrupt:\n"
-        "    time.sleep(0.5)\n"
-        "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
-    )
-
-    def interrupt():
-        while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
-            ended.wait(0.02)
-        for pid in [int((tmp_path / "started").read_text())] * both + [os.getpid()]:
-            os.kill(pid, signal.SIGINT)
-
-    ended, before = threading.Event(), signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        threading.Thread(target=interrupt, daemon=True).start()
-        with pytest.raises(KeyboardInterrupt):
-            run_command(script_command(str(stage), [str(tmp_path)]), 5.0 if both else 0.1)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert (tmp_path / "saved").exists()

@@ -5,43 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import nn
 
-from data.transforms import Augmentation, augment
-from engine.distributed import (
-    ALONE,
-    Ranks,
-    copy_rank_0,
-    data_parallel,
-    first_to_fail,
-    gather_objects,
-    gather_rows,
-    join_ranks,
-    leave_ranks,
-    plain_module,
-    rank_0_first,
-    split_range,
-)
-from engine.errors import UserError
-from engine.run import device_of_rank, start
-from models import build_backbone
-from models.global_batch_norm import GlobalBatchNorm, use_global_batch_norm
 from persistence.checkpoints import load_checkpoint
-from tests.helpers import ROOT, call, make_benchmark, make_split
-from tests.test_resume import numbers
-from tests.test_scripts import folders
+from tests.helpers import ROOT, TINY, call, folders, make_benchmark, numbers
 
-TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--ft_n_epoch", 10]
+SHOWN = [*(flag for flag in TINY if flag != "--quiet"), "--ft_n_epoch", 10]  # with progress bars, of one rank alone
 # 48 base images: the last batch has two, so that of three ranks one has none.
-TRAIN = [*TINY, "--batch_size", 23, "--val_episodes", 40, "--n_episodes", 40]
-ALIGN = [*TINY, "--n_episodes", 33, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--record_curve", 1]
+TRAIN = [*SHOWN, "--batch_size", 23, "--val_episodes", 40, "--n_episodes", 40]
+ALIGN = [*SHOWN, "--n_episodes", 33, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--record_curve", 1]
 ALIGN += ["--save_episode", 6]  # which the first of several ranks does not align
 COMMANDS = {
     "sync_bn": ("transferLearning", [*TRAIN, "--n_epoch", 3, "--sync_bn"]),
@@ -49,7 +23,7 @@ COMMANDS = {
     "test": ("transferLearning", [*TRAIN, "--n_epoch", 0]),
     "meta": (
         "metaLearning",
-        [*TINY, "--method", "RelationNet", "--n_way", 3, "--train_n_query", 4, "--episodes_per_epoch", 3]
+        [*SHOWN, "--method", "RelationNet", "--n_way", 3, "--train_n_query", 4, "--episodes_per_epoch", 3]
         + ["--n_epoch", 2, "--val_episodes", 9, "--n_episodes", 40],
     ),
     "align": ("associative_alignment", ALIGN),
@@ -216,108 +190,3 @@ def test_what_the_user_can_mend_is_one_line_of_all_ranks(tmp_path):
         "error: argument --lr: invalid number value: 'nonsense' (python transferLearning.py --help explains every flag)"
     ]
     assert ended.stdout == "" and 'transferLearning.py", line' not in ended.stderr
-
-
-@given(st.integers(0, 200), st.integers(1, 20))
-def test_shares_are_consecutive_and_even(n_items, n_ranks):
-    shares = [split_range(n_items, rank, n_ranks) for rank in range(n_ranks)]
-    assert [i for share in shares for i in share] == list(range(n_items))
-    sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
-    items = range(5, 5 + 3 * n_items, 3)
-    assert [i for rank in range(n_ranks) for i in Ranks(rank, n_ranks).share(items)] == list(items)
-
-
-def test_a_process_alone_exchanges_nothing(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert join_ranks() == ALONE and ALONE.first and not dist.is_initialized()
-    leave_ranks()
-    rows = torch.arange(6.0).view(3, 2)
-    assert torch.equal(gather_rows([rows[:1], rows[1:]], ALONE), rows) and gather_objects(5, ALONE) == [5]
-    layer = nn.Linear(2, 2)
-    assert data_parallel(layer, ALONE) is layer and plain_module(layer) is layer
-    before = layer.weight.clone()
-    copy_rank_0([layer], ALONE)
-    assert torch.equal(layer.weight, before) and first_to_fail()
-    with rank_0_first(ALONE):
-        pass
-
-
-@pytest.fixture
-def group_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("momentum", [0.1, 0.3, None])
-def test_global_batch_norm_of_one_process_is_batch_norm(group_of_one, momentum):
-    theirs, layer = nn.BatchNorm2d(4, momentum=momentum), nn.BatchNorm2d(4, momentum=momentum)
-    for norm in (theirs, layer):
-        with torch.no_grad():
-            norm.weight.copy_(torch.tensor([1.0, -2.0, 0.5, 3.0]))
-            norm.bias.copy_(torch.tensor([0.0, 1.0, -1.0, 2.0]))
-    ours = GlobalBatchNorm(layer)
-    for step in range(3):
-        x = (3 * torch.randn(5, 4, 3, 2, generator=torch.Generator().manual_seed(step)) + 10).requires_grad_()
-        y = x.detach().clone().requires_grad_()
-        out, expected = ours(x), theirs(y)
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-        for value in (out, expected):
-            (value.sin() ** 2).sum().backward()
-        torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours.eval()(x), theirs.eval()(y))
-    half = ours.train()(x.bfloat16())
-    assert half.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("name", ["Conv4", "ResNet12", "WideResNet", "torchvision:resnet18"])
-def test_global_batch_norm_keeps_the_keys_and_the_parameters_of_a_backbone(name):
-    net = build_backbone(name, 64)
-    before = {key: value.data_ptr() for key, value in net.state_dict().items()}
-    use_global_batch_norm(net)
-    assert {key: value.data_ptr() for key, value in net.state_dict().items()} == before
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
-
-
-def test_a_part_of_a_batch_is_augmented_as_in_the_whole():
-    split = make_split(counts=(3, 4))
-    draw = (split.train_sizes, 12, Augmentation())
-    whole = augment(split.images, *draw, torch.Generator().manual_seed(0))
-    parts = [
-        augment(split.images[part], *draw, torch.Generator().manual_seed(0), part)
-        for part in (slice(0, 4), slice(4, 4), slice(4, 7))
-    ]
-    torch.testing.assert_close(torch.cat(parts), whole)
-
-
-def test_the_first_to_fail_is_one(monkeypatch):
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(store.port))
-    assert [first_to_fail() for _ in range(3)] == [True, False, False]
-    monkeypatch.delenv("MASTER_PORT")
-    assert first_to_fail()
-
-
-def test_ranks_have_a_gpu_each_or_share_the_cpu(monkeypatch):
-    assert device_of_rank(torch.device("cpu"), Ranks(1, 2, 1)) == torch.device("cpu")
-    assert start("cpu", "fp32", True, Ranks(1, 2, 1))[0] == torch.device("cpu")
-    with pytest.raises(UserError, match="mps is for one process"):
-        device_of_rank(torch.device("mps"), Ranks(0, 2, 0))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert device_of_rank(torch.device("cuda"), Ranks(5, 8, 1)) == torch.device("cuda", 1) and chosen == [1]
-    with pytest.raises(UserError, match="2 CUDA GPUs here: give a smaller --nproc_per_node"):
-        device_of_rank(torch.device("cuda"), Ranks(2, 4, 2))
-
-
-@pytest.mark.parametrize("name", ["Conv4", "ResNet12", "WideResNet", "ResNet18", "torchvision:resnet18"])
-def test_a_rank_without_images_has_a_gradient_of_zero(name):
-    net = build_backbone(name, 64)
-    net(torch.empty(0, 3, 64, 64)).sum().backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in net.parameters())

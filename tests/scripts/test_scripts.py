@@ -8,41 +8,7 @@ import torch
 
 from args_parser import args_parser
 from persistence.checkpoints import load_checkpoint
-from tests.helpers import ROOT, call, make_benchmark, run
-
-TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
-TRAIN = [*TINY, "--n_epoch", 2, "--batch_size", 16, "--val_episodes", 4, "--n_episodes", 6, "--ft_n_epoch", 20]
-ALIGN = [*TINY, "--n_episodes", 3, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--ft_n_epoch", 20]
-CHECKPOINT = "3way_2shot_tiny_arcMax_Conv4_bestModel.tar"
-
-
-def folders(root, results="results"):
-    """The folder flags of a run whose files all lie below `root`."""
-    return [
-        *("--benchmarks_dir", root / "benchmarks", "--cache_dir", root / "cache"),
-        *("--results_dir", root / results, "--checkpoint_dir", root / results / "models"),
-    ]
-
-
-def result(root, name, results="results"):
-    return json.loads((root / results / "tables" / f"{name}.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with a tiny benchmark and the files of a finished stage 1. Tests must not write to it."""
-    root = tmp_path_factory.mktemp("trained")
-    make_benchmark(root / "benchmarks" / "tiny")
-    outcome = call("transferLearning", *TRAIN, *folders(root))
-    assert outcome.status == 0, outcome.err
-    return root
-
-
-@pytest.fixture
-def workspace(trained, tmp_path):
-    """A copy of `trained` that a test may spoil."""
-    shutil.copytree(trained, tmp_path / "copy")
-    return tmp_path / "copy"
+from tests.helpers import ALIGN, CHECKPOINT, ROOT, TINY, TRAIN, call, folders, make_benchmark, result, run
 
 
 def test_stage_1_keeps_the_best_model_and_writes_a_full_result(trained):

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from persistence.checkpoints import load_checkpoint, save_checkpoint
-from tests.helpers import call
-from tests.test_scripts import ALIGN, CHECKPOINT, TRAIN, folders, trained, workspace  # noqa: F401
+from tests.helpers import ALIGN, CHECKPOINT, TRAIN, call, folders
 
 STAGE_1, STAGE_2, STAGE_3 = "transferLearning", "metaLearning", "associative_alignment"
 PREPARE, REPORT, FIGURES = "data.prepare", "reporting.report", "reporting.figures"
@@ -332,7 +331,7 @@ def test_a_wrong_flag_is_one_clear_line(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_wrong_file_is_one_clear_line_and_nothing_is_overwritten(workspace, case):  # noqa: F811
+def test_a_wrong_file_is_one_clear_line_and_nothing_is_overwritten(workspace, case):
     script, spoil, flags, expected = FILES[case]
     spoil(workspace)
     check(script, workspace, flags, expected)

@@ -19,10 +19,10 @@ from tests.helpers import ROOT, make_benchmark
 PAGE = (ROOT / "docs" / "add_your_own.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 # The page's commands on a few tiny images.
-TINY = "--img_size 16 --test_n_way 2 --n_query 3 --ft_n_epoch 10 --n_episodes 2 --quiet"
-STAGE_TINY = {
-    "transferLearning": f"{TINY} --n_epoch 1 --batch_size 16 --val_episodes 2",
-    "associative_alignment": f"{TINY} --align_iters 2 --aug_size 3 --n_B 2",
+SMALL = "--img_size 16 --test_n_way 2 --n_query 3 --ft_n_epoch 10 --n_episodes 2 --quiet"
+STAGE_SMALL = {
+    "transferLearning": f"{SMALL} --n_epoch 1 --batch_size 16 --val_episodes 2",
+    "associative_alignment": f"{SMALL} --align_iters 2 --aug_size 3 --n_B 2",
     "data.prepare": "",
 }
 # Runs each command line of its arguments as `python` would, in one process.
@@ -102,7 +102,7 @@ def test_the_commands_of_the_page_run_with_its_head_and_backbone_on_its_dataset(
     for line in page.splitlines():
         script, *flags = shlex.split(line.removeprefix("python ").removeprefix("-m "))
         script = script.removesuffix(".py")
-        commands.append(shlex.join([script, *flags, *STAGE_TINY[script].split()]))
+        commands.append(shlex.join([script, *flags, *STAGE_SMALL[script].split()]))
     outcome = subprocess.run(
         [sys.executable, "-c", DRIVER, *commands],
         cwd=copy,

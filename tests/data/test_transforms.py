@@ -11,6 +11,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from data import transforms
 from data.transforms import Augmentation, augment, colour_jitter, draw_crops, resized_crop
+from tests.helpers import make_split
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -235,3 +236,14 @@ def test_augmentation_depends_on_the_generator_alone():
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
     assert first.dtype == torch.float32 and first.shape == (8, 3, 16, 16)
+
+
+def test_a_part_of_a_batch_is_augmented_as_in_the_whole():
+    split = make_split(counts=(3, 4))
+    draw = (split.train_sizes, 12, Augmentation())
+    whole = augment(split.images, *draw, torch.Generator().manual_seed(0))
+    parts = [
+        augment(split.images[part], *draw, torch.Generator().manual_seed(0), part)
+        for part in (slice(0, 4), slice(4, 4), slice(4, 7))
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole)

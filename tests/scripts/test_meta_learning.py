@@ -1,26 +1,20 @@
-"""Stage 2: episodic training, evaluation of meta-learners, the chain of the three stages, and a user's errors."""
+"""Stage 2: training and testing meta-learners, the chain of the three stages, and a user's errors."""
 
 import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from args_parser import args_parser
 from data.benchmarks import load_split
-from data.episodes import Episodes, sample_episodes
-from data.transforms import Augmentation, normalise
+from data.episodes import sample_episodes
+from data.transforms import normalise
 from engine.precision import Precision
-from methods.episodic_training import evaluate_meta_learner, train_one_epoch
-from methods.evaluation import embed
-from methods.meta_learners import META_LEARNERS, build_meta_learner
-from models import build_backbone
+from methods.meta_learners import META_LEARNERS
 from persistence.checkpoints import load_backbone, load_checkpoint
-from tests.helpers import call, make_benchmark
-from tests.test_scripts import folders, result
+from tests.helpers import TINY, call, folders, make_benchmark, result
 
 CPU, FP32 = torch.device("cpu"), Precision("fp32", "cpu")
-TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
 TEST = [*TINY, "--n_episodes", 6]
 STAGE_1 = [*TEST, "--n_epoch", 1, "--val_episodes", 2, "--ft_n_epoch", 10]
 META = [*TEST, "--n_way", 4, "--train_n_query", 5, "--n_epoch", 3, "--episodes_per_epoch", 3, "--val_episodes", 5]
@@ -47,7 +41,7 @@ def succeed(script, *flags):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def meta_trained(tmp_path_factory):
     """A folder with a tiny benchmark, a stage-1 checkpoint and one of each meta-learner. Tests must not write to it."""
     root = tmp_path_factory.mktemp("meta")
     make_benchmark(root / "benchmarks" / "tiny")
@@ -58,51 +52,51 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", META_LEARNERS)
-def test_the_best_model_is_kept_and_tested_with_a_full_result(trained, tmp_path, method):
-    checkpoint = load_checkpoint(model(trained, method))
+def test_the_best_model_is_kept_and_tested_with_a_full_result(meta_trained, tmp_path, method):
+    checkpoint = load_checkpoint(model(meta_trained, method))
     assert (checkpoint.stage, checkpoint.method, checkpoint.img_size) == ("metaLearning", method, 16)
     assert checkpoint.class_names == [f"class{c:02d}" for c in range(6)]
     assert bool(checkpoint.head_state) == (method != "ProtoNet")
-    log = trained / "results" / "logs" / name(method) / "metrics.jsonl"
+    log = meta_trained / "results" / "logs" / name(method) / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     best = max(rows, key=lambda row: row["val_accuracy"])
     assert checkpoint.epoch == best["epoch"] and checkpoint.val_accuracy == pytest.approx(best["val_accuracy"])
-    record = result(trained, f"metaLearning_{run_name(method)}")
-    stage_1 = result(trained, f"transferLearning_{run_name('arcMax')}")
+    record = result(meta_trained, f"metaLearning_{run_name(method)}")
+    stage_1 = result(meta_trained, f"transferLearning_{run_name('arcMax')}")
     assert record.keys() == stage_1.keys()
     assert len(record["accuracy_per_episode"]) == 6
     # The test was that of the checkpoint, with the meta-learner's own module: it can be had again.
-    again = [*TEST, *folders(trained), "--results_dir", tmp_path, "--method", method, "--n_epoch", 0]
-    succeed("metaLearning", *again, "--init_from", model(trained, method))
+    again = [*TEST, *folders(meta_trained), "--results_dir", tmp_path, "--method", method, "--n_epoch", 0]
+    succeed("metaLearning", *again, "--init_from", model(meta_trained, method))
     tested = json.loads((tmp_path / "tables" / f"metaLearning_{run_name(method)}.json").read_text())
     assert tested["accuracy_per_episode"] == record["accuracy_per_episode"]
 
 
 @pytest.mark.parametrize("method", META_LEARNERS)
-def test_the_same_command_gives_the_same_numbers(trained, tmp_path, method):
-    (tmp_path / "benchmarks").symlink_to(trained / "benchmarks")
+def test_the_same_command_gives_the_same_numbers(meta_trained, tmp_path, method):
+    (tmp_path / "benchmarks").symlink_to(meta_trained / "benchmarks")
     succeed("metaLearning", *META, *folders(tmp_path), "--method", method, "--num_workers", 0)
-    first, again = load_checkpoint(model(trained, method)), load_checkpoint(model(tmp_path, method))
+    first, again = load_checkpoint(model(meta_trained, method)), load_checkpoint(model(tmp_path, method))
     for states in ("backbone_state", "head_state"):
         for key, value in getattr(first, states).items():
             assert torch.equal(getattr(again, states)[key], value), key
     accuracies = [
-        result(root, f"metaLearning_{run_name(method)}")["accuracy_per_episode"] for root in (trained, tmp_path)
+        result(root, f"metaLearning_{run_name(method)}")["accuracy_per_episode"] for root in (meta_trained, tmp_path)
     ]
     assert accuracies[0] == accuracies[1]
 
 
 @pytest.mark.parametrize("method", ["ProtoNet", "RelationNet"])
-def test_stage_2_starts_from_stage_1_and_stage_3_from_stage_2(trained, tmp_path, method):
-    first = load_checkpoint(model(trained, "arcMax"))
-    backbone, _ = load_backbone(model(trained, "arcMax"), "Conv4", 16, relation=method == "RelationNet")
+def test_stage_2_starts_from_stage_1_and_stage_3_from_stage_2(meta_trained, tmp_path, method):
+    first = load_checkpoint(model(meta_trained, "arcMax"))
+    backbone, _ = load_backbone(model(meta_trained, "arcMax"), "Conv4", 16, relation=method == "RelationNet")
     assert backbone.map_shape == ((64, 2, 2) if method == "RelationNet" else (64, 1, 1))
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, first.backbone_state[key])
-    (tmp_path / "benchmarks").symlink_to(trained / "benchmarks")
+    (tmp_path / "benchmarks").symlink_to(meta_trained / "benchmarks")
     flags = [*folders(tmp_path), "--init_from"]
-    succeed("metaLearning", *META, "--lr", 1e-9, "--method", method, *flags, model(trained, "arcMax"))
+    succeed("metaLearning", *META, "--lr", 1e-9, "--method", method, *flags, model(meta_trained, "arcMax"))
     second = load_checkpoint(model(tmp_path, method))
     for key, value in second.backbone_state.items():
         if key.endswith("weight"):  # training went on from stage 1's weights, at a rate that hardly moves them
@@ -113,12 +107,12 @@ def test_stage_2_starts_from_stage_1_and_stage_3_from_stage_2(trained, tmp_path,
     assert aligned["checkpoint"] == str(model(tmp_path, method)) and aligned["checkpoint_epoch"] == second.epoch
 
 
-def test_protonet_of_a_stage_1_backbone_is_the_nearest_class_mean(trained, tmp_path):
-    flags = [*TEST, *folders(trained), "--results_dir", tmp_path, "--n_epoch", 0]
-    succeed("metaLearning", *flags, "--init_from", model(trained, "arcMax"))
+def test_protonet_of_a_stage_1_backbone_is_the_nearest_class_mean(meta_trained, tmp_path):
+    flags = [*TEST, *folders(meta_trained), "--results_dir", tmp_path, "--n_epoch", 0]
+    succeed("metaLearning", *flags, "--init_from", model(meta_trained, "arcMax"))
     record = json.loads((tmp_path / "tables" / f"metaLearning_{run_name('ProtoNet')}.json").read_text())
-    novel = load_split(trained / "benchmarks", "tiny", "novel", 16, trained / "cache", quiet=True)
-    z = load_backbone(model(trained, "arcMax"), "Conv4", 16)[0].eval()(normalise(novel.images))
+    novel = load_split(meta_trained / "benchmarks", "tiny", "novel", 16, meta_trained / "cache", quiet=True)
+    z = load_backbone(model(meta_trained, "arcMax"), "Conv4", 16)[0].eval()(normalise(novel.images))
     for index, accuracy in zip(
         sample_episodes(novel, 3, 2, 3, 6, seed=0).index, record["accuracy_per_episode"], strict=True
     ):
@@ -127,80 +121,10 @@ def test_protonet_of_a_stage_1_backbone_is_the_nearest_class_mean(trained, tmp_p
         assert accuracy == pytest.approx(100 * sum(right) / 9, abs=0.01)
 
 
-def test_an_untrained_module_is_pointed_out(trained, tmp_path):
-    flags = [*TEST, *folders(trained), "--results_dir", tmp_path, "--n_epoch", 0, "--method", "MatchingNet"]
-    outcome = succeed("metaLearning", *flags, "--init_from", model(trained, "ProtoNet"))
+def test_an_untrained_module_is_pointed_out(meta_trained, tmp_path):
+    flags = [*TEST, *folders(meta_trained), "--results_dir", tmp_path, "--n_epoch", 0, "--method", "MatchingNet"]
+    outcome = succeed("metaLearning", *flags, "--init_from", model(meta_trained, "ProtoNet"))
     assert "MatchingNet is tested untrained" in outcome.out
-
-
-def train_recording_inputs(epoch, n_episodes=3, augmentation=None, lr=0.0, method="ProtoNet"):
-    """Train on random images; returns the mean loss and accuracy, and each batch that the backbone was given."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    index = torch.stack([torch.randperm(40, generator=generator)[:12].view(3, 4) for _ in range(n_episodes)])
-    episodes = Episodes(index, torch.zeros(n_episodes, 3, dtype=torch.long), n_shot=1)
-    torch.manual_seed(0)
-    backbone = build_backbone("Conv4", 16)
-    learner = build_meta_learner(method, backbone)
-    inputs = []
-    backbone.register_forward_pre_hook(lambda module, given: inputs.append((module.training, given[0].clone())))
-    optimizer = torch.optim.SGD([*backbone.parameters(), *learner.parameters()], lr=lr)
-    sizes = torch.full((40, 2), 16)
-    figures = train_one_epoch(
-        backbone, learner, optimizer, images, sizes, episodes, 16, augmentation, epoch, 0, CPU, FP32, quiet=True
-    )
-    return *figures, inputs, (images, episodes, backbone)
-
-
-def test_an_episode_is_one_batch_in_train_mode_and_its_loss_that_of_the_queries():
-    loss, accuracy, inputs, (images, episodes, backbone) = train_recording_inputs(epoch=0)
-    assert [training for training, _ in inputs] == [True] * 3
-    losses, right = [], []
-    for index, (_, x) in zip(episodes.index, list(inputs), strict=True):
-        torch.testing.assert_close(x, normalise(images[index.flatten()]))
-        z = backbone(x).view(3, 4, -1)
-        distances = [(z[w, q] - z[:, 0]).square().sum(1) for w in range(3) for q in (1, 2, 3)]
-        y = torch.arange(3).repeat_interleave(3)
-        losses.append(F.cross_entropy(-torch.stack(distances), y))
-        right.append((torch.stack(distances).argmin(1) == y).float().mean())
-    assert loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
-    assert accuracy == pytest.approx(torch.stack(right).mean().item())
-
-
-def test_the_augmentation_of_an_episode_depends_on_its_epoch_and_number_alone():
-    def batches(**run):
-        return [x for _, x in train_recording_inputs(augmentation=Augmentation(), **run)[2]]
-
-    first = batches(epoch=1)
-    for x, same in zip(first, batches(epoch=1, n_episodes=2, lr=0.1), strict=False):
-        assert torch.equal(x, same)
-    for x, other in zip(first, batches(epoch=2), strict=True):
-        assert not torch.equal(x, other)
-
-
-@pytest.mark.parametrize("method", META_LEARNERS)
-def test_scores_do_not_depend_on_how_many_episodes_are_evaluated_together(method):
-    torch.manual_seed(0)
-    backbone = build_backbone("Conv4", 16, relation=method.startswith("RelationNet"))
-    learner = build_meta_learner(method, backbone)
-    generator = torch.Generator().manual_seed(0)
-    index = torch.stack([torch.randperm(30, generator=generator)[:25].view(5, 5) for _ in range(7)])
-    episodes = Episodes(index, index[:, :, 0], n_shot=2)
-    features = torch.randn(30, *(backbone.map_shape if learner.uses_maps else (64,)), generator=generator)
-    together = evaluate_meta_learner(learner, features, episodes)
-    assert together.correct.shape == (7, 5) and 0 < together.accuracy.mean() < 1
-    for chunk_numbers in (1, 3 * 4 * 25 * 64, 3 * 5 * 25 * 256):  # one at a time, and about three
-        assert torch.equal(
-            evaluate_meta_learner(learner, features, episodes, chunk_numbers=chunk_numbers).correct, together.correct
-        )
-
-
-def test_maps_are_embedded_as_features_are():
-    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    backbone = build_backbone("ResNet12", 16)
-    maps = embed(backbone, images, CPU, FP32, batch_size=2, maps=True)
-    assert maps.shape == (5, *backbone.map_shape)
-    torch.testing.assert_close(maps.mean((2, 3)), embed(backbone, images, CPU, FP32))
 
 
 def test_flags_have_the_published_names_and_the_preset_yields_to_them():
@@ -238,11 +162,11 @@ USER_ERRORS = {
 
 
 @pytest.mark.parametrize("case", USER_ERRORS)
-def test_a_user_error_is_one_clear_line_and_leaves_nothing(trained, tmp_path, case):
+def test_a_user_error_is_one_clear_line_and_leaves_nothing(meta_trained, tmp_path, case):
     flags, expected = USER_ERRORS[case]
-    flags = [model(trained, "arcMax") if flag == "stage 1" else flag for flag in flags]
+    flags = [model(meta_trained, "arcMax") if flag == "stage 1" else flag for flag in flags]
     results = ["--results_dir", tmp_path, "--checkpoint_dir", tmp_path / "models"]
-    outcome = call("metaLearning", *META, *folders(trained), *results, *flags)
+    outcome = call("metaLearning", *META, *folders(meta_trained), *results, *flags)
     assert outcome.status == 2, outcome.err
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
     for part in expected:

@@ -1,0 +1,47 @@
+"""Precision: of the forward pass, of a step, and a loss that is not finite."""
+
+import math
+
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.precision import Precision, check_finite
+
+
+@pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_precision_is_that_of_the_forward_pass_and_weights_stay_float32(name, dtype):
+    layer = torch.nn.Linear(4, 2)
+    with Precision(name, "cpu").autocast():
+        assert layer(torch.randn(3, 4)).dtype == dtype
+    assert layer(torch.randn(3, 4)).dtype == torch.float32 and layer.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_a_step_is_the_optimisers_own(name):
+    def step(backward_and_step):
+        weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        backward_and_step((weight**2).sum(), optimizer)
+        return weight.detach()
+
+    def plain_step(loss, optimizer):
+        loss.backward()
+        optimizer.step()
+
+    torch.testing.assert_close(step(Precision(name, "cpu").backward_and_step), step(plain_step))
+
+
+def test_fp16_skips_a_step_whose_gradients_overflow():
+    precision = Precision("fp16", "cpu")
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    precision.backward_and_step((weight * math.inf).sum(), optimizer)
+    assert weight.item() == 1.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_says_where_and_what_to_do(value):
+    with pytest.raises(UserError, match=rf"the loss became {value} at epoch 3, batch 8: lower --lr"):
+        check_finite(torch.tensor(value), "epoch 3, batch 8")
+    check_finite(torch.tensor(1e30), "epoch 3, batch 8")

@@ -1,0 +1,78 @@
+"""Result files: what JSON holds, that a failing write loses nothing, and how a result was made."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import records
+from engine.errors import UserError
+from engine.records import append_jsonl, git_commit, provenance, write_json
+
+
+def test_json_holds_null_for_nan_and_text_for_paths(tmp_path):
+    record = {"ci95": math.nan, "list": [math.inf, 1.5, (Path("a") / "b", None)], 5: {"deep": -math.inf}, "ok": True}
+    write_json(tmp_path / "tables" / "result.json", record)
+    text = (tmp_path / "tables" / "result.json").read_text()
+    expected = {"ci95": None, "list": [None, 1.5, [str(Path("a") / "b"), None]], "5": {"deep": None}, "ok": True}
+    assert json.loads(text, parse_constant=pytest.fail) == expected
+
+
+def test_a_failing_write_leaves_the_previous_result_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    write_json(path, {"accuracy": 1})
+
+    def replace(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(UserError, match=r"result\.json cannot be written"):
+            write_json(path, {"accuracy": 2})
+    assert json.loads(path.read_text()) == {"accuracy": 1} and list(tmp_path.iterdir()) == [path]
+    write_json(path, {"accuracy": 3})
+    assert json.loads(path.read_text()) == {"accuracy": 3} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_record_that_json_cannot_hold_leaves_the_previous_result(tmp_path):
+    path = tmp_path / "result.json"
+    write_json(path, {"accuracy": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"accuracy": torch.zeros(1)})
+    assert json.loads(path.read_text()) == {"accuracy": 1} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("write", [write_json, append_jsonl])
+def test_a_results_folder_that_cannot_be_made_is_named(tmp_path, write):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "logs" / "result.json"
+    with pytest.raises(UserError, match="cannot be written.*another folder") as error:
+        write(path, {"a": 1})
+    assert str(path) in str(error.value)
+
+
+def test_metrics_are_appended_a_line_each(tmp_path):
+    path = tmp_path / "logs" / "metrics.jsonl"
+    append_jsonl(path, {"epoch": 0, "loss": 1.5})
+    append_jsonl(path, {"epoch": 1, "loss": math.nan})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [{"epoch": 0, "loss": 1.5}, {"epoch": 1, "loss": None}]
+
+
+def test_a_result_says_how_it_was_made(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/transferLearning.py", "--n_shot", "1"])
+    record = provenance({"seed": 4, "method": "arcMax"}, torch.device("cpu"))
+    assert record["command"] == "python transferLearning.py --n_shot 1"
+    assert record["seed"] == 4 and record["config"]["method"] == "arcMax" and record["device"].startswith("cpu")
+    assert record["versions"]["torch"] == torch.__version__
+    json.dumps(record)
+
+
+def test_the_commit_is_a_hash_or_unknown(tmp_path, monkeypatch):
+    assert re.fullmatch(r"[0-9a-f]{12,40}(-dirty)?|unknown", git_commit())
+    monkeypatch.setattr(records, "REPOSITORY", tmp_path)
+    assert git_commit() == "unknown"

@@ -1,0 +1,71 @@
+"""The device and the memory that a run has."""
+
+import platform
+
+import pytest
+import torch
+
+from engine import run
+from engine.distributed import Ranks
+from engine.errors import UserError
+from engine.run import device_of_rank, on_device, select_device, start
+
+
+def with_accelerators(monkeypatch, cuda, mps):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.parametrize("cuda, mps, expected", [(1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
+def test_auto_takes_the_best_device_there_is(monkeypatch, cuda, mps, expected):
+    with_accelerators(monkeypatch, cuda, mps)
+    assert select_device("auto") == torch.device(expected)
+    assert select_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name, there", [("cuda", "mps, cpu"), ("mps", "cuda, cpu")])
+def test_a_device_that_is_not_there_is_a_user_error(monkeypatch, name, there):
+    with_accelerators(monkeypatch, name != "cuda", name != "mps")
+    with pytest.raises(UserError, match=f"--device {name} is not available.*auto or one of {there}"):
+        select_device(name)
+
+
+@pytest.mark.parametrize("no_keep_memory", [False, True])
+def test_starting_on_a_cpu_keeps_memory_unless_told_not_to(monkeypatch, no_keep_memory):
+    calls = []
+    monkeypatch.setattr(run, "keep_memory", lambda: calls.append(1))
+    device, precision = start("cpu", "bf16", no_keep_memory)
+    assert device.type == "cpu" and precision.name == "bf16" and len(calls) == (not no_keep_memory)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_kept_memory_is_used_again_without_page_faults():
+    import resource
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(2**22)  # 16 MiB, 4096 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    run.keep_memory()
+    faults()
+    assert faults() < 4096
+
+
+def test_on_a_cpu_images_stay_mapped():
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert on_device(images, torch.device("cpu")) is images
+
+
+def test_ranks_have_a_gpu_each_or_share_the_cpu(monkeypatch):
+    assert device_of_rank(torch.device("cpu"), Ranks(1, 2, 1)) == torch.device("cpu")
+    assert start("cpu", "fp32", True, Ranks(1, 2, 1))[0] == torch.device("cpu")
+    with pytest.raises(UserError, match="mps is for one process"):
+        device_of_rank(torch.device("mps"), Ranks(0, 2, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert device_of_rank(torch.device("cuda"), Ranks(5, 8, 1)) == torch.device("cuda", 1) and chosen == [1]
+    with pytest.raises(UserError, match="2 CUDA GPUs here: give a smaller --nproc_per_node"):
+        device_of_rank(torch.device("cuda"), Ranks(2, 4, 2))

@@ -1,0 +1,70 @@
+"""How a script ends: exit statuses, and Ctrl-C while a stage runs."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from engine.errors import UserError
+from engine.script import run_command, run_script, script_command
+
+
+def status_of(main, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    out, err = capsys.readouterr()
+    assert out == ""
+    return end.value.code, err
+
+
+def test_a_user_error_is_one_line_and_status_2(capsys):
+    def main():
+        raise UserError("class 'heron' has 12 images")
+
+    assert status_of(main, capsys) == (2, "error: class 'heron' has 12 images\n")
+
+
+def test_ctrl_c_is_one_line_and_status_130(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    assert status_of(main, capsys) == (130, "interrupted\n")
+
+
+def test_success_exits_normally_and_a_bug_keeps_its_traceback():
+    ran = []
+    run_script(lambda: ran.append(1))
+    assert ran == [1]
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["a terminal's Ctrl-C", "a signal to this process alone"])
+def test_ctrl_c_waits_until_the_stage_has_saved_its_state(tmp_path, both):
+    stage = tmp_path / "stage.py"
+    stage.write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try:\n"
+        "    pathlib.Path(sys.argv[1], 'started').write_text(str(__import__('os').getpid()))\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    time.sleep(0.5)\n"
+        "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
+    )
+
+    def interrupt():
+        while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
+            ended.wait(0.02)
+        for pid in [int((tmp_path / "started").read_text())] * both + [os.getpid()]:
+            os.kill(pid, signal.SIGINT)
+
+    ended, before = threading.Event(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_command(script_command(str(stage), [str(tmp_path)]), 5.0 if both else 0.1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "saved").exists()

@@ -1,0 +1,76 @@
+"""Episodic training and the evaluation of meta-learners."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.episodes import Episodes
+from data.transforms import Augmentation, normalise
+from engine.precision import Precision
+from methods.episodic_training import evaluate_meta_learner, train_one_epoch
+from methods.meta_learners import META_LEARNERS, build_meta_learner
+from models import build_backbone
+
+CPU, FP32 = torch.device("cpu"), Precision("fp32", "cpu")
+
+
+def train_recording_inputs(epoch, n_episodes=3, augmentation=None, lr=0.0, method="ProtoNet"):
+    """Train on random images; returns the mean loss and accuracy, and each batch that the backbone was given."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    index = torch.stack([torch.randperm(40, generator=generator)[:12].view(3, 4) for _ in range(n_episodes)])
+    episodes = Episodes(index, torch.zeros(n_episodes, 3, dtype=torch.long), n_shot=1)
+    torch.manual_seed(0)
+    backbone = build_backbone("Conv4", 16)
+    learner = build_meta_learner(method, backbone)
+    inputs = []
+    backbone.register_forward_pre_hook(lambda module, given: inputs.append((module.training, given[0].clone())))
+    optimizer = torch.optim.SGD([*backbone.parameters(), *learner.parameters()], lr=lr)
+    sizes = torch.full((40, 2), 16)
+    figures = train_one_epoch(
+        backbone, learner, optimizer, images, sizes, episodes, 16, augmentation, epoch, 0, CPU, FP32, quiet=True
+    )
+    return *figures, inputs, (images, episodes, backbone)
+
+
+def test_an_episode_is_one_batch_in_train_mode_and_its_loss_that_of_the_queries():
+    loss, accuracy, inputs, (images, episodes, backbone) = train_recording_inputs(epoch=0)
+    assert [training for training, _ in inputs] == [True] * 3
+    losses, right = [], []
+    for index, (_, x) in zip(episodes.index, list(inputs), strict=True):
+        torch.testing.assert_close(x, normalise(images[index.flatten()]))
+        z = backbone(x).view(3, 4, -1)
+        distances = [(z[w, q] - z[:, 0]).square().sum(1) for w in range(3) for q in (1, 2, 3)]
+        y = torch.arange(3).repeat_interleave(3)
+        losses.append(F.cross_entropy(-torch.stack(distances), y))
+        right.append((torch.stack(distances).argmin(1) == y).float().mean())
+    assert loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    assert accuracy == pytest.approx(torch.stack(right).mean().item())
+
+
+def test_the_augmentation_of_an_episode_depends_on_its_epoch_and_number_alone():
+    def batches(**run):
+        return [x for _, x in train_recording_inputs(augmentation=Augmentation(), **run)[2]]
+
+    first = batches(epoch=1)
+    for x, same in zip(first, batches(epoch=1, n_episodes=2, lr=0.1), strict=False):
+        assert torch.equal(x, same)
+    for x, other in zip(first, batches(epoch=2), strict=True):
+        assert not torch.equal(x, other)
+
+
+@pytest.mark.parametrize("method", META_LEARNERS)
+def test_scores_do_not_depend_on_how_many_episodes_are_evaluated_together(method):
+    torch.manual_seed(0)
+    backbone = build_backbone("Conv4", 16, relation=method.startswith("RelationNet"))
+    learner = build_meta_learner(method, backbone)
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(30, generator=generator)[:25].view(5, 5) for _ in range(7)])
+    episodes = Episodes(index, index[:, :, 0], n_shot=2)
+    features = torch.randn(30, *(backbone.map_shape if learner.uses_maps else (64,)), generator=generator)
+    together = evaluate_meta_learner(learner, features, episodes)
+    assert together.correct.shape == (7, 5) and 0 < together.accuracy.mean() < 1
+    for chunk_numbers in (1, 3 * 4 * 25 * 64, 3 * 5 * 25 * 256):  # one at a time, and about three
+        assert torch.equal(
+            evaluate_meta_learner(learner, features, episodes, chunk_numbers=chunk_numbers).correct, together.correct
+        )

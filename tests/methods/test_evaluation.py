@@ -1,0 +1,149 @@
+"""Episodes on features, together or alone, and what is reported of them."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from data.episodes import Episodes, class_major_labels, sample_episodes
+from engine.generators import make_generator
+from engine.precision import Precision
+from methods import evaluation
+from methods.confusion import confusion_matrix, confusion_record, count_predictions
+from methods.evaluation import EpisodeScores, accuracy_per_class, evaluate_heads, mean_and_ci95, score_queries
+from methods.novel_finetune import fit_heads
+from models import HEADS, build_head
+from reporting.result_figures import as_matrix
+from tests.helpers import make_split
+
+CPU = torch.device("cpu")
+FP32 = Precision("fp32", "cpu")
+ALL_HEADS = pytest.mark.parametrize("method", HEADS)
+
+
+# Episodes on features.
+
+
+def toy_features(split, d=12, spread=1.2, seed=0):
+    """Features (N, d): a direction a class, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(len(split.class_names), d, generator=generator)
+    return centre[split.labels] + spread * torch.randn(len(split.labels), d, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    split = make_split(counts=(10,) * 7, side=1)
+    return toy_features(split), sample_episodes(split, 5, 2, 4, 21, seed=3)
+
+
+def evaluate(features, episodes, method="arcMax", n_steps=40, seed=0, start=0):
+    return evaluate_heads(features, episodes, method, 5.0, 0.01, n_steps, 1e-2, seed, start)
+
+
+@ALL_HEADS
+def test_scores_do_not_depend_on_how_many_episodes_are_fitted_together(toy, monkeypatch, method):
+    reference = evaluate(*toy, method)
+    assert reference.correct.shape == (21, 5) and 0.3 < reference.accuracy.mean() < 1.0
+    for chunk in (1, 4, 100):
+        monkeypatch.setattr(evaluation, "HEAD_CHUNK", chunk)
+        assert torch.equal(evaluate(*toy, method).correct, reference.correct)
+
+
+def test_a_part_of_the_episodes_scores_as_it_does_in_the_whole(toy):
+    features, episodes = toy
+    whole = evaluate(features, episodes, n_steps=3).correct
+    part = evaluate(features, episodes.slice(9, 15), n_steps=3, start=9).correct
+    assert torch.equal(part, whole[9:15])
+    other = evaluate(features, episodes.slice(9, 15), n_steps=3, seed=1, start=9).correct
+    assert not torch.equal(other, part)  # another seed, other initial heads: three steps do not hide it
+
+
+@ALL_HEADS
+def test_scores_are_those_of_a_plain_loop_over_episodes(toy, method):
+    features, episodes = toy
+    scores = evaluate(features, episodes, method)
+    for i in range(0, len(episodes), 5):
+        head = build_head(method, features.shape[1], 5, 5.0, 0.01, [make_generator(0, "head", i)])
+        fit_heads(head, features[episodes.support[i].flatten()], class_major_labels(5, 2), 40, 1e-2)
+        for way in range(5):
+            predicted = head(features[episodes.query[i, way]]).argmax(1)
+            assert scores.correct[i, way].item() == pytest.approx((predicted == way).float().mean().item())
+
+
+def test_a_querys_score_does_not_depend_on_the_other_queries(toy):
+    """The queries of an episode are right together as often as they are one by one, in any order."""
+    features, episodes = toy
+    alone = [
+        evaluate(features, Episodes(torch.cat([episodes.support, query], 2), episodes.classes, 2)).correct
+        for query in episodes.query.split(1, dim=2)
+    ]
+    assert set(torch.cat(alone).flatten().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(evaluate(features, episodes).correct, torch.stack(alone).mean(0))
+
+
+def test_separable_classes_are_all_recognised_and_unrelated_features_are_at_chance():
+    split = make_split(counts=(20,) * 6, side=1)
+    episodes = sample_episodes(split, 5, 5, 10, 40, seed=0)
+    for method in HEADS:
+        assert evaluate(toy_features(split, 32, 0.01), episodes, method).accuracy.mean() == 1.0
+        chance = torch.randn(120, 32, generator=torch.Generator().manual_seed(1))
+        assert abs(evaluate(chance, episodes, method).accuracy.mean() - 0.2) < 0.05
+
+
+def test_score_queries_gives_the_share_of_each_class():
+    scores = torch.eye(3)[[0, 0, 1, 1, 0, 2]]  # two queries each of three classes
+    assert score_queries(scores, 3).tolist() == [1.0, 1.0, 0.5]
+    batch = torch.stack([scores, torch.eye(3)[[1, 1, 0, 0, 0, 0]]])
+    assert score_queries(batch, 3).tolist() == [[1.0, 1.0, 0.5], [0.0, 0.0, 0.0]]
+
+
+# What is reported.
+
+
+def test_the_interval_is_1_96_standard_errors():
+    values = [0.2, 0.5, 0.9, 0.4, 0.6]
+    mean, ci95 = mean_and_ci95(torch.tensor(values))
+    assert mean == pytest.approx(statistics.mean(values))
+    assert ci95 == pytest.approx(1.96 * statistics.stdev(values) / math.sqrt(5))
+
+
+def test_the_interval_covers_the_true_mean_95_times_in_100():
+    draws = torch.rand(2000, 100, generator=torch.Generator().manual_seed(0))
+    covered = sum(abs(mean - 0.5) <= ci95 for mean, ci95 in map(mean_and_ci95, draws))
+    assert 0.935 < covered / 2000 < 0.965
+
+
+def test_a_single_value_has_no_interval():
+    mean, ci95 = mean_and_ci95(torch.tensor([0.25]))
+    assert mean == 0.25 and math.isnan(ci95)
+
+
+def test_accuracy_per_class_pools_the_episodes_that_a_class_was_part_of():
+    classes = torch.tensor([[0, 2], [2, 1], [0, 2]])
+    # 20 queries a class; rows are the true classes, columns the predicted ones.
+    counts = torch.tensor([[[20, 0], [10, 10]], [[0, 20], [15, 5]], [[10, 10], [18, 2]]])
+    scores = EpisodeScores(counts)
+    episodes = Episodes(torch.zeros(3, 2, 2, dtype=torch.long), classes, 1)
+    table = accuracy_per_class(scores, episodes, ["ant", "bee", "cat", "never drawn"])
+    assert table == {"ant": 75.0, "bee": 25.0, "cat": 20.0}
+
+
+def test_predictions_are_counted_by_true_and_predicted_class():
+    scores = torch.tensor([[3.0, 1, 0], [0, 3, 1], [0, 2, 1], [0, 2, 1], [0, 0, 1], [5, 1, 0]])
+    counts = count_predictions(scores, 3)
+    assert counts.tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 1]]
+    assert score_queries(scores, 3).tolist() == [0.5, 1.0, 0.5]
+    assert torch.equal(count_predictions(scores.expand(4, 2, 6, 3), 3), counts.expand(4, 2, 3, 3))
+
+
+def test_counts_are_summed_by_class_over_episodes():
+    counts = torch.tensor([[[3, 1], [2, 2]], [[4, 0], [1, 3]]])
+    classes = torch.tensor([[2, 0], [0, 3]])
+    total = confusion_matrix(counts, classes, 4)
+    assert total.tolist() == [[6, 0, 2, 0], [0, 0, 0, 0], [1, 0, 3, 0], [1, 0, 0, 3]]
+    record = confusion_record(counts, Episodes(torch.zeros(2, 2, 5), classes, 1), ["ant", "bee", "cat", "dog"])
+    assert record == {"ant": {"ant": 6, "cat": 2}, "cat": {"ant": 1, "cat": 3}, "dog": {"ant": 1, "dog": 3}}
+    names, matrix = as_matrix(record)
+    assert names == ["ant", "cat", "dog"] and torch.equal(matrix, total[[0, 2, 3]][:, [0, 2, 3]])

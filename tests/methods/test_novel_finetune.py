@@ -1,0 +1,72 @@
+"""Fitting heads on frozen features against the published numbers, together or alone."""
+
+import pytest
+import torch
+
+from data.episodes import class_major_labels
+from engine.generators import make_generator
+from methods.novel_finetune import fit_heads
+from models import HEADS, build_head
+from tests.helpers import golden
+
+MANY_STEPS = {"rtol": 2e-3, "atol": 2e-4}
+CASES = {"softMax": ("softMax", 0.0, 0.0), "cosMax_s5": ("cosMax", 5.0, 0.0), "arcMax_s5_m0.01": ("arcMax", 5.0, 0.01)}
+ALL_HEADS = pytest.mark.parametrize("method", HEADS)
+
+
+def golden_head(g, case):
+    method, s, m = CASES[case]
+    head = build_head(method, g["weight_init"].shape[1], g["weight_init"].shape[0], s, m)
+    head.weight.data = g["weight_init"].clone()
+    if method == "softMax":
+        head.bias.data = g["bias_init"].clone()
+    return head
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fitted_head_is_the_published_one(case):
+    g = golden("novel_finetune")
+    head = golden_head(g, case)
+    fit_heads(head, g["z_support"], g["y_support"], int(g["steps"]), float(g["lr"]))
+    torch.testing.assert_close(head.weight.detach(), g[f"{case}.weight_final"], **MANY_STEPS)
+    torch.testing.assert_close(head(g["z_query"]).detach(), g[f"{case}.query_scores"], **MANY_STEPS)
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 50, 199])
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_along_the_fit_is_the_published_one(case, n_steps):
+    g = golden("novel_finetune")
+    head = golden_head(g, case)
+    fit_heads(head, g["z_support"], g["y_support"], n_steps, float(g["lr"]))
+    loss = head.loss(head(g["z_support"]), g["y_support"]).detach()
+    torch.testing.assert_close(loss, g[f"{case}.losses"][n_steps], **MANY_STEPS)
+
+
+def test_the_optimiser_that_fitted_a_head_keeps_its_moments():
+    g = golden("novel_finetune")
+    head = golden_head(g, "arcMax_s5_m0.01")
+    optimizer = fit_heads(head, g["z_support"], g["y_support"], 3, 1e-3)
+    (state,) = optimizer.state.values()
+    assert state["step"] == 3 and state["exp_avg"].shape == head.weight.shape and state["exp_avg"].abs().sum() > 0
+
+
+def test_fitting_a_head_sends_no_gradient_into_the_features():
+    g = golden("novel_finetune")
+    z = g["z_support"].requires_grad_()
+    fit_heads(golden_head(g, "cosMax_s5"), z, g["y_support"], 2, 1e-3)
+    assert z.grad is None
+
+
+@pytest.mark.parametrize("n_together", [1, 3, 16])
+@ALL_HEADS
+def test_heads_fitted_together_equal_heads_fitted_one_by_one(method, n_together):
+    n_way, n_shot, d = 4, 3, 24
+    z = torch.randn(n_together, n_way * n_shot, d, generator=torch.Generator().manual_seed(0))
+    y = class_major_labels(n_way, n_shot)
+    together = build_head(method, d, n_way, 5.0, 0.01, [make_generator(0, i) for i in range(n_together)], batched=True)
+    fit_heads(together, z, y.expand(n_together, -1), 60, 1e-2)
+    for i in range(n_together):
+        alone = build_head(method, d, n_way, 5.0, 0.01, [make_generator(0, i)])
+        fit_heads(alone, z[i], y, 60, 1e-2)
+        torch.testing.assert_close(together.weight[i], alone.weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together(z)[i], alone(z[i]), rtol=1e-4, atol=1e-5)

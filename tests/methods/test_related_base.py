@@ -1,0 +1,55 @@
+"""Detection of the related base against the published numbers, and the draws from it."""
+
+import torch
+
+from data.episodes import class_major_labels
+from methods.alignment import draw_related, drawn_per_class
+from methods.related_base import choose_related_base, find_related_base
+from models import build_head
+from tests.helpers import golden
+
+
+def related_base_of_golden(n_B: int):
+    g = golden("related_base")
+    n_class, per_class, _ = g["z_base"].shape
+    head = build_head("arcMax", 64, 5, 5.0, 0.001)
+    head.weight.data = g["weight"]
+    y_base = class_major_labels(n_class, per_class)
+    members = list(torch.arange(n_class * per_class).view(n_class, per_class))
+    with torch.no_grad():
+        return g, find_related_base(head.logits(head(g["z_base"].flatten(0, 1))), y_base, members, n_B)
+
+
+def test_related_base_is_the_published_one():
+    g, related = related_base_of_golden(int(golden("related_base")["n_B"]))
+    torch.testing.assert_close(related.score, g["score"].float())
+    for w in range(5):
+        ours = torch.stack([related.samples[w] // 30, related.samples[w] % 30], 1)
+        assert torch.equal(ours, g[f"related_{w}"])
+
+
+def test_related_base_classes_are_disjoint_and_shared_out_evenly_when_short():
+    _, related = related_base_of_golden(n_B=10)
+    chosen = [b for classes in related.classes for b in classes]
+    assert len(chosen) == len(set(chosen)) == 5 * (24 // 5)
+    assert {len(classes) for classes in related.classes} == {4}
+
+
+def test_ties_keep_the_lower_base_class():
+    assert choose_related_base(torch.full((6, 2), 0.5), 2) == [[0, 1], [2, 3]]
+
+
+def test_soft_scores_are_mean_probabilities():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    members = [torch.tensor([0, 1]), torch.tensor([2])]
+    related = find_related_base(logits, torch.tensor([0, 0, 1]), members, 1, "soft")
+    torch.testing.assert_close(related.score[0], logits[:2].softmax(1).mean(0))
+    assert related.classes == [[1], [0]]
+
+
+def test_draws_take_as_many_of_each_class_as_the_smallest_set_and_skip_empty_ones():
+    samples = [torch.arange(10), torch.empty(0, dtype=torch.long), torch.arange(20, 24)]
+    picks, labels = draw_related(samples, 50, torch.Generator().manual_seed(0))
+    assert labels.tolist() == [0] * 4 + [2] * 4
+    assert sorted(picks[4:].tolist()) == [20, 21, 22, 23] and len(set(picks[:4].tolist())) == 4
+    assert drawn_per_class([samples[1]], 50) == 0

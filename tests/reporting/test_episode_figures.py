@@ -1,0 +1,44 @@
+"""Figures of an episode: its features in two dimensions, and its related classes."""
+
+import pytest
+import torch
+
+from reporting.episode_figures import pca, related_base_figure
+
+
+def test_related_classes_without_images_and_novel_ones_without_related_classes_are_drawn():
+    image = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    empty = {"name": "bus", "score": 0.0, "images": image[:0]}
+    record = {"class_names": ["a", "b"], "support_images": image, "related_classes": [[empty] * 12, []]}
+    figure = related_base_figure(record)
+    figure.canvas.draw()
+    assert "the first 10 of 12" in figure.axes[0].get_title()
+    related_base_figure(record | {"related_classes": [[], []]}).canvas.draw()
+
+
+def test_pca_keeps_the_distances_of_features_of_two_dimensions_and_ignores_a_shift():
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.randn(40, 2, generator=generator, dtype=torch.double) * torch.tensor([3.0, 1.0])
+    axes, _ = torch.linalg.qr(torch.randn(64, 2, generator=generator, dtype=torch.double))
+    z = plane @ axes.T
+    y, share = pca(z)
+    torch.testing.assert_close(torch.cdist(y, y), torch.cdist(plane, plane))
+    torch.testing.assert_close(pca(z + 7.0)[0], y)
+    assert share[0] > share[1] and sum(share) == pytest.approx(1.0)
+
+
+def test_pca_is_centred_uncorrelated_and_of_largest_variance():
+    z = torch.randn(50, 10, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    y, share = pca(z)
+    covariance = torch.cov(y.T)
+    assert y.mean(0).abs().max() < 1e-9 and covariance[0, 1].abs() < 1e-9
+    top = torch.linalg.eigvalsh(torch.cov(z.T)).flip(0)
+    torch.testing.assert_close(covariance.diagonal(), top[:2])
+    assert share == pytest.approx((top[:2] / top.sum()).tolist())
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (2, 5), (1, 5)])
+def test_pca_of_few_dimensions_or_points_and_of_equal_points_is_finite(shape):
+    for z in (torch.randn(shape), torch.ones(shape)):
+        y, _ = pca(z)
+        assert y.shape == (shape[0], 2) and torch.isfinite(y).all()

@@ -1,0 +1,90 @@
+"""Pictures: what is in them, and what is said of one that cannot be drawn."""
+
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from reporting.episode_figures import two_lines
+from reporting.figure_style import CYCLE, label_text
+from reporting.result_figures import confusion_figure
+from tests.helpers import STAGE_1, STAGE_3, call
+
+PICTURES = ("overview", "training", "curve", "confusion", "projection", "related_base")
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_each_picture_has_content_in_the_colours_of_the_palette(aligned, name):
+    image = Image.open(aligned / "results" / "figures" / f"{name}.png").convert("RGB")
+    colours = {colour for _, colour in image.getcolors(maxcolors=2**24)}
+    assert min(image.size) > 300 and len(colours) > 100
+    if name not in ("confusion", "related_base"):
+        assert sum(tuple(round(255 * c) for c in to_rgb(colour)) in colours for colour in CYCLE) >= 2
+
+
+def test_what_cannot_be_drawn_is_said_in_a_line_with_what_would_make_it(aligned_copy):
+    results = aligned_copy / "results"
+    for path in (results / "episodes", results / "figures"):
+        shutil.rmtree(path)
+    (results / "tables" / f"{STAGE_3}.json").unlink()
+    outcome = call("reporting.figures", results)
+    assert outcome.status == 0
+    skipped = [line for line in outcome.out.splitlines() if line.startswith("skipped")]
+    assert [line.split()[1] for line in skipped] == ["curve.png:", "projection.png:", "related_base.png:"]
+    assert all("associative_alignment.py" in line for line in skipped) and "--record_curve" in skipped[0]
+    drawn = {path.stem for path in (results / "figures").iterdir()}
+    assert drawn == {"overview", "training", "confusion"}
+
+
+def test_a_result_is_named_or_the_newest(aligned_copy):
+    results = aligned_copy / "results"
+    outcome = call("reporting.figures", results, "--result", STAGE_1)
+    assert outcome.status == 0 and "skipped projection.png" in outcome.out and "confusion.png" in outcome.out
+    outcome = call("reporting.figures", results, "--result", "absent")
+    assert outcome.status == 2 and "--result absent" in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_a_damaged_episode_is_one_clear_line(aligned_copy):
+    path = aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt"
+    for content in (b"x", path.read_bytes()[:2000]):
+        path.write_bytes(content)
+        outcome = call("reporting.figures", aligned_copy / "results")
+        assert outcome.status == 2 and str(path) in outcome.err and outcome.err.count("\n") == 1
+    torch.save({"format": "other"}, path)
+    assert "no saved episode" in call("reporting.figures", aligned_copy / "results").err
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_tsne_is_drawn_by_scikit_learn_or_refused_in_a_line(aligned_copy, monkeypatch, installed):
+    class TSNE:
+        def __init__(self, n_components, perplexity, **rest):
+            assert n_components == 2 and 1 <= perplexity <= 30 and rest["random_state"] == 0
+
+        def fit_transform(self, z):
+            return z[:, :2]
+
+    manifold = types.SimpleNamespace(TSNE=TSNE)
+    monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn") if installed else None)
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", manifold if installed else None)
+    outcome = call("reporting.figures", aligned_copy / "results", "--projection", "tsne")
+    if installed:
+        assert outcome.status == 0, outcome.err
+    else:
+        assert outcome.status == 2 and "pip install scikit-learn" in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_class_names_are_labels_whatever_they_hold():
+    assert label_text("$x$ and $y") == r"\$x\$ and \$y" and label_text("_a").lstrip() == "_a"
+    assert label_text("_a")[0] != "_" and label_text("abcdef", 4) == "abc…"
+    assert two_lines("Worm_eating_Warbler", 11) == "Worm eating\nWarbler" and two_lines("u0040", 11) == "u0040"
+    assert [len(line) for line in two_lines("x" * 50, 11).split("\n")] == [11, 11]
+    n_class = 45
+    names = [f"$_{c}^" for c in range(n_class)]
+    record = {"method": "arcMax", "accuracy": 50.0, "dataset": "$", "n_way": 2, "n_shot": 1, "n_episodes": 3}
+    figure = confusion_figure(record | {"confusion": {name: {name: 2} for name in names}})
+    figure.canvas.draw()
+    assert len(figure.axes[0].get_yticklabels()) == 23 and "one in 2" in figure.axes[0].get_xlabel()
