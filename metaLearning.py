@@ -7,8 +7,6 @@ python metaLearning.py --preset laptop                                          
 
 from functools import partial
 
-import torch
-
 from args_parser import args_parser, from_flags
 from data.benchmarks import DataOptions, load_split
 from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, sample_episodes
@@ -32,13 +30,13 @@ def main() -> None:
     args.quiet |= not ranks.first
     run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
     name, folders = from_flags(RunName, args), from_flags(Folders, args)
-    files = training_files("metaLearning", name, folders, vars(args), args.n_epoch)
+    files = training_files("metaLearning", name, folders, vars(args), writes=args.n_epoch > 0)
 
     # Images as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch.
     load = partial(load_split, from_flags(DataOptions, args))
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     train_shape = EpisodeShape(args.train_n_way, args.n_shot, args.train_n_query)
-    n_test = args.testing_epochs * args.n_episodes
+    n_train, n_test = args.episodes_per_epoch, args.testing_epochs * args.n_episodes
     with rank_0_first(ranks):
         files.find_state(TEST_FLAGS)
         base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
@@ -56,32 +54,29 @@ def main() -> None:
         load_state(learner, checkpoint.head_state, args.init_from)
     elif not args.n_epoch and n_parameters(learner):
         print(f"note: the module of {args.method} is tested untrained: only a {args.method} checkpoint brings it")
-    parameters = [*backbone.parameters(), *learner.parameters()]
-    model = Model(backbone, learner, torch.optim.Adam(parameters, lr=args.lr))
+    model = Model(backbone, learner, args.lr)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
     images = training_images(base, augmentation, run.device)
     size = "x".join(map(str, backbone.map_shape)) if maps else backbone.feature_dim
-    own = f"{args.method}: {n_parameters(learner):,} of its own, on {size} features at {args.img_size} px"
-    print(f"{args.backbone}: {n_parameters(backbone):,} parameters; {own}")
-    n_class = len(base.class_names)
-    print(f"{args.dataset}: {n_class} base classes of {len(base.labels)} images; {run.device}, {args.precision}")
+    print(f"{args.backbone}: {n_parameters(backbone):,} parameters; {args.method}: ", end="")
+    print(f"{n_parameters(learner):,} of its own, on {size} features at {args.img_size} px")
+    print(base.summary, f"{run.device}, {args.precision}", sep="; ")
 
     # Episodic training; the model of the best validation accuracy is kept.
     training, figures = Training(files, model, base, run), (0.0, 0.0)
     with training.begin(val, args.n_epoch):
         for epoch in training.epochs(args.n_epoch):
             if ranks.first:  # an episode is one batch, which is not shared out
-                first = epoch * args.episodes_per_epoch
-                episodes = sample_episodes(base, train_shape, args.episodes_per_epoch, args.seed, first)
+                episodes = sample_episodes(base, train_shape, n_train, args.seed, start=epoch * n_train)
                 figures = train_one_epoch(model, images, episodes, epoch, run)
             copy_rank_0([backbone, learner], ranks)
-            z_val = embed(backbone, val.images, run, maps=maps)
-            training.end_epoch(epoch, *figures, evaluate_meta_learner(learner, z_val, val_episodes, run))
+            val_scores = evaluate_meta_learner(learner, embed(backbone, val.images, run, maps=maps), val_episodes, run)
+            training.end_epoch(epoch, *figures, val_scores)
 
     # Novel test of the best model.
     training.load_best()
-    z_novel = embed(backbone, novel.images, run, bar="embed novel", maps=maps)
-    scores = evaluate_meta_learner(learner, z_novel, novel_episodes, run, bar="novel episodes")
+    features = embed(backbone, novel.images, run, bar="embed novel", maps=maps)
+    scores = evaluate_meta_learner(learner, features, novel_episodes, run, bar="novel episodes")
     if ranks.first:
         save_result(files, novel, novel_episodes, scores, run)
     print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")

@@ -6,8 +6,6 @@ python transferLearning.py --preset laptop                                      
 
 from functools import partial
 
-import torch
-
 from args_parser import args_parser, from_flags
 from data.benchmarks import DataOptions, load_split
 from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
@@ -34,7 +32,7 @@ def main() -> None:
     args.quiet |= not ranks.first
     run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
     name, folders = from_flags(RunName, args), from_flags(Folders, args)
-    files = training_files("transferLearning", name, folders, vars(args), args.n_epoch)
+    files = training_files("transferLearning", name, folders, vars(args), writes=args.n_epoch > 0)
 
     # Images as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch.
     load = partial(load_split, from_flags(DataOptions, args))
@@ -56,13 +54,12 @@ def main() -> None:
     head = build_head(args.method, backbone.feature_dim, n_class, args.s, args.m, run.generator("base head"))
     if args.sync_bn and ranks.n > 1:
         use_global_batch_norm(backbone)
-    parameters = [*backbone.parameters(), *head.to(run.device).parameters()]
-    model = Model(backbone, head, torch.optim.Adam(parameters, lr=args.lr))
+    model = Model(backbone, head.to(run.device), args.lr)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
     images = training_images(base, augmentation, run.device)
     size = f"{n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
     print(f"{args.backbone}: {size}")
-    print(f"{args.dataset}: {n_class} base classes of {len(base.labels)} images; {run.device}, {args.precision}")
+    print(base.summary, f"{run.device}, {args.precision}", sep="; ")
 
     # Base training; the model of the best validation accuracy is kept.
     fit, training = from_flags(HeadFit, args), Training(files, model, base, run)

@@ -54,6 +54,11 @@ class Split:
     train_sizes: Tensor
     fingerprint: str
 
+    @property
+    def summary(self) -> str:
+        """The split in a few words."""
+        return f"{self.benchmark}: {len(self.class_names)} {self.split} classes of {len(self.labels)} images"
+
     @cached_property
     def members(self) -> list[Tensor]:
         """The indices of each class's images, in order."""

@@ -28,18 +28,20 @@ TORCHVISION = "torchvision:"  # followed by the name of a classification model o
 
 @dataclass
 class Model:
-    """What a stage trains: a backbone, a head (of the base classes, or a meta-learner), and their optimiser.
+    """What a stage trains: a backbone and a head (of the base classes, or a meta-learner), by one Adam of rate lr.
 
     net and classifier: the two as the steps call them, which average gradients when there are several processes.
     """
 
     backbone: Backbone
     head: nn.Module
-    optimizer: torch.optim.Optimizer
+    lr: float
+    optimizer: torch.optim.Optimizer = field(init=False)
     net: nn.Module = field(init=False)
     classifier: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
+        self.optimizer = torch.optim.Adam([*self.backbone.parameters(), *self.head.parameters()], lr=self.lr)
         self.net, self.classifier = self.backbone, self.head
 
 

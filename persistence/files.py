@@ -156,13 +156,13 @@ class RunFiles:
             raise UserError(f"{error}; {good}") from error
 
 
-def training_files(stage: str, name: RunName, folders: Folders, config: dict[str, Any], n_epoch: int) -> RunFiles:
-    """The files of stage 1 or 2; without epochs, it writes neither model nor state."""
+def training_files(stage: str, name: RunName, folders: Folders, config: dict[str, Any], writes: bool) -> RunFiles:
+    """The files of stage 1 or 2; writes: whether it trains, and so writes a model and its state."""
     best = name.best_model(folders.checkpoint_dir)
     last = best.with_name(best.name.replace("_bestModel.tar", "_last.tar"))
     metrics = open_metrics(folders.results_dir / "logs" / best.stem, folders.tensorboard)
     table = name.table(folders.results_dir, stage)
-    return RunFiles(stage, name, folders, config, best, last, table, metrics, bool(n_epoch), bool(n_epoch))
+    return RunFiles(stage, name, folders, config, best, last, table, metrics, writes, writes)
 
 
 def alignment_files(name: RunName, variant: str, folders: Folders, config: dict[str, Any]) -> RunFiles:

@@ -5,12 +5,12 @@ import statistics
 
 import pytest
 import torch
+from methods.confusion import confusion_matrix, confusion_record, count_predictions
 
 from data.episodes import Episodes, class_major_labels, sample_episodes
 from engine.generators import make_generator
 from engine.precision import Precision
 from methods import evaluation
-from methods.confusion import confusion_matrix, confusion_record, count_predictions
 from methods.evaluation import EpisodeScores, accuracy_per_class, evaluate_heads, mean_and_ci95, score_queries
 from methods.novel_finetune import fit_heads
 from models import HEADS, build_head
