@@ -18,6 +18,7 @@ from engine.run import start_run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting, align_episode
 from methods.features import FeatureCache, blocks_to_update
+from methods.related_base import exceeding_notes
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
 from persistence.checkpoints import check_base_classes, load_backbone
 from persistence.files import LENGTH_FLAGS, Folders, RunName, alignment_files
@@ -52,10 +53,9 @@ def main() -> None:
     blocks = blocks_to_update(backbone.to(run.device, memory_format=torch.channels_last), args.align_blocks)
     cache = FeatureCache(args.cache_dir, run)
     base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
-    setting, per_class = from_flags(AlignmentSetting, args), len(base.class_names) // args.test_n_way
-    if args.n_B > per_class:
-        exceeding = f"{args.test_n_way} ways x n_B {args.n_B} exceed the {len(base.class_names)} base classes"
-        print(f"note: {exceeding}: {per_class} related base classes a novel class")
+    setting = from_flags(AlignmentSetting, args)
+    for note in exceeding_notes(args.test_n_way, args.n_B, len(base.class_names)):
+        print(f"note: {note}")
 
     # Every episode: fit a head, find the related base classes, align. A rank takes consecutive ones.
     images = {"base images": base.fingerprint, "novel images": novel.fingerprint}

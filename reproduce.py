@@ -12,9 +12,9 @@ import os
 import shlex
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from args_parser import COUNT, STAGES, args_parser, backbone_name, number, shared_flags
 from engine.errors import OneLineParser, UserError
@@ -49,20 +49,6 @@ TAKEN = {
     "--resume": "it is what every row does",
     "--overwrite": "give another --results_dir, or run the commands of --dry_run by themselves",
 }
-# Seconds at laptop scale, at 1 shot and at 5, of an epoch of training and of a 5-way episode of alignment: measured on
-# one thread of a busy machine, or scaled up from 1 shot, so that 2 CPU cores should rather take less.
-LAPTOP_SECONDS = {
-    "transfer": (10.0, 11.0),
-    "ProtoNet": (7.0, 9.0),
-    "MatchingNet": (9.0, 12.0),
-    "RelationNet": (10.0, 13.0),
-    "RelationNet_softmax": (10.0, 13.0),
-    "none": (1.0, 1.5),
-    "naive": (5.0, 9.0),
-    "centroid": (9.0, 14.0),
-    "adversarial": (12.0, 18.0),
-}
-START_SECONDS = 15.0  # of any row: imports, data, the test on the novel classes
 
 
 def parse(argv: Sequence[str]) -> tuple[Namespace, dict[str, list[str]]]:
@@ -119,6 +105,11 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, dict[str, list[str]]]:
     args.results_dir = args.results_dir or Path("results/laptop" if laptop else "results")
     args.checkpoint_dir = args.checkpoint_dir or args.results_dir / "models"
 
+    return args, passed_on(parser, others)
+
+
+def passed_on(parser: OneLineParser, others: Sequence[str]) -> dict[str, list[str]]:
+    """The flags of the stages among the words of a command line, by name, each with its values."""
     passed: dict[str, list[str]] = {}
     for text in others:
         if text.startswith("--"):
@@ -134,7 +125,7 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, dict[str, list[str]]]:
             parser.error(f"argument {flag}: {TAKEN[flag]}")
         if flag not in known:
             parser.error(f"unrecognized argument: {flag} is no flag here or of any stage")
-    return args, passed
+    return passed
 
 
 def flags_of(stage: str) -> set[str]:
@@ -154,18 +145,6 @@ def stage_flags(args: Namespace, passed: dict[str, list[str]]) -> dict[str, list
         chosen = SCALES[args.scale][stage] | folders | {f: values for f, values in passed.items() if f in known}
         flags[stage] = [text for flag, values in chosen.items() for text in (flag, *values)]
     return flags
-
-
-def laptop_minutes(rows: Sequence[Row], configs: Sequence[Mapping[str, Any]]) -> float:
-    """About how long these rows take on 2 CPU cores at the laptop's image size."""
-    seconds = 0.0
-    for row, config in zip(rows, configs, strict=True):
-        if row.stage == "alignment":
-            units, what = config["testing_epochs"] * config["n_episodes"] * row.n_way / 5, config["alignment"]
-        else:
-            units, what = config["n_epoch"], row.method if row.stage == "meta" else "transfer"
-        seconds += START_SECONDS + units * LAPTOP_SECONDS[what][row.n_shot > 1]
-    return seconds / 60
 
 
 def stop(status: int, row: Row, command: str) -> NoReturn:
@@ -195,10 +174,8 @@ def main() -> None:
     summary = args.summary_dir / f"reproduce_{args.table}_{'_to_'.join(dict.fromkeys([args.dataset, novel]))}"
     about = {"table": args.table, "dataset": args.dataset, "novel_dataset": novel, "scale": args.scale}
     about["command"] = shlex.join(["python", "reproduce.py", *sys.argv[1:]])
-    todo = [(row, config) for row, config in zip(rows, configs, strict=True) if not finished(row, config)]
-    minutes = laptop_minutes([row for row, _ in todo], [config for _, config in todo])
-    about_time = f", about {minutes:.0f} minutes on 2 CPU cores" if args.scale == "laptop" and todo else ""
-    print(f"{len(todo)} of {len(rows)} rows to run{about_time}", flush=True)
+    todo = [row for row, config in zip(rows, configs, strict=True) if not finished(row, config)]
+    print(f"{len(todo)} of {len(rows)} rows to run", flush=True)
     text = ""
     try:
         for i, (row, config, command) in enumerate(zip(rows, configs, commands, strict=True), 1):

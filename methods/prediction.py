@@ -17,6 +17,7 @@ from data.episodes import Task
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
 from methods.features import FeatureCache, UpdatedBlocks, image_source
+from methods.related_base import empty_notes, exceeding_notes
 from models.backbone import Backbone
 from models.heads import unit
 
@@ -106,16 +107,8 @@ def alignment_notes(
     episode: AlignedEpisode, setting: AlignmentSetting, class_names: list[str], n_base_class: int
 ) -> list[str]:
     """What a user should know of the related base images that alignment had."""
-    notes = []
-    per_class = n_base_class // len(class_names)
-    if setting.related.n_B > per_class:
-        notes.append(
-            f"{len(class_names)} classes x n_B {setting.related.n_B} exceed the {n_base_class} base classes: "
-            f"{per_class} related base classes a class"
-        )
-    empty = [name for name, samples in zip(class_names, episode.related.samples, strict=True) if not len(samples)]
-    if empty:
-        notes.append(f"no base image is predicted as {', '.join(map(repr, empty))}: aligned with nothing")
+    notes = exceeding_notes(len(class_names), setting.related.n_B, n_base_class)
+    notes += empty_notes(episode.related, class_names)
     if 0 < episode.n_drawn < setting.related.aug_size:
         notes.append(
             f"the smallest related set holds fewer than --aug_size {setting.related.aug_size} images: "

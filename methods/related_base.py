@@ -117,3 +117,16 @@ def draw_related(samples: list[Tensor], aug_size: int, generator: Generator) -> 
     filled = [(w, s) for w, s in enumerate(samples) if len(s)]
     picks = [s[torch.randperm(len(s), generator=generator)[:a].to(s.device)] for _, s in filled]
     return torch.cat(picks), torch.tensor([w for w, _ in filled]).repeat_interleave(a)
+
+
+def exceeding_notes(n_way: int, n_B: int, n_base_class: int) -> list[str]:
+    """A line where n_way * n_B exceed the base classes, which are then shared out; else none."""
+    per_class = n_base_class // n_way
+    shared_out = f"{n_way} classes x n_B {n_B} exceed the {n_base_class} base classes: {per_class} related base classes"
+    return [f"{shared_out} a class"] if n_B > per_class else []
+
+
+def empty_notes(related: RelatedBase, class_names: list[str]) -> list[str]:
+    """A line that names the classes (n_way) whose related set is empty, if there are any."""
+    empty = [name for name, samples in zip(class_names, related.samples, strict=True) if not len(samples)]
+    return [f"no base image is predicted as {', '.join(map(repr, empty))}: aligned with nothing"] if empty else []

@@ -17,6 +17,7 @@ from engine.records import write_json
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting
 from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95, share_right
+from methods.related_base import empty_notes
 from persistence.checkpoints import Checkpoint
 from persistence.files import RunFiles
 from persistence.results import accuracy_record, curve_record, paired_difference, percent, run_record
@@ -68,9 +69,9 @@ class AlignedEpisodes:
                 "n_drawn": torch.tensor(episode.n_drawn),
             }
         )
-        for w in torch.nonzero(n_related == 0).flatten().tolist() if self.setting.alignment != "none" else []:
-            name = self.class_names[self.episodes.classes[i, w]]
-            self.notes.append(f"note: episode {i}: no base image is predicted as {name!r}; it is aligned with nothing")
+        names = [self.class_names[c] for c in self.episodes.classes[i].tolist()]
+        notes = empty_notes(episode.related, names) if self.setting.alignment != "none" else []
+        self.notes += [f"note: episode {i}: {note}" for note in notes]
         means = (100 * share_right(torch.stack([row[k] for row in self.rows])).mean() for k in ("finetuned", "aligned"))
         self.bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*means))
         self.bar.update()
