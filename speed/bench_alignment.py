@@ -9,32 +9,24 @@ python -m speed.bench_alignment --precision bf16
 
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data.benchmarks import Split
-from data.episodes import Episodes, class_major_labels, sample_episodes
+from data.episodes import EpisodeShape, Task, sample_episodes
 from data.transforms import normalise
 from engine.generators import make_generator
 from engine.script import run_script
-from methods.alignment import (
-    AlignedEpisode,
-    AlignmentSetting,
-    align_episode,
-    draw_related,
-    network_input,
-    related_base_of_head,
-)
-from methods.evaluation import cached_features, score_queries
-from methods.novel_finetune import fit_heads
-from models import build_head
+from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
+from methods.evaluation import count_predictions, share_right
+from methods.features import FeatureCache, Source, UpdatedBlocks, blocks_to_update
+from methods.novel_finetune import HeadFit, fit_heads
+from methods.related_base import RelatedSetting, draw_related, related_base_of_head
 from models.backbone import Backbone
+from models.heads import Head
 from speed import reference_loops as plain
 from speed.common import (
-    CPU,
     Bench,
     Measured,
     Setting,
@@ -57,72 +49,62 @@ CHECKED_ITERATIONS = 2
 
 def algorithm(setting: Setting, iterations: int) -> AlignmentSetting:
     """The published numbers; fewer related images at tiny scale."""
-    return AlignmentSetting(
-        alignment="centroid", method="arcMax", ft_s=5.0, ft_m=0.001, ft_n_epoch=200, ft_lr=1e-3, align_s=15.0,
-        align_m=0.001, align_iters=iterations, align_lr=1e-3, related_lr=1e-3, support_lr=1e-3, align_bn="train",
-        n_B=1 if setting.tiny else 10, aug_size=4 if setting.tiny else 50, related_score="vote", record_curve=0,
-        critic_hidden=1, critic_steps=1, critic_lr=1e-3, critic_constraint="clip", critic_clip=0.01,
-        critic_gp_weight=10.0,
-    )  # fmt: skip
+    related = RelatedSetting(n_B=1, aug_size=4) if setting.tiny else RelatedSetting()
+    return AlignmentSetting(fit=HeadFit(ft_m=0.001), related=related, align_iters=iterations)
 
 
 @dataclass(frozen=True)
-class Task:
-    """Both splits with their features, the episode and the backbone."""
+class Episode:
+    """One episode, its task in the novel split, both splits with their features, and the backbone."""
 
-    base: Split
-    novel: Split
-    members: list[Tensor]
-    z_base: Tensor
-    z_novel: Tensor
-    episodes: Episodes
+    base: Source
+    novel: Source
+    task: Task
     backbone: Backbone
+    blocks: UpdatedBlocks
 
 
-def task(setting: Setting) -> Task:
+def episode_of(setting: Setting) -> Episode:
+    """The same on both sides."""
     base, _ = load(setting, "base")
     novel, _ = load(setting, "novel")
     backbone = for_ours(example_backbone(setting, base))
-    z_base, z_novel = (
-        cached_features(backbone, split, setting.folder / "cache", CPU, setting.engine_precision, quiet=True)
-        for split in (base, novel)
-    )
-    n_shot, n_query = (2, 5) if setting.tiny else (5, 50)
-    episodes = sample_episodes(novel, N_WAY, n_shot, n_query, 1, SEED)
-    members = [torch.nonzero(base.labels == b).squeeze(1) for b in range(len(base.class_names))]
-    return Task(base, novel, members, z_base, z_novel, episodes, backbone)
+    blocks = blocks_to_update(backbone, None)
+    cache = FeatureCache(setting.folder / "cache", setting.run)
+    base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
+    shape = EpisodeShape(N_WAY, 2, 5) if setting.tiny else EpisodeShape(N_WAY, 5, 50)
+    return Episode(base_source, novel_source, sample_episodes(novel, shape, 1, SEED).task(0), backbone, blocks)
 
 
-def related_samples(t: Task, algorithm: AlignmentSetting) -> list[Tensor]:
+def new_head(e: Episode, fit: HeadFit) -> Head:
+    """The head that the episode starts with."""
+    return fit.new_head(e.base.features.shape[1], N_WAY, make_generator(SEED, "head", EPISODE))
+
+
+def related_samples(e: Episode, algorithm: AlignmentSetting) -> list[Tensor]:
     """The related base samples of each novel class."""
-    generator = make_generator(SEED, "head", EPISODE)
-    head = build_head("arcMax", t.z_base.shape[1], N_WAY, algorithm.ft_s, algorithm.ft_m, [generator])
-    y = class_major_labels(N_WAY, t.episodes.n_shot)
-    fit_heads(head, t.z_novel[t.episodes.support.flatten()], y, algorithm.ft_n_epoch, algorithm.ft_lr)
-    return related_base_of_head(
-        head, t.z_base, t.base.labels, t.members, algorithm.n_B, algorithm.related_score
-    ).samples
+    fit, head = algorithm.fit, new_head(e, algorithm.fit)
+    fit_heads(head, e.novel.features[e.task.support], e.task.y_support, fit.ft_n_epoch, fit.ft_lr)
+    return related_base_of_head(head, e.base, algorithm.related).samples
 
 
 def reference(setting: Setting) -> dict[str, Measured]:
     """The published episode, its checkpoint a file."""
-    t = task(setting)
+    e = episode_of(setting)
     a = algorithm(setting, ITERATIONS[setting.scale])
-    samples = related_samples(t, a)
-    support, query = t.episodes.support.flatten(), t.episodes.query.flatten()
-    y_support = class_major_labels(N_WAY, t.episodes.n_shot)
-    backbone = plain.conv4(t.backbone)
-    initial = clones(backbone)
-    weight = build_head("arcMax", t.z_base.shape[1], N_WAY, 5.0, 0.001, [make_generator(SEED, "head", EPISODE)]).weight
-    x_support, x_query = (normalise(t.novel.images[index]) for index in (support, query))
+    samples = related_samples(e, a)
+    backbone = plain.conv4(e.backbone)
+    initial, weight = clones(backbone), new_head(e, a.fit).weight
+    z_support, y_support = e.novel.features[e.task.support], e.task.y_support
+    x_support, x_query = (normalise(e.novel.split.images[index]) for index in (e.task.support, e.task.query))
 
     def episode(iterations: int) -> tuple[float, float, list[list[float]], Tensor]:
         """Seconds of what comes once, seconds of the iterations, their losses, the share of right queries."""
 
         def begin() -> tuple[plain.ArcMax, torch.optim.Adam]:
             backbone.load_state_dict(torch.load(checkpoint, weights_only=True))
-            head = plain.ArcMax(weight, a.ft_s, a.ft_m)
-            return head, plain.fit_head(head, t.z_novel[support], y_support, a.ft_n_epoch, a.ft_lr)
+            head = plain.ArcMax(weight, a.fit.ft_s, a.fit.ft_m)
+            return head, plain.fit_head(head, z_support, y_support, a.fit.ft_n_epoch, a.fit.ft_lr)
 
         once, (head, head_optimizer) = timed(begin)
         head.s, head.m = a.align_s, a.align_m
@@ -133,8 +115,8 @@ def reference(setting: Setting) -> dict[str, Measured]:
         def iterate() -> list[list[float]]:
             losses = []
             for _ in range(iterations):
-                picks, y_related = draw_related(samples, a.aug_size, generator)
-                x_related = normalise(t.base.images[picks])
+                picks, y_related = draw_related(samples, a.related.aug_size, generator)
+                x_related = normalise(e.base.split.images[picks])
                 losses.append(
                     plain.align_iteration(
                         backbone, head, align_optimizer, head_optimizer, joint_optimizer, x_support, y_support,
@@ -162,39 +144,32 @@ def reference(setting: Setting) -> dict[str, Measured]:
     return {WORK: Measured(seconds, answer)}
 
 
-def our_episode(setting: Setting, t: Task, initial: dict[str, Tensor], iterations: int) -> AlignedEpisode:
+def our_episode(setting: Setting, e: Episode, iterations: int) -> AlignedEpisode:
     """align_episode as associative_alignment.py calls it."""
-    return align_episode(
-        t.backbone, initial, algorithm(setting, iterations), t.episodes.support.flatten(),
-        class_major_labels(N_WAY, t.episodes.n_shot), t.episodes.query.flatten(), t.z_novel,
-        partial(network_input, t.novel.images, device=CPU), t.z_base, t.base.labels, t.members,
-        partial(network_input, t.base.images, device=CPU), SEED, EPISODE, CPU, setting.engine_precision,
-    )  # fmt: skip
+    return align_episode(e.blocks, e.task, e.novel, e.base, algorithm(setting, iterations), setting.run, EPISODE)
 
 
 def ours(setting: Setting) -> dict[str, Measured]:
     """An episode of one iteration and one of some more: their difference is scaled up."""
-    t = task(setting)
-    initial = {name: value.clone() for name, value in t.backbone.state_dict().items()}
+    e = episode_of(setting)
     n, n_timed = ITERATIONS[setting.scale], TIMED_ITERATIONS[setting.scale]
-    short, _ = timed(lambda: our_episode(setting, t, initial, 1))
-    longer, _ = timed(lambda: our_episode(setting, t, initial, 1 + n_timed))
+    short, _ = timed(lambda: our_episode(setting, e, 1))
+    longer, _ = timed(lambda: our_episode(setting, e, 1 + n_timed))
     seconds = short + (longer - short) * (n - 1) / n_timed
-    aligned = our_episode(setting, t, initial, CHECKED_ITERATIONS)
+    aligned = our_episode(setting, e, CHECKED_ITERATIONS)
     answer = {
         "losses": torch.tensor(aligned.losses),
-        "accuracy": score_queries(aligned.aligned, N_WAY),
-        "update": difference(t.backbone, initial),
+        "accuracy": share_right(count_predictions(aligned.aligned, N_WAY)),
+        "update": difference(e.backbone, e.blocks.initial),
     }
     return {WORK: Measured(seconds, answer, f"both timed on {n_timed} iterations")}
 
 
 def flops(setting: Setting) -> dict[str, float]:
     """Those of two iterations less those of one, times the iterations, and of what comes once."""
-    t = task(setting)
-    initial = {name: value.clone() for name, value in t.backbone.state_dict().items()}
-    one = count_flops(lambda: our_episode(setting, t, initial, 1))
-    two = count_flops(lambda: our_episode(setting, t, initial, 2))
+    e = episode_of(setting)
+    one = count_flops(lambda: our_episode(setting, e, 1))
+    two = count_flops(lambda: our_episode(setting, e, 2))
     return {WORK: one + (two - one) * (ITERATIONS[setting.scale] - 1)}
 
 

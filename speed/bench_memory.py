@@ -12,15 +12,15 @@ import argparse
 import multiprocessing
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from data.benchmarks import load_split
-from data.transforms import Augmentation
-from methods.base_training import training_input
+from data.benchmarks import DataOptions, load_split
+from data.transforms import Augmentation, training_images
 
 N_CLASS, DISTINCT = 50, 500
 
@@ -49,22 +49,21 @@ def memory_mib() -> dict[str, float]:
 
 def cache(root: str, cache_dir: str) -> dict[str, float]:
     """Decode and cache the split; memory afterwards."""
-    load_split(Path(root).parent, Path(root).name, "base", 84, Path(cache_dir), num_workers=2, quiet=True)
+    load_split(DataOptions(Path(root).parent, 84, Path(cache_dir)), Path(root).name, "base")
     return memory_mib()
 
 
 def read(root: str, cache_dir: str) -> dict[str, float]:
     """Draw 200 shuffled and augmented training batches from the cached split; memory afterwards."""
-    split = load_split(Path(root).parent, Path(root).name, "base", 84, Path(cache_dir), quiet=True)
+    split = load_split(DataOptions(Path(root).parent, 84, Path(cache_dir)), Path(root).name, "base")
     generator = torch.Generator().manual_seed(0)
-    assert split.train_images is not None
+    images = training_images(split, Augmentation(), torch.device("cpu"))
     for _ in range(200):
-        index = torch.randint(len(split.labels), (64,), generator=generator)
-        training_input(split.train_images, split.train_sizes, index, 84, Augmentation(), generator, torch.device("cpu"))
+        images.batch(torch.randint(len(split.labels), (64,), generator=generator), generator)
     return memory_mib()
 
 
-def in_child(function, *arguments) -> dict[str, float]:
+def in_child(function: Callable[..., dict[str, float]], *arguments: str) -> dict[str, float]:
     """Run a measurement in a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)

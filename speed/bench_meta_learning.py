@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from data.benchmarks import Split
-from data.episodes import Episodes, class_major_labels, sample_episodes
-from data.transforms import Augmentation
+from data.episodes import Episodes, EpisodeShape, class_major_labels, sample_episodes
+from data.transforms import Augmentation, training_images
 from engine.generators import make_generator, seeded
 from engine.script import run_script
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
-from methods.evaluation import embed
-from methods.meta_learners import META_LEARNERS, MetaLearner, build_meta_learner
+from methods.features import embed
+from methods.meta_learner import MetaLearner
+from methods.meta_learners import META_LEARNERS, build_meta_learner, uses_maps
+from models import Model
 from models.backbone import Backbone
 from speed import reference_loops as plain
 from speed.common import (
-    CPU,
     Bench,
     Measured,
     Setting,
@@ -38,7 +39,7 @@ from speed.common import (
     timed,
 )
 
-N_EPISODES, SEED = 100, 0
+N_EPISODES, SEED, LR = 100, 0, 1e-3
 AUGMENTATION = Augmentation()
 TIMED_TRAINING = {"tiny": 1, "full": 4}
 TIMED_EVALUATION = {"tiny": 2, "full": 2}
@@ -53,7 +54,7 @@ def evaluation(method: str) -> str:
 
 
 @dataclass(frozen=True)
-class Task:
+class Work:
     """The splits, their episodes and the model of one method."""
 
     base: Split
@@ -66,21 +67,21 @@ class Task:
     learner: MetaLearner
 
 
-def task(setting: Setting, method: str) -> Task:
+def work_of(setting: Setting, method: str) -> Work:
     base, base_paths = load(setting, "base")
     novel, novel_paths = load(setting, "novel")
     n_shot, n_train_query, n_query = (2, 3, 4) if setting.tiny else (5, 16, 50)
     n_evaluated = TIMED_EVALUATION["tiny"] if setting.tiny else N_EPISODES
-    backbone = example_backbone(setting, base, relation=method.startswith("RelationNet"))
+    backbone = example_backbone(setting, base, relation=uses_maps(method))
     with seeded(SEED, "meta-learner"):
         learner = build_meta_learner(method, backbone)
-    return Task(
+    return Work(
         base,
         base_paths,
         novel,
         novel_paths,
-        sample_episodes(base, 5, n_shot, n_train_query, TIMED_TRAINING[setting.scale], SEED),
-        sample_episodes(novel, 5, n_shot, n_query, n_evaluated, SEED),
+        sample_episodes(base, EpisodeShape(5, n_shot, n_train_query), TIMED_TRAINING[setting.scale], SEED),
+        sample_episodes(novel, EpisodeShape(5, n_shot, n_query), n_evaluated, SEED),
         backbone,
         learner,
     )
@@ -93,10 +94,10 @@ def embedded(backbone: nn.Module, learner: MetaLearner, x: Tensor, index: Tensor
 
 
 def reference_training(
-    setting: Setting, t: Task, backbone: nn.Module, learner: MetaLearner, augmentation: Augmentation | None
+    setting: Setting, t: Work, backbone: nn.Module, learner: MetaLearner, augmentation: Augmentation | None
 ) -> float:
     """A step an episode, all its images from their files; the mean loss. The draws are those of train_one_epoch."""
-    optimizer = torch.optim.Adam([*backbone.parameters(), *learner.parameters()], lr=1e-3)
+    optimizer = torch.optim.Adam([*backbone.parameters(), *learner.parameters()], lr=LR)
     y_query = class_major_labels(5, t.train_episodes.query.shape[2])
     backbone.train()
     learner.train()
@@ -119,7 +120,7 @@ def reference_training(
 
 
 @torch.no_grad()
-def reference_evaluation(setting: Setting, t: Task, backbone: nn.Module, learner: MetaLearner) -> Tensor:
+def reference_evaluation(setting: Setting, t: Work, backbone: nn.Module, learner: MetaLearner) -> Tensor:
     """Accuracy of the first episodes, one after another."""
     backbone.eval()
     learner.eval()
@@ -135,7 +136,7 @@ def reference(setting: Setting) -> dict[str, Measured]:
     """Training and evaluation of each method."""
     measured: dict[str, Measured] = {}
     for method in META_LEARNERS:
-        t = task(setting, method)
+        t = work_of(setting, method)
         backbone, learner = plain.conv4(t.backbone), copy.deepcopy(t.learner)
         evaluate_seconds, accuracy = timed(lambda: reference_evaluation(setting, t, backbone, learner))  # noqa: B023
         train_seconds, loss = timed(lambda: reference_training(setting, t, backbone, learner, AUGMENTATION))  # noqa: B023
@@ -172,29 +173,24 @@ def rows(
     }
 
 
-def our_training(setting: Setting, t: Task, augmentation: Augmentation | None) -> float:
+def our_training(setting: Setting, t: Work, augmentation: Augmentation | None) -> float:
     """train_one_epoch as metaLearning.py calls it."""
-    optimizer = torch.optim.Adam([*t.backbone.parameters(), *t.learner.parameters()], lr=1e-3)
-    images = t.base.train_images if augmentation else t.base.images
-    assert images is not None
-    loss, _ = train_one_epoch(
-        t.backbone, t.learner, optimizer, images, t.base.train_sizes, t.train_episodes, setting.img_size,
-        augmentation, 0, SEED, CPU, setting.engine_precision, quiet=True,
-    )  # fmt: skip
+    images = training_images(t.base, augmentation, setting.run.device)
+    loss, _ = train_one_epoch(Model(t.backbone, t.learner, LR), images, t.train_episodes, 0, setting.run)
     return loss
 
 
-def our_evaluation(setting: Setting, t: Task) -> Tensor:
+def our_evaluation(setting: Setting, t: Work) -> Tensor:
     """Accuracy of all episodes, from the images."""
-    z_novel = embed(t.backbone, t.novel.images, CPU, setting.engine_precision, maps=t.learner.uses_maps)
-    return evaluate_meta_learner(t.learner, z_novel, t.novel_episodes).accuracy
+    z_novel = embed(t.backbone, t.novel.images, setting.run, maps=t.learner.uses_maps)
+    return evaluate_meta_learner(t.learner, z_novel, t.novel_episodes, setting.run).accuracy
 
 
 def ours(setting: Setting) -> dict[str, Measured]:
     """Training and evaluation of each method."""
     measured: dict[str, Measured] = {}
     for method in META_LEARNERS:
-        t = task(setting, method)
+        t = work_of(setting, method)
         for_ours(t.backbone)
         before, learner_before = clones(t.backbone), clones(t.learner)
         evaluate_seconds, accuracy = timed(lambda: our_evaluation(setting, t))  # noqa: B023
@@ -214,14 +210,14 @@ def flops(setting: Setting) -> dict[str, float]:
     """One training episode, and one episode of evaluation plus the embedding of one image, scaled up."""
     counted: dict[str, float] = {}
     for method in META_LEARNERS:
-        t = task(setting, method)
+        t = work_of(setting, method)
         for_ours(t.backbone)
         per_image = count_flops(
-            lambda: embed(t.backbone, t.novel.images[:1], CPU, setting.engine_precision)  # noqa: B023
+            lambda: embed(t.backbone, t.novel.images[:1], setting.run)  # noqa: B023
         )
-        z = embed(t.backbone, t.novel.images[:64], CPU, setting.engine_precision, maps=t.learner.uses_maps)
+        z = embed(t.backbone, t.novel.images[:64], setting.run, maps=t.learner.uses_maps)
         some = Episodes(t.novel_episodes.index[:1] % len(z), t.novel_episodes.classes[:1], t.novel_episodes.n_shot)
-        per_episode = count_flops(lambda: evaluate_meta_learner(t.learner, z, some))  # noqa: B023
+        per_episode = count_flops(lambda: evaluate_meta_learner(t.learner, z, some, setting.run))  # noqa: B023
         counted[evaluation(method)] = per_image * len(t.novel.labels) + per_episode * len(t.novel_episodes)
         trained = count_flops(lambda: our_training(setting, t, AUGMENTATION))  # noqa: B023
         counted[training(method)] = trained * N_EPISODES / TIMED_TRAINING[setting.scale]

@@ -12,51 +12,47 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.benchmarks import Split
-from data.episodes import class_major_labels, sample_episodes
+from data.episodes import EpisodeShape, sample_episodes
 from engine.generators import make_generator
 from engine.script import run_script
-from methods.alignment import related_base_of_head
-from methods.evaluation import cached_features, embed
-from methods.novel_finetune import fit_heads
-from models import build_head
+from methods.features import FeatureCache, Source, blocks_to_update, embed
+from methods.novel_finetune import HeadFit, fit_heads
+from methods.related_base import RelatedSetting, related_base_of_head
 from models.backbone import Backbone
-from models.heads import arcMax
+from models.heads import Head
 from speed import reference_loops as plain
-from speed.common import CPU, Bench, Measured, Setting, count_flops, example_backbone, for_ours, load, run, timed
+from speed.common import Bench, Measured, Setting, count_flops, example_backbone, for_ours, load, run, timed
 
 WORK = "related base detection of an episode"
 N_WAY, N_SHOT = 5, 2
+FIT = HeadFit(ft_m=0.001)
 N_B = {"tiny": 1, "full": 10}
 TIMED_CLASSES = {"tiny": 5, "full": 3}
 
 
 @dataclass(frozen=True)
-class Task:
+class Work:
     """The base split, its features and a head fitted on an episode of the novel split."""
 
-    base: Split
+    base: Source
     paths: list[Path]
-    members: list[Tensor]
-    z_base: Tensor
     backbone: Backbone
-    head: arcMax
+    head: Head
 
 
-def task(setting: Setting) -> Task:
+def work(setting: Setting) -> Work:
     """The features come from a cache on disk: all repeats find the same ones."""
     base, paths = load(setting, "base")
     novel, _ = load(setting, "novel")
     backbone = for_ours(example_backbone(setting, base))
-    precision = setting.engine_precision
-    z_base = cached_features(backbone, base, setting.folder / "cache", CPU, precision, quiet=True)
-    support = sample_episodes(novel, N_WAY, N_SHOT, 1, 1, seed=0).support.flatten()
-    z_support = embed(backbone, novel.images[support], CPU, precision)
-    head = build_head("arcMax", backbone.feature_dim, N_WAY, 5.0, 0.001, [make_generator(0, "head", 0)])
-    assert isinstance(head, arcMax)
-    fit_heads(head, z_support, class_major_labels(N_WAY, N_SHOT), 200, 1e-3)
-    members = [torch.nonzero(base.labels == b).squeeze(1) for b in range(len(base.class_names))]
-    return Task(base, paths, members, z_base, backbone, head)
+    source = FeatureCache(setting.folder / "cache", setting.run).source(
+        backbone, blocks_to_update(backbone, None), base
+    )
+    task = sample_episodes(novel, EpisodeShape(N_WAY, N_SHOT, 1), 1, seed=0).task(0)
+    head = FIT.new_head(backbone.feature_dim, N_WAY, make_generator(0, "head", 0))
+    z_support = embed(backbone, novel.images[task.support], setting.run)
+    fit_heads(head, z_support, task.y_support, FIT.ft_n_epoch, FIT.ft_lr)
+    return Work(source, paths, backbone, head)
 
 
 def answer(score: Tensor, classes: list[list[int]], kept: Tensor) -> dict[str, Tensor]:
@@ -72,9 +68,10 @@ def timed_classes(setting: Setting, classes: list[list[int]]) -> list[tuple[int,
 
 def reference(setting: Setting) -> dict[str, Measured]:
     """Scores from the cached features, then the images of the chosen classes from their files."""
-    t = task(setting)
-    backbone, head = plain.conv4(t.backbone), plain.ArcMax(t.head.weight, t.head.s, t.head.m)
-    z_of_class = [t.z_base[members] for members in t.members]
+    t = work(setting)
+    backbone, head = plain.conv4(t.backbone), plain.ArcMax(t.head.weight, FIT.ft_s, FIT.ft_m)
+    members = t.base.split.members
+    z_of_class = [t.base.features[index] for index in members]
 
     def choose() -> tuple[Tensor, list[list[int]]]:
         score = plain.related_base_score(head, z_of_class, N_WAY)
@@ -86,10 +83,8 @@ def reference(setting: Setting) -> dict[str, Measured]:
 
     def keep() -> None:
         for w, b in pairs:
-            files = [t.paths[i] for i in t.members[b]]
-            kept[w, t.members[b]] = torch.tensor(
-                plain.keep_predicted(backbone, head, files, w, setting.img_size)
-            ).float()
+            files = [t.paths[i] for i in members[b]]
+            kept[w, members[b]] = torch.tensor(plain.keep_predicted(backbone, head, files, w, setting.img_size)).float()
 
     keep_seconds, _ = timed(keep)
     n_chosen = sum(map(len, classes))
@@ -98,25 +93,21 @@ def reference(setting: Setting) -> dict[str, Measured]:
 
 def ours(setting: Setting) -> dict[str, Measured]:
     """What align_episode calls."""
-    t = task(setting)
+    t = work(setting)
     seconds, related = timed(
-        lambda: related_base_of_head(t.head, t.z_base, t.base.labels, t.members, N_B[setting.scale], "vote"),
+        lambda: related_base_of_head(t.head, t.base, RelatedSetting(N_B[setting.scale])),
         at_least=0.0 if setting.tiny else 1.0,
     )
     kept = torch.zeros(N_WAY, len(t.paths))
     for w, b in timed_classes(setting, related.classes):
         samples = related.samples[w]
-        kept[w, samples[torch.isin(samples, t.members[b])]] = 1.0
+        kept[w, samples[torch.isin(samples, t.base.split.members[b])]] = 1.0
     return {WORK: Measured(seconds, answer(related.score, related.classes, kept))}
 
 
 def flops(setting: Setting) -> dict[str, float]:
-    t = task(setting)
-    return {
-        WORK: count_flops(
-            lambda: related_base_of_head(t.head, t.z_base, t.base.labels, t.members, N_B[setting.scale], "vote")
-        )
-    }
+    t = work(setting)
+    return {WORK: count_flops(lambda: related_base_of_head(t.head, t.base, RelatedSetting(N_B[setting.scale])))}
 
 
 BENCH = Bench(

@@ -5,22 +5,22 @@ The reference is timed on a few episodes and scaled up to all: each costs the sa
 python -m speed.bench_validation --precision bf16
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from data.episodes import Episodes, class_major_labels, sample_episodes
+from data.episodes import Episodes, EpisodeShape, class_major_labels, sample_episodes
 from engine.generators import make_generator
 from engine.script import run_script
-from methods.evaluation import embed, evaluate_heads
-from methods.novel_finetune import fit_heads
-from models import build_head
+from methods.evaluation import evaluate_heads
+from methods.features import embed
+from methods.novel_finetune import HeadFit, fit_heads
 from speed import reference_loops as plain
-from speed.common import CPU, Bench, Measured, Setting, count_flops, example_backbone, for_ours, load, run, timed
+from speed.common import Bench, Measured, Setting, count_flops, example_backbone, for_ours, load, run, timed
 
 VALIDATION, FITTING = "validation: 400 episodes of 5-way 5-shot", "fitting the heads of 400 episodes"
-S, M, LR, SEED = 5.0, 0.01, 1e-3, 0
+SEED = 0
 HEADS_CHECKED = 2
 
 
@@ -36,6 +36,8 @@ class Sizes:
     timed_heads: int
 
 
+# The head, and Adam's steps on it, are the protocol's.
+FIT = HeadFit()
 SIZES = {"tiny": Sizes(2, 5, 4, 20, 4, 4), "full": Sizes(5, 50, 400, 200, 4, 20)}
 
 
@@ -48,7 +50,7 @@ def toy_features(episodes: Episodes, labels: Tensor, d: int) -> Tensor:
 
 def initial_weight(d: int, n_way: int, episode: int) -> Tensor:
     """The head that evaluate_heads starts episode `episode` with."""
-    return build_head("arcMax", d, n_way, S, M, [make_generator(SEED, "head", episode)]).weight
+    return FIT.new_head(d, n_way, make_generator(SEED, "head", episode)).weight
 
 
 def reference(setting: Setting) -> dict[str, Measured]:
@@ -56,19 +58,19 @@ def reference(setting: Setting) -> dict[str, Measured]:
     size = SIZES[setting.scale]
     val, paths = load(setting, "val")
     base, _ = load(setting, "base")
-    episodes = sample_episodes(val, 5, size.n_shot, size.n_query, size.n_episodes, SEED)
+    episodes = sample_episodes(val, EpisodeShape(5, size.n_shot, size.n_query), size.n_episodes, SEED)
     ours = example_backbone(setting, base)
     backbone, d = plain.conv4(ours), ours.feature_dim
 
     def head(i: int) -> plain.ArcMax:
-        return plain.ArcMax(initial_weight(d, 5, i), S, M)
+        return plain.ArcMax(initial_weight(d, 5, i), FIT.ft_s, FIT.ft_m)
 
     def validate() -> Tensor:
         scores = []
         for i in range(size.timed_episodes):
             files = [[paths[j] for j in row] for row in episodes.index[i].tolist()]
             scores.append(
-                plain.validate_episode(backbone, head(i), files, size.n_shot, setting.img_size, size.n_steps, LR)
+                plain.validate_episode(backbone, head(i), files, size.n_shot, setting.img_size, size.n_steps, FIT.ft_lr)
             )
         return torch.stack(scores)
 
@@ -79,7 +81,7 @@ def reference(setting: Setting) -> dict[str, Measured]:
         scores = []
         for i in range(size.timed_heads):
             fitted = head(i)
-            plain.fit_head(fitted, features[episodes.support[i].flatten()], y, size.n_steps, LR)
+            plain.fit_head(fitted, features[episodes.support[i].flatten()], y, size.n_steps, FIT.ft_lr)
             with torch.no_grad():
                 scores.append(plain.share_right(fitted(features[episodes.query[i].flatten()]), 5))
         return torch.stack(scores)
@@ -89,7 +91,7 @@ def reference(setting: Setting) -> dict[str, Measured]:
     weights = []
     for i in range(HEADS_CHECKED):
         fitted = head(i)
-        plain.fit_head(fitted, features[episodes.support[i].flatten()], y, size.n_steps, LR)
+        plain.fit_head(fitted, features[episodes.support[i].flatten()], y, size.n_steps, FIT.ft_lr)
         weights.append(fitted.weight.detach() - initial_weight(d, 5, i).detach())
     return {
         VALIDATION: Measured(seconds * size.n_episodes / size.timed_episodes, {"accuracy": shares.mean(1)}),
@@ -105,23 +107,23 @@ def ours(setting: Setting) -> dict[str, Measured]:
     size = SIZES[setting.scale]
     val, _ = load(setting, "val")
     base, _ = load(setting, "base")
-    episodes = sample_episodes(val, 5, size.n_shot, size.n_query, size.n_episodes, SEED)
+    episodes = sample_episodes(val, EpisodeShape(5, size.n_shot, size.n_query), size.n_episodes, SEED)
     backbone = for_ours(example_backbone(setting, base))
     d = backbone.feature_dim
 
     def score(features: Tensor) -> Tensor:
-        return evaluate_heads(features, episodes, "arcMax", S, M, size.n_steps, LR, SEED).accuracy
+        return evaluate_heads(features, episodes, replace(FIT, ft_n_epoch=size.n_steps), setting.run).accuracy
 
     features = toy_features(episodes, val.labels, d)
     fit_seconds, fit_accuracy = timed(lambda: score(features))
-    embed_seconds, z_val = timed(lambda: embed(backbone, val.images, CPU, setting.engine_precision))
+    embed_seconds, z_val = timed(lambda: embed(backbone, val.images, setting.run))
     score_seconds, accuracy = timed(lambda: score(z_val))
 
     generators = [make_generator(SEED, "head", i) for i in range(HEADS_CHECKED)]
-    heads = build_head("arcMax", d, 5, S, M, generators, batched=True)
+    heads = FIT.new_head(d, 5, generators)
     before = heads.weight.detach().clone()
     support = features[episodes.support[:HEADS_CHECKED].flatten(1)]
-    fit_heads(heads, support, class_major_labels(5, size.n_shot).expand(HEADS_CHECKED, -1), size.n_steps, LR)
+    fit_heads(heads, support, class_major_labels(5, size.n_shot).expand(HEADS_CHECKED, -1), size.n_steps, FIT.ft_lr)
     return {
         VALIDATION: Measured(
             embed_seconds + score_seconds,
@@ -140,12 +142,12 @@ def flops(setting: Setting) -> dict[str, float]:
     size = SIZES[setting.scale]
     val, _ = load(setting, "val")
     base, _ = load(setting, "base")
-    episodes = sample_episodes(val, 5, size.n_shot, size.n_query, 1, SEED)
+    episodes = sample_episodes(val, EpisodeShape(5, size.n_shot, size.n_query), 1, SEED)
     backbone = for_ours(example_backbone(setting, base))
     features = toy_features(episodes, val.labels, backbone.feature_dim)
-    embedding = count_flops(lambda: embed(backbone, val.images[:1], CPU, setting.engine_precision)) * len(val.labels)
+    embedding = count_flops(lambda: embed(backbone, val.images[:1], setting.run)) * len(val.labels)
     fitting = size.n_episodes * count_flops(
-        lambda: evaluate_heads(features, episodes, "arcMax", S, M, size.n_steps, LR, SEED)
+        lambda: evaluate_heads(features, episodes, replace(FIT, ft_n_epoch=size.n_steps), setting.run)
     )
     return {VALIDATION: embedding + fitting, FITTING: fitting}
 

@@ -24,18 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.benchmarks import Split, load_split
+from data.benchmarks import DataOptions, Split, load_split
 from data.glyphs import render_glyphs
 from data.transforms import normalise
 from engine.errors import UserError
 from engine.files import load_tensors, save_atomically
 from engine.precision import Precision
 from engine.records import provenance, write_json
-from engine.run import keep_memory
+from engine.run import Run, keep_memory
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone
 
-CPU = torch.device("cpu")
 SIDES = ("reference", "ours", "limit")
 T = TypeVar("T")
 
@@ -59,9 +58,9 @@ class Setting:
         return 32 if self.tiny else 84
 
     @property
-    def engine_precision(self) -> Precision:
+    def run(self) -> Run:
         """Of our path; the reference is in float32, as published."""
-        return Precision(self.precision, "cpu")
+        return Run(precision=Precision(self.precision))
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,7 @@ def dataset(setting: Setting) -> Path:
 def load(setting: Setting, split: str) -> tuple[Split, list[Path]]:
     """A split as the scripts load it, decoded once, and the files of its images, which the reference decodes."""
     root = dataset(setting)
-    loaded = load_split(
-        root.parent, root.name, split, setting.img_size, setting.folder / "cache", num_workers=2, quiet=True
-    )
+    loaded = load_split(DataOptions(root.parent, setting.img_size, setting.folder / "cache"), root.name, split)
     return loaded, [root / split / name for name in loaded.image_names]
 
 
@@ -360,7 +357,7 @@ def run(benches: list[Bench], prog: str, description: str | None) -> None:
             rows += measure(bench, setting, args.repeats)
         except AssertionError as error:
             wrong.append(str(error))
-        write_json(args.output, record | {"rows": rows} | provenance(vars(args) | {"seed": 0}, CPU))
+        write_json(args.output, record | {"rows": rows} | provenance(vars(args), Run()))
     print(markdown(rows))
     print(f"\n{args.precision}, {record['threads']} threads, median of {args.repeats}; {args.output}")
     if wrong:

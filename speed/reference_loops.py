@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation, draw_crops
 from methods.matchingnet import MatchingNet
-from methods.meta_learners import MetaLearner
+from methods.meta_learner import MetaLearner
 from methods.relationnet import RelationNet
 from models.backbone import Backbone
 

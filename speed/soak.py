@@ -9,21 +9,22 @@ Prints the memory of the process over time and, of its second half, the slope: w
 import argparse
 import os
 from collections.abc import Iterator
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from args_parser import args_parser
 from data.benchmarks import Split
-from data.episodes import class_major_labels, sample_episodes
-from data.transforms import Augmentation
-from engine.run import start
-from methods.alignment import AlignmentSetting, align_episode, network_input
+from data.episodes import EpisodeShape, class_major_labels, sample_episodes
+from data.transforms import Augmentation, training_images
+from engine.run import Run, keep_memory
+from methods.adversarial_alignment import CriticSetting
+from methods.alignment import AlignmentSetting, align_episode
 from methods.base_training import train_one_epoch
-from methods.evaluation import embed, evaluate_heads
-from models import build_head
+from methods.evaluation import evaluate_heads
+from methods.features import blocks_to_update, embed, image_source
+from methods.novel_finetune import HeadFit
+from methods.related_base import RelatedSetting
+from models import Model, build_head
 from persistence.checkpoints import create_backbone
 
 SIDE = 16  # pixels
@@ -56,40 +57,35 @@ def random_split(name: str, n_class: int, n_each: int, seed: int) -> Split:
 
 def soak_alignment(n_episodes: int) -> Iterator[float]:
     """Run alignment episodes; yields the memory after each."""
-    device, precision = start("cpu", "fp32", no_keep_memory=False)
-    base, novel = random_split("base", 20, 20, 0), random_split("novel", 8, 10, 1)
+    keep_memory()
+    run, base, novel = Run(), random_split("base", 20, 20, 0), random_split("novel", 8, 10, 1)
     backbone = create_backbone("Conv4", SIDE, seed=0).to(memory_format=torch.channels_last)
-    z_base, z_novel = (embed(backbone, split.images, device, precision) for split in (base, novel))
-    members = [torch.nonzero(base.labels == b).squeeze(1) for b in range(len(base.class_names))]
-    initial_state = {name: value.clone() for name, value in backbone.state_dict().items()}
-    flags = "--ft_n_epoch 20 --align_iters 3 --n_B 3 --aug_size 5 --critic_hidden 32"
+    blocks = blocks_to_update(backbone, None)
+    base_source, novel_source = (image_source(backbone, blocks, split, run) for split in (base, novel))
     for i in range(n_episodes):
-        args = args_parser("alignment", [*flags.split(), "--alignment", ALIGNMENTS[i % len(ALIGNMENTS)]])
-        setting = AlignmentSetting(**{field.name: getattr(args, field.name) for field in fields(AlignmentSetting)})
-        episode = sample_episodes(novel, 5, 1, 4, 1, seed=0, start=i)
-        align_episode(
-            *(backbone, initial_state, setting, episode.support[0].flatten(), class_major_labels(5, 1)),
-            *(episode.query[0].flatten(), z_novel, partial(network_input, novel.images, device=device), z_base),
-            *(base.labels, members, partial(network_input, base.images, device=device), 0, i, device, precision),
+        setting = AlignmentSetting(
+            alignment=ALIGNMENTS[i % len(ALIGNMENTS)],
+            fit=HeadFit(ft_n_epoch=20),
+            related=RelatedSetting(n_B=3, aug_size=5),
+            critic=CriticSetting(critic_hidden=32),
+            align_iters=3,
         )
+        task = sample_episodes(novel, EpisodeShape(5, 1, 4), 1, seed=0, start=i).task(0)
+        align_episode(blocks, task, novel_source, base_source, setting, run, i)
         yield resident_mib()
 
 
 def soak_base_training(n_images: int, n_epoch: int) -> Iterator[float]:
     """Train on n_images with validation after each epoch; yields the memory after each."""
-    device, precision = start("cpu", "fp32", no_keep_memory=False)
-    base, val = random_split("base", 50, n_images // 50, 0), random_split("val", 8, 20, 1)
+    keep_memory()
+    run, base, val = Run(), random_split("base", 50, n_images // 50, 0), random_split("val", 8, 20, 1)
     backbone = create_backbone("Conv4", SIDE, seed=0).to(memory_format=torch.channels_last)
-    head = build_head("arcMax", backbone.feature_dim, 50, 20.0, 0.01, [torch.Generator().manual_seed(0)])
-    optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()])
-    episodes = sample_episodes(val, 5, 1, 5, 20, seed=0)
-    assert base.train_images is not None
+    head = build_head("arcMax", backbone.feature_dim, 50, 20.0, 0.01, torch.Generator().manual_seed(0))
+    model, images = Model(backbone, head, lr=1e-3), training_images(base, Augmentation(), run.device)
+    episodes = sample_episodes(val, EpisodeShape(5, 1, 5), 20, seed=0)
     for epoch in range(n_epoch):
-        train_one_epoch(
-            *(backbone, head, optimizer, base.train_images, base.train_sizes, base.labels, SIDE, Augmentation()),
-            *(256, epoch, 0, device, precision, True),
-        )
-        evaluate_heads(embed(backbone, val.images, device, precision), episodes, "arcMax", 5.0, 0.01, 20, 1e-3, 0)
+        train_one_epoch(model, images, 256, epoch, run)
+        evaluate_heads(embed(backbone, val.images, run), episodes, HeadFit(ft_n_epoch=20), run)
         yield resident_mib()
 
 
