@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from args_parser import COUNT, STAGES, args_parser, backbone_name, number, shared_flags
+from args_parser import COUNT, STAGES, WAY, args_parser, backbone_name, stage_parser
 from engine.errors import OneLineParser, UserError
 from engine.records import REPOSITORY
 from engine.script import run_command, run_script, script_command, shown
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, dict[str, list[str]]]:
     parser.add_argument("--shots", type=COUNT, nargs="+", help="default: 1 5; 5 for --table crossdomain and ways")
     parser.add_argument(
         "--ways",
-        type=number(int, 2),
+        type=WAY,
         nargs="+",
         help="default: 5; 5 10 20 for --table ways, the first of which stage 1 is validated at",
     )
@@ -130,9 +130,7 @@ def passed_on(parser: OneLineParser, others: Sequence[str]) -> dict[str, list[st
 
 def flags_of(stage: str) -> set[str]:
     """The names of all flags of a stage."""
-    parser = OneLineParser(add_help=False, parents=[shared_flags()])
-    STAGES[stage][1](parser)
-    return {name for action in parser._actions for name in action.option_strings}
+    return {name for action in stage_parser(stage)._actions for name in action.option_strings}
 
 
 def stage_flags(args: Namespace, passed: dict[str, list[str]]) -> dict[str, list[str]]:

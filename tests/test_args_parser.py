@@ -1,0 +1,212 @@
+"""The flags: published defaults, presets, ranges, what predict.py must be given, and dataclasses filled from flags."""
+
+import re
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from args_parser import STAGES, args_parser, from_flags, stage_parser
+from engine.errors import UserError
+
+NEEDED = {"predict": ["--support", "s", "--query", "q", "--checkpoint", "c"]}  # the flags a stage cannot do without
+
+SHARED = {
+    **{"dataset": "miniImagenet", "novel_dataset": "miniImagenet", "backbone": "Conv4", "img_size": 84},
+    **{"test_n_way": 5, "n_shot": 5, "n_query": 50, "n_episodes": 600, "testing_epochs": 1, "val_episodes": 400},
+    **{"seed": 0, "precision": "fp32", "resume": False, "overwrite": False, "preset": None},
+}
+FITTING = {"ft_n_epoch": 200, "ft_lr": 1e-3, "ft_s": 5.0}
+TRAINING = {"data_aug": True, "no_flip": False, "crop_scale": [0.08, 1.0], "weights": "none", "lr": 1e-3}
+UPDATES = {
+    **{"n_B": 10, "related_score": "vote", "align_iters": 150, "aug_size": 50, "align_bn": "train"},
+    **{"align_blocks": None, "lr": 1e-3, "align_lr": 1e-3, "related_lr": 1e-3, "support_lr": 1e-3},
+    **{"ft_m": 0.001, "align_s": 15.0, "align_m": 0.001, "record_curve": 0},
+    **{"critic_hidden": 1024, "critic_steps": 5, "critic_lr": 1e-3},
+    **{"critic_constraint": "clip", "critic_clip": 0.01, "critic_gp_weight": 10.0},
+}
+PUBLISHED = {
+    "transfer": {
+        **{**SHARED, **FITTING, **TRAINING},
+        **{"method": "arcMax", "n_epoch": 600, "batch_size": 64, "s": 20.0, "m": 0.01, "ft_m": 0.01},
+    },
+    "meta": {
+        **{**SHARED, **FITTING, **TRAINING},
+        **{"method": "ProtoNet", "n_epoch": 400, "episodes_per_epoch": 100, "train_n_way": 5, "train_n_query": 16},
+    },
+    "alignment": {
+        **{**SHARED, **FITTING, **UPDATES},
+        **{"method": "arcMax", "alignment": "centroid", "test_split": "novel", "save_episode": 0},
+    },
+    "predict": {
+        **{**FITTING, **UPDATES},
+        **{"method": "arcMax", "alignment": "none", "backbone": None, "img_size": None},
+    },
+}
+
+
+def parsed(stage: str, *flags: str) -> Namespace:
+    return args_parser(stage, [*NEEDED.get(stage, []), *flags])
+
+
+def values(args: Namespace, *names: str) -> tuple:
+    return tuple(getattr(args, name) for name in names)
+
+
+def refusal(stage: str, *flags: str) -> str:
+    """The line that ends a run with these flags."""
+    with pytest.raises(UserError) as error:
+        args_parser(stage, flags)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_defaults_are_the_published_protocol(stage):
+    found = vars(parsed(stage))
+    assert {name: found[name] for name in PUBLISHED[stage]} == PUBLISHED[stage]
+    assert found["cache_dir"] == Path("fs_benchmarks/.cache")
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ("transfer", {"n_epoch": 30, "n_episodes": 600, "no_flip": True, "crop_scale": [0.3, 1.0]}),
+        ("meta", {"n_epoch": 10, "n_episodes": 600, "episodes_per_epoch": 60, "no_flip": True}),
+        ("alignment", {"n_episodes": 60, "aug_size": 10, "align_iters": 100, "record_curve": 10}),
+    ],
+)
+def test_the_laptop_preset_swaps_defaults_and_flags_on_either_side_win(stage, expected):
+    expected |= {"dataset": "glyphs", "novel_dataset": "glyphs", "img_size": 42, "n_shot": 1, "n_query": 15}
+    found = vars(parsed(stage, "--preset", "laptop"))
+    assert {name: found[name] for name in expected} == expected
+    assert set(found) == set(vars(parsed(stage)))  # none of the flags of another stage
+    args = parsed(stage, "--n_shot", "5", "--preset", "laptop", "--n_episodes", "7")
+    assert values(args, "n_shot", "n_episodes", "n_query") == (5, 7, 15)
+
+
+def test_the_tuned_preset_follows_the_alignment_and_yields_to_flags():
+    names = ("align_blocks", "aug_size", "align_bn", "critic_steps")
+    tuned = ("--align_preset", "tuned")
+    assert values(parsed("alignment", *tuned), *names) == (1, 20, "eval", 5)
+    assert values(parsed("alignment", *tuned, "--alignment", "adversarial"), *names) == (1, 20, "train", 1)
+    assert values(parsed("alignment", *tuned, "--alignment", "naive"), *names) == (1, 20, "train", 5)
+    assert values(parsed("alignment", "--aug_size", "7", *tuned, "--align_bn", "train"), *names) == (1, 7, "train", 5)
+    assert parsed("alignment", "--preset", "laptop", *tuned).aug_size == 20
+    assert values(parsed("predict", *tuned, "--base", "b"), *names) == (1, 20, "eval", 5)  # centroid, from --base
+
+
+def test_an_update_has_the_common_rate_unless_it_is_given_or_adversarial():
+    rates = ("align_lr", "related_lr", "support_lr")
+    assert values(parsed("alignment", "--lr", "0.1", "--related_lr", "0"), *rates) == (0.1, 0, 0.1)
+    adversarial = ("--alignment", "adversarial")
+    assert values(parsed("alignment", *adversarial, "--lr", "0.1"), *rates) == (1e-5, 0.1, 0.1)
+    assert values(parsed("alignment", *adversarial, "--align_lr", "0.2"), *rates) == (0.2, 1e-3, 1e-3)
+
+
+def test_names_follow_from_each_other():
+    assert parsed("meta", "--n_way", "7").train_n_way == parsed("meta", "--train_n_way", "7").train_n_way == 7
+    assert parsed("transfer", "--dataset", "a").novel_dataset == "a"
+    assert parsed("transfer", "--dataset", "a", "--novel_dataset", "b").novel_dataset == "b"
+    assert parsed("transfer", "--backbone", "WideResNet").img_size == 80
+    assert parsed("transfer", "--backbone", "WideResNet", "--img_size", "32").img_size == 32
+
+
+def test_data_aug_is_a_flag_with_or_without_a_value():
+    for value, expected in (([], True), (["yes"], True), (["False"], False), (["0"], False)):
+        assert parsed("meta", "--data_aug", *value).data_aug is expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--n_shot 0", "argument --n_shot: 0 is out of range: expected at least 1"),
+        ("--n_shot 1.5", "argument --n_shot: invalid whole number value: '1.5'"),
+        ("--test_n_way 1", "argument --test_n_way: 1 is out of range: expected at least 2"),
+        ("--img_size 7", "argument --img_size: 7 is out of range: expected at least 8"),
+        ("--seed -1", "argument --seed: -1 is out of range: expected at least 0"),
+        ("--lr 0", "argument --lr: 0 is out of range: expected above 0, at most 1e+30"),
+        ("--lr nan", "argument --lr: nan is out of range: expected above 0"),
+        ("--m inf", "argument --m: inf is out of range: expected at least 0"),
+        ("--lr x", "argument --lr: invalid number value: 'x'"),
+        ("--crop_scale 0 1", "argument --crop_scale: 0 is out of range: expected above 0, at most 1"),
+        ("--crop_scale 0.9 0.2", "argument --crop_scale: 0.9 0.2 is not in order"),
+        ("--data_aug maybe", "argument --data_aug: 'maybe' is neither True nor False"),
+        ("--backbone conv4", "unknown backbone 'conv4': choose Conv4, "),
+        ("--backbone torchvision:", "unknown backbone 'torchvision:'"),
+        ("--method ProtoNet", "argument --method: invalid choice: 'ProtoNet'"),
+        ("--resume --overwrite", "argument --overwrite: not allowed with argument --resume"),
+        ("--n_sho 1", "unrecognized arguments: --n_sho 1"),
+        ("--weights DEFAULT", "argument --weights: it is for torchvision:NAME backbones, not for Conv4"),
+        ("--weights w --backbone torchvision:resnet18 --init_from c", "--init_from brings its own weights"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line(flags, line):
+    refused = refusal("transfer", *flags.split())
+    assert line in refused and refused.endswith("(python transferLearning.py --help explains every flag)")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--query q --checkpoint c", "the following arguments are required: --support"),
+        ("--support s --checkpoint c", "the following arguments are required: --query"),
+        ("--support s --query q", "no trained backbone: give --checkpoint FILE"),
+        ("--support s --query q", "python -m persistence.import_published FILE OUT"),
+        ("--support s --query q --weights DEFAULT", "name the model too, such as --backbone torchvision:resnet18"),
+        ("--support s --query q --weights w --checkpoint c", "--checkpoint brings its own weights"),
+        ("--support s --query q --checkpoint c --alignment naive", "naive takes related images from a benchmark's"),
+    ],
+)
+def test_predict_says_what_is_missing(flags, line):
+    assert line in refusal("predict", *flags.split())
+
+
+def test_predict_aligns_when_there_is_a_base_set():
+    assert parsed("predict").alignment == "none"
+    assert parsed("predict", "--base", "b").alignment == "centroid"
+    assert parsed("predict", "--base", "b", "--alignment", "none").alignment == "none"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_explains_every_flag(stage, capsys):
+    with pytest.raises(SystemExit) as end:
+        args_parser(stage, ["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out.split("\noptions:")[1]  # below the usage, which lists them anyway
+    actions = stage_parser(stage)._actions
+    assert len(actions) > 40
+    for action in actions:
+        for name in action.option_strings:
+            assert re.search(rf"(^  |, ){name}\b", printed, re.MULTILINE), name
+        assert action.help, action.dest
+
+
+@dataclass(frozen=True)
+class Fit:
+    method: str
+    ft_lr: float
+
+
+@dataclass(frozen=True)
+class Crop:
+    crop_scale: tuple[float, float]
+    fit: Fit
+    n_epoch: int = -1
+    of_no_flag: str = "kept"
+    also_of_no_flag: list[int] = field(default_factory=list)
+
+
+def test_from_flags_fills_a_dataclass_and_those_in_it():
+    args = parsed("transfer", "--crop_scale", "0.5", "0.75", "--ft_lr", "0.25", "--method", "cosMax")
+    assert from_flags(Crop, args) == Crop((0.5, 0.75), Fit("cosMax", 0.25), n_epoch=600)
+    assert isinstance(from_flags(Crop, args).crop_scale, tuple)
+    assert from_flags(Fit, args) == Fit("cosMax", 0.25)
+
+
+def test_from_flags_leaves_other_lists_and_names_a_field_that_it_cannot_fill():
+    args = Namespace(crop_scale=[0.1, 0.2], also_of_no_flag=[3], method="softMax", ft_lr=1.0)
+    assert from_flags(Crop, args).also_of_no_flag == [3]
+    with pytest.raises(TypeError, match="ft_lr"):
+        from_flags(Fit, Namespace(method="softMax"))
