@@ -32,6 +32,8 @@ from tqdm import tqdm
 from engine.errors import UserError
 
 T = TypeVar("T")
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 # Larger than any photograph; a file that claims more pixels is a decompression bomb.
 MAX_PIXELS = 178_956_970
 # Images of one common size are kept as they are up to this many pixels each.

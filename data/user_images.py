@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.benchmarks import IMAGE_SUFFIXES, list_folder
-from data.image_cache import chunks, eval_view, open_rgb
+from data.benchmarks import list_folder
+from data.image_cache import IMAGE_SUFFIXES, chunks, eval_view, open_rgb
 from engine.errors import UserError
 
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}

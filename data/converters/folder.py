@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from data.benchmarks import IMAGE_SUFFIXES
 from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
+from data.image_cache import IMAGE_SUFFIXES
 from engine.errors import UserError
 
 
