@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.converters.converter import SPLIT_FILES, SPLITS
 from data.converters.safe_pickle import load_pickle
 from data.image_cache import open_rgb
-from data.prepare import SPLIT_FILES, main
+from data.prepare import main
 from engine.errors import UserError
 
-SPLITS = ("base", "val", "novel")
 RANDOM = np.random.default_rng(0)
 
 
