@@ -22,7 +22,6 @@ from engine.errors import UserError
 
 PER_CLASS = 600
 ARCHIVE = "cifar-100-python.tar.gz"
-FILES = ("train", "test", "meta")
 
 
 @contextmanager
@@ -34,25 +33,23 @@ def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Iterator[Conve
     """
     # torchvision downloads the archive and checks its md5, but reads it with the standard unpickler, and by md5 only
     # the one published archive: so the reading, which must also be safe for archives from elsewhere, is ours.
-    with open_tree(source) as tree:
-        pickles = {name: _load(tree, name) for name in FILES}
-    fine_names = _entry(pickles, "meta", "fine_label_names", source)
-    coarse_names = _entry(pickles, "meta", "coarse_label_names", source)
     coarse_of_fine: dict[str, str] = {}
     images: list[tuple[str, str, Callable[[], NDArray[np.uint8]]]] = []  # class, file, what reads it
-    for part in ("train", "test"):
-        pixels = _entry(pickles, part, "data", source)
-        fine, coarse = (np.asarray(_entry(pickles, part, f"{kind}_labels", source)) for kind in ("fine", "coarse"))
-        if (
-            not isinstance(pixels, StoredArray)
-            or pixels.dtype != np.uint8
-            or not pixels.shape == (len(fine), 3 * 32 * 32) == (len(coarse), 3 * 32 * 32)
-            or fine.max(initial=0) >= len(fine_names)
-            or coarse.max(initial=0) >= len(coarse_names)
-        ):
-            raise UserError(f"'{source}': data, fine_labels and coarse_labels of {part} do not belong together")
-        coarse_of_fine |= {fine_names[i]: coarse_names[j] for i, j in zip(fine, coarse, strict=True)}
-        images += [(fine_names[c], f"{part}_{i:05d}.png", partial(_image, pixels, i)) for i, c in enumerate(fine)]
+    with open_tree(source) as tree:
+        fine_names, coarse_names = _load(tree, "meta", "fine_label_names", "coarse_label_names")
+        for part in ("train", "test"):
+            pixels, *labels = _load(tree, part, "data", "fine_labels", "coarse_labels")
+            fine, coarse = map(np.asarray, labels)
+            if (
+                not isinstance(pixels, StoredArray)
+                or pixels.dtype != np.uint8
+                or not pixels.shape == (len(fine), 3 * 32 * 32) == (len(coarse), 3 * 32 * 32)
+                or fine.max(initial=0) >= len(fine_names)
+                or coarse.max(initial=0) >= len(coarse_names)
+            ):
+                raise UserError(f"'{source}': data, fine_labels and coarse_labels of {part} do not belong together")
+            coarse_of_fine |= {fine_names[i]: coarse_names[j] for i, j in zip(fine, coarse, strict=True)}
+            images += [(fine_names[c], f"{part}_{i:05d}.png", partial(_image, pixels, i)) for i, c in enumerate(fine)]
 
     classes, n_classes = _classes_of_splits(split_file, fine_names, coarse_of_fine)
     unknown = sorted(set().union(*classes.values()) - set(fine_names))
@@ -90,23 +87,20 @@ def download_cifar100(folder: Path) -> Path:
     return folder / ARCHIVE
 
 
-def _load(tree: FileTree, name: str) -> dict[str, Any]:
-    """One of the pickles, which lie side by side in a folder cifar-100-python."""
+def _load(tree: FileTree, name: str, *keys: str) -> list[Any]:
+    """The entries `keys` of one of the pickles, which lie side by side in a folder cifar-100-python."""
     found = [path for path in tree.names if PurePosixPath(path).name == name]
     if len(found) != 1:
         raise UserError(f"'{tree.path}' has {len(found)} files '{name}' instead of one: give {ARCHIVE} or its folder")
     content = load_pickle(io.BytesIO(tree.read(found[0])), f"{tree.path}: {found[0]}")
     if not isinstance(content, dict):
         raise UserError(f"'{tree.path}': {found[0]} holds a {type(content).__name__} instead of a dictionary")
-    return content
-
-
-def _entry(pickles: dict[str, dict[str, Any]], part: str, key: str, path: Path) -> Any:
-    if key not in pickles[part]:
-        raise UserError(
-            f"'{path}': {part} has no key '{key}', only {', '.join(map(repr, pickles[part]))}: is it CIFAR-100?"
-        )
-    return pickles[part][key]
+    for key in keys:
+        if key not in content:
+            raise UserError(
+                f"'{tree.path}': {name} has no key '{key}', only {', '.join(map(repr, content))}: is it CIFAR-100?"
+            )
+    return [content[key] for key in keys]
 
 
 def _image(pixels: Any, i: int) -> NDArray[np.uint8]:
