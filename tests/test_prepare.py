@@ -405,6 +405,7 @@ def test_mini_from_ilsvrc_names_what_is_missing(prepare, tmp_path, split_file):
     assert "train/n01930112' has 5 images, but the split takes its image 6" in line
     for file in (tmp_path / "train/n01930112").iterdir():
         file.unlink()
+    assert "has 0 images, but the split takes its image 6" in prepare("miniImagenet", *options, fails=True)
     (tmp_path / "train/n01930112").rmdir()
     line = prepare("miniImagenet", *options, fails=True)
     assert "miniImagenet is not complete: novel has 0 of 1 classes (missing n01930112)" in line

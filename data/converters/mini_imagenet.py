@@ -116,7 +116,7 @@ def _of_positions(tree: FileTree, split: str, wnid: str, wanted: list[int]) -> I
     """Images of one class by their positions, from 1, among its files sorted by number."""
     numbers = {name: int(found[1]) for name in tree.names if (found := ILSVRC_IMAGE.search(name))}
     names = sorted(numbers, key=numbers.__getitem__)
-    if names and max(wanted) > len(names):
+    if max(wanted, default=0) > len(names):
         raise UserError(
             f"'{tree.path}' has {len(names)} images, but the split takes its image {max(wanted)}: "
             "the positions only hold in the whole ILSVRC-2012 training set"
