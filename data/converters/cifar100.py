@@ -33,23 +33,23 @@ def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Iterator[Conve
     """
     # torchvision downloads the archive and checks its md5, but reads it with the standard unpickler, and by md5 only
     # the one published archive: so the reading, which must also be safe for archives from elsewhere, is ours.
+    with open_tree(source) as tree:
+        parts = {part: _load(tree, part, "data", "fine_labels", "coarse_labels") for part in ("train", "test")}
+        fine_names, coarse_names = _load(tree, "meta", "fine_label_names", "coarse_label_names")
     coarse_of_fine: dict[str, str] = {}
     images: list[tuple[str, str, Callable[[], NDArray[np.uint8]]]] = []  # class, file, what reads it
-    with open_tree(source) as tree:
-        fine_names, coarse_names = _load(tree, "meta", "fine_label_names", "coarse_label_names")
-        for part in ("train", "test"):
-            pixels, *labels = _load(tree, part, "data", "fine_labels", "coarse_labels")
-            fine, coarse = map(np.asarray, labels)
-            if (
-                not isinstance(pixels, StoredArray)
-                or pixels.dtype != np.uint8
-                or not pixels.shape == (len(fine), 3 * 32 * 32) == (len(coarse), 3 * 32 * 32)
-                or fine.max(initial=0) >= len(fine_names)
-                or coarse.max(initial=0) >= len(coarse_names)
-            ):
-                raise UserError(f"'{source}': data, fine_labels and coarse_labels of {part} do not belong together")
-            coarse_of_fine |= {fine_names[i]: coarse_names[j] for i, j in zip(fine, coarse, strict=True)}
-            images += [(fine_names[c], f"{part}_{i:05d}.png", partial(_image, pixels, i)) for i, c in enumerate(fine)]
+    for part, (pixels, *labels) in parts.items():
+        fine, coarse = map(np.asarray, labels)
+        if (
+            not isinstance(pixels, StoredArray)
+            or pixels.dtype != np.uint8
+            or not pixels.shape == (len(fine), 3 * 32 * 32) == (len(coarse), 3 * 32 * 32)
+            or fine.max(initial=0) >= len(fine_names)
+            or coarse.max(initial=0) >= len(coarse_names)
+        ):
+            raise UserError(f"'{source}': data, fine_labels and coarse_labels of {part} do not belong together")
+        coarse_of_fine |= {fine_names[i]: coarse_names[j] for i, j in zip(fine, coarse, strict=True)}
+        images += [(fine_names[c], f"{part}_{i:05d}.png", partial(_image, pixels, i)) for i, c in enumerate(fine)]
 
     classes, n_classes = _classes_of_splits(split_file, fine_names, coarse_of_fine)
     unknown = sorted(set().union(*classes.values()) - set(fine_names))
