@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from data.glyphs import render_glyphs
-from data.image_cache import load_images
+from data.image_cache import IMAGE_SUFFIXES, load_images
 from engine.errors import UserError
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 # What `python -m data.prepare` knows by name; anything else is a folder of the user's own.
 PREPARED = {"miniImagenet", "tieredImageNet", "CUB", "FC100", "CIFAR-FS"}

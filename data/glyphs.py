@@ -6,8 +6,6 @@ no two have the same shape at another size (no Latin A and Greek Alpha, no o and
 another one, so train without horizontal flips.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import tempfile

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from tqdm import tqdm
 from engine.errors import UserError
 
 T = TypeVar("T")
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 # Larger than any photograph; a file that claims more pixels is a decompression bomb.
 MAX_PIXELS = 178_956_970
 # Images of one common size are kept as they are up to this many pixels each.
@@ -195,7 +197,7 @@ def decode_all(
 ) -> None:
     """Write eval.bin, train.bin (if asked for), sizes.bin and meta.json of all images into `folder`."""
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        sizes = [size for chunk in chunks(paths) for size in pool.map(header_size, chunk)]
+        sizes = list(map_in_chunks(pool, header_size, paths))
         native = len(set(sizes)) == 1 and sizes[0][0] * sizes[0][1] <= MAX_NATIVE_PIXELS
         side = int(1.15 * img_size)
         stored = sizes[0] if native else (side, side)
@@ -213,12 +215,11 @@ def decode_all(
         bar = tqdm(total=len(paths), desc=f"decode {label}", unit="img", disable=quiet)
         # Plain sequential writes: pages of a written memory map would count as resident memory.
         with bar, open(folder / "eval.bin", "wb") as eval_file, open(folder / "train.bin", "wb") as train_file:
-            for chunk, chunk_names in zip(chunks(paths), chunks(names), strict=True):
-                for name, (content, view, kept) in zip(chunk_names, pool.map(decode, chunk), strict=True):
-                    fingerprint.update(name.encode() + b"\0" + content)
-                    eval_file.write(view)
-                    train_file.write(kept)
-                    bar.update()
+            for name, (content, view, kept) in zip(names, map_in_chunks(pool, decode, paths), strict=True):
+                fingerprint.update(name.encode() + b"\0" + content)
+                eval_file.write(view)
+                train_file.write(kept)
+                bar.update()
     np.array(sizes, dtype=np.int64).tofile(folder / "sizes.bin")
     meta = {
         "eval_shape": [len(paths), 3, img_size, img_size],
@@ -228,7 +229,7 @@ def decode_all(
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def chunks(items: list[T]) -> Iterator[list[T]]:
-    """Consecutive pieces of CHUNK items."""
-    for start in range(0, len(items), CHUNK):
-        yield items[start : start + CHUNK]
+def map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[Path], T], paths: list[Path]) -> Iterator[T]:
+    """The function of each path, in order, computed by the pool at most CHUNK paths ahead."""
+    for start in range(0, len(paths), CHUNK):
+        yield from pool.map(function, paths[start : start + CHUNK])

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.benchmarks import IMAGE_SUFFIXES, list_folder
-from data.image_cache import chunks, eval_view, open_rgb
+from data.benchmarks import list_folder
+from data.image_cache import IMAGE_SUFFIXES, eval_view, map_in_chunks, open_rgb
 from engine.errors import UserError
 
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
@@ -106,14 +106,13 @@ def decode_views(
     reasons: list[str] = []
     bar = tqdm(total=len(paths), desc="decode", unit="img", disable=quiet)
     with bar, ThreadPoolExecutor(max(1, num_workers)) as pool:
-        for chunk in chunks(list(enumerate(paths))):
-            for (i, _), view in zip(chunk, pool.map(decode, [path for _, path in chunk]), strict=True):
-                if not isinstance(view, UserError):
-                    views[len(kept)] = view
-                    kept.append(i)
-                elif i < n_needed:
-                    raise view
-                else:
-                    reasons.append(str(view))
-                bar.update()
+        for i, view in enumerate(map_in_chunks(pool, decode, paths)):
+            if not isinstance(view, UserError):
+                views[len(kept)] = view
+                kept.append(i)
+            elif i < n_needed:
+                raise view
+            else:
+                reasons.append(str(view))
+            bar.update()
     return torch.from_numpy(views[: len(kept)]), kept, reasons

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.benchmarks import list_folder
-from data.prepare import SPLIT_FILES, read_split_file
+from data.converters.converter import SPLIT_FILES, read_split_file
 from engine.errors import OneLineParser, UserError
 from models import HEADS, build_head
 from persistence.checkpoints import Checkpoint, create_backbone, load_state, save_checkpoint

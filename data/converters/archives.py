@@ -1,7 +1,5 @@
 """A folder and a tar archive, read alike: the names of the files, and a function that opens one of them."""
 
-from __future__ import annotations
-
 import lzma
 import tarfile
 import zlib

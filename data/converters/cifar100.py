@@ -5,10 +5,8 @@ FC100 (Oreshkin et al., TADAM, NeurIPS 2018) splits the 20 superclasses, so that
 Both take all 600 images of a class, of CIFAR's train and test sets together.
 """
 
-from __future__ import annotations
-
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -18,65 +16,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.converters.archives import FileTree, open_tree
+from data.converters.converter import SPLITS, Conversion, Converter, ImageItem, published_split
 from data.converters.safe_pickle import StoredArray, load_pickle
-from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
 from engine.errors import UserError
 
 PER_CLASS = 600
 ARCHIVE = "cifar-100-python.tar.gz"
-FILES = ("train", "test", "meta")
 
 
 @contextmanager
-def convert_cifar100(source: Path | None, split_file: dict[str, Any], download_to: Path) -> Iterator[Conversion]:
+def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Iterator[Conversion]:
     """CIFAR-100 split by class names, {split: [name]}, or by superclasses, {"coarse_labels": {split: [name]}}.
 
-    `source` is cifar-100-python.tar.gz or the folder in it; None downloads the archive to `download_to`.
-    Raises UserError when the download fails, `source` does not have the layout, or a class of the split is unknown.
+    `source` is cifar-100-python.tar.gz or the folder in it.
+    Raises UserError when `source` does not have the layout, or a class of the split is unknown.
     """
     # torchvision downloads the archive and checks its md5, but reads it with the standard unpickler, and by md5 only
     # the one published archive: so the reading, which must also be safe for archives from elsewhere, is ours.
-    with open_tree(source or _download(download_to)) as tree:
-        pickles = {name: _load(tree, name) for name in FILES}
-    fine_names = _entry(pickles, "meta", "fine_label_names", tree.path)
-    coarse_names = _entry(pickles, "meta", "coarse_label_names", tree.path)
-    pixels, fine, coarse = {}, {}, {}
-    for part in ("train", "test"):
-        pixels[part] = _entry(pickles, part, "data", tree.path)
-        fine[part] = np.asarray(_entry(pickles, part, "fine_labels", tree.path))
-        coarse[part] = np.asarray(_entry(pickles, part, "coarse_labels", tree.path))
+    with open_tree(source) as tree:
+        parts = {part: _load(tree, part, "data", "fine_labels", "coarse_labels") for part in ("train", "test")}
+        fine_names, coarse_names = _load(tree, "meta", "fine_label_names", "coarse_label_names")
+    coarse_of_fine: dict[str, str] = {}
+    images: list[tuple[str, str, Callable[[], NDArray[np.uint8]]]] = []  # class, file, what reads it
+    for part, (pixels, *labels) in parts.items():
+        fine, coarse = map(np.asarray, labels)
         if (
-            not isinstance(pixels[part], StoredArray)
-            or pixels[part].dtype != np.uint8
-            or not pixels[part].shape == (len(fine[part]), 3 * 32 * 32) == (len(coarse[part]), 3 * 32 * 32)
-            or fine[part].max(initial=0) >= len(fine_names)
-            or coarse[part].max(initial=0) >= len(coarse_names)
+            not isinstance(pixels, StoredArray)
+            or pixels.dtype != np.uint8
+            or not pixels.shape == (len(fine), 3 * 32 * 32) == (len(coarse), 3 * 32 * 32)
+            or fine.max(initial=0) >= len(fine_names)
+            or coarse.max(initial=0) >= len(coarse_names)
         ):
-            raise UserError(f"'{tree.path}': data, fine_labels and coarse_labels of {part} do not belong together")
+            raise UserError(f"'{source}': data, fine_labels and coarse_labels of {part} do not belong together")
+        coarse_of_fine |= {fine_names[i]: coarse_names[j] for i, j in zip(fine, coarse, strict=True)}
+        images += [(fine_names[c], f"{part}_{i:05d}.png", partial(_image, pixels, i)) for i, c in enumerate(fine)]
 
-    coarse_of_fine = {
-        fine_names[i]: coarse_names[j]
-        for part in ("train", "test")
-        for i, j in zip(fine[part], coarse[part], strict=True)
-    }
     classes, n_classes = _classes_of_splits(split_file, fine_names, coarse_of_fine)
     unknown = sorted(set().union(*classes.values()) - set(fine_names))
     if unknown:
-        raise UserError(f"'{tree.path}' has no class {', '.join(unknown)}, which the split names: is it CIFAR-100?")
-
+        raise UserError(f"'{source}' has no class {', '.join(unknown)}, which the split names: is it CIFAR-100?")
     split_of_class = {name: split for split in SPLITS for name in classes[split]}
-    chosen = [
-        (part, i, fine_names[label])
-        for part in ("train", "test")
-        for i, label in enumerate(fine[part])
-        if fine_names[label] in split_of_class
-    ]
-    items = (
-        ImageItem(split_of_class[name], name, f"{part}_{i:05d}.png", partial(_image, pixels[part], i))
-        for part, i, name in chosen
-    )
+    items = [ImageItem(split_of_class[image[0]], *image) for image in images if image[0] in split_of_class]
     counts = {split: dict.fromkeys(classes[split], PER_CLASS) for split in SPLITS}
-    yield Conversion(items, len(chosen), Expected(n_classes, class_counts=counts))
+    yield Conversion(items, len(items), n_classes, class_counts=counts, settings={"split_file": split_file})
 
 
 def _classes_of_splits(
@@ -90,7 +72,8 @@ def _classes_of_splits(
     return classes, {split: 5 * len(wanted[split]) for split in SPLITS}
 
 
-def _download(folder: Path) -> Path:
+def download_cifar100(folder: Path) -> Path:
+    """The published archive, in `folder`. Raises UserError when it cannot be downloaded."""
     # Imported here, because it takes seconds and 150 MB, and only a download needs it.
     from torchvision.datasets import CIFAR100
     from torchvision.datasets.utils import download_url
@@ -104,26 +87,34 @@ def _download(folder: Path) -> Path:
     return folder / ARCHIVE
 
 
-def _load(tree: FileTree, name: str) -> dict[str, Any]:
-    """One of the pickles, which lie side by side in a folder cifar-100-python."""
+def _load(tree: FileTree, name: str, *keys: str) -> list[Any]:
+    """The entries `keys` of one of the pickles, which lie side by side in a folder cifar-100-python."""
     found = [path for path in tree.names if PurePosixPath(path).name == name]
     if len(found) != 1:
         raise UserError(f"'{tree.path}' has {len(found)} files '{name}' instead of one: give {ARCHIVE} or its folder")
     content = load_pickle(io.BytesIO(tree.read(found[0])), f"{tree.path}: {found[0]}")
     if not isinstance(content, dict):
         raise UserError(f"'{tree.path}': {found[0]} holds a {type(content).__name__} instead of a dictionary")
-    return content
-
-
-def _entry(pickles: dict[str, dict[str, Any]], part: str, key: str, path: Path) -> Any:
-    if key not in pickles[part]:
-        raise UserError(
-            f"'{path}': {part} has no key '{key}', only {', '.join(map(repr, pickles[part]))}: is it CIFAR-100?"
-        )
-    return pickles[part][key]
+    for key in keys:
+        if key not in content:
+            raise UserError(
+                f"'{tree.path}': {name} has no key '{key}', only {', '.join(map(repr, content))}: is it CIFAR-100?"
+            )
+    return [content[key] for key in keys]
 
 
 def _image(pixels: Any, i: int) -> NDArray[np.uint8]:
     """Image i (32, 32, 3) of an array of rows of red, green and blue planes."""
     planes: NDArray[np.uint8] = pixels[i].reshape(3, 32, 32)
     return np.ascontiguousarray(planes.transpose(1, 2, 0))
+
+
+def _converter(name: str) -> Converter:
+    flags = {
+        "split_file": published_split(name),
+        "source": {"type": Path, "help": "cifar-100-python.tar.gz or its folder; default: download it"},
+    }
+    return Converter(convert_cifar100, "from CIFAR-100, downloaded unless given", flags, download_cifar100)
+
+
+FC100, CIFAR_FS = _converter("FC100"), _converter("CIFAR-FS")

@@ -4,8 +4,6 @@ Classes are split as few-shot papers do since Chen et al. (A Closer Look at Few-
 folders sorted by name and counted from 0; even ones are base, every fourth from 1 val, every fourth from 3 novel.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from data.converters.archives import FileTree, open_tree
-from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
+from data.converters.converter import SOURCE, SPLITS, Conversion, Converter, ImageItem
 from engine.errors import UserError
 
 N_IMAGES = 11788
@@ -48,7 +46,14 @@ def convert_cub(source: Path, crop_bbox: bool) -> Iterator[Conversion]:
                 yield ImageItem(split_of_class[class_name], class_name, file_name, read, box)
 
         counts = {split: {n: n_images[n] for n in class_names if split_of_class[n] == split} for split in SPLITS}
-        yield Conversion(items(), len(image_of_path), Expected(N_CLASSES, class_counts=counts, total=N_IMAGES))
+        yield Conversion(
+            items(),
+            len(image_of_path),
+            N_CLASSES,
+            class_counts=counts,
+            total=N_IMAGES,
+            settings={"crop_bbox": crop_bbox},
+        )
 
 
 def _root(tree: FileTree) -> str:
@@ -78,3 +83,10 @@ def _corners(boxes: dict[str, list[str]], number: str, source: Path) -> tuple[fl
     except (KeyError, ValueError):
         raise UserError(f"'{source}': bounding_boxes.txt has no 'x y width height' for image {number}") from None
     return x, y, x + width, y + height
+
+
+CONVERTER = Converter(
+    convert_cub,
+    "from the folder CUB_200_2011 or its tgz",
+    {"source": SOURCE, "crop_bbox": {"action": "store_true", "help": "crop each image to its bounding box"}},
+)

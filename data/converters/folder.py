@@ -1,7 +1,6 @@
 """folder: anyone's own images, as a tree of class/image, split by lists of classes or at random."""
 
-from __future__ import annotations
-
+import argparse
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from data.benchmarks import IMAGE_SUFFIXES
-from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
+from data.converters.converter import SOURCE, SPLIT_FILE, SPLITS, Conversion, Converter, ImageItem
+from data.image_cache import IMAGE_SUFFIXES
 from engine.errors import UserError
 
 
 @contextmanager
 def convert_folder(
-    source: Path, class_lists: dict[str, list[str]] | None, fractions: list[float], seed: int
+    source: Path, split_file: dict[str, list[str]] | None, name: str | None, split: list[float], seed: int
 ) -> Iterator[Conversion]:
-    """The images `source/<class>/<image>`, split by class_lists, {split: [class]}, or at random by `fractions`.
+    """The images `source/<class>/<image>`, split by split_file, {split: [class]}, or at random by fractions `split`.
 
     Hidden files, and files that are no images by their suffix, are left out; the latter are named aloud.
     Raises UserError when `source` is no such tree or lacks a listed class.
@@ -37,20 +36,21 @@ def convert_folder(
         raise UserError(f"--source '{source}' holds no class folders: expected a folder of class/image")
     if others:
         print("left out, not images: " + ", ".join(f"{n} {suffix}" for suffix, n in sorted(others.items())))
-    if class_lists is None:
-        class_lists = split_at_random(list(images), fractions, seed)
-    absent = [name for split in SPLITS for name in class_lists[split] if name not in images]
+    class_lists = split_file or split_at_random(list(images), split, seed)
+    classes = [(part, class_name) for part in SPLITS for class_name in class_lists[part]]
+    absent = [class_name for _, class_name in classes if class_name not in images]
     if absent:
         raise UserError(f"--source '{source}' has no folder for the listed classes {', '.join(map(repr, absent))}")
 
     items = (
-        ImageItem(split, name, file_name, file.read_bytes)
-        for split in SPLITS
-        for name in class_lists[split]
-        for file_name, file in _named_apart(images[name]).items()
+        ImageItem(part, class_name, file_name, file.read_bytes)
+        for part, class_name in classes
+        for file_name, file in _named_apart(images[class_name]).items()
     )
-    n_images = sum(len(images[name]) for split in SPLITS for name in class_lists[split])
-    yield Conversion(items, n_images, Expected({split: len(class_lists[split]) for split in SPLITS}))
+    n_images = sum(len(images[class_name]) for _, class_name in classes)
+    n_classes = {part: len(class_lists[part]) for part in SPLITS}
+    settings: dict[str, object] = {"split_file": split_file} if split_file else {"split": split, "seed": seed}
+    yield Conversion(items, n_images, n_classes, settings=settings, title=name or source.resolve().name)
 
 
 def split_at_random(class_names: list[str], fractions: list[float], seed: int) -> dict[str, list[str]]:
@@ -80,3 +80,30 @@ def _named_apart(files: list[Path]) -> dict[str, Path]:
     return {
         file.name if stems[file.stem] == 1 else f"{file.stem}_{file.suffix[1:]}{file.suffix}": file for file in files
     }
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        fractions = [float(part) for part in text.split(",")]
+    except ValueError:
+        fractions = []
+    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise argparse.ArgumentTypeError(f"'{text}' is not three fractions of sum 1, such as 0.64,0.16,0.2")
+    return fractions
+
+
+CONVERTER = Converter(
+    convert_folder,
+    "from your own class/image folders",
+    {
+        "source": SOURCE,
+        "split_file": SPLIT_FILE,
+        "name": {"metavar": "TITLE", "help": "what to call the benchmark; default: the source folder's name"},
+        "split": {
+            "type": _fractions,
+            "default": [0.64, 0.16, 0.2],
+            "help": "fractions of classes: 0.64,0.16,0.2 (the default)",
+        },
+        "seed": {"type": int, "default": 0, "help": "which classes --split deals to which split"},
+    },
+)

@@ -5,8 +5,6 @@ Learning, ICLR 2017). From ILSVRC's own files, the split file tells which images
 image among the files of its class sorted by their number.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Iterator
@@ -19,12 +17,11 @@ import numpy as np
 
 from data.benchmarks import list_json
 from data.converters.archives import FileTree, open_tree
+from data.converters.converter import SOURCE, SPLITS, TAGS, Conversion, Converter, ImageItem, published_split
 from data.converters.safe_pickle import StoredArray, load_pickle
-from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
 from engine.errors import UserError
 
 PER_CLASS = 600
-TAGS = {"base": "train", "val": "val", "novel": "test"}  # what the shared files call the splits
 WNID = re.compile(r"n\d{8}")
 ILSVRC_IMAGE = re.compile(r"_(\d+)\.jpe?g$", re.IGNORECASE)
 
@@ -32,13 +29,13 @@ SplitPositions = dict[str, dict[str, list[int]]]
 
 
 @contextmanager
-def convert_mini_imagenet(source: Path, positions: SplitPositions, image_root: Path | None) -> Iterator[Conversion]:
-    """miniImagenet from `source`, whose form is recognised; positions is {split: {class: [position in ILSVRC]}}.
+def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: Path | None) -> Iterator[Conversion]:
+    """miniImagenet from `source`, whose form is recognised; split_file is {split: {class: [position in ILSVRC]}}.
 
     Raises UserError when the form is unknown or the files are not as they should be.
     """
-    counts = {split: {name: len(wanted) for name, wanted in positions[split].items()} for split in SPLITS}
-    expected = Expected({split: len(counts[split]) for split in SPLITS}, class_counts=counts)
+    counts = {split: {name: len(wanted) for name, wanted in split_file[split].items()} for split in SPLITS}
+    n_classes = {split: len(counts[split]) for split in SPLITS}
     n_images = sum(sum(classes.values()) for classes in counts.values())
     with ExitStack() as stack:
         if all((source / f"{split}.json").is_file() for split in SPLITS):
@@ -46,21 +43,20 @@ def convert_mini_imagenet(source: Path, positions: SplitPositions, image_root: P
         elif all((source / f"{tag}.csv").is_file() for tag in TAGS.values()):
             items = _from_csv(source)
         elif source.is_dir() and any(path.suffix in (".pkl", ".pickle") for path in source.iterdir()):
-            pickled = {split: _open_pickle(stack, source, split) for split in SPLITS}
+            pickled = {split: _open_pickle(stack, _pickle_of(source, TAGS[split]), split) for split in SPLITS}
             items = _from_pickles(pickled)
             found = {split: list(rows_of_class) for split, (_, rows_of_class) in pickled.items()}
-            if not set().union(*found.values()) & set().union(*positions.values()):  # labels without ILSVRC's names
+            if not set().union(*found.values()) & set().union(*split_file.values()):  # labels without ILSVRC's names
                 counts = {split: dict.fromkeys(names, PER_CLASS) for split, names in found.items()}
-                expected = Expected(expected.n_classes, class_counts=counts)
         elif source.is_file() or _ilsvrc_train(source):
-            items = _from_ilsvrc(source, positions)
+            items = _from_ilsvrc(source, split_file)
         else:
             raise UserError(
                 f"--source '{source}' is none of the forms of miniImagenet: ILSVRC's train folder (n01532829/...) or "
                 "train tar; a folder with train.csv, val.csv, test.csv and images/; with the pickles of train, val and "
                 "test; or with base.json, val.json and novel.json"
             )
-        yield Conversion(items, n_images, expected)
+        yield Conversion(items, n_images, n_classes, class_counts=counts, settings={"split_file": split_file})
 
 
 def _from_json(source: Path, image_root: Path | None) -> Iterator[ImageItem]:
@@ -103,17 +99,16 @@ def _from_ilsvrc(source: Path, positions: SplitPositions) -> Iterator[ImageItem]
         folder = _ilsvrc_train(source)
         for split in SPLITS:
             for wnid, wanted in positions[split].items():
-                with ExitStack() as class_stack:
-                    tar = f"{wnid}.tar"
-                    if whole and tar in tar_names:
-                        file = class_stack.enter_context(whole.open(tar_names[tar]))
-                        tree = class_stack.enter_context(open_tree(source / tar, file))
-                    elif folder and (folder / wnid).is_dir():
-                        tree = class_stack.enter_context(open_tree(folder / wnid))
-                    elif folder and (folder / tar).is_file():
-                        tree = class_stack.enter_context(open_tree(folder / tar))
-                    else:
-                        continue  # the count at the end names the class
+                tar = f"{wnid}.tar"
+                if whole and tar in tar_names:
+                    opened = open_tree(source / tar, whole.open(tar_names[tar]))
+                elif folder and (folder / wnid).is_dir():
+                    opened = open_tree(folder / wnid)
+                elif folder and (folder / tar).is_file():
+                    opened = open_tree(folder / tar)
+                else:
+                    continue  # the count at the end names the class
+                with opened as tree:
                     yield from _of_positions(tree, split, wnid, wanted)
 
 
@@ -121,7 +116,7 @@ def _of_positions(tree: FileTree, split: str, wnid: str, wanted: list[int]) -> I
     """Images of one class by their positions, from 1, among its files sorted by number."""
     numbers = {name: int(found[1]) for name in tree.names if (found := ILSVRC_IMAGE.search(name))}
     names = sorted(numbers, key=numbers.__getitem__)
-    if names and max(wanted) > len(names):
+    if max(wanted, default=0) > len(names):
         raise UserError(
             f"'{tree.path}' has {len(names)} images, but the split takes its image {max(wanted)}: "
             "the positions only hold in the whole ILSVRC-2012 training set"
@@ -132,12 +127,6 @@ def _of_positions(tree: FileTree, split: str, wnid: str, wanted: list[int]) -> I
 
 
 Pickled = tuple[StoredArray, dict[str, list[int]]]  # images, rows of each class
-
-
-def _open_pickle(stack: ExitStack, source: Path, split: str) -> Pickled:
-    """One split of mini-imagenet-cache-{train,val,test}.pkl, or of Gidaris & Komodakis' and later papers' pickles."""
-    path = _pickle_of(source, TAGS[split])
-    return read_pickled(load_pickle(stack.enter_context(path.open("rb")), str(path)), path, split)
 
 
 def _from_pickles(pickled: dict[str, Pickled]) -> Iterator[ImageItem]:
@@ -163,12 +152,14 @@ def _pickle_of(source: Path, tag: str) -> Path:
     return found[0]
 
 
-def read_pickled(content: Any, path: Path, split: str) -> Pickled:
+def _open_pickle(stack: ExitStack, path: Path, split: str) -> Pickled:
     """Images (n, h, w, 3) uint8 and {class name: rows} of the two common shapes of a pickled split.
 
-    {image_data, class_dict: {name: [row]}} or {data | image_data, labels: [label], catname2label: {name: label}}.
+    mini-imagenet-cache-*.pkl is {image_data, class_dict: {name: [row]}}; the pickles of Gidaris & Komodakis and of
+    later papers are {data | image_data, labels: [label], catname2label: {name: label}}. `stack` keeps the file open.
     Raises UserError when keys, types or sizes are others.
     """
+    content = load_pickle(stack.enter_context(path.open("rb")), str(path))
     keys = set(content) if isinstance(content, dict) else set()
     images = content.get("image_data", content.get("data")) if keys else None
     if images is None or not keys & {"class_dict", "labels"}:
@@ -202,3 +193,14 @@ def _rows_of_class(content: dict[str, Any], split: str) -> dict[str, list[int]]:
         names.get(int(label), f"{split}_{int(label):03d}"): np.flatnonzero(labels == label).tolist()
         for label in np.unique(labels)
     }
+
+
+CONVERTER = Converter(
+    convert_mini_imagenet,
+    "from ILSVRC, csv files, pickles or json lists",
+    {
+        "source": SOURCE,
+        "split_file": published_split("miniImagenet"),
+        "image_root": {"type": Path, "help": "folder of the images that base/val/novel.json name"},
+    },
+)

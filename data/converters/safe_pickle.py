@@ -8,8 +8,6 @@ A pickle also holds gigabytes of pixels, of which a converter needs one image at
 therefore left in the file: only their place is noted, and a `StoredArray` reads its rows on demand.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import pickle
@@ -60,7 +58,7 @@ class StoredArray:
         shape, stored_type, column_order, data = state[-4:]
         self.fill(data, stored_type, shape, "F" if column_order else "C")
 
-    def fill(self, data: object, stored_type: StoredType, shape: tuple[int, ...], order: str) -> StoredArray:
+    def fill(self, data: object, stored_type: StoredType, shape: tuple[int, ...], order: str) -> "StoredArray":
         """Set type, shape and contents. Raises UnpicklingError where they do not agree."""
         if isinstance(data, str):  # a short byte string of Python 2
             data = data.encode("latin1")
@@ -85,9 +83,11 @@ class StoredArray:
         return np.frombuffer(self._bytes(i * size, size), self.dtype).reshape(self.shape[1:])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        size = math.prod(self.shape) * self.dtype.itemsize
-        array = np.frombuffer(self._bytes(0, size), self.dtype).reshape(self.shape)
+        array = np.frombuffer(self.tobytes(), self.dtype).reshape(self.shape)
         return array if dtype is None else array.astype(dtype)
+
+    def tobytes(self) -> bytes:
+        return self._bytes(0, math.prod(self.shape) * self.dtype.itemsize)
 
     def _bytes(self, start: int, size: int) -> bytes:
         if isinstance(self._data, bytes):

@@ -4,8 +4,6 @@ Either {train,val,test}_images_png.pkl, lists of encoded PNG images, or {train,v
 with {train,val,test}_labels.pkl. Images are read one at a time: a split of some 450,000 never is in memory.
 """
 
-from __future__ import annotations
-
 import re
 import zipfile
 import zlib
@@ -19,11 +17,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
+from data.converters.converter import SOURCE, SPLITS, TAGS, Conversion, Converter, ImageItem
 from data.converters.safe_pickle import StoredArray, load_pickle
-from data.converters.writing import SPLITS, Conversion, Expected, ImageItem
 from engine.errors import UserError
 
-TAGS = {"base": "train", "val": "val", "novel": "test"}
 N_CLASSES = {"base": 351, "val": 97, "novel": 160}
 N_IMAGES = {"base": 448695, "val": 124261, "novel": 206209}
 
@@ -44,7 +41,7 @@ def convert_tiered_imagenet(source: Path) -> Iterator[Conversion]:
             for i, image in enumerate(read(files[split], len(names))):
                 yield ImageItem(split, names[i], f"{i:06d}.png", image)
 
-    yield Conversion(items(), sum(map(len, class_names.values())), Expected(N_CLASSES, N_IMAGES))
+    yield Conversion(items(), sum(map(len, class_names.values())), N_CLASSES, N_IMAGES)
 
 
 def _images_file(source: Path, tag: str) -> Path:
@@ -84,11 +81,7 @@ def _encoded_images(path: Path, n_images: int) -> Iterator[Any]:
         ):
             raise UserError(f"'{path}' is not a list of {n_images} arrays, one for each image that has a label")
         for image in images:
-            yield partial(_encoded_image, image)
-
-
-def _encoded_image(image: StoredArray) -> bytes:
-    return np.asarray(image).tobytes()
+            yield image.tobytes
 
 
 def _pixel_images(path: Path, n_images: int) -> Iterator[Any]:
@@ -123,3 +116,6 @@ def _array_shape(file: IO[bytes], path: Path) -> tuple[int, ...]:
     if dtype != np.uint8 or column_order or len(shape) != 4 or shape[3] != 3:
         raise UserError(f"'{path}': 'images' is not an array (n, height, width, 3) of uint8, but {shape} of {dtype}")
     return shape
+
+
+CONVERTER = Converter(convert_tiered_imagenet, "from its authors' pkl or npz files", {"source": SOURCE})

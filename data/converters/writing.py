@@ -1,85 +1,43 @@
-"""What the converters share: write the images of a benchmark one by one, resume, count, say what is missing."""
+"""Write the images that a converter hands over one by one, resume, count, say what is missing."""
 
-from __future__ import annotations
-
+import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from data.converters.converter import SPLITS, Conversion, ImageItem
 from data.image_cache import to_rgb
 from engine.errors import UserError
 from engine.files import atomic_file
 
-SPLITS = ("base", "val", "novel")
 SETTINGS = "prepared.json"
 SHOWN = 5  # names in an error line; the rest is counted
-
-
-@dataclass(frozen=True)
-class ImageItem:
-    """One image to write: `read` gives an encoded file's bytes, or pixels (h, w, 3) uint8.
-
-    `read` raises FileNotFoundError when the source lacks the image. `box` is (left, top, right, bottom) in pixels.
-    """
-
-    split: str
-    class_name: str
-    file_name: str
-    read: Callable[[], bytes | NDArray[np.uint8]]
-    box: tuple[float, float, float, float] | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.split}/{self.class_name}/{self.file_name}"
-
-
-@dataclass(frozen=True)
-class Expected:
-    """The published counts: classes and images of a split, images of each class where these are known."""
-
-    n_classes: dict[str, int]
-    n_images: dict[str, int] = field(default_factory=dict)
-    class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    total: int | None = None  # images of all splits together
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a converter hands over: the images, lazily, how many they are (for the bar), and what they should be."""
-
-    items: Iterator[ImageItem]
-    n_items: int
-    expected: Expected
 
 
 def write_benchmark(
     conversion: Conversion,
     folder: Path,
-    settings: dict[str, object],
-    img_size: int | None = None,
-    skip_bad: bool = False,
-    allow_incomplete: bool = False,
-) -> dict[str, dict[str, int]]:
-    """Write `folder/{base,val,novel}/<class>/<file>`; returns the number of images of each class of each split.
+    benchmark: str,
+    img_size: int | None,
+    skip_bad: bool,
+    allow_incomplete: bool,
+) -> None:
+    """Write `folder/{base,val,novel}/<class>/<file>`.
 
     Encoded images are copied byte for byte; those that come as pixels, are cropped, or are resized (to
     img_size x img_size) are written as PNG, losslessly. A first run works in a hidden folder beside `folder` and moves
     it there when all is well, so an unfinished benchmark is never trained on; the same command continues where an
-    earlier one stopped, and keeps every image that is already there. `settings` tells two preparations apart.
+    earlier one stopped, and keeps every image that is already there.
 
     Raises UserError when `folder` was made otherwise, when images cannot be decoded (unless skip_bad), and when
     classes or images are missing (unless allow_incomplete).
     """
     work = folder if folder.exists() else folder.with_name(f".{folder.name}.partial")
-    _check_settings(work, settings | {"img_size": img_size})
+    _check_settings(work, {"benchmark": benchmark} | conversion.settings | {"img_size": img_size})
     unreadable: list[str] = []
     missing: list[str] = []
     for item in tqdm(conversion.items, total=conversion.n_items, desc=f"preparing {folder.name}", unit="image"):
@@ -99,8 +57,7 @@ def write_benchmark(
             f"{len(unreadable)} image(s) cannot be read: {_some(unreadable)}; "
             "repair them, or leave them out with --skip_bad"
         )
-    counts = count_images(work)
-    problems = count_problems(counts, conversion.expected)
+    problems = count_problems(count_images(work), conversion)
     if missing:
         problems.append(f"not in the source: {_some(missing)}")
     if problems and not allow_incomplete:
@@ -110,7 +67,6 @@ def write_benchmark(
         )
     if work != folder:
         os.rename(work, folder)
-    return counts
 
 
 def count_images(folder: Path) -> dict[str, dict[str, int]]:
@@ -124,7 +80,7 @@ def count_images(folder: Path) -> dict[str, dict[str, int]]:
     return counts
 
 
-def count_problems(counts: dict[str, dict[str, int]], expected: Expected) -> list[str]:
+def count_problems(counts: dict[str, dict[str, int]], expected: Conversion) -> list[str]:
     """Every difference between the counts and the expected ones, a phrase each."""
     problems = []
     for split in SPLITS:
@@ -134,12 +90,11 @@ def count_problems(counts: dict[str, dict[str, int]], expected: Expected) -> lis
             names = f" (missing {_some(absent)})" if absent else ""
             problems.append(f"{split} has {len(found)} of {expected.n_classes[split]} classes{names}")
         for name, count in found.items():
-            wanted = named.get(name)
-            if wanted is not None and count != wanted:
-                problems.append(f"{split} class '{name}' has {count} of {wanted} images")
-        wanted = expected.n_images.get(split)
-        if wanted is not None and sum(found.values()) != wanted:
-            problems.append(f"{split} has {sum(found.values())} of {wanted} images")
+            if count != named.get(name, count):
+                problems.append(f"{split} class '{name}' has {count} of {named[name]} images")
+        count = sum(found.values())
+        if count != expected.n_images.get(split, count):
+            problems.append(f"{split} has {count} of {expected.n_images[split]} images")
     n_images = sum(sum(found.values()) for found in counts.values())
     if expected.total not in (None, n_images):
         problems.append(f"there are {n_images} of {expected.total} images")
@@ -151,7 +106,8 @@ class _UnreadableImageError(Exception):
 
 
 def _check_settings(work: Path, settings: dict[str, object]) -> None:
-    """Start `work`, or make sure that it was started with the same settings."""
+    """Start `work`, or make sure that it was started with the same settings; a dict is recorded as its hash."""
+    settings = {key: _digest(value) if isinstance(value, dict) else value for key, value in settings.items()}
     file = work / SETTINGS
     if file.exists():
         earlier = json.loads(file.read_text())
@@ -168,11 +124,16 @@ def _check_settings(work: Path, settings: dict[str, object]) -> None:
             temporary.write_text(json.dumps(settings))
 
 
+def _digest(content: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
 def _write_image(item: ImageItem, target: Path, img_size: int | None) -> None:
     """Write one image, unless it is there already."""
-    as_it_is = target
-    as_png = target.with_name(f"{target.stem}.png")
-    if (as_it_is if img_size is None and item.box is None else as_png).exists():
+    as_it_is = img_size is None and item.box is None
+    if not as_it_is:
+        target = target.with_name(f"{target.stem}.png")
+    if target.exists():
         return
     content = item.read()
     try:
@@ -185,8 +146,8 @@ def _write_image(item: ImageItem, target: Path, img_size: int | None) -> None:
         raise _UnreadableImageError("not an image of a known format") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _UnreadableImageError(" ".join(str(error).split())) from None
-    if isinstance(content, bytes) and img_size is None and item.box is None:
-        with atomic_file(as_it_is) as temporary:
+    if as_it_is and isinstance(content, bytes):
+        with atomic_file(target) as temporary:
             temporary.write_bytes(content)
         return
     if item.box is not None:
@@ -196,7 +157,7 @@ def _write_image(item: ImageItem, target: Path, img_size: int | None) -> None:
             raise _UnreadableImageError("its bounding box is empty")
     if img_size is not None:
         image = image.resize((img_size, img_size), Image.Resampling.LANCZOS)
-    with atomic_file(as_png) as temporary:
+    with atomic_file(target) as temporary:
         image.save(temporary, format="PNG")
 
 

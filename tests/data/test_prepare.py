@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.converters import CONVERTERS
+from data.converters.converter import SPLIT_FILES, SPLITS, Conversion, Converter, ImageItem
 from data.converters.safe_pickle import load_pickle
 from data.image_cache import open_rgb
-from data.prepare import SPLIT_FILES, main
+from data.prepare import main
 from engine.errors import UserError
 
-SPLITS = ("base", "val", "novel")
 RANDOM = np.random.default_rng(0)
 
 
@@ -404,6 +405,7 @@ def test_mini_from_ilsvrc_names_what_is_missing(prepare, tmp_path, split_file):
     assert "train/n01930112' has 5 images, but the split takes its image 6" in line
     for file in (tmp_path / "train/n01930112").iterdir():
         file.unlink()
+    assert "has 0 images, but the split takes its image 6" in prepare("miniImagenet", *options, fails=True)
     (tmp_path / "train/n01930112").rmdir()
     line = prepare("miniImagenet", *options, fails=True)
     assert "miniImagenet is not complete: novel has 0 of 1 classes (missing n01930112)" in line
@@ -824,6 +826,28 @@ def test_a_folder_of_someone_else_is_left_alone(prepare, tmp_path):
     line = prepare("folder", "--source", source, fails=True)
     assert "out/photos' exists and was not made by this command" in line
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [mine]
+
+
+def test_a_converter_is_one_entry_with_flags_of_its_own(prepare, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def convert_toys(source, colour):
+        items = [ImageItem(split, "toy", f"{colour}.png", source.read_bytes) for split in SPLITS]
+        yield Conversion(items, 3, dict.fromkeys(SPLITS, 1), settings={"colour": colour})
+
+    def download(folder):
+        return write(folder / "toy.png", encoded("PNG"))
+
+    flags = {"source": {"type": Path}, "colour": {"default": "red"}}
+    monkeypatch.setitem(CONVERTERS, "toys", Converter(convert_toys, "made here", flags, download))
+    prepare("toys")
+    content = (tmp_path / "out/.downloads/toy.png").read_bytes()
+    assert images_in(tmp_path / "out/toys") == {f"{split}/toy/red.png": content for split in SPLITS}
+    given = write(tmp_path / "given.png", encoded("PNG"))
+    options = ("--source", given, "--colour", "blue")
+    assert "out/toys' was prepared with another colour" in prepare("toys", *options, fails=True)
+    prepare("toys", *options, "--out", tmp_path / "other")
+    assert images_in(tmp_path / "other/toys")["val/toy/blue.png"] == given.read_bytes()
+    assert "does not exist" in prepare("toys", "--source", tmp_path / "nowhere", fails=True)
 
 
 def test_glyphs(prepare, tmp_path, monkeypatch):

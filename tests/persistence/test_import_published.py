@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from data.prepare import SPLIT_FILES
+from data.converters.converter import SPLIT_FILES
 from data.transforms import normalise
 from models import build_head
 from persistence.checkpoints import create_backbone, load_backbone, load_checkpoint

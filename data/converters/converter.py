@@ -1,0 +1,95 @@
+"""What a converter is: a function from the files that people have to the images of a benchmark, with its flags."""
+
+import json
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import UserError
+
+SPLITS = ("base", "val", "novel")
+TAGS = {"base": "train", "val": "val", "novel": "test"}  # what other people's files call the splits
+SPLIT_FILES = Path(__file__).parents[2] / "fs_benchmarks" / "splits"
+
+Flag = dict[str, Any]  # the options of add_argument
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """One image to write: `read` gives an encoded file's bytes, or pixels (h, w, 3) uint8 for a file_name in .png.
+
+    `read` raises FileNotFoundError when the source lacks the image. `box` is (left, top, right, bottom) in pixels.
+    """
+
+    split: str
+    class_name: str
+    file_name: str
+    read: Callable[[], bytes | NDArray[np.uint8]]
+    box: tuple[float, float, float, float] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}/{self.class_name}/{self.file_name}"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a converter hands over: the images, lazily; how many they are, for the bar; and the published counts.
+
+    Those are of the classes of each split and, where they are known, of the images of each split, of each class, and
+    in total. `settings` tells two conversions of one benchmark apart; `title` is its name where the user chooses it.
+    """
+
+    items: Iterable[ImageItem]
+    n_items: int
+    n_classes: dict[str, int]
+    n_images: dict[str, int] = field(default_factory=dict)
+    class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    total: int | None = None
+    settings: dict[str, object] = field(default_factory=dict)
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class Converter:
+    """A subcommand of `python -m data.prepare`: its function, which takes the values of its flags by their names.
+
+    One of the flags is `source`; where the user may leave it out, `download` gets it into the folder that it is given.
+    """
+
+    convert: Callable[..., AbstractContextManager[Conversion]]
+    help: str
+    flags: dict[str, Flag]
+    download: Callable[[Path], Path] | None = None
+
+
+def read_split_file(path: str | Path) -> dict[str, Any]:
+    """A JSON of {base, val, novel: classes}, where classes is a list or a dictionary by class name.
+
+    The three may lie under a key `coarse_labels`. Raises UserError when the file has another form, or a class twice.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        lists = content.get("coarse_labels", content)
+        names = [name for split in SPLITS for name in lists[split]]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"--split_file '{path}' is not a JSON of base, val and novel classes ({error!r})") from None
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"--split_file '{path}' lists {', '.join(twice)} twice; splits must not share classes")
+    return dict(content)
+
+
+# Flags that several converters have.
+SOURCE: Flag = {"type": Path, "required": True, "help": "the file or folder that you have"}
+SPLIT_FILE: Flag = {"type": read_split_file, "help": "JSON of the classes of base, val and novel"}
+
+
+def published_split(benchmark: str) -> Flag:
+    """The flag split_file, whose default is the published split of `benchmark`."""
+    return SPLIT_FILE | {"default": str(SPLIT_FILES / f"{benchmark}.json")}  # argparse reads a str by the flag's type

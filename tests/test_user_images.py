@@ -1,0 +1,195 @@
+"""The user's own folders: which files count, what they are called, and what happens to images that are damaged."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data import image_cache
+from data.image_cache import eval_view, open_rgb
+from data.user_images import decode_views, folder_truth, list_queries, list_support, other_files, printable
+from engine.errors import UserError
+
+
+def touch(root: Path, *names: str) -> list[Path]:
+    """Empty files below `root`."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return [root / name for name in names]
+
+
+def colours(root: Path, n: int) -> list[Path]:
+    """Images root/<i>.png, each of another colour and size."""
+    paths = touch(root, *(f"{i}.png" for i in range(n)))
+    for i, path in enumerate(paths):
+        Image.new("RGB", (20 + i, 30 - i), (10 * i, 200, 5)).save(path)
+    return paths
+
+
+def touch_bytes(root: Path, name: bytes) -> None:
+    """An empty file whose name need not be text, where the file system takes such names."""
+    path = os.path.join(os.fsencode(root), name)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        open(path, "wb").close()
+    except OSError:
+        pytest.skip("file names are text here")
+
+
+# The support folder.
+
+
+def test_support_classes_are_the_subfolders_by_name_with_any_number_of_images(tmp_path):
+    paths = touch(tmp_path, "bee/2.JPG", "ant/b.png", "ant/a.webp", "ant/c.tiff")
+    touch(tmp_path, "notes.txt", "ant/notes.txt", "ant/.d.png", "bee/Thumbs.db", ".git/1.png")
+    names, found, labels = list_support(tmp_path)
+    assert names == ["ant", "bee"]
+    assert found == [paths[2], paths[1], paths[3], paths[0]] and labels == [0, 0, 0, 1]
+
+
+def test_class_names_are_printable(tmp_path):
+    touch(tmp_path, "tea/1.png")
+    touch_bytes(tmp_path, b"caf\xe9/1.png")
+    names, paths, _ = list_support(tmp_path)
+    assert names == ["caf?", "tea"] and all(path.is_file() for path in paths)
+
+
+@pytest.mark.parametrize(
+    "files, given, message",
+    [
+        ([], "missing", "missing does not exist: give a folder of one subfolder a class"),
+        (["file"], "file", "file is not a folder: give a folder"),
+        (["1.png"], ".", "holds no class folders"),
+        (["ant/1.png"], ".", "holds a single class, 'ant': add a subfolder for each of the others"),
+        (["ant/1.png", "bee/notes.txt"], ".", "bee holds no images .*: fill or remove it"),
+    ],
+    ids=["missing", "a file", "no class folders", "one class", "an empty class"],
+)
+def test_support_folders_that_cannot_serve_are_one_clear_line(tmp_path, files, given, message):
+    touch(tmp_path, *files)
+    with pytest.raises(UserError, match=message) as error:
+        list_support(tmp_path / given)
+    assert "\n" not in str(error.value)
+
+
+# The query images.
+
+
+def test_a_single_image_is_a_query(tmp_path):
+    (path,) = touch(tmp_path, "photo.jpeg")
+    assert list_queries(path) == ([path], ["photo.jpeg"])
+
+
+def test_queries_are_all_images_below_a_folder_by_path_named_from_it(tmp_path):
+    touch(tmp_path, "b.png", "a/z.jpg", "a/deep/er/y.GIF", "c/x.bmp", "a/notes.txt")
+    paths, names = list_queries(tmp_path)
+    assert names == ["a/deep/er/y.GIF", "a/z.jpg", "b.png", "c/x.bmp"]
+    assert paths == [tmp_path / name for name in names]
+
+
+def test_hidden_files_and_folders_are_no_queries_and_links_to_folders_are_not_followed(tmp_path):
+    touch(tmp_path / "elsewhere", "1.png")
+    touch(tmp_path / "query", "1.png", ".2.png", "._1.png", ".cache/3.png", "a/.git/4.png")
+    (tmp_path / "query" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "query" / "loop").symlink_to(tmp_path / "query")
+    assert list_queries(tmp_path / "query")[1] == ["1.png"]
+
+
+def test_query_names_are_printable_and_their_paths_still_open(tmp_path):
+    touch_bytes(tmp_path, b"caf\xe9.png")
+    paths, names = list_queries(tmp_path)
+    assert names == ["caf?.png"] and paths[0].read_bytes() == b""
+
+
+def test_queries_that_are_missing_or_hold_no_images_say_what_is_there(tmp_path):
+    with pytest.raises(UserError, match="query .*missing does not exist"):
+        list_queries(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty holds no images \(.bmp, .*\): put the images to label there"):
+        list_queries(tmp_path / "empty")
+    touch(tmp_path / "phone", "1.heic", "2.HEIC", "a/3.mov", ".4.txt")
+    with pytest.raises(UserError, match=r"phone holds no images \(.*\) besides 2 .heic, 1 .mov: put the images"):
+        list_queries(tmp_path / "phone")
+
+
+def test_a_query_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    # As os.walk does it; root, as whom tests may run, can read any folder.
+    def walk(top, onerror):
+        onerror(PermissionError(13, "Permission denied", str(tmp_path / "locked")))
+        return iter(())
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(UserError, match=r"locked cannot be read \(Permission denied\): see to its permissions"):
+        list_queries(tmp_path)
+
+
+# Names.
+
+
+def test_other_files_are_counted_by_suffix_the_most_frequent_first(tmp_path):
+    used = touch(tmp_path, "a/1.png", "a/2.png")
+    assert other_files(tmp_path, used) == ""
+    touch(tmp_path, "1.txt", "2.txt", "a/1.heic", "a/b/2.HEIC", "a/3.heic", "README")
+    touch(tmp_path, ".DS_Store", "a/desktop.ini", "Thumbs.db", ".git/1.txt")
+    assert other_files(tmp_path, used) == " besides 3 .heic, 2 .txt, 1 without suffix"
+    assert other_files(tmp_path / "a", used[:1]) == " besides 3 .heic, 1 .png"
+
+
+def test_printable_keeps_any_text_and_replaces_bytes_that_are_none():
+    assert printable("große Füchse 狐.png") == "große Füchse 狐.png"
+    assert printable(os.fsdecode(b"caf\xe9.png")) == "caf?.png"
+
+
+def test_the_truth_of_a_query_is_the_class_that_its_folder_is_named_as():
+    names = ["bee/1.png", "x/ant/2.png", "ant/x/3.png", "4.png", "ant.png", "Ant/5.png"]
+    assert folder_truth(names, ["ant", "bee"]) == [1, 0, None, None, None, None]
+
+
+# Decoding.
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_views_are_those_of_a_benchmark_in_order_and_nothing_is_written(tmp_path, monkeypatch, num_workers):
+    monkeypatch.setattr(image_cache, "CHUNK", 2)
+    paths = colours(tmp_path, 5)
+    before = set(tmp_path.rglob("*"))
+    views, kept, reasons = decode_views(paths, 5, 16, num_workers, quiet=True)
+    assert views.shape == (5, 3, 16, 16) and views.dtype == torch.uint8
+    for path, view in zip(paths, views, strict=True):
+        assert torch.equal(view, torch.from_numpy(eval_view(open_rgb(path), 16).copy()))
+    assert kept == [0, 1, 2, 3, 4] and reasons == []
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("bad, n_needed", [([2], 3), ([0], 1), ([4], 5), ([3, 1], 2)])
+def test_a_bad_image_among_the_needed_ones_is_named(tmp_path, bad, n_needed):
+    paths = colours(tmp_path, 5)
+    for i in bad:
+        paths[i].write_bytes(b"<html>not found</html>")
+    with pytest.raises(UserError, match=rf"{min(bad)}\.png cannot be decoded"):
+        decode_views(paths, n_needed, 16, 2, quiet=True)
+
+
+def test_bad_images_after_the_needed_ones_are_left_out_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_cache, "CHUNK", 2)
+    paths = colours(tmp_path, 6)
+    whole, _, _ = decode_views(paths, 6, 16, 2, quiet=True)
+    for i in (2, 5):
+        paths[i].write_bytes(paths[i].read_bytes()[:40])
+    views, kept, reasons = decode_views(paths, 2, 16, 2, quiet=True)
+    assert kept == [0, 1, 3, 4] and torch.equal(views, whole[kept])
+    assert [str(paths[i]) in reason for i, reason in zip((2, 5), reasons, strict=True)] == [True, True]
+    views, kept, reasons = decode_views(paths[2:3], 0, 16, 2, quiet=True)
+    assert views.shape == (0, 3, 16, 16) and kept == [] and len(reasons) == 1
+
+
+def test_the_bar_counts_every_image_unless_quiet(tmp_path, capfd):
+    paths = colours(tmp_path, 3)
+    paths[1].write_bytes(b"")
+    decode_views(paths, 0, 16, 1)
+    assert "3/3" in capfd.readouterr().err
+    decode_views(paths, 0, 16, 1, quiet=True)
+    assert capfd.readouterr() == ("", "")
