@@ -21,22 +21,9 @@ MAX_PARAMETERS, MAX_LINES = 8, 60
 KNOWN: set[str] = {
     "args_parser.py shared_flags: more than 60 lines",
     "args_parser.py update_flags: more than 60 lines",
-    "associative_alignment.py main: more than 60 lines",
     "data/prepare.py prepare: takes args",
-    "metaLearning.py main: more than 60 lines",
-    "methods/adversarial_alignment.py adversarial_alignment_step: more than 8 parameters",
-    "methods/adversarial_alignment.py critic_step: more than 8 parameters",
-    "methods/alignment.py align_episode: more than 60 lines",
-    "methods/alignment.py align_episode: more than 8 parameters",
-    "methods/base_training.py train_one_epoch: more than 8 parameters",
-    "methods/episodic_training.py train_one_epoch: more than 8 parameters",
-    "methods/evaluation.py evaluate_heads: more than 8 parameters",
-    "methods/prediction.py run_episode: more than 8 parameters",
     "persistence.checkpoints, persistence.import_published",
-    "persistence/training.py load_data: takes args",
-    "persistence/training.py open_run: takes args",
     "reproduce.py parse: more than 60 lines",
-    "transferLearning.py main: more than 60 lines",
 }
 
 Sources = dict[str, str]  # the text of each file by its path below the root

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from models import build_head
+from data.episodes import class_major_labels
+from engine.generators import make_generator
+from models import HEADS, build_head
 from models.heads import add_arc_margin
 from tests.helpers import golden
 
@@ -83,3 +85,23 @@ def test_permuting_the_classes_permutes_the_scores():
     head = build_head("arcMax", 8, 3, 20.0, 0.01)
     permuted = head_with("arcMax", 20.0, 0.01, head.weight.data[order])
     torch.testing.assert_close(permuted(z), head(z)[:, order])
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("method", HEADS)
+@pytest.mark.parametrize("m", [0.01, 0.5])
+def test_the_written_out_gradient_of_a_head_is_that_of_its_loss(method, together, m):
+    """On random features, with a sample that lies on the weight of its class and one opposite to it."""
+    n_way, n_shot, d = 4, 3, 6
+    head = build_head(method, d, n_way, 5.0, m, [make_generator(0, i) for i in range(3)] if together else None)
+    y = class_major_labels(n_way, n_shot)
+    z = torch.randn(*((3,) if together else ()), n_way * n_shot, d, generator=make_generator(1))
+    z[..., 0, :], z[..., 1, :] = head.weight.detach()[..., 0, :], -head.weight.detach()[..., 0, :]
+    y = y.expand(z.shape[:-1])
+    head.loss(head(z), y).backward()
+    expected = {name: p.grad.clone() for name, p in head.named_parameters()}
+    one_hot = torch.nn.functional.one_hot(y, n_way).float()
+    with torch.no_grad():
+        head.set_gradients(head.project(z), y, one_hot)
+    for name, p in head.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)

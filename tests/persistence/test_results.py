@@ -3,7 +3,11 @@
 import json
 
 import pytest
+import torch
 
+from data.episodes import Episodes
+from methods.evaluation import EpisodeScores
+from persistence.results import accuracy_record, curve_record, paired_difference, percent
 from reporting.result_figures import as_matrix
 from tests.helpers import CHECKPOINT, STAGE_1, STAGE_3, TINY, call, folders, result
 
@@ -27,3 +31,35 @@ def test_the_confusion_of_every_stage_matches_its_accuracies(aligned, tmp_path):
     outcome = call("metaLearning", *meta, *folders(aligned), "--results_dir", tmp_path)
     assert outcome.status == 0, outcome.err
     check_confusion(json.loads(next((tmp_path / "tables").iterdir()).read_text()), 6 * 3 * 3)
+
+
+def test_accuracies_are_percent_pooled_and_of_each_episode_and_class():
+    """Two episodes of 2 ways, 4 queries each: 3 of 4 and 4 of 4 right, then 2 of 4 and 1 of 4."""
+    scores = EpisodeScores(torch.tensor([[[3, 1], [0, 4]], [[2, 2], [3, 1]]]))
+    episodes = Episodes(torch.zeros(2, 2, 5, dtype=torch.long), torch.tensor([[0, 1], [2, 0]]), 1)
+    record = accuracy_record(scores, episodes, ["ant", "bee", "cat"])
+    assert record["accuracy_per_episode"] == [87.5, 37.5] and record["accuracy"] == 62.5
+    assert record["ci95"] == pytest.approx(1.96 * 25, abs=0.01)  # standard error: half the distance of two values
+    assert record["accuracy_per_class"] == {"ant": 50.0, "bee": 100.0, "cat": 50.0}
+    assert record["confusion"]["ant"] == {"ant": 4, "bee": 1, "cat": 3}
+    check_confusion(record, 16)
+    assert accuracy_record(EpisodeScores(scores.counts[:1]), episodes.slice(0, 1), ["ant", "bee"])["ci95"] is None
+    assert percent(0.7145, 0.0072) == "71.45 ± 0.72"
+
+
+def test_a_paired_difference_has_the_interval_of_the_differences():
+    before, after = torch.tensor([0.2, 0.8, 0.2, 0.8]), torch.tensor([0.21, 0.83, 0.21, 0.83])
+    mean, ci95 = paired_difference(before, after)
+    assert mean == pytest.approx(0.02) and ci95 == pytest.approx(1.96 * (4 / 3) ** 0.5 * 0.01 / 2, rel=1e-4)
+    assert paired_difference(after, before)[0] == pytest.approx(-mean)
+
+
+def test_a_curve_is_accuracy_and_gain_at_every_recorded_iteration():
+    accuracy = torch.tensor([[0.2, 0.4, 0.3], [0.6, 0.8, 0.9]])
+    rows = curve_record(accuracy, 5)
+    assert [row["iteration"] for row in rows] == [0, 5, 10]
+    assert [row["accuracy"] for row in rows] == pytest.approx([40, 60, 60])
+    assert [row["gain"] for row in rows] == pytest.approx([0, 20, 20])
+    assert [row["gain_ci95"] for row in rows] == pytest.approx([0, 0, 1.96 * 10], abs=1e-4)
+    assert rows[1]["ci95"] == pytest.approx(1.96 * 20)
+    assert curve_record(accuracy, 0) == []

@@ -1,10 +1,28 @@
 """The contact sheet: its pictures and its texts."""
 
+import dataclasses
+
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageColor
 
-from reporting.contact_sheet import SIDE, elide, picture, typeface
+from engine.errors import UserError
+from methods.prediction import Predictions
+from reporting.contact_sheet import (
+    CAPTION,
+    COLUMNS,
+    HEADER,
+    MARGIN,
+    PAIR,
+    SIDE,
+    draw_sheet,
+    elide,
+    picture,
+    typeface,
+    write_sheet,
+)
+from reporting.figure_style import BLUE, ORANGE
 
 
 def test_pictures_are_upright_whole_and_square(tmp_path):
@@ -26,3 +44,54 @@ def test_elided_text_fits(text, keep_end):
     cut = elide(text, font, 60, keep_end)
     assert font.getlength(cut) <= 60
     assert cut == " ".join(text.split()) or (cut.startswith("…") if keep_end else cut.endswith("…"))
+
+
+@pytest.fixture
+def predictions(tmp_path):
+    """Six grey queries, the last of them labelled wrongly, and a grey support image of each of two classes."""
+    for name in ("a", "b", *(f"q{i}" for i in range(6))):
+        Image.new("RGB", (20, 20), (128, 128, 128)).save(tmp_path / f"{name}.png")
+    probabilities = torch.tensor([[0.9, 0.1]] * 6)
+    return Predictions(
+        files=[f"q{i}.png" for i in range(6)],
+        paths=[tmp_path / f"q{i}.png" for i in range(6)],
+        class_names=["heron", "tern"],
+        probabilities=probabilities,
+        finetuned=probabilities,
+        nearest=[tmp_path / "a.png"] * 6,
+        nearest_label=[0] * 6,
+        truth=[0, 0, 0, 0, 0, 1],
+        related={},
+        n_support=[1, 1],
+    )
+
+
+def frame(sheet, i):
+    """The colour of the frame around query i."""
+    cell_w, cell_h = PAIR + MARGIN, SIDE + CAPTION + MARGIN
+    x, y = MARGIN + i % COLUMNS * cell_w, HEADER + i // COLUMNS * cell_h
+    return sheet.getpixel((x - 2, y - 2))
+
+
+def test_a_sheet_has_a_cell_a_query_and_marks_the_wrong_labels(predictions):
+    sheet = draw_sheet(predictions, 100)
+    assert sheet.size == (MARGIN + COLUMNS * (PAIR + MARGIN), HEADER + 2 * (SIDE + CAPTION + MARGIN))
+    blue, orange = ImageColor.getrgb(BLUE), ImageColor.getrgb(ORANGE)
+    assert [frame(sheet, i) for i in range(6)] == [blue] * 5 + [orange]
+    unknown = dataclasses.replace(predictions, truth=[None] * 6)  # nothing is wrong that nobody has labelled
+    assert {frame(draw_sheet(unknown, 6), i) for i in range(6)} == {blue}
+
+
+@pytest.mark.parametrize("n, rows", [(1, 1), (COLUMNS, 1), (COLUMNS + 1, 2)])
+def test_a_sheet_holds_as_many_queries_as_asked(predictions, n, rows):
+    assert draw_sheet(predictions, n).height == HEADER + rows * (SIDE + CAPTION + MARGIN)
+
+
+def test_a_sheet_is_written_as_a_png_and_nothing_is_left_beside_it(predictions, tmp_path):
+    write_sheet(tmp_path / "out" / "sheet.png", predictions, 2)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sheet.png"]
+    with Image.open(tmp_path / "out" / "sheet.png") as image:
+        assert image.format == "PNG" and image.size == draw_sheet(predictions, 2).size
+    predictions.paths[1].unlink()
+    with pytest.raises(UserError, match="q1.png"):
+        write_sheet(tmp_path / "out" / "other.png", predictions, 2)

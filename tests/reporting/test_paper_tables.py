@@ -1,6 +1,11 @@
-"""The paper's numbers beside ours."""
+"""The rows of the paper's tables: which are done, and the paper's numbers beside ours."""
 
-from reporting.paper_tables import PAPER, SCRIPTS, TABLES, Plan, compare, markdown, paper_number
+import json
+import os
+
+import pytest
+
+from reporting.paper_tables import PAPER, SCRIPTS, TABLES, Plan, compare, finished, markdown, paper_number, write_table
 from reporting.paper_tables import table_rows as rows_of
 from tests.helpers import ROOT
 
@@ -33,3 +38,45 @@ def test_the_table_shows_how_far_we_are_from_the_paper():
     assert "52.00 ± 0.80 | 51.37 ± 0.69 (published code) | +0.63 |  | 600 | 600 | 12 |" in lines[2]
     assert "52.00 ± 0.80 | 53.14 ± 1.06 | -1.14 | +1.50 ± 0.20 | 600 | 600 | 12 |" in lines[7]
     assert "not run yet | 52.13 ± 0.99 |  |" in lines[8] and "not run yet | not known here |" in lines[0]
+
+
+@pytest.fixture
+def row(tmp_path):
+    """A row whose checkpoint is there, and whose result is not."""
+    plan = Plan("CUB", "CUB", tmp_path, tmp_path / "models", {stage: [] for stage in SCRIPTS})
+    row = plan.row("transfer", "arcMax", "Conv4", 5, 1)
+    for path in (row.checkpoint, row.result):
+        path.parent.mkdir(parents=True)
+    row.checkpoint.touch()
+    return row
+
+
+def test_a_row_is_finished_by_a_result_of_its_flags_that_is_younger_than_its_checkpoint(row):
+    config = {"lr": 0.1, "seed": 0}
+    assert finished(row, config) is None
+    for damaged in ("", "{", "[]", '{"accuracy": 5}'):
+        row.result.write_text(damaged)
+        assert finished(row, config) is None
+    row.result.write_text(json.dumps({"accuracy": 5.0, "config": config}))
+    assert finished(row, config) == {"accuracy": 5.0, "config": config}
+    assert finished(row, {"lr": 0.2, "seed": 0}) is None
+    os.utime(row.checkpoint, (row.result.stat().st_mtime + 1,) * 2)
+    assert finished(row, config) is None
+
+
+def test_small_classes_have_fewer_queries_unless_a_flag_says_how_many(row):
+    assert row.flags[row.flags.index("--n_query") + 1] == "15"
+    plan = Plan("CUB", "CUB", ROOT, ROOT, {stage: ["--n_query", "7"] for stage in SCRIPTS})
+    flags = plan.row("transfer", "arcMax", "Conv4", 5, 1).flags
+    assert flags.count("--n_query") == 1 and flags[flags.index("--n_query") + 1] == "7"
+    mini = Plan("miniImagenet", "miniImagenet", ROOT, ROOT, {stage: [] for stage in SCRIPTS})
+    assert "--n_query" not in mini.row("transfer", "arcMax", "Conv4", 5, 1).flags
+
+
+def test_a_table_is_written_as_markdown_and_as_json(row, tmp_path):
+    about = {"table": "main", "dataset": "CUB", "scale": "full", "command": "python reproduce.py"}
+    text = write_table(tmp_path / "reproduce_main", about, compare("CUB", [row], [None]))
+    assert text == (tmp_path / "reproduce_main.md").read_text()
+    assert text.startswith("# main table, CUB, full scale: 0 of 1 rows\n") and "`python reproduce.py`" in text
+    record = json.loads((tmp_path / "reproduce_main.json").read_text())
+    assert record["table"] == "main" and [r["name"] for r in record["rows"]] == ["arcMax, fine-tuning"]

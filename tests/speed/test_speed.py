@@ -6,11 +6,7 @@ import json
 import pytest
 import torch
 
-from data.episodes import class_major_labels
 from engine.errors import UserError
-from engine.generators import make_generator
-from methods.novel_finetune import set_gradients
-from models import HEADS, build_head
 from reporting.report import read_results
 from speed import bench_alignment, bench_base_training, bench_related_base, common
 from speed.__main__ import BENCHES
@@ -134,24 +130,3 @@ def test_timing_repeats_short_work_and_leaves_long_work_alone():
 def test_spread_indices_are_distinct_and_reach_both_ends():
     assert spread(10, 4).tolist() == [0, 2, 5, 7] and spread(3, 8).tolist() == [0, 1, 2]
     assert common.count_flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
-
-
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("method", HEADS)
-@pytest.mark.parametrize("m", [0.01, 0.5])
-def test_the_written_out_gradient_of_a_head_is_that_of_its_loss(method, batched, m):
-    """On random features, with a sample that lies on the weight of its class and one opposite to it."""
-    n_way, n_shot, d = 4, 3, 6
-    generators = [make_generator(0, i) for i in range(3 if batched else 1)]
-    head = build_head(method, d, n_way, 5.0, m, generators, batched=batched)
-    y = class_major_labels(n_way, n_shot)
-    z = torch.randn(*((3,) if batched else ()), n_way * n_shot, d, generator=make_generator(1))
-    z[..., 0, :], z[..., 1, :] = head.weight.detach()[..., 0, :], -head.weight.detach()[..., 0, :]
-    y = y.expand(z.shape[:-1])
-    head.loss(head(z), y).backward()
-    expected = {name: p.grad.clone() for name, p in head.named_parameters()}
-    one_hot = torch.nn.functional.one_hot(y, n_way).float()
-    with torch.no_grad():
-        set_gradients(head, head.project(z), y, one_hot)
-    for name, p in head.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
