@@ -140,7 +140,7 @@ def test_predictions_are_counted_by_true_and_predicted_class():
     scores = torch.tensor([[3.0, 1, 0], [0, 3, 1], [0, 2, 1], [0, 2, 1], [0, 0, 1], [5, 1, 0]])
     counts = count_predictions(scores, 3)
     assert counts.tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 1]]
-    assert share_right(count_predictions(scores, 3)).tolist() == [0.5, 1.0, 0.5]
+    assert share_right(counts).tolist() == [0.5, 1.0, 0.5]
     assert torch.equal(count_predictions(scores.expand(4, 2, 6, 3), 3), counts.expand(4, 2, 3, 3))
 
 

@@ -40,7 +40,9 @@ def published_learner(method, g):
         ours = {"FCE.lstmcell": "query_lstm", "G_encoder": "support_lstm"}
     elif method.startswith("RelationNet"):
         shape = tuple(g["RelationNet.feature_shape"].tolist())
-        learner = build_meta_learner(method, type("Backbone", (), {"feature_dim": math.prod(shape), "map_shape": shape}))
+        learner = build_meta_learner(
+            method, type("Backbone", (), {"feature_dim": math.prod(shape), "map_shape": shape})
+        )
         ours = {f"layer{i}.trunk.{j}": f"{kind}{i}" for i in (1, 2) for j, kind in enumerate(("conv", "norm"))}
         maps = [g[f"RelationNet.f_{part}"].float().unflatten(-1, shape) for part in ("support", "query")]
         g = {**g, "z_support": maps[0], "z_query": maps[1]}
