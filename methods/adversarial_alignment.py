@@ -23,6 +23,7 @@ from models.critic import Critic
 
 # The critic meets features that move with every step: a short memory of its gradients.
 CRITIC_BETAS = (0.5, 0.9)
+CONSTRAINTS = ("clip", "gp")
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,14 @@ def clip_weights(critic: Critic, clip: float) -> None:
 class AdversarialAlignment:
     """The adversarial alignment loss of one episode, with the critic that learns along with the backbone.
 
-    d: size of the features; the critic's initial weights, and what its constraint draws, come from `generator`.
+    d: size of the features; the critic's initial weights, and what its constraint draws, come from `generator`. Raises
+    ValueError for an unknown constraint.
     """
 
     def __init__(self, d: int, n_way: int, setting: CriticSetting, generator: Generator, device: torch.device):
+        if setting.critic_constraint not in CONSTRAINTS:
+            expected = ", ".join(CONSTRAINTS)
+            raise ValueError(f"unknown critic constraint {setting.critic_constraint!r}: choose one of {expected}")
         self.setting = setting
         self.generator = generator
         self.critic = Critic(d, n_way, setting.critic_hidden, generator=generator).to(device)

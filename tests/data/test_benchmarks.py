@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from data import benchmarks
-from data.benchmarks import list_folder, list_json, load_split
+from data.benchmarks import DataOptions, list_folder, list_json, load_split
 from engine.errors import UserError
 from tests.helpers import make_benchmark
 
 
-def load(root: Path, split="base", dataset="toy", **options):
-    return load_split(root, dataset, split, 16, root / ".cache", quiet=True, **options)
+def load(root: Path, split="base", dataset="toy"):
+    return load_split(DataOptions(root, 16, root / ".cache"), dataset, split)
 
 
 def touch(*paths: Path):

@@ -6,7 +6,15 @@ import json
 import pytest
 import torch
 
-from data.episodes import Episodes, class_major_labels, fixed_episodes, read_episodes, sample_episodes, write_episodes
+from data.episodes import (
+    Episodes,
+    EpisodeShape,
+    class_major_labels,
+    fixed_episodes,
+    read_episodes,
+    sample_episodes,
+    write_episodes,
+)
 from engine.errors import UserError
 from tests.helpers import make_split
 
@@ -15,7 +23,7 @@ UNEQUAL = make_split(counts=(9, 7, 12, 7, 30, 8), side=1)
 
 @pytest.mark.parametrize("n_way, n_shot, n_query", [(2, 1, 1), (5, 5, 2), (6, 1, 6), (3, 2, 4)])
 def test_an_episode_has_distinct_classes_and_no_image_twice(n_way, n_shot, n_query):
-    episodes = sample_episodes(UNEQUAL, n_way, n_shot, n_query, 200, seed=1)
+    episodes = sample_episodes(UNEQUAL, EpisodeShape(n_way, n_shot, n_query), 200, seed=1)
     assert episodes.index.shape == (200, n_way, n_shot + n_query) and len(episodes) == 200
     for index, classes in zip(episodes.index, episodes.classes, strict=True):
         assert len(classes.unique()) == n_way
@@ -24,7 +32,7 @@ def test_an_episode_has_distinct_classes_and_no_image_twice(n_way, n_shot, n_que
 
 
 def test_support_and_query_are_the_two_parts_of_an_episode():
-    episodes = sample_episodes(UNEQUAL, 4, 2, 5, 50, seed=0)
+    episodes = sample_episodes(UNEQUAL, EpisodeShape(4, 2, 5), 50, seed=0)
     assert episodes.support.shape == (50, 4, 2) and episodes.query.shape == (50, 4, 5)
     assert torch.equal(torch.cat([episodes.support, episodes.query], 2), episodes.index)
     for support, query in zip(episodes.support, episodes.query, strict=True):
@@ -41,7 +49,7 @@ def chi_squared(counts):
 
 def test_every_class_and_every_image_of_a_class_is_equally_likely_in_every_place():
     split = make_split(counts=(10,) * 8, side=1)
-    episodes = sample_episodes(split, 3, 1, 2, 4000, seed=0)
+    episodes = sample_episodes(split, EpisodeShape(3, 1, 2), 4000, seed=0)
     for way in range(3):  # 7 degrees of freedom: 24.3 is exceeded once in 1000
         assert chi_squared(torch.bincount(episodes.classes[:, way], minlength=8).double()) < 24.3
     for place in range(3):  # 79 degrees of freedom
@@ -49,40 +57,40 @@ def test_every_class_and_every_image_of_a_class_is_equally_likely_in_every_place
 
 
 def test_an_episode_depends_on_seed_and_number_alone():
-    whole = sample_episodes(UNEQUAL, 5, 1, 3, 20, seed=7)
-    prefix = sample_episodes(UNEQUAL, 5, 1, 3, 8, seed=7)
-    rest = sample_episodes(UNEQUAL, 5, 1, 3, 12, seed=7, start=8)
+    whole = sample_episodes(UNEQUAL, EpisodeShape(5, 1, 3), 20, seed=7)
+    prefix = sample_episodes(UNEQUAL, EpisodeShape(5, 1, 3), 8, seed=7)
+    rest = sample_episodes(UNEQUAL, EpisodeShape(5, 1, 3), 12, seed=7, start=8)
     assert torch.equal(torch.cat([prefix.index, rest.index]), whole.index)
     assert torch.equal(torch.cat([prefix.classes, rest.classes]), whole.classes)
     assert len(whole.index.flatten(1).unique(dim=0)) == 20
 
 
 def test_other_seeds_and_other_splits_have_other_episodes():
-    first = sample_episodes(UNEQUAL, 5, 1, 3, 4, seed=0).index
-    assert not torch.equal(first, sample_episodes(UNEQUAL, 5, 1, 3, 4, seed=1).index)
+    first = sample_episodes(UNEQUAL, EpisodeShape(5, 1, 3), 4, seed=0).index
+    assert not torch.equal(first, sample_episodes(UNEQUAL, EpisodeShape(5, 1, 3), 4, seed=1).index)
     val = dataclasses.replace(UNEQUAL, split="val")
-    assert not torch.equal(first, sample_episodes(val, 5, 1, 3, 4, seed=0).index)
+    assert not torch.equal(first, sample_episodes(val, EpisodeShape(5, 1, 3), 4, seed=0).index)
 
 
 def test_sampling_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
-    sample_episodes(UNEQUAL, 5, 1, 3, 4, seed=0)
+    sample_episodes(UNEQUAL, EpisodeShape(5, 1, 3), 4, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_too_few_classes_are_counted():
     with pytest.raises(UserError, match="novel split of 'toy' has 6 classes but episodes of 7 ways"):
-        sample_episodes(UNEQUAL, 7, 1, 1, 1, seed=0)
+        sample_episodes(UNEQUAL, EpisodeShape(7, 1, 1), 1, seed=0)
 
 
 def test_a_class_with_too_few_images_is_named_and_counted():
     with pytest.raises(UserError, match=r"class 'class1'.* has 7 images; n_shot \+ n_query = 8 are needed.*--n_query"):
-        sample_episodes(UNEQUAL, 2, 3, 5, 1, seed=0)
-    sample_episodes(UNEQUAL, 2, 3, 4, 1, seed=0)
+        sample_episodes(UNEQUAL, EpisodeShape(2, 3, 5), 1, seed=0)
+    sample_episodes(UNEQUAL, EpisodeShape(2, 3, 4), 1, seed=0)
 
 
 def test_class_major_labels_match_the_flattened_images():
-    episodes = sample_episodes(UNEQUAL, 3, 2, 1, 1, seed=0)
+    episodes = sample_episodes(UNEQUAL, EpisodeShape(3, 2, 1), 1, seed=0)
     labels = class_major_labels(3, 2)
     assert labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert torch.equal(UNEQUAL.labels[episodes.support[0].flatten()], episodes.classes[0][labels])
@@ -93,7 +101,7 @@ def test_class_major_labels_match_the_flattened_images():
 
 @pytest.fixture
 def episodes():
-    return sample_episodes(UNEQUAL, 3, 2, 4, 10, seed=5)
+    return sample_episodes(UNEQUAL, EpisodeShape(3, 2, 4), 10, seed=5)
 
 
 @pytest.fixture
@@ -104,7 +112,7 @@ def file(tmp_path, episodes):
 
 
 def read(file, split=UNEQUAL, n_way=3, n_shot=2, n_query=4, n_episodes=10):
-    return read_episodes(file, split, n_way, n_shot, n_query, n_episodes)
+    return read_episodes(file, split, EpisodeShape(n_way, n_shot, n_query), n_episodes)
 
 
 def assert_same(a: Episodes, b: Episodes):
@@ -137,11 +145,11 @@ def test_a_file_is_read_into_a_split_listed_in_another_order(file, episodes):
 
 def test_fixed_episodes_are_written_once_and_read_ever_after(tmp_path):
     file = tmp_path / "episodes.json"
-    first = fixed_episodes(file, UNEQUAL, 3, 2, 4, 10, seed=5)
+    first = fixed_episodes(file, UNEQUAL, EpisodeShape(3, 2, 4), 10, seed=5)
     content = file.read_bytes()
-    assert_same(fixed_episodes(file, UNEQUAL, 3, 2, 4, 10, seed=6), first)
+    assert_same(fixed_episodes(file, UNEQUAL, EpisodeShape(3, 2, 4), 10, seed=6), first)
     assert file.read_bytes() == content
-    assert_same(fixed_episodes(None, UNEQUAL, 3, 2, 4, 10, seed=5), first)
+    assert_same(fixed_episodes(None, UNEQUAL, EpisodeShape(3, 2, 4), 10, seed=5), first)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +202,7 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(file, damage):
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     damaged = file.read_bytes()
     with pytest.raises(UserError) as error:
-        fixed_episodes(file, UNEQUAL, 3, 2, 4, 10, seed=5)
+        fixed_episodes(file, UNEQUAL, EpisodeShape(3, 2, 4), 10, seed=5)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
     assert file.read_bytes() == damaged
 

@@ -1,6 +1,7 @@
 """The critic measures what it should, and the backbone's step lowers what the critic measures."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,16 +10,17 @@ from torch import nn
 from data.episodes import class_major_labels
 from engine.precision import Precision
 from methods.adversarial_alignment import (
+    AdversarialAlignment,
+    CriticSetting,
     adversarial_alignment_loss,
-    adversarial_alignment_step,
     clip_weights,
-    critic_loss,
-    critic_step,
     gradient_penalty,
 )
+from methods.alignment import AlignmentSetting, Labelled, Updates
+from models import build_head
 from models.critic import Critic
 
-FP32 = Precision("fp32", "cpu")
+CPU = torch.device("cpu")
 
 
 def generator(seed=0):
@@ -34,15 +36,17 @@ def gaussian(mean, std, n=200):
 def trained_estimate(z_related, y_related, z_novel, y_novel, conditional=True, n_way=1, n_steps=300):
     """The estimates of a fresh critic with gradient penalty: (before training, after it)."""
     g = generator()
-    critic = Critic(z_related.shape[1], n_way, 64, conditional, g)
-    optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
+    d, setting = z_related.shape[1], CriticSetting(64, critic_constraint="gp", critic_gp_weight=10.0)
+    adversarial = AdversarialAlignment(d, n_way, setting, generator(), CPU)
+    adversarial.critic, adversarial.generator = Critic(d, n_way, 64, conditional, g), g
+    adversarial.optimizer = torch.optim.Adam(adversarial.critic.parameters(), lr=3e-3)
     data = (z_related, y_related, z_novel, y_novel)
     with torch.no_grad():
-        before = adversarial_alignment_loss(critic, *data).item()
+        before = adversarial_alignment_loss(adversarial.critic, *data).item()
     for _ in range(n_steps):
-        critic_step(critic, optimizer, *data, constraint="gp", clip=0.0, gp_weight=10.0, generator=g)
+        adversarial.critic_step(*data)
     with torch.no_grad():
-        return before, adversarial_alignment_loss(critic, *data).item()
+        return before, adversarial_alignment_loss(adversarial.critic, *data).item()
 
 
 # Clipping bounds the critic's slope by a number that is not known, so its estimate is a distance only up to a factor.
@@ -72,15 +76,12 @@ def test_only_a_critic_that_sees_labels_separates_swapped_classes():
 
 def test_clipped_critic_stays_inside_the_clip_and_prefers_related_samples():
     g = generator()
-    critic = Critic(3, 2, 16, generator=g)
-    optimizer = torch.optim.RMSprop(critic.parameters(), lr=1e-3)
+    adversarial = AdversarialAlignment(3, 2, CriticSetting(16, critic_constraint="clip", critic_clip=0.05), g, CPU)
+    adversarial.optimizer = torch.optim.RMSprop(adversarial.critic.parameters(), lr=1e-3)
     y = class_major_labels(2, 20)
     z_related, z_novel = torch.randn(40, 3, generator=g) + 2, torch.randn(40, 3, generator=g) - 2
-    estimates = [
-        critic_step(critic, optimizer, z_related, y, z_novel, y, "clip", clip=0.05, gp_weight=0.0, generator=g)
-        for _ in range(50)
-    ]
-    assert max(p.abs().max().item() for p in critic.parameters()) <= 0.05 + 1e-6
+    estimates = [adversarial.critic_step(z_related, y, z_novel, y) for _ in range(50)]
+    assert max(p.abs().max().item() for p in adversarial.critic.parameters()) <= 0.05 + 1e-6
     assert estimates[-1] > max(estimates[1], 0.0)  # the first estimate is that of the unclipped initial weights
 
 
@@ -101,7 +102,6 @@ def test_loss_is_the_difference_of_mean_scores_with_gradient_to_both_streams():
     loss = adversarial_alignment_loss(critic, *data)
     scores = [critic(z, y).mean() for z, y in (data[:2], data[2:])]
     torch.testing.assert_close(loss, scores[0] - scores[1])
-    torch.testing.assert_close(critic_loss(critic, *data), -loss)
     loss.backward()
     assert (z_related.grad.abs().sum(1) > 0).all() and (z_novel.grad.abs().sum(1) > 0).all()
 
@@ -139,10 +139,8 @@ def test_gradient_penalty_mixes_samples_of_one_label():
 
 
 def test_unknown_constraint_is_refused():
-    critic = Critic(2, 1, 4, generator=generator())
-    z, y = torch.zeros(2, 2), torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match="unknown critic constraint 'clamp': choose one of clip, gp"):
-        critic_step(critic, torch.optim.Adam(critic.parameters()), z, y, z, y, "clamp", 0.01, 10.0, generator())
+        AdversarialAlignment(2, 1, CriticSetting(4, critic_constraint="clamp"), generator(), CPU)
 
 
 class Toy:
@@ -152,32 +150,27 @@ class Toy:
         g = generator()
         torch.manual_seed(0)
         self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
-        self.critic = Critic(4, 2, 64, generator=g)
+        setting = CriticSetting(
+            64, critic_lr=3e-3, critic_constraint=constraint, critic_clip=0.1, critic_gp_weight=10.0
+        )
+        self.adversarial = AdversarialAlignment(4, 2, setting, g, CPU)
+        self.adversarial.generator = generator(1)
+        self.critic = self.adversarial.critic
         self.y_support, self.y_related = class_major_labels(2, 5), class_major_labels(2, 20)
         class_image, shift = torch.randn(2, 2, 3, 4, 4, generator=g)
         self.x_support = class_image[self.y_support] + 0.3 * torch.randn(10, 3, 4, 4, generator=g)
         self.x_related = (class_image + shift)[self.y_related] + 0.3 * torch.randn(40, 3, 4, 4, generator=g)
-        self.optimizer = torch.optim.Adam(self.backbone.parameters(), lr=lr)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=3e-3, betas=(0.5, 0.9))
-        self.constraint, self.generator = constraint, generator(1)
+        head = build_head("arcMax", 4, 2, 5.0, 0.01, generator())
+        fitted = torch.optim.Adam(head.parameters())
+        self.updates = Updates(
+            self.backbone, head, fitted, self.adversarial, AlignmentSetting(align_lr=lr), Precision()
+        )
 
     def step(self, n_critic=5):
-        return adversarial_alignment_step(
-            self.backbone,
-            self.optimizer,
-            self.critic,
-            self.critic_optimizer,
-            self.x_support,
-            self.y_support,
-            self.x_related,
-            self.y_related,
-            n_critic,
-            self.constraint,
-            clip=0.1,
-            gp_weight=10.0,
-            generator=self.generator,
-            precision=FP32,
-        )
+        """Update (1), with so many steps of the critic."""
+        self.adversarial.setting = dataclasses.replace(self.adversarial.setting, critic_steps=n_critic)
+        support, related = Labelled(self.x_support, self.y_support), Labelled(self.x_related, self.y_related)
+        return self.updates.align(support, related)
 
     @torch.no_grad()
     def raw_features(self):
@@ -223,10 +216,10 @@ def test_step_is_n_critic_steps_on_fixed_features_then_one_of_the_backbone():
     toy, twin = Toy(), Toy()
     data = twin.raw_features()
     for _ in range(3):
-        critic_step(twin.critic, twin.critic_optimizer, *data, "clip", 0.1, 10.0, twin.generator)
+        twin.adversarial.critic_step(*data)
     expected = adversarial_alignment_loss(twin.critic, *data).item()
     before = copy.deepcopy(toy.backbone.state_dict())
-    toy.backbone.train()
+    toy.backbone.eval()  # the update must see to the mode itself
     assert toy.step(n_critic=3) == pytest.approx(expected)
     assert all(torch.equal(a, b) for a, b in zip(toy.critic.parameters(), twin.critic.parameters(), strict=True))
     assert not torch.equal(toy.backbone[1].weight, before["1.weight"])
@@ -245,6 +238,6 @@ def test_a_class_without_related_samples_takes_no_part():
     twin.x_related, twin.y_related = toy.x_related, toy.y_related
     z_related, _, z_support, _ = twin.raw_features()
     data = (z_related, twin.y_related, z_support[5:], twin.y_support[5:])
-    critic_step(twin.critic, twin.critic_optimizer, *data, "gp", 0.1, 10.0, twin.generator)
+    twin.adversarial.critic_step(*data)
     expected = adversarial_alignment_loss(twin.critic, *data).item()
     assert toy.step(n_critic=1) == pytest.approx(expected)

@@ -1,32 +1,26 @@
 """Algorithm 1 against the published numbers, and what an episode of alignment may and may not touch."""
 
+import copy
 import dataclasses
 import math
-from functools import partial
 
+import pytest
 import torch
+from torch import nn
 
-from args_parser import args_parser
-from data.episodes import class_major_labels
+from args_parser import args_parser, from_flags
+from data.episodes import Episodes, class_major_labels
 from engine.precision import Precision
-from methods.alignment import (
-    AlignmentSetting,
-    align_episode,
-    network_input,
-    predict_queries,
-    stored_input,
-    train_head_on_related,
-    train_on_support,
-)
-from methods.centroid_alignment import centroid_alignment_step
-from methods.evaluation import embed
+from engine.run import Run
+from methods.alignment import ALIGNMENTS, AlignmentSetting, Labelled, Updates, align_episode
+from methods.centroid_alignment import centroid_alignment_loss
+from methods.features import Source, UpdatedBlocks, blocks_to_update, image_source, updated_features
 from methods.novel_finetune import fit_heads
 from models import build_head
-from models.backbone import split_backbone
 from models.conv4 import Conv4
-from tests.helpers import golden
+from tests.helpers import golden, make_split
 
-FP32 = Precision("fp32", "cpu")
+CPU = torch.device("cpu")
 
 
 def published_weights(g: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -37,6 +31,13 @@ def published_weights(g: dict[str, torch.Tensor], prefix: str) -> dict[str, torc
             block, layer, name = key.removeprefix(prefix + "nConvBlock.").replace("convBlock.", "").split(".")
             state[f"layers.{block}.{'conv' if layer == '0' else 'bn'}.{name}"] = value
     return state
+
+
+def scores_of(net: nn.Module, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Scores (n, n_way) of the input x (n, 3, h, w), as those of queries are made."""
+    source = Source(torch.empty(0), lambda index: x[index], make_split())
+    with torch.no_grad():
+        return head(updated_features(UpdatedBlocks(None, net, {}), source, torch.arange(len(x)), Precision()))
 
 
 def test_two_iterations_of_algorithm_1_follow_the_published_trace():
@@ -56,20 +57,16 @@ def test_two_iterations_of_algorithm_1_follow_the_published_trace():
     head_optimizer = fit_heads(head, z_support, y_support, int(g["finetune_steps"]), lr)
     many_steps = {"rtol": 2e-3, "atol": 2e-4}
     torch.testing.assert_close(head.weight.data, g["clf_after_finetune"], **many_steps)
-    torch.testing.assert_close(predict_queries(net, head, x_query, FP32), g["query_scores_finetune"], **many_steps)
+    torch.testing.assert_close(scores_of(net, head, x_query), g["query_scores_finetune"], **many_steps)
 
     head.rescale(15.0, 0.001)
-    backbone_optimizer = torch.optim.Adam(net.parameters(), lr=lr)
-    joint_optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], lr=lr)
+    setting = AlignmentSetting(align_lr=lr, related_lr=lr, support_lr=lr)
+    updates = Updates(net, head, head_optimizer, centroid_alignment_loss, setting, Precision())
+    support = Labelled(x_support, y_support)
     for i, picks in enumerate(g["picks"]):
         x_related = torch.cat([g["x_related"][w, picks[w]] for w in range(5)]).float()
-        y_related = class_major_labels(5, picks.shape[1])
-        align_loss = centroid_alignment_step(
-            net.train(), backbone_optimizer, x_support, y_support, x_related, y_related, FP32
-        )
-        related_loss = train_head_on_related(net, head, head_optimizer, x_related, y_related, FP32)
-        support_loss = train_on_support(net.train(), head, joint_optimizer, x_support, y_support, FP32)
-        losses = [align_loss, related_loss, support_loss]
+        related = Labelled(x_related, class_major_labels(5, picks.shape[1]))
+        losses = [updates.align(support, related), updates.train_head(related), updates.train_on_support(support)]
         torch.testing.assert_close(torch.tensor(losses), g["losses"][i], **many_steps)
         torch.testing.assert_close(head.weight.data, g[f"iter{i + 1}.clf"], **many_steps)
         published = published_weights(g, f"iter{i + 1}.net.")
@@ -80,7 +77,7 @@ def test_two_iterations_of_algorithm_1_follow_the_published_trace():
             torch.testing.assert_close(net.state_dict()[name], value, **tolerance)
     # With the published draw of those undetermined numbers, the scores must be the published ones.
     net.load_state_dict(net.state_dict() | {name: value for name, value in published.items() if undetermined(name)})
-    torch.testing.assert_close(predict_queries(net, head, x_query, FP32), g["query_scores_aligned"], **many_steps)
+    torch.testing.assert_close(scores_of(net, head, x_query), g["query_scores_aligned"], **many_steps)
 
 
 def undetermined(name: str) -> bool:
@@ -89,32 +86,28 @@ def undetermined(name: str) -> bool:
 
 
 def tiny_episode_run(n_base_class: int = 6):
-    """Everything align_episode needs, small and random: 3-way 2-shot, 3 queries, 16-pixel images."""
-    g = torch.Generator().manual_seed(0)
-    novel_images = torch.randint(0, 256, (30, 3, 16, 16), generator=g, dtype=torch.uint8)
-    base_images = torch.randint(0, 256, (n_base_class * 10, 3, 16, 16), generator=g, dtype=torch.uint8)
-    net = Conv4(img_size=16, width=8)
-    cpu = torch.device("cpu")
-    data = {
-        "z_novel": embed(net, novel_images, cpu, FP32),
-        "novel_input": partial(network_input, novel_images, device=cpu),
-        "z_base": embed(net, base_images, cpu, FP32),
-        "y_base": class_major_labels(n_base_class, 10),
-        "base_members": list(torch.arange(n_base_class * 10).view(n_base_class, 10)),
-        "base_input": partial(network_input, base_images, device=cpu),
+    """What align_episode needs, small: 3-way 2-shot, 3 queries, 16-pixel images.
+
+    Returns align(episode=0, **changes), an episode whose arguments may be changed, and those arguments.
+    """
+    run, net = Run(), Conv4(img_size=16, width=8)
+    flags = "--ft_n_epoch 30 --align_iters 3 --n_B 2 --aug_size 4 --critic_hidden 16".split()
+    blocks = blocks_to_update(net, None)
+    novel, base = make_split((10,) * 3), make_split((10,) * n_base_class, seed=1, split="base")
+    index = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:15].view(1, 3, 5)
+    given = {
+        "blocks": blocks,
+        "task": Episodes(index, torch.arange(3).view(1, 3), n_shot=2).task(0),
+        "novel": image_source(net, blocks, novel, run),
+        "base": image_source(net, blocks, base, run),
+        "setting": from_flags(AlignmentSetting, args_parser("alignment", flags)),
+        "run": run,
     }
-    args = args_parser("alignment", "--ft_n_epoch 30 --align_iters 3 --n_B 2 --aug_size 4 --critic_hidden 16".split())
-    setting = AlignmentSetting(**{f.name: getattr(args, f.name) for f in dataclasses.fields(AlignmentSetting)})
-    index = torch.randperm(30, generator=g)[:15].view(3, 5)
-    data |= {"support": index[:, :2].flatten(), "y_support": class_major_labels(3, 2), "query": index[:, 2:].flatten()}
-    initial = {name: value.clone() for name, value in net.state_dict().items()}
 
     def align(episode: int = 0, **changes):
-        run = {"backbone": net, "initial_state": initial, "setting": setting, **data, **changes}
-        return align_episode(**run, seed=0, episode=episode, device=cpu, precision=FP32)
+        return align_episode(**{**given, **changes}, i=episode)
 
-    align.setting = setting
-    return align, data, net
+    return align, given, net
 
 
 def test_an_episode_leaves_no_trace_in_the_next():
@@ -126,60 +119,138 @@ def test_an_episode_leaves_no_trace_in_the_next():
 
 
 def test_a_query_is_scored_without_regard_to_the_other_queries():
-    _, data, net = tiny_episode_run()
+    _, given, net = tiny_episode_run()
     head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)
-    x = data["novel_input"](torch.arange(30))
-    net.train()  # predict_queries must see to the mode itself
-    together = predict_queries(net, head, x, FP32)
-    alone = torch.cat([predict_queries(net, head, x[i : i + 1], FP32) for i in range(len(x))])
+    x = given["novel"].enter(torch.arange(30))
+    net.train()  # updated_features must see to the mode itself
+    together = scores_of(net, head, x)
+    alone = torch.cat([scores_of(net, head, x[i : i + 1]) for i in range(len(x))])
     torch.testing.assert_close(together, alone)
 
 
 def test_a_novel_class_without_related_images_is_left_out_and_the_rest_goes_on():
-    align, data, _ = tiny_episode_run()
-    episode = align(z_base=data["z_base"][:1].expand(60, -1))
+    align, given, _ = tiny_episode_run()
+    base = given["base"]
+    episode = align(base=dataclasses.replace(base, features=base.features[:1].expand(60, -1)))
     assert sorted(len(samples) > 0 for samples in episode.related.samples) == [False, False, True]
     assert episode.n_drawn == 4 and all(map(math.isfinite, episode.losses[-1]))
 
 
-def test_with_no_related_image_at_all_only_the_support_is_learned():
-    align, data, _ = tiny_episode_run()
-    none = {"base_members": [torch.empty(0, dtype=torch.long)] * 6}
-    episode = align(**none)
+@pytest.mark.parametrize("n_base_class", [0, 2])  # no base set; fewer base classes than novel ones
+def test_with_no_related_image_at_all_only_the_support_is_learned(n_base_class):
+    align, given, _ = tiny_episode_run(n_base_class or 6)
+    episode = align(base=given["base"] if n_base_class else None)
     assert episode.n_drawn == 0
     align_loss, related_loss, support_loss = episode.losses[-1]
     assert math.isnan(align_loss) and math.isnan(related_loss) and math.isfinite(support_loss)
 
 
-def test_the_head_step_on_related_samples_moves_neither_backbone_nor_statistics():
-    _, data, net = tiny_episode_run()
-    head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    x, y = data["base_input"](torch.arange(9)), class_major_labels(3, 3)
-    train_head_on_related(net, head, torch.optim.Adam(head.parameters()), x, y, FP32)
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-
-
 def test_updates_of_the_last_blocks_leave_those_below_as_they_were_and_move_every_weight_of_theirs():
-    align, data, net = tiny_episode_run()
-    below, last = split_backbone(net, 1)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-
-    def through(enter):
-        with torch.no_grad():
-            below.eval()
-            images = torch.arange(enter.args[0].shape[0])
-            return partial(stored_input, below(enter(images)), device=torch.device("cpu"))
-
-    inputs = {name: through(data[name]) for name in ("novel_input", "base_input")}
-    initial = {name: value.clone() for name, value in last.state_dict().items()}
-    episode = align(backbone=last, initial_state=initial, **inputs)
+    align, given, net = tiny_episode_run()
+    before = copy.deepcopy(net.state_dict())
+    blocks = blocks_to_update(net, 1)
+    sources = {name: image_source(net, blocks, given[name].split, given["run"]) for name in ("novel", "base")}
+    episode = align(blocks=blocks, **sources)
     moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if name.startswith("layers.3.")}
     # With a rate of nothing the last blocks are those of the whole backbone, and so are the scores.
-    still = dataclasses.replace(align.setting, align_lr=1e-30, support_lr=1e-30, related_lr=1e-30, align_bn="eval")
-    part = align(backbone=last, initial_state=initial, setting=still, **inputs)
-    net.load_state_dict(before)
+    rates = {"align_lr": 1e-30, "support_lr": 1e-30, "related_lr": 1e-30}
+    still = dataclasses.replace(given["setting"], **rates, align_bn="eval")
+    part = align(blocks=blocks, setting=still, **sources)
     whole = align(setting=still)
     torch.testing.assert_close(part.aligned, whole.aligned)
     assert not torch.allclose(part.aligned, episode.aligned)
+
+
+# The three updates.
+
+
+def tiny_updates(alignment_loss=centroid_alignment_loss, **setting):
+    """Updates of a small Conv4 and a head fitted in 3 steps at 0.1, with 6 support and 9 related images."""
+    _, given, net = tiny_episode_run()
+    head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)
+    support = Labelled(given["novel"].enter(given["task"].support), given["task"].y_support)
+    related = Labelled(given["base"].enter(torch.arange(9)), class_major_labels(3, 3))
+    fitted = fit_heads(head, given["novel"].features[given["task"].support], support.y, 3, 0.1)
+    return Updates(net, head, fitted, alignment_loss, AlignmentSetting(**setting), Precision()), support, related
+
+
+def changed_by(updates, update, *labelled):
+    """The names of the weights and statistics of the backbone that an update changes, and whether it does the head."""
+    head, backbone = (copy.deepcopy(module.state_dict()) for module in (updates.head, updates.backbone))
+    assert math.isfinite(update(*labelled))
+    names = {name for name, value in updates.backbone.state_dict().items() if not torch.equal(value, backbone[name])}
+    return names, not torch.equal(updates.head.weight, head["weight"])
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def test_each_update_has_an_optimiser_of_its_own_with_its_rate_and_the_heads_is_the_one_that_fitted_it():
+    updates, _, _ = tiny_updates(align_lr=0.25, related_lr=0.5, support_lr=0.75)
+    backbone, head = list(updates.backbone.parameters()), list(updates.head.parameters())
+    expected = {"align_optimizer": (0.25, backbone), "related_optimizer": (0.5, head)}
+    expected |= {"support_optimizer": (0.75, [*backbone, *head])}
+    for name, (lr, parameters) in expected.items():
+        (group,) = getattr(updates, name).param_groups
+        assert group["lr"] == lr
+        assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in parameters]
+    moments = updates.related_optimizer.state[updates.head.weight]
+    assert moments["step"] == 3 and moments["exp_avg"].any()
+    assert not updates.align_optimizer.state and not updates.support_optimizer.state
+
+
+@pytest.mark.parametrize("align_bn", ["train", "eval"])
+def test_each_update_changes_what_it_should_and_nothing_else(align_bn):
+    updates, support, related = tiny_updates(align_bn=align_bn)
+    weights = {name for name, _ in updates.backbone.named_parameters()}
+    statistics = {name for name in updates.backbone.state_dict() if name.endswith(STATISTICS)}
+    expected = weights | statistics if align_bn == "train" else weights
+    assert changed_by(updates, updates.align, support, related) == (expected, False)
+    assert changed_by(updates, updates.train_head, related) == (set(), True)
+    assert changed_by(updates, updates.train_on_support, support) == (expected, True)
+
+
+def test_without_an_alignment_loss_update_1_is_left_out():
+    updates, support, related = tiny_updates(alignment_loss=None)
+    before = copy.deepcopy(updates.backbone.state_dict())
+    assert math.isnan(updates.align(support, related))
+    assert all(torch.equal(before[name], value) for name, value in updates.backbone.state_dict().items())
+
+
+def test_a_rate_of_its_own_moves_the_head_by_it():
+    """Adam's step is the rate times what its moments say, which are the same for both."""
+    steps = []
+    for related_lr in (1e-3, 1e-2):
+        torch.manual_seed(0)
+        updates, _, related = tiny_updates(related_lr=related_lr)
+        before = updates.head.weight.detach().clone()
+        updates.train_head(related)
+        steps.append(updates.head.weight.detach() - before)
+    torch.testing.assert_close(steps[1], 10 * steps[0], rtol=1e-3, atol=1e-6)
+
+
+# What alignment is listed as.
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_every_alignment_runs_and_only_those_with_a_loss_make_update_1(alignment):
+    align, given, _ = tiny_episode_run()
+    episode = align(setting=dataclasses.replace(given["setting"], alignment=alignment))
+    assert episode.aligned.shape == episode.finetuned.shape == (9, 3) and episode.aligned.isfinite().all()
+    if alignment == "none":
+        assert episode.losses == [] and torch.equal(episode.aligned, episode.finetuned)
+        return
+    assert len(episode.losses) == 3 and not torch.equal(episode.aligned, episode.finetuned)
+    for align_loss, related_loss, support_loss in episode.losses:
+        assert math.isfinite(align_loss) == (alignment != "naive")
+        assert math.isfinite(related_loss) and math.isfinite(support_loss)
+
+
+def test_the_curve_has_the_scores_after_every_so_many_iterations():
+    align, given, _ = tiny_episode_run()
+    curve = align(setting=dataclasses.replace(given["setting"], record_curve=1)).curve
+    plain = align()
+    assert len(curve) == 3 and plain.curve == []
+    torch.testing.assert_close(curve[-1], plain.aligned)
+    assert not torch.equal(curve[0], curve[-1])

@@ -5,13 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from data.episodes import Episodes
-from data.transforms import Augmentation, normalise
-from engine.precision import Precision
+from data.transforms import Augmentation, TrainingImages, normalise
+from engine.run import Run
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
 from methods.meta_learners import META_LEARNERS, build_meta_learner
-from models import build_backbone
-
-CPU, FP32 = torch.device("cpu"), Precision("fp32", "cpu")
+from models import Model, build_backbone
 
 
 def train_recording_inputs(epoch, n_episodes=3, augmentation=None, lr=0.0, method="ProtoNet"):
@@ -25,11 +23,9 @@ def train_recording_inputs(epoch, n_episodes=3, augmentation=None, lr=0.0, metho
     learner = build_meta_learner(method, backbone)
     inputs = []
     backbone.register_forward_pre_hook(lambda module, given: inputs.append((module.training, given[0].clone())))
-    optimizer = torch.optim.SGD([*backbone.parameters(), *learner.parameters()], lr=lr)
-    sizes = torch.full((40, 2), 16)
-    figures = train_one_epoch(
-        backbone, learner, optimizer, images, sizes, episodes, 16, augmentation, epoch, 0, CPU, FP32, quiet=True
-    )
+    sizes, labels, cpu = torch.full((40, 2), 16), torch.zeros(40, dtype=torch.long), torch.device("cpu")
+    training = TrainingImages(images, sizes, labels, 16, augmentation, cpu)
+    figures = train_one_epoch(Model(backbone, learner, lr), training, episodes, epoch, Run())
     return *figures, inputs, (images, episodes, backbone)
 
 
@@ -68,9 +64,8 @@ def test_scores_do_not_depend_on_how_many_episodes_are_evaluated_together(method
     index = torch.stack([torch.randperm(30, generator=generator)[:25].view(5, 5) for _ in range(7)])
     episodes = Episodes(index, index[:, :, 0], n_shot=2)
     features = torch.randn(30, *(backbone.map_shape if learner.uses_maps else (64,)), generator=generator)
-    together = evaluate_meta_learner(learner, features, episodes)
+    together = evaluate_meta_learner(learner, features, episodes, Run())
     assert together.correct.shape == (7, 5) and 0 < together.accuracy.mean() < 1
     for chunk_numbers in (1, 3 * 4 * 25 * 64, 3 * 5 * 25 * 256):  # one at a time, and about three
-        assert torch.equal(
-            evaluate_meta_learner(learner, features, episodes, chunk_numbers=chunk_numbers).correct, together.correct
-        )
+        scores = evaluate_meta_learner(learner, features, episodes, Run(), chunk_numbers=chunk_numbers)
+        assert torch.equal(scores.correct, together.correct)

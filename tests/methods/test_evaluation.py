@@ -5,20 +5,26 @@ import statistics
 
 import pytest
 import torch
-from methods.confusion import confusion_matrix, confusion_record, count_predictions
 
-from data.episodes import Episodes, class_major_labels, sample_episodes
+from data.episodes import Episodes, EpisodeShape, class_major_labels, sample_episodes
 from engine.generators import make_generator
-from engine.precision import Precision
+from engine.run import Run
 from methods import evaluation
-from methods.evaluation import EpisodeScores, accuracy_per_class, evaluate_heads, mean_and_ci95, score_queries
-from methods.novel_finetune import fit_heads
+from methods.evaluation import (
+    EpisodeScores,
+    accuracy_per_class,
+    confusion_matrix,
+    confusion_record,
+    count_predictions,
+    evaluate_heads,
+    mean_and_ci95,
+    share_right,
+)
+from methods.novel_finetune import HeadFit, fit_heads
 from models import HEADS, build_head
 from reporting.result_figures import as_matrix
 from tests.helpers import make_split
 
-CPU = torch.device("cpu")
-FP32 = Precision("fp32", "cpu")
 ALL_HEADS = pytest.mark.parametrize("method", HEADS)
 
 
@@ -35,11 +41,11 @@ def toy_features(split, d=12, spread=1.2, seed=0):
 @pytest.fixture(scope="module")
 def toy():
     split = make_split(counts=(10,) * 7, side=1)
-    return toy_features(split), sample_episodes(split, 5, 2, 4, 21, seed=3)
+    return toy_features(split), sample_episodes(split, EpisodeShape(5, 2, 4), 21, seed=3)
 
 
-def evaluate(features, episodes, method="arcMax", n_steps=40, seed=0, start=0):
-    return evaluate_heads(features, episodes, method, 5.0, 0.01, n_steps, 1e-2, seed, start)
+def evaluate(features, episodes, method="arcMax", n_steps=40, seed=0):
+    return evaluate_heads(features, episodes, HeadFit(method, 5.0, 0.01, n_steps, 1e-2), Run(seed=seed))
 
 
 @ALL_HEADS
@@ -51,12 +57,12 @@ def test_scores_do_not_depend_on_how_many_episodes_are_fitted_together(toy, monk
         assert torch.equal(evaluate(*toy, method).correct, reference.correct)
 
 
-def test_a_part_of_the_episodes_scores_as_it_does_in_the_whole(toy):
+def test_the_first_episodes_score_as_they_do_in_the_whole(toy):
     features, episodes = toy
     whole = evaluate(features, episodes, n_steps=3).correct
-    part = evaluate(features, episodes.slice(9, 15), n_steps=3, start=9).correct
-    assert torch.equal(part, whole[9:15])
-    other = evaluate(features, episodes.slice(9, 15), n_steps=3, seed=1, start=9).correct
+    part = evaluate(features, episodes.slice(0, 6), n_steps=3).correct
+    assert torch.equal(part, whole[:6])
+    other = evaluate(features, episodes.slice(0, 6), n_steps=3, seed=1).correct
     assert not torch.equal(other, part)  # another seed, other initial heads: three steps do not hide it
 
 
@@ -65,7 +71,7 @@ def test_scores_are_those_of_a_plain_loop_over_episodes(toy, method):
     features, episodes = toy
     scores = evaluate(features, episodes, method)
     for i in range(0, len(episodes), 5):
-        head = build_head(method, features.shape[1], 5, 5.0, 0.01, [make_generator(0, "head", i)])
+        head = build_head(method, features.shape[1], 5, 5.0, 0.01, make_generator(0, "head", i))
         fit_heads(head, features[episodes.support[i].flatten()], class_major_labels(5, 2), 40, 1e-2)
         for way in range(5):
             predicted = head(features[episodes.query[i, way]]).argmax(1)
@@ -85,18 +91,18 @@ def test_a_querys_score_does_not_depend_on_the_other_queries(toy):
 
 def test_separable_classes_are_all_recognised_and_unrelated_features_are_at_chance():
     split = make_split(counts=(20,) * 6, side=1)
-    episodes = sample_episodes(split, 5, 5, 10, 40, seed=0)
+    episodes = sample_episodes(split, EpisodeShape(5, 5, 10), 40, seed=0)
     for method in HEADS:
         assert evaluate(toy_features(split, 32, 0.01), episodes, method).accuracy.mean() == 1.0
         chance = torch.randn(120, 32, generator=torch.Generator().manual_seed(1))
         assert abs(evaluate(chance, episodes, method).accuracy.mean() - 0.2) < 0.05
 
 
-def test_score_queries_gives_the_share_of_each_class():
+def test_the_share_that_is_right_is_of_each_class():
     scores = torch.eye(3)[[0, 0, 1, 1, 0, 2]]  # two queries each of three classes
-    assert score_queries(scores, 3).tolist() == [1.0, 1.0, 0.5]
+    assert share_right(count_predictions(scores, 3)).tolist() == [1.0, 1.0, 0.5]
     batch = torch.stack([scores, torch.eye(3)[[1, 1, 0, 0, 0, 0]]])
-    assert score_queries(batch, 3).tolist() == [[1.0, 1.0, 0.5], [0.0, 0.0, 0.0]]
+    assert share_right(count_predictions(batch, 3)).tolist() == [[1.0, 1.0, 0.5], [0.0, 0.0, 0.0]]
 
 
 # What is reported.
@@ -134,7 +140,7 @@ def test_predictions_are_counted_by_true_and_predicted_class():
     scores = torch.tensor([[3.0, 1, 0], [0, 3, 1], [0, 2, 1], [0, 2, 1], [0, 0, 1], [5, 1, 0]])
     counts = count_predictions(scores, 3)
     assert counts.tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 1]]
-    assert score_queries(scores, 3).tolist() == [0.5, 1.0, 0.5]
+    assert share_right(counts).tolist() == [0.5, 1.0, 0.5]
     assert torch.equal(count_predictions(scores.expand(4, 2, 6, 3), 3), counts.expand(4, 2, 3, 3))
 
 

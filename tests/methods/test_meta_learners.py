@@ -1,5 +1,7 @@
 """The meta-learners against the published numbers, and what must hold of any of them."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,16 +36,18 @@ def learner_and_episodes(method, seed=0, batch=()):
 def published_learner(method, g):
     """A learner with the recorded weights, and the recorded support and query."""
     if method == "MatchingNet":
-        learner = build_meta_learner(method, type("Backbone", (), {"feature_dim": 64}))
+        learner = build_meta_learner(method, type("Backbone", (), {"feature_dim": 64, "map_shape": (64, 1, 1)}))
         ours = {"FCE.lstmcell": "query_lstm", "G_encoder": "support_lstm"}
     elif method.startswith("RelationNet"):
         shape = tuple(g["RelationNet.feature_shape"].tolist())
-        learner = build_meta_learner(method, type("Backbone", (), {"map_shape": shape}))
+        learner = build_meta_learner(
+            method, type("Backbone", (), {"feature_dim": math.prod(shape), "map_shape": shape})
+        )
         ours = {f"layer{i}.trunk.{j}": f"{kind}{i}" for i in (1, 2) for j, kind in enumerate(("conv", "norm"))}
         maps = [g[f"RelationNet.f_{part}"].float().unflatten(-1, shape) for part in ("support", "query")]
         g = {**g, "z_support": maps[0], "z_query": maps[1]}
     else:
-        learner, ours = build_meta_learner(method, None), {}
+        learner, ours = build_meta_learner(method, Shapes()), {}
     prefix = f"{method.removesuffix('_softmax')}.state."
     state = {}
     for key, value in g.items():
@@ -168,7 +172,7 @@ def test_prototype_distances_survive_a_large_common_offset():
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 9, 10, 19])
 def test_relationnet_takes_maps_of_any_size(kind, side):
     torch.manual_seed(0)
-    learner = RelationNet((4, side, side), kind).eval()
+    learner = RelationNet(4 * side * side, (4, side, side), kind).eval()
     support, query = torch.randn(N_WAY, N_SHOT, 4, side, side), torch.randn(N_QUERY, 4, side, side)
     scores = learner(support, query)
     assert scores.shape == (N_QUERY, N_WAY)
@@ -192,4 +196,4 @@ def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown meta-learner 'Protonet': choose one of ProtoNet"):
         build_meta_learner("Protonet", Shapes())
     with pytest.raises(ValueError, match="unknown kind of RelationNet 'l2'"):
-        RelationNet((4, 5, 5), "l2")
+        RelationNet(100, (4, 5, 5), "l2")

@@ -63,10 +63,10 @@ def test_heads_fitted_together_equal_heads_fitted_one_by_one(method, n_together)
     n_way, n_shot, d = 4, 3, 24
     z = torch.randn(n_together, n_way * n_shot, d, generator=torch.Generator().manual_seed(0))
     y = class_major_labels(n_way, n_shot)
-    together = build_head(method, d, n_way, 5.0, 0.01, [make_generator(0, i) for i in range(n_together)], batched=True)
+    together = build_head(method, d, n_way, 5.0, 0.01, [make_generator(0, i) for i in range(n_together)])
     fit_heads(together, z, y.expand(n_together, -1), 60, 1e-2)
     for i in range(n_together):
-        alone = build_head(method, d, n_way, 5.0, 0.01, [make_generator(0, i)])
+        alone = build_head(method, d, n_way, 5.0, 0.01, make_generator(0, i))
         fit_heads(alone, z[i], y, 60, 1e-2)
         torch.testing.assert_close(together.weight[i], alone.weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together(z)[i], alone(z[i]), rtol=1e-4, atol=1e-5)

@@ -3,8 +3,7 @@
 import torch
 
 from data.episodes import class_major_labels
-from methods.alignment import draw_related, drawn_per_class
-from methods.related_base import choose_related_base, find_related_base
+from methods.related_base import choose_related_base, draw_related, drawn_per_class, find_related_base
 from models import build_head
 from tests.helpers import golden
 

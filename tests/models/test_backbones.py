@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from engine.run import n_parameters
-from models import BACKBONES, build_backbone
+from models import BACKBONES, build_backbone, n_parameters
 from models.backbone import split_backbone
 from models.conv4 import Conv4
 from models.resnet12 import ResNet12
@@ -119,22 +118,6 @@ def test_eval_is_deterministic_and_no_image_sees_another(build):
         assert torch.equal(backbone(x), z)
         # Another batch size may take another kernel, whose sums round differently.
         torch.testing.assert_close(backbone(x[1:2]), z[1:2], rtol=1e-4, atol=1e-4 * z.abs().max().item())
-
-
-@pytest.mark.parametrize("build", [ResNet12, WideResNet])
-@pytest.mark.parametrize("side", [32, 80])  # the maps of ResNet12 that are dropped are then of even and odd side
-def test_drop_rate_acts_in_train_mode_only(build, side):
-    backbone = build(side, drop_rate=0.3).train()
-    for module in backbone.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
-    x = images(2, side)
-    with torch.no_grad():
-        assert not torch.equal(backbone(x), backbone(x))
-        backbone.eval()
-        assert torch.equal(backbone(x), backbone(x))
-    with pytest.raises(ValueError, match="drop_rate .* not 1.5"):
-        build(side, drop_rate=1.5)
 
 
 def test_an_image_too_small_is_refused_with_its_size():

@@ -44,10 +44,10 @@ def test_head_reproduces_published_scores_loss_and_gradients(case):
 def test_heads_of_many_episodes_equal_heads_one_by_one(method):
     g = torch.Generator().manual_seed(0)
     z, y = torch.randn(3, 10, 16, generator=g), torch.randint(0, 4, (3, 10), generator=g)
-    together = build_head(method, 16, 4, 5.0, 0.1, [torch.Generator().manual_seed(i) for i in range(3)], batched=True)
+    together = build_head(method, 16, 4, 5.0, 0.1, [torch.Generator().manual_seed(i) for i in range(3)])
     together.loss(together(z), y).backward()
     for i in range(3):
-        alone = build_head(method, 16, 4, 5.0, 0.1, [torch.Generator().manual_seed(i)])
+        alone = build_head(method, 16, 4, 5.0, 0.1, torch.Generator().manual_seed(i))
         alone.loss(alone(z[i]), y[i]).backward()
         torch.testing.assert_close(together(z)[i], alone(z[i]))
         torch.testing.assert_close(together.weight.grad[i], alone.weight.grad)
