@@ -23,7 +23,6 @@ KNOWN: set[str] = {
     "args_parser.py update_flags: more than 60 lines",
     "data/prepare.py prepare: takes args",
     "persistence.checkpoints, persistence.import_published",
-    "reproduce.py parse: more than 60 lines",
 }
 
 Sources = dict[str, str]  # the text of each file by its path below the root

@@ -50,11 +50,10 @@ def test_what_is_no_file_of_ours_is_not_unpickled(tmp_path, content):
 
 
 def test_a_digest_follows_from_names_weights_statistics_and_facts():
-    def digest(change=lambda layer: None, *facts):
-        torch.manual_seed(0)
+    def digest(change=lambda layer: None, *facts, name="norm"):
         layer = nn.BatchNorm1d(3)
         change(layer)
-        return weights_digest(layer, *facts)
+        return weights_digest(nn.ModuleDict({name: layer}), *facts)
 
     def another_weight(layer):
         layer.weight.data[1] += 1e-6
@@ -64,4 +63,10 @@ def test_a_digest_follows_from_names_weights_statistics_and_facts():
 
     same = digest()
     assert digest() == same and len(same) == 16
-    assert len({same, digest(another_weight), digest(another_statistic), digest(lambda _: None, "map")}) == 4
+    others = [
+        digest(another_weight),
+        digest(another_statistic),
+        digest(name="other"),
+        digest(lambda layer: None, "map"),
+    ]
+    assert len({same, *others}) == 5

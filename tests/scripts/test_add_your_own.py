@@ -61,7 +61,11 @@ def copy(tmp_path_factory):
     root = tmp_path_factory.mktemp("copy")
     for path in [
         *ROOT.glob("*.py"),
-        *(p for room in ("data", "methods", "models") for p in (ROOT / room).rglob("*.py")),
+        *(
+            p
+            for room in ("engine", "models", "data", "methods", "persistence", "reporting")
+            for p in (ROOT / room).rglob("*.py")
+        ),
     ]:
         (root / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, root / path.relative_to(ROOT))
