@@ -515,7 +515,7 @@ def complete_predict(args: argparse.Namespace, parser: OneLineParser) -> None:
     if not args.checkpoint and args.weights == "none":
         parser.error(
             "no trained backbone: give --checkpoint FILE (made by 'make demo', by transferLearning.py, or by "
-            "'python -m persistence.checkpoints import-published' of a published file), or torchvision's ImageNet "
+            "'python -m persistence.import_published' of a published file), or torchvision's ImageNet "
             f"weights, --backbone {TORCHVISION}resnet18 --weights DEFAULT"
         )
     args.alignment = args.alignment or ("centroid" if args.base else "none")

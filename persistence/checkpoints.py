@@ -14,7 +14,6 @@ from engine.errors import UserError
 from engine.files import load_tensors, save_atomically
 from engine.generators import seeded
 from engine.records import plain
-from engine.script import run_script
 from models import Backbone, build_backbone
 
 FORMAT = "associative-alignment/1"
@@ -139,9 +138,3 @@ def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights of {path} do not fit {type(module).__name__} ({reason})") from error
-
-
-if __name__ == "__main__":  # python -m persistence.checkpoints import-published FILE OUT
-    from persistence.import_published import main
-
-    run_script(main)
