@@ -3,16 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAGE_1 := results/models/5way_1shot_glyphs_arcMax_Conv4_bestModel.tar
 
-.PHONY: demo test lint install
-
-install: .venv/installed
+.PHONY: demo test lint
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
-demo: install
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+demo: .venv/installed
 	$(BIN)/python -m data.prepare glyphs
 	$(BIN)/python transferLearning.py --preset laptop --resume
 	$(BIN)/python metaLearning.py --preset laptop --resume --init_from $(STAGE_1)
@@ -20,7 +22,7 @@ demo: install
 	$(BIN)/python -m reporting.report results
 	$(BIN)/python -m reporting.figures results
 
-lint: install
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

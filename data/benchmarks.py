@@ -4,7 +4,6 @@ fs_benchmarks/<dataset>/{base,val,novel}/<class>/<image>
 fs_benchmarks/<dataset>/{base,val,novel}.json      with label_names, image_names, image_labels
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.converters import CONVERTERS
 from data.glyphs import render_glyphs
-from data.image_cache import IMAGE_SUFFIXES, load_images
+from data.image_cache import load_images
+from data.listing import list_folder, list_json
 from engine.errors import UserError
-
-# What `python -m data.prepare` knows by name; anything else is a folder of the user's own.
-PREPARED = {"miniImagenet", "tieredImageNet", "CUB", "FC100", "CIFAR-FS"}
 
 
 @dataclass(frozen=True)
@@ -63,75 +61,6 @@ class Split:
         return [torch.nonzero(self.labels == c).squeeze(1) for c in range(len(self.class_names))]
 
 
-def list_folder(root: Path) -> tuple[list[str], list[Path], list[int]]:
-    """Class names, image paths and labels of `root/<class>/<image>`, sorted by name, hidden files left out."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
-        raise UserError(f"{root} holds no class folders: expected {root}/<class>/<image>")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
-        if not images:
-            raise UserError(
-                f"class folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): fill or remove it"
-            )
-        paths += images
-        labels += [label] * len(images)
-    return [p.name for p in folders], paths, labels
-
-
-def list_json(file: Path, image_root: Path | None) -> tuple[list[str], list[Path], list[int]]:
-    """Class names, image paths and labels of a published json file.
-
-    Relative image names resolve against the folder of the file. `image_root` re-roots absolute ones, which are of
-    somebody else's machine: the longest tail of the first name that exists below image_root tells how many of the
-    last path components to keep.
-    """
-    try:
-        record = json.loads(file.read_text())
-        label_names, names, raw_labels = record["label_names"], record["image_names"], record["image_labels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} is not a json object of label_names, image_names and image_labels ({error})"
-        ) from error
-    if not names or len(names) != len(raw_labels):
-        raise UserError(
-            f"{file} has {len(names)} image_names and {len(raw_labels)} image_labels: expected as many of each"
-        )
-    if not all(isinstance(label, int) and label >= 0 for label in raw_labels):
-        raise UserError(f"{file} has image_labels that are not whole numbers from 0: number the classes from 0")
-    if len(set(label_names)) < len(label_names):
-        twice = next(name for name in label_names if label_names.count(name) > 1)
-        raise UserError(f"{file} names class {twice!r} twice in label_names: give every class a name of its own")
-    used = sorted(set(raw_labels))
-    if used[-1] < len(label_names):  # labels index label_names, some of which belong to other splits
-        class_names = [label_names[label] for label in used]
-    elif len(used) == len(label_names):  # labels are numbered over all splits, label_names hold this split's alone
-        class_names = list(label_names)
-    else:
-        raise UserError(f"{file} has image_labels up to {used[-1]} but {len(label_names)} label_names")
-    rank = {label: i for i, label in enumerate(used)}
-    if image_root is None:
-        paths = [file.parent / name for name in names]
-    else:
-        parts = Path(names[0]).relative_to(Path(names[0]).anchor).parts
-        kept = next((k for k in range(len(parts), 0, -1) if (image_root / Path(*parts[-k:])).is_file()), None)
-        if kept is None:
-            raise UserError(
-                f"no tail of {names[0]!r} ({file}) exists below --image_root {image_root}: "
-                f"give the folder that holds it"
-            )
-        paths = [image_root.joinpath(*Path(name).parts[-kept:]) for name in names]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise UserError(
-            f"{file} lists {len(missing)} images that do not exist, the first {missing[0]}: "
-            f"give the folder that holds them with --image_root"
-        )
-    return class_names, paths, [rank[label] for label in raw_labels]
-
-
 def load_split(options: DataOptions, dataset: str, split: str) -> Split:
     """Load one split (`base`, `val` or `novel`) of a benchmark; images are decoded once and cached.
 
@@ -147,7 +76,7 @@ def load_split(options: DataOptions, dataset: str, split: str) -> Split:
     elif file.is_file():
         class_names, paths, labels = list_json(file, options.image_root)
     else:
-        prepared_as = dataset if dataset in PREPARED else f"folder --name {dataset}"
+        prepared_as = dataset if dataset in CONVERTERS else f"folder --name {dataset}"
         raise UserError(
             f"no {split} split of {dataset!r} in {root}: expected {folder}/<class>/<image> or {file}; "
             f"prepare it with 'python -m data.prepare {prepared_as} --source PATH', "

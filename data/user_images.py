@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.benchmarks import list_folder
 from data.image_cache import IMAGE_SUFFIXES, eval_view, map_in_chunks, open_rgb
+from data.listing import list_folder
 from engine.errors import UserError
 
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 class SumOverProcesses(torch.autograd.Function):
     """The sum of all processes' tensors of one shape, on each; a loss of any process sends its gradient to all."""
 
+    # torch.distributed.nn.functional.all_reduce does the same, but newer versions of torch warn that it is deprecated;
+    # what they name in its place is private, and gives no gradient in torch 2.10.
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.clone()

@@ -7,11 +7,13 @@ tail that pools; the others (ViT, GoogLeNet, Inception) are a single block, and 
 """
 
 import difflib
+from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from engine.files import load_tensors
 from models.backbone import Backbone
 
 # The attributes of a torchvision model that, called one after another, make its feature map.
@@ -58,14 +60,13 @@ def load_weights(net: nn.Module, name: str, path: str) -> None:
     Raises ValueError when the file is no state dict of this model.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has a different exception for each way not to be a checkpoint
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--weights {path} cannot be read as a state dict of {name}: {reason}") from error
+        state = load_tensors(Path(path), "cpu")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--weights {path} cannot be read as a state dict of {name}: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"--weights {path} holds a {type(state).__name__}, not a state dict of {name}")
     own = net.state_dict()
-    fits = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
+    fits = {key: state[key] for key in own if getattr(state.get(key), "shape", None) == own[key].shape}
     # Files of old versions of torch lack the counters of batch norm.
     missing = [key for key in own if key not in fits and not key.endswith("num_batches_tracked")]
     if missing:

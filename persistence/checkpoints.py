@@ -15,7 +15,6 @@ from engine.files import load_tensors, save_atomically
 from engine.generators import seeded
 from engine.records import plain
 from engine.run import Run
-from engine.script import run_script
 from models import build_backbone
 from models.backbone import Backbone
 
@@ -139,9 +138,3 @@ def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights of {path} do not fit {type(module).__name__} ({reason})") from error
-
-
-if __name__ == "__main__":  # python -m persistence.checkpoints import-published FILE OUT
-    from persistence.import_published import main
-
-    run_script(main)

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from data.benchmarks import list_json
 from data.converters.archives import FileTree, open_tree
 from data.converters.converter import SOURCE, SPLITS, TAGS, Conversion, Converter, ImageItem, published_split
 from data.converters.safe_pickle import StoredArray, load_pickle
+from data.listing import list_json
 from engine.errors import UserError
 
 PER_CLASS = 600

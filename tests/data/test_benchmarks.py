@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from data import benchmarks
-from data.benchmarks import DataOptions, list_folder, list_json, load_split
+from data.benchmarks import DataOptions, load_split
+from data.listing import list_folder, list_json
 from engine.errors import UserError
 from tests.helpers import make_benchmark
 

@@ -2,6 +2,7 @@
 
 import io
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,16 +139,14 @@ def test_resnet18_is_torchvisions_by_name_and_number():
     "name", ["resnet18", "shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5", "efficientnet_b0", "swin_t", "googlenet"]
 )
 @pytest.mark.filterwarnings("ignore:The default weight initialization")
-def test_torchvision_features_are_what_the_classifier_is_fed(name):
+def test_torchvision_features_are_what_the_classifier_is_fed(name, tmp_path):
     side = 64
     published = torchvision.models.get_model(name, weights=None).eval()
     fed = []
     last_linear = [m for m in published.modules() if isinstance(m, torch.nn.Linear)][-1]
     last_linear.register_forward_pre_hook(lambda module, inputs: fed.append(inputs[0]))
-    state = io.BytesIO()
-    torch.save(published.state_dict(), state)
-    state.seek(0)
-    backbone = TorchvisionBackbone(name, side, state).eval()
+    torch.save(published.state_dict(), tmp_path / "weights.pth")
+    backbone = TorchvisionBackbone(name, side, str(tmp_path / "weights.pth")).eval()
     if name == "googlenet":  # its published weights, and so any that are given, want inputs in [-1, 1]
         published.transform_input = True
     with torch.no_grad():
@@ -170,6 +169,16 @@ def test_torchvision_weights_from_a_file_with_another_number_of_classes(tmp_path
         torch.testing.assert_close(backbone(images(2, 64)), published(images(2, 64)))
 
 
+class Hostile:
+    """Its unpickling makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (self.marker,))
+
+
 def test_torchvision_weights_that_cannot_be_had_are_one_clear_line(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no route to host")
@@ -179,16 +188,29 @@ def test_torchvision_weights_that_cannot_be_had_are_one_clear_line(tmp_path, mon
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet.pth")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     name = "mobilenet_v3_small"
+    state = torchvision.models.get_model(name, weights=None).state_dict()
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(state, tmp_path / "whole.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:100_000])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save(state | {"features.0.0.weight": 3}, tmp_path / "number.pth")
+    torch.save(state | {"features.0.0.weight": Hostile(tmp_path / "marker")}, tmp_path / "hostile.pth")
     for weights, words in [
         ("DEFAULT", f"weights of {name} could not be downloaded .*no route to host.*--weights PATH"),
         (str(tmp_path / "absent.pth"), "absent.pth cannot be read"),
         (str(tmp_path / "text.pth"), "text.pth cannot be read"),
         (str(tmp_path / "squeezenet.pth"), f"not a state dict of {name}: .* tensors are missing"),
         (str(tmp_path / "tensor.pth"), "holds a Tensor"),
+        (str(tmp_path / "empty.pth"), "empty.pth cannot be read .*no file of torch.save"),
+        (str(tmp_path / "half.pth"), "half.pth cannot be read"),
+        (str(tmp_path / "old.pth"), "old.pth cannot be read .*torch before 1.6: convert it with torch.save"),
+        (str(tmp_path / "number.pth"), f"not a state dict of {name}: 1 of .*first 'features.0.0.weight'"),
+        (str(tmp_path / "hostile.pth"), "hostile.pth cannot be read .*it asks for 'getattr'"),
     ]:
         with pytest.raises(ValueError, match=words) as failure:
             TorchvisionBackbone(name, 64, weights)
-        assert "\n" not in str(failure.value)
+        assert "\n" not in str(failure.value) and len(str(failure.value)) < 600
+    assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
+from engine.files import load_tensors
 from models import build_head
 from persistence import checkpoints
 from persistence.checkpoints import (
@@ -192,6 +193,9 @@ def test_a_file_size_limit_leaves_the_previous_checkpoint_and_nothing_else(tmp_p
 # Reading what is no checkpoint of ours.
 
 
+EMPTY_ZIP = b"PK\x05\x06" + bytes(18)  # at its end a file with this behind it looks like a zip
+
+
 class Hostile:
     """Its unpickling writes a file."""
 
@@ -202,11 +206,11 @@ class Hostile:
         return (Path.write_text, (self.marker, "executed"))
 
 
-def hostile_zip(path: Path, saved: Path, marker: Path) -> None:
+def hostile_zip(path: Path, saved: Path, marker: Path, protocol: int = 2) -> None:
     """A file of torch.save whose pickle is hostile."""
     with zipfile.ZipFile(saved) as source, zipfile.ZipFile(path, "w") as target:
         for name in source.namelist():
-            content = pickle.dumps(Hostile(marker), 2) if name.endswith("data.pkl") else source.read(name)
+            content = pickle.dumps(Hostile(marker), protocol) if name.endswith("data.pkl") else source.read(name)
             target.writestr(name, content)
 
 
@@ -216,23 +220,45 @@ def test_a_hostile_pickle_would_execute_elsewhere(tmp_path):
     assert (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize("tail", [b"", EMPTY_ZIP], ids=["alone", "a zip behind it"])
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_hostile_pickle_is_refused_in_one_line_and_not_executed(tmp_path, recwarn, protocol):
+def test_a_hostile_pickle_is_refused_in_one_line_and_not_executed(tmp_path, recwarn, protocol, tail):
     path, marker = tmp_path / "model.tar", tmp_path / "marker"
-    path.write_bytes(pickle.dumps({"format": FORMAT, "state": Hostile(marker)}, protocol))
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
+    path.write_bytes(pickle.dumps({"format": FORMAT, "state": Hostile(marker)}, protocol) + tail)
+    with pytest.raises(UserError, match="not a checkpoint of this project.*no file of torch.save"):
         load_checkpoint(path)
     assert not marker.exists() and not recwarn.list
 
 
-def test_a_hostile_pickle_inside_a_file_of_torch_save_is_refused_and_not_executed(tmp_path, saved):
+def test_a_hostile_pickle_inside_a_file_of_torch_save_is_refused_and_not_executed(tmp_path, saved, recwarn):
+    path, marker = tmp_path / "model.tar", tmp_path / "marker"
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        hostile_zip(path, saved[0], marker, protocol)
+        with pytest.raises(UserError, match="not a checkpoint of this project"):
+            load_checkpoint(path)
+        with pytest.raises(UserError, match="not a checkpoint of this project"):
+            load_backbone(path, "Conv4", IMG_SIZE)
+    assert not marker.exists() and not recwarn.list
+
+
+def test_what_a_hostile_file_asks_for_is_named_without_advice_to_run_it(tmp_path, saved):
     path, marker = tmp_path / "model.tar", tmp_path / "marker"
     hostile_zip(path, saved[0], marker)
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
-        load_checkpoint(path)
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
-        load_backbone(path, "Conv4", IMG_SIZE)
-    assert not marker.exists()
+    with pytest.raises(ValueError, match=r"it asks for '[\w.]+', and only tensors and plain values are read") as error:
+        load_tensors(path, "cpu")
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tail", [b"", EMPTY_ZIP], ids=["alone", "a zip behind it"])
+def test_a_file_of_the_old_format_is_refused_with_a_conversion_that_works(tmp_path, tail):
+    old, new = tmp_path / "old.pth", tmp_path / "new.pth"
+    torch.save({"weight": torch.arange(3.0)}, old, _use_new_zipfile_serialization=False)
+    old.write_bytes(old.read_bytes() + tail)
+    with pytest.raises(ValueError, match="torch before 1.6: convert it with torch.save") as error:
+        load_tensors(old, "cpu")
+    conversion = str(error.value).partition("convert it with ")[2]
+    eval(conversion, {"torch": torch, "FILE": old, "NEW_FILE": new})
+    assert torch.equal(load_tensors(new, "cpu")["weight"], torch.arange(3.0))
 
 
 def torch_saved(content):
@@ -260,6 +286,7 @@ NO_CHECKPOINTS = {
     "all but the end": beginning(0.999),
     "a folder's tar": lambda path, saved: shutil.move(shutil.make_archive(str(path), "tar", saved.parent), path),
     "a zip": lambda path, saved: zipfile.ZipFile(path, "w").close(),
+    "the old format": lambda path, saved: torch.save({"format": FORMAT}, path, _use_new_zipfile_serialization=False),
     "a tensor": torch_saved(torch.zeros(2)),
     "a list": torch_saved([1, 2]),
     "a state dict": torch_saved({"layers.0.weight": torch.zeros(2)}),

@@ -3,10 +3,14 @@
 import builtins
 import io
 import json
+import math
 import os
 import pickle
+import shutil
 import struct
 import subprocess
+import sys
+import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -15,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from data.converters.converter import SPLIT_FILES
 from data.transforms import normalise
+from engine.files import load_tensors
 from models import build_head
 from persistence.checkpoints import create_backbone, load_backbone, load_checkpoint
-from persistence.inert_pickle import LEGACY_MAGIC, LEGACY_PROTOCOL
 from tests.helpers import ROOT, call, golden, make_benchmark, run
 
 REFERENCE = Path(os.environ.get("PUBLISHED_CHECKPOINTS", ROOT.parent / "shared" / "reference"))
@@ -28,31 +33,58 @@ PUBLISHED = REFERENCE / "5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar"
 needs_published = pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published checkpoint is not here")
 
 
+PUBLISHED_MODULE = "methods.transferLearning_clfHeads"
+
+
 class arcMax(nn.Module):
     """A head as the published code pickles it: the class is not ours, and holds another object."""
 
-    def __init__(self, weight):
+    __module__ = PUBLISHED_MODULE
+
+    def __init__(self, **parameters):
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value))
         self.criterion = nn.CrossEntropyLoss()
         self.s, self.margin = 20, 0.01
 
 
-def published_content(seed=0, n_class=3):
+class cosMax(arcMax):
+    __module__ = PUBLISHED_MODULE
+
+
+class softMax(arcMax):
+    __module__ = PUBLISHED_MODULE
+
+
+@pytest.fixture(autouse=True)
+def published_module(monkeypatch):
+    """The module of the published code, from which torch.save takes the names and, in old files, the sources."""
+    module = types.ModuleType(PUBLISHED_MODULE)
+    module.__file__ = __file__
+    for head in (arcMax, cosMax, softMax):
+        setattr(module, head.__name__, head)
+    monkeypatch.setitem(sys.modules, PUBLISHED_MODULE, module)
+
+
+def published_content(seed=0, n_class=3, head=arcMax):
     """What a published file of a 16-pixel Conv4 holds."""
     net = create_backbone("Conv4", 16, seed)
     state = OrderedDict()
     for name, value in net.state_dict().items():
         _, block, layer, rest = name.split(".")
         state[f"nConvBlock.{block}.convBlock.{0 if layer == 'conv' else 1}.{rest}"] = value
-    head = arcMax(torch.randn(n_class, net.feature_dim, generator=torch.Generator().manual_seed(seed)))
+    generators = [torch.Generator().manual_seed(seed)]
+    head = head(**build_head(head.__name__, net.feature_dim, n_class, 20.0, 0.01, generators).state_dict())
     optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()])
+    sum(p.sum() for p in optimizer.param_groups[0]["params"]).backward()
+    optimizer.step()
     content = {"epoch": 3, "state": state, "max_acc": np.float64(61.5), "base_clf": head, "optimizer": optimizer}
     return content, net, head
 
 
 def importing(path, out, *flags):
-    return call("persistence.import_published", "import-published", path, out, "--img_size", 16, *flags)
+    return call("persistence.import_published", path, out, "--img_size", 16, *flags)
 
 
 @pytest.fixture
@@ -62,15 +94,19 @@ def base(tmp_path):
 
 
 @pytest.mark.parametrize("new_format", [False, True])
-def test_a_published_file_becomes_a_checkpoint_of_ours(tmp_path, base, new_format):
-    content, net, head = published_content()
+@pytest.mark.parametrize("published_head", [arcMax, cosMax, softMax])
+def test_a_published_file_becomes_a_checkpoint_of_ours(tmp_path, base, new_format, published_head):
+    content, net, head = published_content(head=published_head)
+    content = {"module": "module", **content}  # the word that stood before a class in old files, as another thing
     torch.save(content, tmp_path / "published.tar", _use_new_zipfile_serialization=new_format)
+    assert new_format or f"class {published_head.__name__}(".encode() in (tmp_path / "published.tar").read_bytes()
     outcome = importing(tmp_path / "published.tar", tmp_path / "ours.tar", "--base", base)
     assert outcome.status == 0, outcome.err
     checkpoint = load_checkpoint(tmp_path / "ours.tar")
     assert all(torch.equal(checkpoint.backbone_state[name], value) for name, value in net.state_dict().items())
-    assert torch.equal(checkpoint.head_state["weight"], head.weight.data)
-    assert (checkpoint.method, checkpoint.epoch, checkpoint.val_accuracy) == ("arcMax", 3, 61.5)
+    assert list(checkpoint.head_state) == list(head.state_dict())
+    assert all(torch.equal(checkpoint.head_state[name], value) for name, value in head.state_dict().items())
+    assert (checkpoint.method, checkpoint.epoch, checkpoint.val_accuracy) == (published_head.__name__, 3, 61.5)
     assert checkpoint.class_names == ["class00", "class01", "class02"]
     assert (checkpoint.config["s"], checkpoint.config["m"]) == (20.0, 0.01)
 
@@ -79,7 +115,7 @@ def test_a_published_file_becomes_a_checkpoint_of_ours(tmp_path, base, new_forma
 def imported(tmp_path_factory):
     """The published checkpoint of 5-shot miniImagenet, imported by the documented command."""
     out = tmp_path_factory.mktemp("imported") / "published.tar"
-    result = run("-m", "persistence.checkpoints", "import-published", PUBLISHED, out)
+    result = run("-m", "persistence.import_published", PUBLISHED, out)
     assert "Conv4, arcMax of 64 classes, epoch 335, validation accuracy 70.04 %" in result.stdout
     return out
 
@@ -134,7 +170,7 @@ class Calls:
 
 def legacy(main, marker=None, tail=b""):
     """A file of the old format around a pickle or its bytes."""
-    parts = [LEGACY_MAGIC, LEGACY_PROTOCOL, {"little_endian": True}]
+    parts = [MAGIC_NUMBER, PROTOCOL_VERSION, {"little_endian": True}]
     head = b"".join(pickle.dumps(part, 2) for part in parts)
     return head + (main if isinstance(main, bytes) else pickle.dumps(main, 2)) + (tail or pickle.dumps([], 2))
 
@@ -143,6 +179,7 @@ def zipped(main, compression=zipfile.ZIP_STORED, members=()):
     """A file of the new format around a pickle or its bytes."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("archive/version", "3\n")
         archive.writestr("archive/data.pkl", main if isinstance(main, bytes) else pickle.dumps(main, 2))
         for name, content in members:
             archive.writestr(f"archive/{name}", content)
@@ -172,20 +209,20 @@ def laughs():
     return level
 
 
-def tensor_pickle(offset, shape, stride):
-    """A pickle of a state of one tensor, its numbers written by hand."""
+def tensor_pickle(offset, shape, stride, n=4, compression=zipfile.ZIP_STORED):
+    """A file of a state of one tensor, its numbers written by hand, in a storage of n numbers."""
 
     class Storage:
         pass
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
-            return ("storage", torch.FloatStorage, "0", "cpu", 4) if isinstance(value, Storage) else None
+            return ("storage", torch.FloatStorage, "0", "cpu", n) if isinstance(value, Storage) else None
 
     file = io.BytesIO()
     tensor = Calls(torch._utils._rebuild_tensor_v2, Storage(), offset, shape, stride, False, OrderedDict())
     Pickler(file, 2).dump({"state": {"nConvBlock.0.convBlock.0.weight": tensor}})
-    return zipped(file.getvalue(), members=[("data/0", bytes(16))])
+    return zipped(file.getvalue(), compression, members=[("data/0", bytes(4 * n))])
 
 
 def replaced(member, content):
@@ -199,7 +236,8 @@ def replaced(member, content):
 
 LONG_MEMO = b"\x80\x02}r" + struct.pack("<I", 2**32 - 1) + b"."
 LONG_BYTES = b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"abc."
-SETS_CODE = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\x00\x00\x00__defaults__N\x86sb."
+SETS_CODE = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\x00\x00\x00__defaults__Ns\x86b."
+HEAD = b"\x80\x02c" + PUBLISHED_MODULE.encode() + b"\narcMax\n"
 # Each makes the bytes of a file; the marker is what code in it would write.
 HOSTILE = {
     "os.system, old format": lambda marker: legacy({"state": Calls(os.system, f"touch {marker}")}),
@@ -216,12 +254,18 @@ HOSTILE = {
     "a head that runs": lambda marker: saved(lambda c: c.update(base_clf=Calls(Path.touch, marker))),
     "a module found by a dotted name": lambda marker: legacy(b"\x80\x04\x8c\x02os\x8c\x0bpath.exists\x93."),
     "state of a function": lambda marker: zipped(SETS_CODE),
+    "a head whose state is a list": lambda marker: zipped(HEAD + b")\x81]b."),
+    "a head that is called": lambda marker: zipped(HEAD + b"N\x85R."),
+    "a head that is filled": lambda marker: zipped(HEAD + b")\x81NNs."),
+    "a class instead of a head": lambda marker: saved(lambda c: c.update(base_clf=arcMax)),
+    "parameters without names": lambda marker: saved(lambda c: c["base_clf"]._parameters.update({1: torch.zeros(2)})),
     "an extension code": lambda marker: zipped(b"\x80\x02\x82\x01."),
     "a reduce bomb": lambda marker: zipped({"state": Calls(bytearray, 10**13)}),
     "a reduce bomb of lists": lambda marker: zipped({"state": laughs()}),
     "a numpy array of objects": lambda marker: saved(lambda c: c.update(max_acc=np.array([Calls(Path.touch, marker)]))),
     "a memo of 4 billion places": lambda marker: zipped(LONG_MEMO),
     "a byte string of a terabyte": lambda marker: legacy(LONG_BYTES),
+    "a zip bomb as a weight": lambda marker: tensor_pickle(0, (2**24,), (1,), 2**24, zipfile.ZIP_DEFLATED),
     "a zip bomb": lambda marker: zipped({"state": {}}, zipfile.ZIP_DEFLATED, [("data/0", bytes(2**26))]),
     "a zip without a pickle": lambda marker: replaced("data.pkl", b""),
     "a truncated zip": lambda marker: saved()[:-100],
@@ -231,6 +275,10 @@ HOSTILE = {
     "another byte order": lambda marker: replaced("byteorder", b"big"),
     "an empty file": lambda marker: b"",
     "text": lambda marker: b"<html>404 Not Found</html>",
+    "an old file and a zip behind it": lambda marker: (
+        legacy({"state": Calls(os.system, f"touch {marker}")}) + zipped({})
+    ),
+    "a pickle and a zip behind it": lambda marker: pickle.dumps(Calls(os.system, f"touch {marker}"), 2) + zipped({}),
     "no dictionary": lambda marker: zipped([1, 2]),
     "no state": lambda marker: saved(lambda content: content.pop("state")),
     "no weights": lambda marker: saved(lambda content: content["state"].clear()),
@@ -247,8 +295,8 @@ HOSTILE = {
     "a tensor of text": lambda marker: tensor_pickle("0", ("4",), (1,)),
     "no head": lambda marker: saved(lambda content: content.pop("base_clf")),
     "a head of another class": lambda marker: saved(lambda content: content.update(base_clf=nn.Linear(64, 3))),
-    "a head of another width": lambda marker: saved(lambda c: c.update(base_clf=arcMax(torch.zeros(3, 1600)))),
-    "a head of other classes": lambda marker: saved(lambda c: c.update(base_clf=arcMax(torch.zeros(4, 64)))),
+    "a head of another width": lambda marker: saved(lambda c: c.update(base_clf=arcMax(weight=torch.zeros(3, 1600)))),
+    "a head of other classes": lambda marker: saved(lambda c: c.update(base_clf=arcMax(weight=torch.zeros(4, 64)))),
 }
 
 
@@ -270,13 +318,35 @@ def test_of_a_hostile_file_nothing_runs_and_one_line_says_what_it_is(tmp_path, b
     assert not marker.exists() and not (tmp_path / "ours.tar").exists()
 
 
-def test_what_is_not_a_weight_is_inert(tmp_path, base):
+@pytest.mark.parametrize("new_format", [False, True])
+def test_the_line_names_what_a_file_asks_for(tmp_path, base, new_format):
     path, marker = tmp_path / "published.tar", tmp_path / "marker"
-    hostile = Calls(os.system, f"touch {marker}")
-    path.write_bytes(saved(lambda content: content.update(epoch=hostile, extra=laughs())))
+    for thing, name in (
+        (Calls(os.system, f"touch {marker}"), f"{os.name}.system"),
+        (Calls(shutil.rmtree, str(base)), "shutil.rmtree"),
+        (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+    ):
+        path.write_bytes(saved(lambda content, thing=thing: content.update(epoch=thing), new_format))
+        outcome = importing(path, tmp_path / "ours.tar", "--base", base)
+        assert outcome.status == 2 and f"asks for '{name}'" in outcome.err and outcome.err.count("\n") == 1
+    assert not marker.exists() and base.is_dir()
+
+
+def test_what_is_not_a_weight_is_inert(tmp_path, base):
+    path = tmp_path / "published.tar"
+    path.write_bytes(saved(lambda content: content.update(epoch="three", max_acc=10**400, extra=laughs())))
     outcome = importing(path, tmp_path / "ours.tar", "--base", base)
-    assert outcome.status == 0 and not marker.exists()
-    assert load_checkpoint(tmp_path / "ours.tar").epoch == -1
+    assert outcome.status == 0, outcome.err
+    checkpoint = load_checkpoint(tmp_path / "ours.tar")
+    assert checkpoint.epoch == -1 and math.isnan(checkpoint.val_accuracy)
+
+
+def test_the_stand_ins_are_for_published_files_alone(tmp_path, base):
+    path = tmp_path / "published.tar"
+    path.write_bytes(saved())
+    assert importing(path, tmp_path / "ours.tar", "--base", base).status == 0
+    with pytest.raises(ValueError, match=r"asks for '\w+\.\w+'|asks for 'numpy"):
+        load_tensors(path, "cpu")
 
 
 def test_a_file_is_not_overwritten_and_a_missing_one_is_named(tmp_path, base):

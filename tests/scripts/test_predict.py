@@ -10,7 +10,7 @@ import torchvision
 from PIL import Image
 
 from args_parser import args_parser
-from data.benchmarks import list_folder
+from data.listing import list_folder
 from data.user_images import list_queries
 from engine.errors import UserError
 from methods.alignment import AlignmentSetting
@@ -318,7 +318,7 @@ USER_ERRORS = {
         ["000.png", "cannot be decoded"],
     ),
     "all queries bad": (all_queries_bad, {"skip_bad": True}, ["no image of", "bad.png"]),
-    "no backbone": (nothing, NO_CHECKPOINT, ["--checkpoint", "make demo", "import-published", "torchvision:resnet18"]),
+    "no backbone": (nothing, NO_CHECKPOINT, ["--checkpoint", "make demo", "import_published", "torchvision:resnet18"]),
     "random backbone": (nothing, NO_CHECKPOINT | {"backbone": "torchvision:resnet18"}, ["no trained backbone"]),
     "weights without a model": (nothing, NO_CHECKPOINT | {"weights": "w.pth"}, ["--backbone torchvision:"]),
     "weights of a checkpoint": (nothing, {"weights": "w.pth"}, ["--checkpoint brings its own"]),
