@@ -1,5 +1,6 @@
 """Benchmarks as image folders and as published json lists, and every way in which they can be wrong."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from data import benchmarks
 from data.benchmarks import DataOptions, load_split
 from data.listing import list_folder, list_json
 from engine.errors import UserError
-from tests.helpers import make_benchmark
+from tests.helpers import make_benchmark, make_split
 
 
 def load(root: Path, split="base", dataset="toy"):
@@ -118,6 +119,14 @@ def test_the_built_in_benchmark_is_rendered_when_it_is_missing_and_only_then(tmp
     assert len(load(tmp_path, "novel", dataset="glyphs").class_names) == 1
     with pytest.raises(UserError, match="no base split"):
         load(tmp_path, dataset="toy")
+
+
+def test_the_members_of_a_split_are_the_indices_of_each_class():
+    split = make_split(counts=(3, 1, 2), side=1)
+    assert [members.tolist() for members in split.members] == [[0, 1, 2], [3], [4, 5]]
+    mixed = dataclasses.replace(split, labels=torch.tensor([2, 0, 2, 0, 0, 2]))
+    assert [members.tolist() for members in mixed.members] == [[1, 3, 4], [], [0, 2, 5]]
+    assert split.summary == "toy: 3 novel classes of 6 images"
 
 
 # Published json lists.

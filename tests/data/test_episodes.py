@@ -9,6 +9,7 @@ import torch
 from data.episodes import (
     Episodes,
     EpisodeShape,
+    Task,
     class_major_labels,
     fixed_episodes,
     read_episodes,
@@ -94,6 +95,18 @@ def test_class_major_labels_match_the_flattened_images():
     labels = class_major_labels(3, 2)
     assert labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert torch.equal(UNEQUAL.labels[episodes.support[0].flatten()], episodes.classes[0][labels])
+
+
+def test_a_task_is_one_episode_class_major():
+    episodes = sample_episodes(UNEQUAL, EpisodeShape(4, 2, 3), 5, seed=0)
+    for i in range(5):
+        task = episodes.task(i)
+        assert task.n_way == 4 and task.y_support.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert torch.equal(task.support.view(4, 2), episodes.support[i])
+        assert torch.equal(task.query.view(4, 3), episodes.query[i])
+        assert torch.equal(UNEQUAL.labels[task.support], episodes.classes[i][task.y_support])
+    # A task may have any number of support images of a class, in any order.
+    assert Task(torch.arange(4), torch.tensor([1, 0, 2, 1]), torch.arange(2)).n_way == 3
 
 
 # The file that fixes the episodes.

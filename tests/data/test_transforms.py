@@ -1,5 +1,6 @@
 """Batched augmentation against torchvision and PIL on the same parameters, and what is drawn."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image, ImageEnhance
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from data import transforms
-from data.transforms import Augmentation, augment, colour_jitter, draw_crops, resized_crop
+from data.transforms import Augmentation, augment, colour_jitter, draw_crops, resized_crop, training_images
 from tests.helpers import make_split
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -247,3 +248,26 @@ def test_a_part_of_a_batch_is_augmented_as_in_the_whole():
         for part in (slice(0, 4), slice(4, 4), slice(4, 7))
     ]
     torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation()])
+def test_a_batch_of_training_images_is_the_images_at_its_index_in_any_parts(augmentation):
+    split = dataclasses.replace(make_split(counts=(3, 4), side=12), train_images=noise(7, 20, 16))
+    images = training_images(split, augmentation, torch.device("cpu"))
+    index = torch.tensor([5, 0, 0, 6, 2])
+    whole = images.batch(index, generator())
+    if augmentation is None:
+        expected = transforms.normalise(split.images[index])
+    else:
+        sizes = split.train_sizes[index]
+        expected = augment(split.train_images[index], sizes, 12, augmentation, generator())
+    assert torch.equal(whole, expected) and whole.is_contiguous(memory_format=torch.channels_last)
+    parts = [images.batch(index, generator(), part) for part in (slice(0, 2), slice(2, 2), slice(2, 5))]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    assert torch.equal(images.labels, split.labels)
+
+
+def test_a_split_without_training_images_is_trained_on_those_of_its_evaluation():
+    split = make_split(counts=(3, 4), side=12)
+    images = training_images(split, Augmentation(), torch.device("cpu"))
+    assert images.images is split.images and images.img_size == 12

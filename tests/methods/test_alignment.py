@@ -88,8 +88,9 @@ def undetermined(name: str) -> bool:
 def tiny_episode_run(n_base_class: int = 6):
     """What align_episode needs, small: 3-way 2-shot, 3 queries, 16-pixel images.
 
-    Returns align(episode=0, **changes), an episode whose arguments may be changed, and those arguments.
+    Returns align(episode=0, **changes), an episode whose arguments may be changed, those arguments, and the backbone.
     """
+    torch.manual_seed(0)
     run, net = Run(), Conv4(img_size=16, width=8)
     flags = "--ft_n_epoch 30 --align_iters 3 --n_B 2 --aug_size 4 --critic_hidden 16".split()
     blocks = blocks_to_update(net, None)
@@ -222,7 +223,6 @@ def test_a_rate_of_its_own_moves_the_head_by_it():
     """Adam's step is the rate times what its moments say, which are the same for both."""
     steps = []
     for related_lr in (1e-3, 1e-2):
-        torch.manual_seed(0)
         updates, _, related = tiny_updates(related_lr=related_lr)
         before = updates.head.weight.detach().clone()
         updates.train_head(related)

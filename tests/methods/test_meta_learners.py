@@ -1,12 +1,14 @@
 """The meta-learners against the published numbers, and what must hold of any of them."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from methods.meta_learners import META_LEARNERS, build_meta_learner
+from methods.meta_learner import MetaLearner
+from methods.meta_learners import META_LEARNERS, build_meta_learner, uses_maps
 from methods.protonet import protonet_scores
 from methods.relationnet import RelationNet
 from models.conv4 import Conv4
@@ -36,13 +38,11 @@ def learner_and_episodes(method, seed=0, batch=()):
 def published_learner(method, g):
     """A learner with the recorded weights, and the recorded support and query."""
     if method == "MatchingNet":
-        learner = build_meta_learner(method, type("Backbone", (), {"feature_dim": 64, "map_shape": (64, 1, 1)}))
+        learner = build_meta_learner(method, SimpleNamespace(feature_dim=64, map_shape=(64, 1, 1)))
         ours = {"FCE.lstmcell": "query_lstm", "G_encoder": "support_lstm"}
     elif method.startswith("RelationNet"):
         shape = tuple(g["RelationNet.feature_shape"].tolist())
-        learner = build_meta_learner(
-            method, type("Backbone", (), {"feature_dim": math.prod(shape), "map_shape": shape})
-        )
+        learner = build_meta_learner(method, SimpleNamespace(feature_dim=math.prod(shape), map_shape=shape))
         ours = {f"layer{i}.trunk.{j}": f"{kind}{i}" for i in (1, 2) for j, kind in enumerate(("conv", "norm"))}
         maps = [g[f"RelationNet.f_{part}"].float().unflatten(-1, shape) for part in ("support", "query")]
         g = {**g, "z_support": maps[0], "z_query": maps[1]}
@@ -197,3 +197,22 @@ def test_unknown_names_are_refused():
         build_meta_learner("Protonet", Shapes())
     with pytest.raises(ValueError, match="unknown kind of RelationNet 'l2'"):
         RelationNet(100, (4, 5, 5), "l2")
+
+
+# The contract.
+
+
+@ALL
+def test_every_meta_learner_is_one_of_the_contract_and_runs(method):
+    backbone = Conv4(16, width=8, relation=uses_maps(method))
+    learner = build_meta_learner(method, backbone)
+    assert type(learner).__bases__ == (MetaLearner,) and learner.uses_maps == uses_maps(method)
+    x = torch.randn(3 * 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    z = (backbone.feature_map(x) if learner.uses_maps else backbone(x)).unflatten(0, (3, 4))
+    scores = learner(z[:, :2], z[:, 2:].flatten(0, 1))
+    assert scores.shape == (6, 3) and learner.loss(scores, torch.arange(3).repeat_interleave(2)).isfinite()
+
+
+def test_a_meta_learner_has_nothing_of_its_own_in_its_state():
+    contract = MetaLearner(12, (3, 2, 2))
+    assert not contract.state_dict() and not list(contract.buffers())

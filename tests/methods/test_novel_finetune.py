@@ -7,6 +7,7 @@ from data.episodes import class_major_labels
 from engine.generators import make_generator
 from methods.novel_finetune import fit_heads
 from models import HEADS, build_head
+from models.heads import Head, arcMax
 from tests.helpers import golden
 
 MANY_STEPS = {"rtol": 2e-3, "atol": 2e-4}
@@ -70,3 +71,24 @@ def test_heads_fitted_together_equal_heads_fitted_one_by_one(method, n_together)
         fit_heads(alone, z[i], y, 60, 1e-2)
         torch.testing.assert_close(together.weight[i], alone.weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together(z)[i], alone(z[i]), rtol=1e-4, atol=1e-5)
+
+
+class PlainArcMax(arcMax):
+    """arcMax as the contract has it, without a written gradient."""
+
+    set_gradients = Head.set_gradients
+
+
+@pytest.mark.parametrize("n_together", [None, 3])
+def test_a_head_without_a_written_gradient_is_fitted_by_autograd_to_the_same_weights(n_together):
+    size = () if n_together is None else (n_together,)
+    z, y = torch.randn(*size, 12, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4).repeat(*size, 3)
+    weights = []
+    for make in (PlainArcMax, arcMax):
+        generators = [torch.Generator().manual_seed(i) for i in range(n_together or 1)]
+        head = make(16, 4, 5.0, 0.1, generators if n_together else generators[0])
+        initial = head.weight.detach().clone()
+        fit_heads(head, z, y, 100, 1e-2)
+        weights.append(head.weight.detach())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+    assert weights[0].shape == (*size, 4, 16) and (weights[0] - initial).abs().max() > 0.1

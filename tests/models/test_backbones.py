@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from models import BACKBONES, build_backbone, n_parameters
-from models.backbone import split_backbone
+from models import BACKBONES, build_backbone, n_parameters, native_img_size
+from models.backbone import Backbone, split_backbone
 from models.conv4 import Conv4
 from models.resnet12 import ResNet12
 from models.resnet18 import ResNet18
@@ -249,3 +249,58 @@ def test_a_backbone_in_two_is_the_backbone(backbone):
     for n_last in (0, len(net.blocks())):
         with pytest.raises(ValueError, match="blocks"):
             split_backbone(net, n_last)
+
+
+# The contract.
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "torchvision:resnet18"])
+@pytest.mark.parametrize("relation", [False, True])
+def test_every_backbone_is_one_of_the_contract_and_runs(name, relation):
+    net = build_backbone(name, 32, relation).eval()
+    assert Backbone in type(net).__mro__ and type(net).native_img_size == native_img_size(name)
+    with torch.no_grad():
+        assert net(images(2, 32)).shape == (2, net.feature_dim)
+        assert net.feature_map(images(2, 32)).shape == (2, *net.map_shape)
+    other = build_backbone(name, 32)
+    other.load_state_dict(net.state_dict())  # the form for RelationNet has the same parameters
+
+
+class Halves(Backbone):
+    """A backbone of the one thing that every backbone must write."""
+
+    native_img_size = 8
+
+    def __init__(self, img_size):
+        super().__init__()
+        self.layer, self.pool = torch.nn.Conv2d(3, 5, 1), torch.nn.AvgPool2d(2)
+        self.feature_dim, self.map_shape = 5, (5, img_size // 2, img_size // 2)
+
+    def blocks(self):
+        return [self.layer, self.pool]
+
+
+def test_a_backbone_needs_to_write_its_blocks_alone():
+    net, x = Halves(8), images(2, 8)
+    torch.testing.assert_close(net.feature_map(x), net.pool(net.layer(x)), rtol=0, atol=0)
+    torch.testing.assert_close(net(x), net.layer(x).mean((2, 3)))
+    below, last = split_backbone(net, 1)
+    torch.testing.assert_close(last(below(x)), net(x), rtol=0, atol=0)
+    assert set(net.state_dict()) == {"layer.weight", "layer.bias"}
+    assert Halves.for_relation(8).map_shape == net.map_shape
+
+
+def test_a_backbone_has_nothing_of_its_own_in_its_state():
+    assert not Backbone().state_dict() and not list(Backbone().buffers())
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "words"),
+    [
+        ("Conv5", "none", "unknown backbone 'Conv5': choose one of Conv4, .* or torchvision:NAME"),
+        ("Conv4", "DEFAULT", "weights are for torchvision:NAME backbones, not for Conv4"),
+    ],
+)
+def test_unknown_names_and_weights_are_refused(name, weights, words):
+    with pytest.raises(ValueError, match=words):
+        build_backbone(name, 32, weights=weights)

@@ -7,7 +7,7 @@ import torch
 from data.episodes import class_major_labels
 from engine.generators import make_generator
 from models import HEADS, build_head
-from models.heads import add_arc_margin
+from models.heads import Head, add_arc_margin
 from tests.helpers import golden
 
 CASES = {
@@ -40,7 +40,7 @@ def test_head_reproduces_published_scores_loss_and_gradients(case):
         torch.testing.assert_close(ours.detach(), g[f"{case}.{name}"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["softMax", "cosMax", "arcMax"])
+@pytest.mark.parametrize("method", HEADS)
 def test_heads_of_many_episodes_equal_heads_one_by_one(method):
     g = torch.Generator().manual_seed(0)
     z, y = torch.randn(3, 10, 16, generator=g), torch.randint(0, 4, (3, 10), generator=g)
@@ -63,7 +63,7 @@ def test_gradients_are_finite_where_feature_and_weight_are_parallel(cosine, meth
     assert torch.isfinite(z.grad).all() and torch.isfinite(head.weight.grad).all()
 
 
-@pytest.mark.parametrize("method", ["softMax", "cosMax", "arcMax"])
+@pytest.mark.parametrize("method", HEADS)
 def test_a_zero_feature_has_finite_loss_and_gradients(method):
     head = build_head(method, 8, 3, 20.0, 0.01)
     z = torch.zeros(2, 8, requires_grad=True)
@@ -105,3 +105,28 @@ def test_the_written_out_gradient_of_a_head_is_that_of_its_loss(method, together
         head.set_gradients(head.project(z), y, one_hot)
     for name, p in head.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+# The contract.
+
+
+@pytest.mark.parametrize("method", HEADS)
+def test_every_head_is_one_of_the_contract_and_runs(method):
+    head = build_head(method, 8, 3, 5.0, 0.1, torch.Generator().manual_seed(0))
+    assert type(head).__bases__ == (Head,) and head.weight.shape == (3, 8)
+    z, y = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(3).repeat(2)
+    scores = head(z)
+    assert scores.shape == head.logits(scores).shape == (6, 3)
+    assert torch.equal(scores, head.scores(head.project(z)))
+    at_5 = head.loss(head(z), y)
+    head.rescale(10.0, 0.1)
+    assert torch.equal(head.loss(head(z), y), at_5) == (method == "softMax")
+
+
+def test_a_head_has_nothing_of_its_own_in_its_state():
+    assert not Head().state_dict() and not list(Head().buffers())
+
+
+def test_an_unknown_head_is_refused():
+    with pytest.raises(ValueError, match="unknown head 'arcmax': choose one of softMax, cosMax, arcMax"):
+        build_head("arcmax", 8, 3, 5.0, 0.1)
