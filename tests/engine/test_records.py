@@ -12,6 +12,7 @@ import torch
 from engine import records
 from engine.errors import UserError
 from engine.records import append_jsonl, git_commit, provenance, write_json
+from engine.run import Run
 
 
 def test_json_holds_null_for_nan_and_text_for_paths(tmp_path):
@@ -65,7 +66,7 @@ def test_metrics_are_appended_a_line_each(tmp_path):
 
 def test_a_result_says_how_it_was_made(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/transferLearning.py", "--n_shot", "1"])
-    record = provenance({"seed": 4, "method": "arcMax"}, torch.device("cpu"))
+    record = provenance({"n_shot": 1, "method": "arcMax"}, Run(seed=4))
     assert record["command"] == "python transferLearning.py --n_shot 1"
     assert record["seed"] == 4 and record["config"]["method"] == "arcMax" and record["device"].startswith("cpu")
     assert record["versions"]["torch"] == torch.__version__

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from engine import run
-from engine.distributed import Ranks
+from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
-from engine.run import device_of_rank, on_device, select_device, start
+from engine.run import device_of_rank, on_device, select_device, start_run
 
 
 def with_accelerators(monkeypatch, cuda, mps):
@@ -34,8 +34,9 @@ def test_a_device_that_is_not_there_is_a_user_error(monkeypatch, name, there):
 def test_starting_on_a_cpu_keeps_memory_unless_told_not_to(monkeypatch, no_keep_memory):
     calls = []
     monkeypatch.setattr(run, "keep_memory", lambda: calls.append(1))
-    device, precision = start("cpu", "bf16", no_keep_memory)
-    assert device.type == "cpu" and precision.name == "bf16" and len(calls) == (not no_keep_memory)
+    found = start_run(ALONE, "cpu", "bf16", 3, False, no_keep_memory)
+    assert found.device.type == "cpu" and found.precision.name == "bf16" and len(calls) == (not no_keep_memory)
+    assert (found.ranks, found.seed, found.quiet) == (ALONE, 3, False)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
@@ -60,7 +61,7 @@ def test_on_a_cpu_images_stay_mapped():
 
 def test_ranks_have_a_gpu_each_or_share_the_cpu(monkeypatch):
     assert device_of_rank(torch.device("cpu"), Ranks(1, 2, 1)) == torch.device("cpu")
-    assert start("cpu", "fp32", True, Ranks(1, 2, 1))[0] == torch.device("cpu")
+    assert start_run(Ranks(1, 2, 1), "cpu", "fp32", 0, True, True).device == torch.device("cpu")
     with pytest.raises(UserError, match="mps is for one process"):
         device_of_rank(torch.device("mps"), Ranks(0, 2, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -11,12 +11,12 @@ import torch
 
 from engine.errors import UserError
 from engine.files import load_tensors
+from engine.run import Run
 from models import build_head
-from persistence import checkpoints
 from persistence.checkpoints import (
     FORMAT,
+    BackboneSpec,
     Checkpoint,
-    best_model_path,
     create_backbone,
     initial_backbone,
     load_backbone,
@@ -37,7 +37,7 @@ def trained_backbone(seed=0):
 
 
 def a_checkpoint(net, **changes):
-    head = build_head("arcMax", net.feature_dim, 3, 20.0, 0.01, [torch.Generator().manual_seed(0)])
+    head = build_head("arcMax", net.feature_dim, 3, 20.0, 0.01, torch.Generator().manual_seed(0))
     fields = {
         "stage": "transferLearning",
         "dataset": "toy",
@@ -90,11 +90,10 @@ def test_a_loaded_backbone_gives_the_same_features(saved):
 
 def test_a_checkpoint_starts_a_backbone_and_without_one_the_seed_does(saved):
     path, _, net = saved
-    cpu = torch.device("cpu")
-    loaded, checkpoint = initial_backbone(path, "Conv4", IMG_SIZE, 0, cpu)
+    loaded, checkpoint = initial_backbone(BackboneSpec("Conv4", IMG_SIZE, init_from=path), Run())
     assert checkpoint is not None
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
-    new, none = initial_backbone(None, "Conv4", IMG_SIZE, 5, cpu)
+    new, none = initial_backbone(BackboneSpec("Conv4", IMG_SIZE), Run(seed=5))
     assert none is None
     expected = create_backbone("Conv4", IMG_SIZE, 5).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())
@@ -111,12 +110,6 @@ def test_a_checkpoint_holds_tensors_and_plain_values_alone(tmp_path):
     content = torch.load(tmp_path / "model.tar", weights_only=True)
     expected = {"cache_dir": str(Path("some") / "cache"), "crop_scale": [0.3, 1.0], "best": None, "nested": ["a"]}
     assert content["config"] == expected
-
-
-def test_the_best_model_has_the_published_file_name():
-    path = best_model_path(Path("models"), 5, 5, "miniImagenet", "arcMax", "Conv4")
-    assert path == Path("models/5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar")
-    assert ":" not in best_model_path(Path("models"), 5, 1, "CUB", "arcMax", "torchvision:resnet50").name
 
 
 def test_a_new_backbone_depends_on_the_seed_alone():
@@ -145,7 +138,7 @@ def fail_to_save(monkeypatch, error):
         file.write(b"half of a checkpoint")
         raise error
 
-    monkeypatch.setattr(checkpoints.torch, "save", save)
+    monkeypatch.setattr(torch, "save", save)
 
 
 @pytest.mark.parametrize("fail", [fail_to_replace, fail_to_save])

@@ -1,6 +1,14 @@
-"""Which flags of two runs differ."""
+"""What the files of a run are called, and which flags of two runs differ."""
 
-from persistence.files import differences
+from pathlib import Path
+
+from persistence.files import RunName, differences
+
+
+def test_the_best_model_has_the_published_file_name():
+    path = RunName(5, 5, "miniImagenet", "miniImagenet", "arcMax", "Conv4").best_model(Path("models"))
+    assert path == Path("models/5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar")
+    assert ":" not in RunName(5, 1, "CUB", "CUB", "arcMax", "torchvision:resnet50").best_model(Path("models")).name
 
 
 def test_flags_that_change_no_number_are_not_differences():

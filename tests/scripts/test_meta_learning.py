@@ -6,15 +6,13 @@ import pytest
 import torch
 
 from args_parser import args_parser
-from data.benchmarks import load_split
-from data.episodes import sample_episodes
+from data.benchmarks import DataOptions, load_split
+from data.episodes import EpisodeShape, sample_episodes
 from data.transforms import normalise
-from engine.precision import Precision
 from methods.meta_learners import META_LEARNERS
 from persistence.checkpoints import load_backbone, load_checkpoint
 from tests.helpers import TINY, call, folders, make_benchmark, result
 
-CPU, FP32 = torch.device("cpu"), Precision("fp32", "cpu")
 TEST = [*TINY, "--n_episodes", 6]
 STAGE_1 = [*TEST, "--n_epoch", 1, "--val_episodes", 2, "--ft_n_epoch", 10]
 META = [*TEST, "--n_way", 4, "--train_n_query", 5, "--n_epoch", 3, "--episodes_per_epoch", 3, "--val_episodes", 5]
@@ -111,10 +109,10 @@ def test_protonet_of_a_stage_1_backbone_is_the_nearest_class_mean(meta_trained, 
     flags = [*TEST, *folders(meta_trained), "--results_dir", tmp_path, "--n_epoch", 0]
     succeed("metaLearning", *flags, "--init_from", model(meta_trained, "arcMax"))
     record = json.loads((tmp_path / "tables" / f"metaLearning_{run_name('ProtoNet')}.json").read_text())
-    novel = load_split(meta_trained / "benchmarks", "tiny", "novel", 16, meta_trained / "cache", quiet=True)
+    novel = load_split(DataOptions(meta_trained / "benchmarks", 16, meta_trained / "cache"), "tiny", "novel")
     z = load_backbone(model(meta_trained, "arcMax"), "Conv4", 16)[0].eval()(normalise(novel.images))
     for index, accuracy in zip(
-        sample_episodes(novel, 3, 2, 3, 6, seed=0).index, record["accuracy_per_episode"], strict=True
+        sample_episodes(novel, EpisodeShape(3, 2, 3), 6, seed=0).index, record["accuracy_per_episode"], strict=True
     ):
         means = torch.stack([z[support].mean(0) for support in index[:, :2]])
         right = [torch.cdist(z[q][None], means).argmin().item() == w for w in range(3) for q in index[w, 2:]]

@@ -2,24 +2,33 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.benchmarks import load_split
-from data.episodes import class_major_labels, read_episodes, sample_episodes, write_episodes
+from data.benchmarks import DataOptions, load_split
+from data.episodes import EpisodeShape, class_major_labels, read_episodes, sample_episodes, write_episodes
 from data.transforms import draw_crops
 from engine.records import plain
-from methods import alignment
+from methods import related_base
 from methods.adversarial_alignment import adversarial_alignment_loss
-from methods.alignment import draw_related, drawn_per_class, related_base_of_head
 from methods.centroid_alignment import centroid_alignment_loss
 from methods.evaluation import mean_and_ci95
+from methods.features import Source
 from methods.novel_finetune import fit_heads
 from methods.protonet import protonet_scores
-from methods.related_base import choose_related_base, find_related_base, related_base_score
+from methods.related_base import (
+    RelatedSetting,
+    choose_related_base,
+    draw_related,
+    drawn_per_class,
+    find_related_base,
+    related_base_of_head,
+    related_base_score,
+)
 from models import HEADS, build_head
 from models.critic import Critic
 from models.heads import NORM_EPS
@@ -27,7 +36,7 @@ from persistence.files import differences
 from tests.helpers import make_benchmark, make_split
 
 SEEDS = st.integers(0, 2**31)
-METHODS = st.sampled_from(HEADS)
+METHODS = st.sampled_from(list(HEADS))
 
 
 def normal(seed, *shape):
@@ -69,7 +78,7 @@ def test_the_loss_of_a_head_is_its_definition_and_its_gradients_are_finite(
     method, seed, n, d, n_class, scale, s, m, special
 ):
     """On random and extreme inputs: zero vectors, cos = +-1, one sample, small and large features."""
-    head = build_head(method, d, n_class, s, m, [torch.Generator().manual_seed(seed)])
+    head = build_head(method, d, n_class, s, m, torch.Generator().manual_seed(seed))
     z = scale * normal(seed, n, d)
     y = torch.randint(n_class, (n,), generator=torch.Generator().manual_seed(seed))
     if special != "none":
@@ -93,10 +102,10 @@ def test_heads_fitted_together_are_heads_fitted_one_by_one(method, seed, n_toget
     def generators():
         return [torch.Generator().manual_seed(i) for i in range(n_together)]
 
-    together = build_head(method, d, n_way, 5.0, 0.01, generators(), batched=True)
+    together = build_head(method, d, n_way, 5.0, 0.01, generators())
     fit_heads(together, z, y.expand(n_together, -1), 15, 1e-2)
     for i, generator in enumerate(generators()):
-        alone = build_head(method, d, n_way, 5.0, 0.01, [generator])
+        alone = build_head(method, d, n_way, 5.0, 0.01, generator)
         fit_heads(alone, z[i], y, 15, 1e-2)
         torch.testing.assert_close(together.weight[i], alone.weight, rtol=1e-3, atol=1e-4)
 
@@ -139,7 +148,7 @@ COUNTS = st.lists(st.integers(4, 12), min_size=3, max_size=9)
 @given(COUNTS, st.integers(2, 9), st.integers(1, 3), SEEDS)
 def test_no_image_is_twice_in_an_episode_and_every_one_is_of_its_class(counts, n_way, n_shot, seed):
     split, n_way = make_split(counts, side=1), min(n_way, len(counts))
-    episodes = sample_episodes(split, n_way, n_shot, 4 - n_shot, 6, seed)
+    episodes = sample_episodes(split, EpisodeShape(n_way, n_shot, 4 - n_shot), 6, seed)
     for index, classes in zip(episodes.index, episodes.classes, strict=True):
         assert len(set(index.flatten().tolist())) == index.numel() and len(set(classes.tolist())) == n_way
         assert torch.equal(split.labels[index], classes.unsqueeze(1).expand_as(index))
@@ -150,15 +159,16 @@ def test_no_image_is_twice_in_an_episode_and_every_one_is_of_its_class(counts, n
 @given(COUNTS, SEEDS, st.integers(0, 6), st.integers(0, 6))
 def test_any_part_of_the_episodes_is_drawn_as_in_the_whole(counts, seed, start, n):
     split = make_split(counts, side=1)
-    whole = sample_episodes(split, 3, 1, 2, 12, seed)
-    assert torch.equal(sample_episodes(split, 3, 1, 2, n, seed, start).index, whole.index[start : start + n])
+    shape = EpisodeShape(3, 1, 2)
+    whole = sample_episodes(split, shape, 12, seed)
+    assert torch.equal(sample_episodes(split, shape, n, seed, start).index, whole.index[start : start + n])
 
 
 @settings(max_examples=6)
 @given(SEEDS)
 def test_classes_are_drawn_uniformly(seed):
     stats = pytest.importorskip("scipy.stats")
-    episodes = sample_episodes(make_split((5,) * 7, side=1), 3, 1, 2, 800, seed)
+    episodes = sample_episodes(make_split((5,) * 7, side=1), EpisodeShape(3, 1, 2), 800, seed)
     for way in range(3):
         counts = torch.bincount(episodes.classes[:, way], minlength=7)
         assert stats.chisquare(counts.numpy()).pvalue > 1e-4
@@ -171,9 +181,10 @@ def test_classes_are_drawn_uniformly(seed):
 @given(COUNTS, SEEDS, st.integers(1, 5))
 def test_episodes_come_back_from_their_file(tmp_path_factory, counts, seed, n):
     path, split = tmp_path_factory.mktemp("episodes") / "episodes.json", make_split(counts, side=1)
-    episodes = sample_episodes(split, 3, 1, 3, n, seed)
+    shape = EpisodeShape(3, 1, 3)
+    episodes = sample_episodes(split, shape, n, seed)
     write_episodes(path, split, episodes)
-    found = read_episodes(path, split, 3, 1, 3, n)
+    found = read_episodes(path, split, shape, n)
     assert torch.equal(found.index, episodes.index) and torch.equal(found.classes, episodes.classes)
 
 
@@ -222,13 +233,13 @@ def test_related_samples_are_of_the_chosen_classes_and_predicted_as_theirs(seed,
 @settings(max_examples=20)
 @given(METHODS, SEEDS, st.integers(1, 70))
 def test_related_sets_do_not_depend_on_how_many_rows_are_scored_together(method, seed, rows):
-    head = build_head(method, 6, 3, 5.0, 0.01, [torch.Generator().manual_seed(seed)])
-    z, y = normal(seed, 60, 6), torch.arange(60) % 10
-    members = [torch.nonzero(y == b).squeeze(1) for b in range(10)]
-    whole = find_related_base(head.logits(head(z)).detach(), y, members, 2, "vote")
+    head = build_head(method, 6, 3, 5.0, 0.01, torch.Generator().manual_seed(seed))
+    base = replace(make_split((6,) * 10, side=1), labels=torch.arange(60) % 10)
+    z = normal(seed, 60, 6)
+    whole = find_related_base(head.logits(head(z)).detach(), base.labels, base.members, 2, "vote")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alignment, "BASE_ROWS", rows)
-        parts = related_base_of_head(head, z, y, members, 2, "vote")
+        patch.setattr(related_base, "BASE_ROWS", rows)
+        parts = related_base_of_head(head, Source(z, None, base), RelatedSetting(n_B=2, related_score="vote"))
     assert parts.classes == whole.classes
     assert all(torch.equal(a, b) for a, b in zip(parts.samples, whole.samples, strict=True))
 
@@ -268,7 +279,7 @@ def test_a_random_crop_lies_within_its_image(seed, height, width, low):
 def test_images_are_the_same_with_any_number_of_workers(tmp_path):
     make_benchmark(tmp_path / "tiny", n_class=(3, 1, 1), n_images=30)
     splits = [
-        load_split(tmp_path, "tiny", "base", 16, tmp_path / f"cache{n}", num_workers=n, quiet=True) for n in (0, 1, 4)
+        load_split(DataOptions(tmp_path, 16, tmp_path / f"cache{n}", num_workers=n), "tiny", "base") for n in (0, 1, 4)
     ]
     for split in splits[1:]:
         assert torch.equal(split.images, splits[0].images) and torch.equal(split.train_images, splits[0].train_images)

@@ -9,9 +9,8 @@ import pytest
 
 import reproduce
 from args_parser import STAGES, args_parser
-from reporting.paper_tables import SCRIPTS, TABLES, Plan
-from reporting.paper_tables import table_rows as rows_of
-from tests.helpers import ROOT, call, make_benchmark
+from reporting.paper_tables import SCRIPTS, TABLES
+from tests.helpers import call, make_benchmark
 
 STAGE_OF = {script: stage for stage, (script, _, _) in STAGES.items()}
 # All rows of all stages on a few 16-pixel images.
@@ -114,14 +113,11 @@ def test_rows_share_episodes_and_start_from_what_an_earlier_row_wrote(table, sca
     assert len(set(files.values())) == len(files)
 
 
-def test_the_main_table_of_a_laptop_is_estimated_below_an_hour_and_keeps_off_the_demo():
+def test_the_main_table_of_a_laptop_keeps_off_the_demo():
     lines = commands("--table", "main", "--scale", "laptop")
     assert steps(lines) == MAIN * 2
     assert {args.dataset for _, args in lines} == {"glyphs"} and {args.img_size for _, args in lines} == {42}
     assert all(str(args.checkpoint_dir) == os.path.join("results", "laptop", "models") for _, args in lines)
-    plan = Plan("glyphs", "glyphs", ROOT, ROOT, {stage: [] for stage in SCRIPTS})
-    minutes = reproduce.laptop_minutes(rows_of("main", plan, ["Conv4"], [1, 5], [5]), [vars(args) for _, args in lines])
-    assert 20 < minutes < 55
 
 
 def test_torchrun_is_put_before_the_script():
