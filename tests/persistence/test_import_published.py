@@ -74,8 +74,8 @@ def published_content(seed=0, n_class=3, head=arcMax):
     for name, value in net.state_dict().items():
         _, block, layer, rest = name.split(".")
         state[f"nConvBlock.{block}.convBlock.{0 if layer == 'conv' else 1}.{rest}"] = value
-    generators = [torch.Generator().manual_seed(seed)]
-    head = head(**build_head(head.__name__, net.feature_dim, n_class, 20.0, 0.01, generators).state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    head = head(**build_head(head.__name__, net.feature_dim, n_class, 20.0, 0.01, generator).state_dict())
     optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()])
     sum(p.sum() for p in optimizer.param_groups[0]["params"]).backward()
     optimizer.step()

@@ -62,10 +62,9 @@ def test_another_learning_rate_would_be_noticed(setting, monkeypatch):
 def test_another_rate_of_alignment_would_be_noticed(setting, monkeypatch, rate):
     align = bench_alignment.align_episode
 
-    def half_rate(backbone, initial, algorithm, *arguments):
-        return align(
-            backbone, initial, dataclasses.replace(algorithm, **{rate: getattr(algorithm, rate) / 2}), *arguments
-        )
+    def half_rate(blocks, task, novel, base, algorithm, *arguments):
+        slower = dataclasses.replace(algorithm, **{rate: getattr(algorithm, rate) / 2})
+        return align(blocks, task, novel, base, slower, *arguments)
 
     monkeypatch.setattr(bench_alignment, "align_episode", half_rate)
     with pytest.raises(AssertionError, match="is off by"):
