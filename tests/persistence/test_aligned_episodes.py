@@ -1,0 +1,145 @@
+"""What stage 3 keeps of its episodes: a row each, a state to go on from, notes, and the result."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.episodes import EpisodeShape, sample_episodes
+from engine.distributed import Ranks
+from engine.errors import UserError
+from engine.run import Run
+from methods.alignment import AlignedEpisode, AlignmentSetting
+from methods.related_base import RelatedBase, RelatedSetting
+from persistence import aligned_episodes
+from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
+from persistence.checkpoints import Checkpoint
+from persistence.files import LENGTH_FLAGS, Folders, RunName, alignment_files
+from tests.helpers import make_split
+
+NOVEL = make_split()
+SETTING = AlignmentSetting(related=RelatedSetting(aug_size=5), record_curve=2)
+
+
+def start(root, n=3, resume=False, run=None):
+    """Episodes of 2 ways and 2 queries to be done, their files below `root`; with `resume`, from their state on."""
+    folders = Folders(root / "models", root / "results", resume=resume)
+    name = RunName(2, 1, "toy", "toy", "arcMax", "Conv4")
+    files = alignment_files(name, "centroid", folders, {"lr": 0.1})
+    if resume:
+        files.find_state(LENGTH_FLAGS)
+    files.begin({"weights": "w"})
+    episodes = sample_episodes(NOVEL, EpisodeShape(2, 1, 2), n, seed=0)
+    return AlignedEpisodes(files, run or Run(), episodes, NOVEL.class_names, SETTING)
+
+
+def predicted(*classes):
+    """Scores of 4 queries, of true classes 0 0 1 1, that are predicted as these."""
+    return F.one_hot(torch.tensor(classes), 2).float()
+
+
+def an_episode(n_related=(4, 6), losses=((9.0, 9.0, 9.0), (1.0, 2.0, 3.0))):
+    """Half of the queries right by fine-tuning, three quarters after two iterations and in the end all."""
+    related = RelatedBase(torch.zeros(3, 2), [[0], [1]], [torch.arange(n) for n in n_related])
+    curve = [predicted(0, 0, 1, 0), predicted(0, 0, 1, 1)]
+    return AlignedEpisode(None, predicted(0, 1, 1, 0), predicted(0, 0, 1, 1), related, 4, list(losses), curve)
+
+
+def rows(done):
+    return [json.loads(line) for line in done.files.metrics.path.read_text().splitlines()]
+
+
+def test_an_episode_is_its_counts_curve_and_last_losses(tmp_path):
+    done = start(tmp_path)
+    done.add(0, an_episode())
+    done.add(1, an_episode(n_related=(0, 6), losses=()))
+    columns = done.tensors()
+    assert (
+        columns["finetuned"].tolist() == [[[1, 1], [1, 1]]] * 2
+        and columns["aligned"].tolist() == [[[2, 0], [0, 2]]] * 2
+    )
+    assert columns["curve"].tolist() == [[0.5, 0.75, 1.0]] * 2
+    assert columns["losses"][0].tolist() == [1, 2, 3] and columns["losses"][1].isnan().all()
+    assert [columns[name].tolist() for name in ("n_related", "n_empty", "n_drawn")] == [[10, 6], [0, 1], [4, 4]]
+
+
+def test_the_exchange_writes_the_metrics_and_names_classes_without_related_images_once(tmp_path, capsys):
+    done = start(tmp_path)
+    done.add(0, an_episode(n_related=(0, 6)))
+    done.exchange(0)
+    done.add(1, an_episode(losses=((math.nan, 2.0, 3.0),)))
+    done.exchange(1)
+    name = NOVEL.class_names[done.episodes.classes[0, 0]]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith("note: episode 0: ") and repr(name) in said[0]
+    expected = {"fine_tuning": 50, "alignment": 100, "related_loss": 2, "support_loss": 3, "n_drawn": 4}
+    assert rows(done) == [
+        expected | {"episode": 0, "align_loss": 1, "n_related": 6, "n_empty": 1},
+        expected | {"episode": 1, "align_loss": None, "n_related": 10, "n_empty": 0},
+    ]
+
+
+def test_episodes_go_on_after_those_of_their_state(tmp_path):
+    first = start(tmp_path)
+    for i in range(2):
+        first.add(i, an_episode(n_related=(i, 6)))
+    first.exchange(0)
+    first.save()
+    first.files.metrics.path.write_text("half a li")
+    second = start(tmp_path, resume=True)
+    assert len(second) == 2 and second.tensors().keys() == first.tensors().keys()
+    assert all(torch.equal(value, first.tensors()[name]) for name, value in second.tensors().items())
+    assert [row["n_related"] for row in rows(second)] == [6, 7]
+    assert len(start(tmp_path, n=1, resume=True)) == 1  # fewer are asked for now
+
+
+def test_a_state_that_lacks_a_column_is_refused(tmp_path):
+    done = start(tmp_path)
+    done.files.save_state(finetuned=torch.zeros(1, 2, 2), scaler={})
+    with pytest.raises(UserError, match="does not fit this run: start anew with --overwrite"):
+        start(tmp_path, resume=True)
+
+
+def test_another_rank_writes_nothing_and_hands_its_rows_notes_and_drawing_to_the_first(tmp_path, monkeypatch, capsys):
+    first, other = (start(tmp_path, n=2, run=Run(ranks=Ranks(rank, 2))) for rank in (0, 1))
+    first.add(0, an_episode())
+    other.add(1, an_episode(n_related=(0, 6)))
+    other.keep({"episode": torch.tensor(1)})
+    handed = [(first.rows[:], first.notes, first.kept), (other.rows[:], other.notes, other.kept)]
+    monkeypatch.setattr(aligned_episodes, "gather_objects", lambda mine, ranks: handed)
+    other.exchange(0)
+    other.save()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()] and not other.kept
+    capsys.readouterr()
+    first.exchange(0)
+    first.save()
+    for done in (first, other):
+        assert done.tensors()["n_related"].tolist() == [10, 6]
+    assert [row["episode"] for row in rows(first)] == [0, 1] and "episode 1" in capsys.readouterr().out
+    assert torch.load(first.files.episode, weights_only=True)["episode"] == 1 and first.files.last.is_file()
+
+
+def test_the_result_compares_alignment_with_fine_tuning(tmp_path, capsys):
+    done = start(tmp_path)
+    for i in range(3):
+        done.add(i, an_episode(n_related=(0, 6)))
+    checkpoint = Checkpoint("transferLearning", "toy", "arcMax", "Conv4", 16, ["a"], {}, {}, 7, 50.0, {})
+    save_alignment_result(done, NOVEL, checkpoint, tmp_path / "best.tar")
+    record = json.loads(done.files.table.read_text())
+    assert (record["accuracy"], record["fine_tuning"]["accuracy"]) == (100, 50)
+    assert record["difference"] == {"accuracy": 50, "ci95": 0}
+    assert [(row["iteration"], row["accuracy"], row["gain"]) for row in record["curve"]] == [
+        (0, 50, 0),
+        (2, 75, 25),
+        (4, 100, 50),
+    ]
+    assert (record["n_empty_related_sets"], record["n_episodes_below_aug_size"], record["checkpoint_epoch"]) == (
+        3,
+        3,
+        7,
+    )
+    said = capsys.readouterr().out
+    assert "in 3 of 3 episodes the smallest related set held fewer than --aug_size 5" in said
+    assert "paired difference   50.00 ± 0.00 points" in said
