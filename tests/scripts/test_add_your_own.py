@@ -1,29 +1,38 @@
-"""docs/add_your_own.md: its code goes into a copy of the repository, and its commands run there."""
+"""docs/add_your_own.md: its code goes into a copy of the repository, and its commands run there.
 
+And the places that the pages name are there.
+"""
+
+import importlib.util
+import inspect
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import types
 
 import pytest
 import torch
 
 from data.episodes import class_major_labels
+from methods.alignment import Updates
 from methods.novel_finetune import fit_heads
-from models import heads
 from tests.helpers import ROOT, make_benchmark
 
 PAGE = (ROOT / "docs" / "add_your_own.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 # The page's commands on a few tiny images.
-SMALL = "--img_size 16 --test_n_way 2 --n_query 3 --ft_n_epoch 10 --n_episodes 2 --quiet"
+SMALL = "--img_size 16 --test_n_way 2 --n_query 3 --n_episodes 2 --quiet"
+TRAIN_SMALL = f"{SMALL} --n_epoch 1 --val_episodes 2"
 STAGE_SMALL = {
-    "transferLearning": f"{SMALL} --n_epoch 1 --batch_size 16 --val_episodes 2",
-    "associative_alignment": f"{SMALL} --align_iters 2 --aug_size 3 --n_B 2",
-    "data.prepare": "",
+    "data.prepare": "--allow_incomplete",
+    "transferLearning": f"{TRAIN_SMALL} --batch_size 64 --ft_n_epoch 10",
+    "metaLearning": f"{TRAIN_SMALL} --episodes_per_epoch 2 --train_n_way 2 --train_n_query 3",
+    "associative_alignment": f"{SMALL} --ft_n_epoch 10 --align_iters 2 --aug_size 3 --n_B 2",
 }
 # Runs each command line of its arguments as `python` would, in one process.
 DRIVER = """
@@ -72,9 +81,7 @@ def copy(tmp_path_factory):
     shutil.copytree(ROOT / "fs_benchmarks" / "splits", root / "fs_benchmarks" / "splits")
     shutil.copy(ROOT / "pyproject.toml", root)
     for path, code in blocks("python"):
-        if (root / path).exists():  # above the last line
-            lines = (root / path).read_text().splitlines(keepends=True)
-            code = "".join(lines[:-1]) + code + "\n\n" + lines[-1]
+        assert not (root / path).exists(), "new code is in new files"
         (root / path).write_text(code)
     for path, diff in blocks("diff"):
         (root / path).write_text(apply_diff((root / path).read_text(), diff))
@@ -96,11 +103,16 @@ def test_the_code_of_the_page_is_in_style(copy):
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-def test_the_commands_of_the_page_run_with_its_head_and_backbone_on_its_dataset(copy):
-    make_benchmark(copy / "images")
-    for folder in (copy / "images").glob("*/*"):  # one folder a class, not yet split
-        (copy / "photos").mkdir(exist_ok=True)
-        folder.rename(copy / "photos" / folder.name)
+def stanford_dogs(folder):
+    """A small images.tar: Images/<breed>/<file>, four images of each of the 120 breeds."""
+    make_benchmark(folder / "images", n_class=(120, 0, 0), n_images=4)
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for file in (folder / "images").rglob("*.png"):
+            tar.add(file, f"Images/{file.parent.name}/{file.stem}.jpg")
+
+
+def test_the_commands_of_the_page_run_with_all_that_is_new_on_it(copy):
+    stanford_dogs(copy)
     (page,) = [text for language, text in BLOCKS if language == "bash"]
     commands = []
     for line in page.splitlines():
@@ -108,49 +120,52 @@ def test_the_commands_of_the_page_run_with_its_head_and_backbone_on_its_dataset(
         script = script.removesuffix(".py")
         commands.append(shlex.join([script, *flags, *STAGE_SMALL[script].split()]))
     outcome = subprocess.run(
-        [sys.executable, "-c", DRIVER, *commands],
+        [sys.executable, "-c", DRIVER, *commands, "reproduce --table main --dry_run"],
         cwd=copy,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert outcome.returncode == 0, outcome.stderr[-2000:]
+    assert "base 60 classes, 240 images; val 30 classes, 120 images; novel 30 classes, 120 images" in outcome.stdout
     results = {path.name for path in (copy / "results" / "tables").glob("*.json")}
     assert results == {
-        "transferLearning_2way_1shot_photos_euclidMax_ConvMixer.json",
-        "associative_alignment_2way_1shot_photos_euclidMax_ConvMixer_centroid.json",
+        "transferLearning_2way_1shot_Dogs_euclidMax_ConvMixer.json",
+        "metaLearning_2way_1shot_Dogs_MetaBaseline_ConvMixer.json",
+        "associative_alignment_2way_1shot_Dogs_euclidMax_ConvMixer_nearest.json",
     }
+    run = "associative_alignment_2way_1shot_Dogs_euclidMax_ConvMixer_nearest"
+    rows = [json.loads(row) for row in (copy / "results" / "logs" / run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["align_loss"] > 0 for row in rows)
+    assert {"--method euclidMax", "--method MetaBaseline"} <= set(re.findall(r"--method \w+", outcome.stdout))
 
 
 def test_many_heads_of_the_page_are_fitted_together_as_each_would_be_alone(copy):
-    euclid = load(copy / "models" / "heads.py").euclidMax
+    euclid = load(copy / "models" / "euclid_max.py").euclidMax
     z = torch.randn(3, 10, 6, generator=torch.Generator().manual_seed(0)) + 2 * torch.eye(5, 6).repeat_interleave(2, 0)
     y = class_major_labels(5, 2)
 
     def generator(e):
         return torch.Generator().manual_seed(e)
 
-    together = euclid(6, 5, 5.0, [generator(e) for e in range(3)], batched=True)
+    together = euclid(6, 5, 5.0, 0.0, [generator(e) for e in range(3)])
     before = together.loss(together(z), y.expand(3, -1)).item()
     fit_heads(together, z, y.expand(3, -1), n_steps=200, lr=0.01)
     assert together.loss(together(z), y.expand(3, -1)).item() < 0.7 * before
     for e in range(3):
-        alone = euclid(6, 5, 5.0, [generator(e)])
+        alone = euclid(6, 5, 5.0, 0.0, generator(e))
         fit_heads(alone, z[e], y, n_steps=200, lr=0.01)
         assert torch.allclose(alone.weight, together.weight[e], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["softMax", "cosMax", "arcMax"])
-def test_a_head_fitted_by_automatic_differentiation_is_the_one_fitted_by_the_written_gradient(name):
-    setting = {"softMax": (), "cosMax": (5.0,), "arcMax": (5.0, 0.01)}[name]
-    ours = getattr(heads, name)(6, 5, *setting, [torch.Generator().manual_seed(1)])
-    # The same class under another identity, which no isinstance knows.
-    other = getattr(load(ROOT / "models" / "heads.py"), name)(6, 5, *setting, [torch.Generator().manual_seed(1)])
-    z, y = torch.randn(10, 6, generator=torch.Generator().manual_seed(0)), class_major_labels(5, 2)
-    for head in (ours, other):
-        fit_heads(head, z, y, n_steps=100, lr=0.01)
-    assert not isinstance(other, type(ours))
-    assert torch.allclose(other.weight, ours.weight, atol=1e-4)
+def test_the_meta_learner_of_the_page_scores_the_angle_to_each_prototype(copy):
+    learner = load(copy / "methods" / "meta_baseline.py").MetaBaseline(2, (2, 1, 1))
+    z_support = torch.tensor([[[2.0, 0.0], [4.0, 0.0]], [[0.0, 1.0], [0.0, 5.0]]])
+    scores = learner(z_support, torch.tensor([[3.0, 0.0], [-1.0, 1.0]]))
+    assert torch.allclose(scores, 10 * torch.tensor([[1.0, 0.0], [-(0.5**0.5), 0.5**0.5]]))
+    assert torch.equal(learner(z_support.expand(3, 2, 2, 2), torch.eye(2).expand(3, 2, 2))[1], 10 * torch.eye(2))
+    learner.loss(scores, torch.tensor([0, 0])).backward()
+    assert torch.isfinite(learner.scale.grad) and learner.scale.grad != 0
 
 
 def test_the_loss_of_the_page_is_centroid_alignment_at_one_shot_and_follows_its_gradient(copy):
@@ -175,6 +190,30 @@ def test_the_loss_of_the_page_is_centroid_alignment_at_one_shot_and_follows_its_
         losses.append(loss.item())
     assert all(torch.isfinite(z.grad).all() for z in (z_support, z_related))
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/add_your_own.md", "docs/tuning.md", "fs_benchmarks/README.md", "results/README.md"]
+)
+def test_the_files_that_a_page_names_are_there(page):
+    text = (ROOT / page).read_text()
+    files = set(re.findall(r"`((?:\w+/)+\w+\.py)`", text)) | set(re.findall(r"python (\w+\.py)", text))
+    modules = set(re.findall(r"python -m ((?!pytest|venv)[\w.]+\w)", text))
+    assert files | modules
+    assert not [name for name in files if not (ROOT / name).is_file()]
+    assert not [name for name in modules if not importlib.util.find_spec(name)]
+
+
+def test_the_files_of_the_map_are_in_their_rooms():
+    rooms = dict(re.findall(r"^\| `(\w+)/` \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert set(rooms) == {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    for room, row in rooms.items():
+        assert not [name for name in re.findall(r"`(\w+(?:\.py|/))`", row) if not (ROOT / room / name).exists()]
+
+
+def test_the_line_of_an_optimiser_and_the_dict_of_figures_are_where_the_page_says():
+    assert "self.support_optimizer = " in inspect.getsource(Updates)
+    assert "    figures: " in (ROOT / "reporting" / "figures.py").read_text()
 
 
 def test_a_page_that_is_out_of_date_is_noticed():
