@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.converters import CONVERTERS
 from data.glyphs import render_glyphs
-from data.image_cache import load_images
+from data.image_cache import ImageFiles, load_images
 from data.listing import list_folder, list_json
 from engine.errors import UserError
 
@@ -86,8 +86,8 @@ def load_split(options: DataOptions, dataset: str, split: str) -> Split:
     if len(set(names)) < len(names):  # an image in the support and in the query; two images of one name in a file
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"{file} lists image {twice!r} twice: give each image of a class once, by a name of its own")
-    where = (options.cache_dir, f"{dataset}_{split}", split == "base")
-    arrays = load_images(paths, names, options.img_size, *where, options.num_workers, options.quiet)
+    files = ImageFiles(f"{dataset}_{split}", paths, names, with_train=split == "base")
+    arrays = load_images(files, options.img_size, options.cache_dir, options.num_workers, options.quiet)
     return Split(
         benchmark=dataset,
         split=split,

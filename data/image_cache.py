@@ -43,6 +43,19 @@ CHUNK = 256
 
 
 @dataclass(frozen=True)
+class ImageFiles:
+    """The N files of one split: a readable name of it such as `glyphs_base`, their paths and their `class/file` names.
+
+    with_train: whether augmentation is to crop from them.
+    """
+
+    label: str
+    paths: list[Path]
+    names: list[str]
+    with_train: bool
+
+
+@dataclass(frozen=True)
 class ImageArrays:
     """The arrays of one split: eval (N, 3, s, s) and train (N, 3, H, W) or None, uint8; sizes (N, 2)."""
 
@@ -109,10 +122,10 @@ def header_size(path: Path) -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def listing_signature(paths: list[Path], names: list[str]) -> str:
+def listing_signature(files: ImageFiles) -> str:
     """A hash of the names, byte sizes and modification times of the source files: cheap, and changes when they do."""
     digest = hashlib.sha256()
-    for path, name in zip(paths, names, strict=True):
+    for path, name in zip(files.paths, files.names, strict=True):
         try:
             stat = path.stat()
         except OSError as error:
@@ -121,23 +134,13 @@ def listing_signature(paths: list[Path], names: list[str]) -> str:
     return digest.hexdigest()
 
 
-def load_images(
-    paths: list[Path],
-    names: list[str],
-    img_size: int,
-    cache_dir: Path,
-    cache_name: str,
-    with_train: bool,
-    num_workers: int,
-    quiet: bool = False,
-) -> ImageArrays:
+def load_images(files: ImageFiles, img_size: int, cache_dir: Path, num_workers: int, quiet: bool) -> ImageArrays:
     """The arrays of a split, from the cache or, the first time, by decoding its files with num_workers threads.
 
-    paths and names: N files and their `class/file` names. cache_name: a readable prefix such as `glyphs_base`.
     Raises UserError when an image cannot be decoded or the cache folder cannot be written.
     """
-    signature = listing_signature(paths, names)
-    folder = cache_dir / f"{cache_name}_{img_size}px_{'train_' if with_train else ''}{signature[:16]}"
+    signature = listing_signature(files)
+    folder = cache_dir / f"{files.label}_{img_size}px_{'train_' if files.with_train else ''}{signature[:16]}"
     if not is_complete(folder):
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -148,7 +151,7 @@ def load_images(
                 f"cache folder {cache_dir} cannot be written ({error}): give another --cache_dir"
             ) from error
         try:
-            decode_all(paths, names, img_size, building, with_train, num_workers, cache_name, quiet)
+            decode_all(files, img_size, building, num_workers, quiet)
             if not is_complete(folder):  # else another process has just built the same cache
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(building, folder)
@@ -162,7 +165,7 @@ def load_images(
     meta = json.loads((folder / "meta.json").read_text())
     return ImageArrays(
         eval=map_array(folder / "eval.bin", meta["eval_shape"]),
-        train=map_array(folder / "train.bin", meta["train_shape"]) if with_train else None,
+        train=map_array(folder / "train.bin", meta["train_shape"]) if files.with_train else None,
         sizes=torch.from_numpy(np.fromfile(folder / "sizes.bin", dtype=np.int64).reshape(-1, 2)),
         fingerprint=meta["fingerprint"],
     )
@@ -185,19 +188,10 @@ def map_array(path: Path, shape: list[int]) -> Tensor:
     return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=tuple(shape)))
 
 
-def decode_all(
-    paths: list[Path],
-    names: list[str],
-    img_size: int,
-    folder: Path,
-    with_train: bool,
-    num_workers: int,
-    label: str,
-    quiet: bool,
-) -> None:
+def decode_all(files: ImageFiles, img_size: int, folder: Path, num_workers: int, quiet: bool) -> None:
     """Write eval.bin, train.bin (if asked for), sizes.bin and meta.json of all images into `folder`."""
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        sizes = list(map_in_chunks(pool, header_size, paths))
+        sizes = list(map_in_chunks(pool, header_size, files.paths))
         native = len(set(sizes)) == 1 and sizes[0][0] * sizes[0][1] <= MAX_NATIVE_PIXELS
         side = int(1.15 * img_size)
         stored = sizes[0] if native else (side, side)
@@ -206,24 +200,25 @@ def decode_all(
             content = hashlib.sha256(path.read_bytes()).digest()
             image = open_rgb(path)
             view = eval_view(image, img_size).tobytes()
-            if not with_train:
+            if not files.with_train:
                 return content, view, b""
             kept = image if native else image.resize((side, side), Image.Resampling.BILINEAR)
             return content, view, hwc_to_chw(kept).tobytes()
 
         fingerprint = hashlib.sha256()
-        bar = tqdm(total=len(paths), desc=f"decode {label}", unit="img", disable=quiet)
+        bar = tqdm(total=len(files.paths), desc=f"decode {files.label}", unit="img", disable=quiet)
         # Plain sequential writes: pages of a written memory map would count as resident memory.
         with bar, open(folder / "eval.bin", "wb") as eval_file, open(folder / "train.bin", "wb") as train_file:
-            for name, (content, view, kept) in zip(names, map_in_chunks(pool, decode, paths), strict=True):
+            decoded = map_in_chunks(pool, decode, files.paths)
+            for name, (content, view, kept) in zip(files.names, decoded, strict=True):
                 fingerprint.update(name.encode() + b"\0" + content)
                 eval_file.write(view)
                 train_file.write(kept)
                 bar.update()
     np.array(sizes, dtype=np.int64).tofile(folder / "sizes.bin")
     meta = {
-        "eval_shape": [len(paths), 3, img_size, img_size],
-        "train_shape": [len(paths), 3, *stored] if with_train else None,
+        "eval_shape": [len(sizes), 3, img_size, img_size],
+        "train_shape": [len(sizes), 3, *stored] if files.with_train else None,
         "fingerprint": fingerprint.hexdigest()[:16],
     }
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -80,9 +80,9 @@ def main(argv: list[str] | None = None) -> None:
                 flags["source"] = converter.download(args.out / ".downloads")
             elif not args.source.exists():
                 raise UserError(f"--source '{args.source}' does not exist")
-            with converter.convert(**flags) as conversion:
-                folder = args.out / (conversion.title or args.benchmark)
-                write_benchmark(conversion, folder, args.benchmark, args.img_size, args.skip_bad, args.allow_incomplete)
+            conversion = converter.convert(**flags)
+            folder = args.out / (conversion.title or args.benchmark)
+            write_benchmark(conversion, folder, args.benchmark, args.img_size, args.skip_bad, args.allow_incomplete)
         print_counts(folder)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

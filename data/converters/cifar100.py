@@ -6,8 +6,7 @@ Both take all 600 images of a class, of CIFAR's train and test sets together.
 """
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,8 +23,7 @@ PER_CLASS = 600
 ARCHIVE = "cifar-100-python.tar.gz"
 
 
-@contextmanager
-def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Iterator[Conversion]:
+def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Conversion:
     """CIFAR-100 split by class names, {split: [name]}, or by superclasses, {"coarse_labels": {split: [name]}}.
 
     `source` is cifar-100-python.tar.gz or the folder in it.
@@ -42,14 +40,15 @@ def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Iterator[Conve
         fine, coarse = map(np.asarray, labels)
         if (
             not isinstance(pixels, StoredArray)
-            or pixels.dtype != np.uint8
-            or not pixels.shape == (len(fine), 3 * 32 * 32) == (len(coarse), 3 * 32 * 32)
+            or pixels.array.dtype != np.uint8
+            or not pixels.array.shape == (len(fine), 3 * 32 * 32) == (len(coarse), 3 * 32 * 32)
             or fine.max(initial=0) >= len(fine_names)
             or coarse.max(initial=0) >= len(coarse_names)
         ):
             raise UserError(f"'{source}': data, fine_labels and coarse_labels of {part} do not belong together")
         coarse_of_fine |= {fine_names[i]: coarse_names[j] for i, j in zip(fine, coarse, strict=True)}
-        images += [(fine_names[c], f"{part}_{i:05d}.png", partial(_image, pixels, i)) for i, c in enumerate(fine)]
+        rows = zip(fine, pixels.array, strict=True)
+        images += [(fine_names[c], f"{part}_{i:05d}.png", partial(_image, row)) for i, (c, row) in enumerate(rows)]
 
     classes, n_classes = _classes_of_splits(split_file, fine_names, coarse_of_fine)
     unknown = sorted(set().union(*classes.values()) - set(fine_names))
@@ -58,7 +57,7 @@ def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Iterator[Conve
     split_of_class = {name: split for split in SPLITS for name in classes[split]}
     items = [ImageItem(split_of_class[image[0]], *image) for image in images if image[0] in split_of_class]
     counts = {split: dict.fromkeys(classes[split], PER_CLASS) for split in SPLITS}
-    yield Conversion(items, len(items), n_classes, class_counts=counts, settings={"split_file": split_file})
+    return Conversion(items, len(items), n_classes, class_counts=counts, settings={"split_file": split_file})
 
 
 def _classes_of_splits(
@@ -103,10 +102,9 @@ def _load(tree: FileTree, name: str, *keys: str) -> list[Any]:
     return [content[key] for key in keys]
 
 
-def _image(pixels: Any, i: int) -> NDArray[np.uint8]:
-    """Image i (32, 32, 3) of an array of rows of red, green and blue planes."""
-    planes: NDArray[np.uint8] = pixels[i].reshape(3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(1, 2, 0))
+def _image(row: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An image (32, 32, 3) from its red, green and blue planes, one after the other."""
+    return np.ascontiguousarray(row.reshape(3, 32, 32).transpose(1, 2, 0))
 
 
 def _converter(name: str) -> Converter:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ class Converter:
     One of the flags is `source`; where the user may leave it out, `download` gets it into the folder that it is given.
     """
 
-    convert: Callable[..., AbstractContextManager[Conversion]]
+    convert: Callable[..., Conversion]
     help: str
     flags: dict[str, Flag]
     download: Callable[[Path], Path] | None = None

@@ -6,7 +6,7 @@ folders sorted by name and counted from 0; even ones are base, every fourth from
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -19,24 +19,25 @@ N_CLASSES = {"base": 100, "val": 50, "novel": 50}
 SPLIT_OF_REMAINDER = ("base", "val", "base", "novel")  # of a class's position divided by 4
 
 
-@contextmanager
-def convert_cub(source: Path, crop_bbox: bool) -> Iterator[Conversion]:
+def convert_cub(source: Path, crop_bbox: bool) -> Conversion:
     """CUB_200_2011, whole images or (crop_bbox) what is inside their bounding boxes.
 
     Raises UserError when `source` does not have the layout.
     """
-    with open_tree(source) as tree:
+    with ExitStack() as stack:
+        tree = stack.enter_context(open_tree(source))
         root = _root(tree)
         paths = _table(tree, root, "images.txt")
         if any(len(columns) != 1 or columns[0].count("/") != 1 for columns in paths.values()):
             raise UserError(f"'{source}': {root}images.txt does not list each image as 'number class/file'")
         boxes = _table(tree, root, "bounding_boxes.txt") if crop_bbox else {}
-        image_of_path = {f"{root}images/{path}": (number, *path.split("/")) for number, (path,) in paths.items()}
-        class_names = sorted({class_name for _, class_name, _ in image_of_path.values()})
-        split_of_class = {name: SPLIT_OF_REMAINDER[i % 4] for i, name in enumerate(class_names)}
-        n_images = Counter(class_name for _, class_name, _ in image_of_path.values())
+        opened = stack.pop_all()  # for the items, which close it
+    image_of_path = {f"{root}images/{path}": (number, *path.split("/")) for number, (path,) in paths.items()}
+    n_images = Counter(class_name for _, class_name, _ in image_of_path.values())
+    split_of_class = {name: SPLIT_OF_REMAINDER[i % 4] for i, name in enumerate(sorted(n_images))}
 
-        def items() -> Iterator[ImageItem]:
+    def items() -> Iterator[ImageItem]:
+        with opened:
             # In the archive's order: a compressed one is read front to back, once.
             present = [name for name in tree.names if name in image_of_path]
             for path in present + sorted(set(image_of_path) - set(present)):
@@ -45,15 +46,11 @@ def convert_cub(source: Path, crop_bbox: bool) -> Iterator[Conversion]:
                 read = partial(tree.read, path)
                 yield ImageItem(split_of_class[class_name], class_name, file_name, read, box)
 
-        counts = {split: {n: n_images[n] for n in class_names if split_of_class[n] == split} for split in SPLITS}
-        yield Conversion(
-            items(),
-            len(image_of_path),
-            N_CLASSES,
-            class_counts=counts,
-            total=N_IMAGES,
-            settings={"crop_bbox": crop_bbox},
-        )
+    counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+    for name, split in split_of_class.items():
+        counts[split][name] = n_images[name]
+    settings: dict[str, object] = {"crop_bbox": crop_bbox}
+    return Conversion(items(), len(image_of_path), N_CLASSES, class_counts=counts, total=N_IMAGES, settings=settings)
 
 
 def _root(tree: FileTree) -> str:

@@ -2,8 +2,6 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,10 +11,9 @@ from data.image_cache import IMAGE_SUFFIXES
 from engine.errors import UserError
 
 
-@contextmanager
 def convert_folder(
     source: Path, split_file: dict[str, list[str]] | None, name: str | None, split: list[float], seed: int
-) -> Iterator[Conversion]:
+) -> Conversion:
     """The images `source/<class>/<image>`, split by split_file, {split: [class]}, or at random by fractions `split`.
 
     Hidden files, and files that are no images by their suffix, are left out; the latter are named aloud.
@@ -50,7 +47,7 @@ def convert_folder(
     n_images = sum(len(images[class_name]) for _, class_name in classes)
     n_classes = {part: len(class_lists[part]) for part in SPLITS}
     settings: dict[str, object] = {"split_file": split_file} if split_file else {"split": split, "seed": seed}
-    yield Conversion(items, n_images, n_classes, settings=settings, title=name or source.resolve().name)
+    return Conversion(items, n_images, n_classes, settings=settings, title=name or source.resolve().name)
 
 
 def split_at_random(class_names: list[str], fractions: list[float], seed: int) -> dict[str, list[str]]:

@@ -8,12 +8,13 @@ image among the files of its class sorted by their number.
 import csv
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.converters.archives import FileTree, open_tree
 from data.converters.converter import SOURCE, SPLITS, TAGS, Conversion, Converter, ImageItem, published_split
@@ -28,8 +29,7 @@ ILSVRC_IMAGE = re.compile(r"_(\d+)\.jpe?g$", re.IGNORECASE)
 SplitPositions = dict[str, dict[str, list[int]]]
 
 
-@contextmanager
-def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: Path | None) -> Iterator[Conversion]:
+def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: Path | None) -> Conversion:
     """miniImagenet from `source`, whose form is recognised; split_file is {split: {class: [position in ILSVRC]}}.
 
     Raises UserError when the form is unknown or the files are not as they should be.
@@ -37,26 +37,25 @@ def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: 
     counts = {split: {name: len(wanted) for name, wanted in split_file[split].items()} for split in SPLITS}
     n_classes = {split: len(counts[split]) for split in SPLITS}
     n_images = sum(sum(classes.values()) for classes in counts.values())
-    with ExitStack() as stack:
-        if all((source / f"{split}.json").is_file() for split in SPLITS):
-            items = _from_json(source, image_root)
-        elif all((source / f"{tag}.csv").is_file() for tag in TAGS.values()):
-            items = _from_csv(source)
-        elif source.is_dir() and any(path.suffix in (".pkl", ".pickle") for path in source.iterdir()):
-            pickled = {split: _open_pickle(stack, _pickle_of(source, TAGS[split]), split) for split in SPLITS}
-            items = _from_pickles(pickled)
-            found = {split: list(rows_of_class) for split, (_, rows_of_class) in pickled.items()}
-            if not set().union(*found.values()) & set().union(*split_file.values()):  # labels without ILSVRC's names
-                counts = {split: dict.fromkeys(names, PER_CLASS) for split, names in found.items()}
-        elif source.is_file() or _ilsvrc_train(source):
-            items = _from_ilsvrc(source, split_file)
-        else:
-            raise UserError(
-                f"--source '{source}' is none of the forms of miniImagenet: ILSVRC's train folder (n01532829/...) or "
-                "train tar; a folder with train.csv, val.csv, test.csv and images/; with the pickles of train, val and "
-                "test; or with base.json, val.json and novel.json"
-            )
-        yield Conversion(items, n_images, n_classes, class_counts=counts, settings={"split_file": split_file})
+    if all((source / f"{split}.json").is_file() for split in SPLITS):
+        items = _from_json(source, image_root)
+    elif all((source / f"{tag}.csv").is_file() for tag in TAGS.values()):
+        items = _from_csv(source)
+    elif source.is_dir() and any(path.suffix in (".pkl", ".pickle") for path in source.iterdir()):
+        pickled = {split: _read_pickle(_pickle_of(source, TAGS[split]), split) for split in SPLITS}
+        items = _from_pickles(pickled)
+        found = {split: list(rows_of_class) for split, (_, rows_of_class) in pickled.items()}
+        if not set().union(*found.values()) & set().union(*split_file.values()):  # labels without ILSVRC's names
+            counts = {split: dict.fromkeys(names, PER_CLASS) for split, names in found.items()}
+    elif source.is_file() or _ilsvrc_train(source):
+        items = _from_ilsvrc(source, split_file)
+    else:
+        raise UserError(
+            f"--source '{source}' is none of the forms of miniImagenet: ILSVRC's train folder (n01532829/...) or "
+            "train tar; a folder with train.csv, val.csv, test.csv and images/; with the pickles of train, val and "
+            "test; or with base.json, val.json and novel.json"
+        )
+    return Conversion(items, n_images, n_classes, class_counts=counts, settings={"split_file": split_file})
 
 
 def _from_json(source: Path, image_root: Path | None) -> Iterator[ImageItem]:
@@ -126,7 +125,7 @@ def _of_positions(tree: FileTree, split: str, wnid: str, wanted: list[int]) -> I
         yield ImageItem(split, wnid, PurePosixPath(name).name, partial(tree.read, name))
 
 
-Pickled = tuple[StoredArray, dict[str, list[int]]]  # images, rows of each class
+Pickled = tuple[NDArray[np.uint8], dict[str, list[int]]]  # images, rows of each class
 
 
 def _from_pickles(pickled: dict[str, Pickled]) -> Iterator[ImageItem]:
@@ -152,14 +151,15 @@ def _pickle_of(source: Path, tag: str) -> Path:
     return found[0]
 
 
-def _open_pickle(stack: ExitStack, path: Path, split: str) -> Pickled:
+def _read_pickle(path: Path, split: str) -> Pickled:
     """Images (n, h, w, 3) uint8 and {class name: rows} of the two common shapes of a pickled split.
 
     mini-imagenet-cache-*.pkl is {image_data, class_dict: {name: [row]}}; the pickles of Gidaris & Komodakis and of
-    later papers are {data | image_data, labels: [label], catname2label: {name: label}}. `stack` keeps the file open.
+    later papers are {data | image_data, labels: [label], catname2label: {name: label}}.
     Raises UserError when keys, types or sizes are others.
     """
-    content = load_pickle(stack.enter_context(path.open("rb")), str(path))
+    with path.open("rb") as file:
+        content = load_pickle(file, str(path))
     keys = set(content) if isinstance(content, dict) else set()
     images = content.get("image_data", content.get("data")) if keys else None
     if images is None or not keys & {"class_dict", "labels"}:
@@ -167,21 +167,17 @@ def _open_pickle(stack: ExitStack, path: Path, split: str) -> Pickled:
             f"'{path}' has the keys {', '.join(sorted(map(str, keys))) or 'none'}: expected image_data and class_dict, "
             "or data and labels"
         )
-    if (
-        not isinstance(images, StoredArray)
-        or images.dtype != np.uint8
-        or len(images.shape) != 4
-        or images.shape[3] != 3
-    ):
+    pixels = images.array if isinstance(images, StoredArray) else None
+    if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
         raise UserError(f"'{path}': its images are not an array (n, height, width, 3) of uint8")
     try:
         rows_of_class = _rows_of_class(content, split)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"'{path}' has class_dict or labels of an unknown form ({error})") from None
     rows = [row for rows in rows_of_class.values() for row in rows]
-    if rows and not 0 <= min(rows) <= max(rows) < len(images):
-        raise UserError(f"'{path}' has {len(images)} images but labels for image {max(rows)}")
-    return images, rows_of_class
+    if rows and not 0 <= min(rows) <= max(rows) < len(pixels):
+        raise UserError(f"'{path}' has {len(pixels)} images but labels for image {max(rows)}")
+    return pixels, rows_of_class
 
 
 def _rows_of_class(content: dict[str, Any], split: str) -> dict[str, list[int]]:

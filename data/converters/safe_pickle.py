@@ -4,17 +4,18 @@ Benchmarks are shared as pickles from anywhere, and a pickle is a program: the s
 function it names. Here the few names that pickled numpy arrays need stand for small classes of this file, any other
 name is refused, and so nothing outside this file is ever called.
 
-A pickle also holds gigabytes of pixels, of which a converter needs one image at a time. Long byte strings are
-therefore left in the file: only their place is noted, and a `StoredArray` reads its rows on demand.
+A pickle also holds gigabytes of pixels, of which a converter needs one image at a time. The file is therefore mapped
+into memory, and arrays are views of it: what is not used of them is never read.
 """
 
 import math
+import mmap
 import os
 import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import IO, Any, ClassVar, NamedTuple
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -22,12 +23,7 @@ from engine.errors import UserError
 
 LONG = 1024  # bytes; longer byte strings stay in the file
 
-
-class Span(NamedTuple):
-    """A byte string that was left in the file."""
-
-    offset: int
-    length: int
+Array = np.ndarray[Any, Any]
 
 
 class StoredType:
@@ -44,66 +40,43 @@ class StoredType:
 
 
 class StoredArray:
-    """A numpy array of the pickle: `.shape`, `.dtype`, `len`, row i as `array[i]`, all of it as `np.asarray(array)`."""
+    """What a pickled numpy array becomes: `array`, read-only, which np.asarray gives too."""
 
-    __slots__ = ("_data", "_file", "dtype", "shape")  # a list may hold half a million of them
+    __slots__ = ("array",)  # a list may hold half a million of them
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.shape: tuple[int, ...] = ()
-        self.dtype = np.dtype("u1")
-        self._data: bytes | Span = b""
+    def __init__(self) -> None:
+        self.array: Array = np.empty(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         shape, stored_type, column_order, data = state[-4:]
         self.fill(data, stored_type, shape, "F" if column_order else "C")
 
-    def fill(self, data: object, stored_type: StoredType, shape: tuple[int, ...], order: str) -> "StoredArray":
+    def fill(self, data: object, stored_type: StoredType, shape: tuple[int, ...], order: Any) -> "StoredArray":
         """Set type, shape and contents. Raises UnpicklingError where they do not agree."""
         if isinstance(data, str):  # a short byte string of Python 2
             data = data.encode("latin1")
-        if not isinstance(data, (bytes, bytearray, Span)) or not isinstance(stored_type, StoredType):
+        if isinstance(data, bytes | bytearray):
+            data = np.frombuffer(data, np.uint8)
+        if not isinstance(data, np.ndarray) or not isinstance(stored_type, StoredType):
             raise pickle.UnpicklingError("it has an array whose contents are not bytes")
-        if order == "F" and sum(side > 1 for side in shape) > 1:
-            raise pickle.UnpicklingError("it has an array in column order; save np.ascontiguousarray(array) instead")
-        self.shape, self.dtype = tuple(int(side) for side in shape), stored_type.dtype
-        self._data = data if isinstance(data, Span) else bytes(data)
-        length = data.length if isinstance(data, Span) else len(data)
-        if length != math.prod(self.shape) * self.dtype.itemsize:
-            raise pickle.UnpicklingError(f"it has an array of shape {self.shape} and {length} bytes")
+        shape = tuple(int(side) for side in shape)
+        if data.size != math.prod(shape) * stored_type.dtype.itemsize:
+            raise pickle.UnpicklingError(f"it has an array of shape {shape} and {data.size} bytes")
+        self.array = data.view(stored_type.dtype).reshape(shape, order=order)
         return self
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, i: int) -> np.ndarray[Any, Any]:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        size = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return np.frombuffer(self._bytes(i * size, size), self.dtype).reshape(self.shape[1:])
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        array = np.frombuffer(self.tobytes(), self.dtype).reshape(self.shape)
-        return array if dtype is None else array.astype(dtype)
-
-    def tobytes(self) -> bytes:
-        return self._bytes(0, math.prod(self.shape) * self.dtype.itemsize)
-
-    def _bytes(self, start: int, size: int) -> bytes:
-        if isinstance(self._data, bytes):
-            return self._data[start : start + size]
-        self._file.seek(self._data.offset + start)
-        return self._file.read(size)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return self.array if dtype is None else self.array.astype(dtype)
 
 
 def load_pickle(file: IO[bytes], name: str) -> Any:
-    """The object pickled in `file` (seekable, to be kept open while its arrays are used); arrays are `StoredArray`.
+    """The object pickled in `file`, from its beginning. Arrays are `StoredArray`, which outlive the file's closing.
 
     Strings of Python 2 come as str. Raises UserError, naming `name`, when the file is truncated, is no pickle, or holds
     anything but arrays of numbers, strings, numbers and plain containers.
     """
     try:
-        return _Unpickler(file, encoding="latin1").load()
+        return _Unpickler(file).load()
     except pickle.UnpicklingError as error:
         raise UserError(f"'{name}' cannot be read: {error}") from None
     except Exception as error:  # a broken pickle fails anywhere in the unpickler, with nearly any exception
@@ -112,29 +85,35 @@ def load_pickle(file: IO[bytes], name: str) -> Any:
         ) from None
 
 
+def _mapped(file: IO[bytes]) -> mmap.mmap | bytes:
+    """The contents of a file, in memory where they are used; what is empty or not on the disk is read."""
+    try:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
+        content = file.read()
+        file.seek(0)
+        return content
+
+
 # The interpreter's C unpickler cannot be told to leave bytes in the file, so this builds on its twin written in Python.
 class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
     read: Callable[[int], bytes]
     stack: list[Any]
 
-    def __init__(self, file: IO[bytes], encoding: str) -> None:
-        super().__init__(file, encoding=encoding)
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, encoding="latin1")
         self._file = file
-        start = file.tell()
-        self._end = file.seek(0, os.SEEK_END)
-        file.seek(start)
+        self._contents: Array = np.frombuffer(_mapped(file), np.uint8)
 
     def find_class(self, module: str, name: str) -> Any:
         """What a name in the pickle stands for."""
         allowed: dict[str, Any] = {
             "numpy ndarray": StoredArray,
             "numpy dtype": StoredType,
-            "multiarray _reconstruct": lambda *_: StoredArray(self._file),
-            "multiarray scalar": lambda kind, data: StoredArray(self._file).fill(data, kind, (1,), "C")[0],
-            "numeric _frombuffer": lambda data, kind, shape, order, *_: StoredArray(self._file).fill(
-                data, kind, shape, order
-            ),
+            "multiarray _reconstruct": lambda *_: StoredArray(),
+            "multiarray scalar": lambda kind, data: StoredArray().fill(data, kind, (1,), "C").array[0],
+            "numeric _frombuffer": lambda data, kind, shape, order, *_: StoredArray().fill(data, kind, shape, order),
             "_codecs encode": _latin1,
             "collections OrderedDict": OrderedDict,
             "builtins set": set,
@@ -155,15 +134,16 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: object) -> Any:
         raise pickle.UnpicklingError("it refers to objects outside the file")
 
-    def _long_or_none(self, length: int) -> Span | None:
-        """A place in the file for a byte string that starts here, when it is long; then the string is skipped."""
+    def take(self, length: int) -> bytes | Array:
+        """The next bytes: read, or, when they are many, as a part of the file."""
         if length < LONG:
-            return None
-        span = Span(self._file.tell(), length)
-        if span.offset + length > self._end:
+            return self.read(length)
+        start = self._file.tell()
+        taken = self._contents[start : start + length]
+        if taken.size < length:
             raise EOFError("a byte string runs past the end of the file")
         self._file.seek(length, os.SEEK_CUR)
-        return span
+        return taken
 
     def load_frame(self) -> None:
         """Frames only tell a reader how much to fetch at once; inside one, places in the file would be lost."""
@@ -191,8 +171,8 @@ def _load_bytes(length_format: str, decode: Callable[[bytes], str | bytes]) -> C
         (length,) = struct.unpack(length_format, unpickler.read(struct.calcsize(length_format)))
         if length < 0:
             raise pickle.UnpicklingError("it has a byte string of negative length")
-        span = unpickler._long_or_none(length)
-        unpickler.append(decode(unpickler.read(length)) if span is None else span)
+        taken = unpickler.take(length)
+        unpickler.append(decode(taken) if isinstance(taken, bytes) else taken)
 
     return load
 

@@ -8,7 +8,6 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -25,8 +24,7 @@ N_CLASSES = {"base": 351, "val": 97, "novel": 160}
 N_IMAGES = {"base": 448695, "val": 124261, "novel": 206209}
 
 
-@contextmanager
-def convert_tiered_imagenet(source: Path) -> Iterator[Conversion]:
+def convert_tiered_imagenet(source: Path) -> Conversion:
     """tieredImageNet from the folder `source`; a class is called <split>_<label>, and its name where it is known.
 
     Raises UserError when files are missing, damaged, or do not belong together.
@@ -41,7 +39,7 @@ def convert_tiered_imagenet(source: Path) -> Iterator[Conversion]:
             for i, image in enumerate(read(files[split], len(names))):
                 yield ImageItem(split, names[i], f"{i:06d}.png", image)
 
-    yield Conversion(items(), sum(map(len, class_names.values())), N_CLASSES, N_IMAGES)
+    return Conversion(items(), sum(map(len, class_names.values())), N_CLASSES, N_IMAGES)
 
 
 def _images_file(source: Path, tag: str) -> Path:
@@ -81,7 +79,7 @@ def _encoded_images(path: Path, n_images: int) -> Iterator[Any]:
         ):
             raise UserError(f"'{path}' is not a list of {n_images} arrays, one for each image that has a label")
         for image in images:
-            yield image.tobytes
+            yield image.array.tobytes
 
 
 def _pixel_images(path: Path, n_images: int) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from data import image_cache
-from data.image_cache import decode_all, load_images, open_rgb
+from data.image_cache import ImageFiles, decode_all, load_images, open_rgb
 from engine.errors import UserError
 
 
@@ -36,7 +36,8 @@ def write_images(folder, sizes, suffix="png"):
 
 def load(paths, cache_dir, img_size=16, with_train=True, num_workers=2):
     names = [f"{path.parent.name}/{path.name}" for path in paths]
-    return load_images(paths, names, img_size, cache_dir, "toy_base", with_train, num_workers, quiet=True)
+    files = ImageFiles("toy_base", paths, names, with_train)
+    return load_images(files, img_size, cache_dir, num_workers, quiet=True)
 
 
 def chw(image):
@@ -129,10 +130,10 @@ def test_the_fingerprint_tells_names_and_bytes_and_nothing_else(tmp_path):
     fingerprint = load(paths, tmp_path / "cache").fingerprint
     copies = [shutil.copy(path, tmp_path / path.name) for path in paths]
     names = [f"class/{path.name}" for path in paths]
-    same = load_images(copies, names, 42, tmp_path / "other_cache", "other", False, 1, quiet=True)
-    assert same.fingerprint == fingerprint
-    renamed = load_images(copies, ["class/x", *names[1:]], 42, tmp_path / "other_cache", "other", False, 1, quiet=True)
-    assert renamed.fingerprint != fingerprint
+    same = ImageFiles("other", copies, names, with_train=False)
+    assert load_images(same, 42, tmp_path / "other_cache", 1, quiet=True).fingerprint == fingerprint
+    renamed = ImageFiles("other", copies, ["class/x", *names[1:]], with_train=False)
+    assert load_images(renamed, 42, tmp_path / "other_cache", 1, quiet=True).fingerprint != fingerprint
 
 
 @pytest.mark.parametrize("file", ["eval.bin", "train.bin", "sizes.bin", "meta.json"])

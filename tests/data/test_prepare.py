@@ -290,6 +290,7 @@ def test_pickled_arrays_and_containers_of_every_protocol(protocol):
     content = {
         "large": pixels(50, 8, 8, 3),
         "small": np.arange(5, dtype=">i4"),
+        "columns": np.asfortranarray(pixels(40, 30)),
         "scalar": np.float32(2.5),
         "nested": [("a", 1), {"b": None}, 2.0, True],
         "pngs": [pixels(2000, 1) for _ in range(3)],
@@ -297,8 +298,9 @@ def test_pickled_arrays_and_containers_of_every_protocol(protocol):
     data = python2_pickle(content) if protocol == "Python 2" else pickle.dumps(content, protocol)
     read = load_pickle(io.BytesIO(data), "test")
     assert np.array_equal(read["large"], content["large"])
-    assert np.array_equal(read["large"][7], content["large"][7])
+    assert np.array_equal(read["large"].array[7], content["large"][7])
     assert np.asarray(read["small"]).tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(read["columns"], content["columns"])
     assert read["scalar"] == 2.5 and read["nested"] == content["nested"]
     assert all(np.array_equal(a, b) for a, b in zip(read["pngs"], content["pngs"], strict=True))
 
@@ -363,10 +365,11 @@ def test_pickled_images_stay_in_the_file(tmp_path, protocol):
     with path.open("rb") as file:
         tracemalloc.start()
         read = load_pickle(file, "test")
-        assert np.array_equal(read["image_data"][499], content["image_data"][499])
+        assert np.array_equal(read["image_data"].array[499], content["image_data"][499])
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 2e6
+    assert np.array_equal(read["list"][499], content["list"][499])  # although the file is closed
 
 
 # miniImagenet ---------------------------------------------------------------------------------------------------------
@@ -829,10 +832,9 @@ def test_a_folder_of_someone_else_is_left_alone(prepare, tmp_path):
 
 
 def test_a_converter_is_one_entry_with_flags_of_its_own(prepare, tmp_path, monkeypatch):
-    @contextlib.contextmanager
     def convert_toys(source, colour):
         items = [ImageItem(split, "toy", f"{colour}.png", source.read_bytes) for split in SPLITS]
-        yield Conversion(items, 3, dict.fromkeys(SPLITS, 1), settings={"colour": colour})
+        return Conversion(items, 3, dict.fromkeys(SPLITS, 1), settings={"colour": colour})
 
     def download(folder):
         return write(folder / "toy.png", encoded("PNG"))
