@@ -18,7 +18,8 @@ from data.episodes import Task, class_major_labels
 from engine.precision import Precision, check_finite
 from engine.run import Run
 from methods.alignment import AlignmentSetting, with_rate
-from methods.feature_adapter import Adapter, FeatureLoss, Samples, feature_loss
+from methods.evaluation import HEAD_CHUNK
+from methods.feature_adapter import FULL, Adapter, FeatureLoss, Samples, feature_loss
 from methods.features import Source
 from methods.novel_finetune import fit_heads
 from methods.related_base import RelatedBase, draw_iterations, drawn_per_class, related_base_of_heads
@@ -26,6 +27,8 @@ from models.heads import Head
 
 # Features are float32, and so are their steps.
 FP32 = Precision()
+# Numbers that the episodes aligned together may hold, beside the features of the splits: 256 MB of them.
+MEMORY = 2**26
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,15 @@ class AlignedFeatures:
     related: list[RelatedBase]
     n_drawn: list[int]
     curve: list[Tensor]
+
+
+def n_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
+    """How many episodes of features of size d to align together: HEAD_CHUNK, or as few as keep within MEMORY."""
+    held = 4 * n_way * setting.related.aug_size * d  # related samples, their copies on the way
+    if setting.align_adapter:  # parameters, gradient, and the moments of two optimisers; a critic's, of one
+        held += 6 * d * (d if setting.align_adapter == FULL else 2 * int(setting.align_adapter))
+        held += 4 * d * setting.critic.critic_hidden * (setting.alignment == "adversarial")
+    return max(1, min(HEAD_CHUNK, MEMORY // held))
 
 
 def related_batches(

@@ -10,8 +10,9 @@ from data.episodes import Task, class_major_labels
 from engine.run import Run
 from methods.adversarial_alignment import CriticSetting
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
+from methods.evaluation import HEAD_CHUNK
 from methods.feature_adapter import FULL, Adapter, Critics, Samples, feature_loss
-from methods.feature_alignment import AlignedFeatures, FeatureUpdates, align_features
+from methods.feature_alignment import AlignedFeatures, FeatureUpdates, align_features, n_together
 from methods.features import Source, UpdatedBlocks
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, draw_iterations, draw_related, related_base_of_head
@@ -173,6 +174,14 @@ def test_an_episode_does_not_depend_on_those_beside_it(changes):
     assert len(set(together.n_drawn)) > 1
     parts = [align_features(given[a:b], NOVEL, BASE, setting, Run(), 3 + a) for a, b in ((0, 1), (1, 4), (4, 6))]
     torch.testing.assert_close(torch.cat([part.aligned for part in parts]), together.aligned, rtol=1e-5, atol=1e-6)
+
+
+def test_fewer_episodes_go_together_when_each_holds_much():
+    assert n_together(256, 5, SETTING) == n_together(1600, 5, AlignmentSetting()) == HEAD_CHUNK
+    full = change(SETTING, align_adapter=FULL)
+    assert n_together(256, 5, full) == HEAD_CHUNK and 1 <= n_together(1600, 5, full) * 6 * 1600**2 <= 2**26
+    assert n_together(10**5, 5, full) == 1
+    assert n_together(1600, 5, change(AlignmentSetting(), align_adapter=16, alignment="adversarial")) < HEAD_CHUNK
 
 
 def test_draws_are_those_of_the_code_with_blocks():
