@@ -43,6 +43,7 @@ class AlignmentSetting:
     related_lr: float = 1e-3
     support_lr: float = 1e-3
     align_bn: str = "train"
+    align_adapter: int | str = 0
     record_curve: int = 0
 
 

@@ -31,15 +31,18 @@ class HeadFit:
 
 
 @torch.no_grad()
-def fit_heads(head: Head, z_support: Tensor, y_support: Tensor, n_steps: int, lr: float) -> torch.optim.Adam:
+def fit_heads(
+    head: Head, z_support: Tensor, y_support: Tensor, n_steps: int, lr: float, weight: Tensor | None = None
+) -> torch.optim.Adam:
     """Fit `head` in place on support features, and return its optimiser, whose moments alignment goes on with.
 
-    z_support (n, d) and y_support (n,) for one head; (E, n, d) and (E, n) for E heads.
+    z_support (n, d) and y_support (n,) for one head; (E, n, d) and (E, n) for E heads, whose supports may be padded:
+    weight (E, n) is then what each sample counts, 0 for padding.
     """
     optimizer = torch.optim.Adam(head.parameters(), lr=lr, fused=True)
     projected = head.project(z_support)
     one_hot = F.one_hot(y_support, head.weight.shape[-2]).to(projected.dtype)
     for _ in range(n_steps):
-        head.set_gradients(projected, y_support, one_hot)
+        head.set_gradients(projected, y_support, one_hot, weight)
         optimizer.step()
     return optimizer

@@ -79,7 +79,11 @@ def find_related_base(
         prediction = torch.nn.functional.one_hot(predicted, n_way).float()
     else:
         prediction = logits.softmax(1)
-    score = related_base_score(prediction, y_base, len(members))
+    return related_samples(related_base_score(prediction, y_base, len(members)), predicted, members, n_B)
+
+
+def related_samples(score: Tensor, predicted: Tensor, members: list[Tensor], n_B: int) -> RelatedBase:
+    """Choose by a score (n_base_class, n_way), and keep the samples whose prediction (N,) is the class chosen for."""
     classes = choose_related_base(score, n_B)
     samples = []
     for w, chosen in enumerate(classes):
@@ -98,6 +102,24 @@ def related_base_of_head(head: Head, base: Source | None, setting: RelatedSettin
     logits = torch.cat([head.logits(head(z)) for z in base.features.split(BASE_ROWS)])
     y_base = base.split.labels.to(logits.device)
     return find_related_base(logits, y_base, base.split.members, setting.n_B, setting.related_score)
+
+
+@torch.no_grad()
+def related_base_of_heads(head: Head, base: Source, setting: RelatedSetting) -> list[RelatedBase]:
+    """Related base classes and samples by each of E heads fitted together, weight (E, n_way, d)."""
+    n_way, members = head.weight.shape[-2], base.split.members
+    y_base = base.split.labels.to(base.features.device)
+    total = base.features.new_zeros(len(head.weight), len(members), n_way)
+    predicted = []
+    for z, y in zip(base.features.split(BASE_ROWS), y_base.split(BASE_ROWS), strict=True):
+        logits = head.logits(head(z))
+        best = logits.argmax(-1)
+        vote = setting.related_score == "vote"
+        total.index_add_(1, y, torch.nn.functional.one_hot(best, n_way).to(total) if vote else logits.softmax(-1))
+        predicted.append(best.short())  # of all heads at once: a quarter of the memory
+    score = total / torch.bincount(y_base, minlength=len(members)).clamp_min(1).unsqueeze(1)
+    heads = zip(score, torch.cat(predicted, 1), strict=True)
+    return [related_samples(of_head, predicted_by, members, setting.n_B) for of_head, predicted_by in heads]
 
 
 def drawn_per_class(samples: list[Tensor], aug_size: int) -> int:
@@ -130,3 +152,14 @@ def empty_notes(related: RelatedBase, class_names: list[str]) -> list[str]:
     """A line that names the classes (n_way) whose related set is empty, if there are any."""
     empty = [name for name, samples in zip(class_names, related.samples, strict=True) if not len(samples)]
     return [f"no base image is predicted as {', '.join(map(repr, empty))}: aligned with nothing"] if empty else []
+
+
+def draw_iterations(samples: list[Tensor], aug_size: int, n_iterations: int, generator: Generator) -> Tensor:
+    """What draw_related draws, iteration after iteration: (n_iterations, n_way, aug_size), padded with -1."""
+    a = drawn_per_class(samples, aug_size)
+    filled = [w for w, s in enumerate(samples) if len(s)]
+    orders = [[torch.randperm(len(samples[w]), generator=generator)[:a] for w in filled] for _ in range(n_iterations)]
+    picks = torch.full((n_iterations, len(samples), aug_size), -1)
+    for w, order in zip(filled, zip(*orders, strict=True), strict=True):
+        picks[:, w, :a] = samples[w].cpu()[torch.stack(order)]
+    return picks

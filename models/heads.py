@@ -14,6 +14,7 @@ times the problem itself. They are those of `head.loss`, to rounding.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,19 +57,22 @@ class Head(nn.Module):
     def rescale(self, s: float, m: float) -> None:
         """Go on with another scale s and margin m; a head that has neither changes nothing."""
 
-    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of scores (..., n, n_class) against y (..., n), summed over the heads: scalar."""
-        return mean_cross_entropy(self.logits(scores), y)
+    def loss(self, scores: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Cross-entropy of scores (..., n, n_class) against y (..., n), summed over the heads: scalar.
 
-    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor) -> None:
+        weight (..., n): what each sample counts; None: all samples of a head the same, 1 in sum.
+        """
+        return mean_cross_entropy(self.logits(scores), y, weight)
+
+    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> None:
         """Give the parameters the gradient of the loss on projected features (..., n, d).
 
-        y (..., n) and one_hot (..., n, n_class) are the same labels. By automatic differentiation, unless a head
-        writes it out.
+        y (..., n) and one_hot (..., n, n_class) are the same labels; weight (..., n) is that of the loss. By automatic
+        differentiation, unless a head writes it out.
         """
         self.zero_grad()
         with torch.enable_grad():
-            self.loss(self.scores(projected), y).backward()
+            self.loss(self.scores(projected), y, weight).backward()
 
 
 def unit(z: Tensor) -> Tensor:
@@ -76,13 +80,13 @@ def unit(z: Tensor) -> Tensor:
     return F.normalize(z.float(), dim=-1, eps=NORM_EPS)
 
 
-def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+def mean_cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     """Cross-entropy, averaged over the samples of a head and summed over the heads (independent gradients).
 
-    logits (..., n, n_class), y (..., n) -> scalar.
+    logits (..., n, n_class), y (..., n) -> scalar. With a weight (..., n), the weighted sum instead of the mean.
     """
-    loss = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none")
-    return loss.view(y.shape).mean(-1).sum()
+    loss = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
+    return loss.mean(-1).sum() if weight is None else (loss * weight).sum()
 
 
 def initial_weight(n_class: int, d: int, bound: float, generators: Generators) -> nn.Parameter:
@@ -102,9 +106,13 @@ def products(projected: Tensor, weight: Tensor) -> Tensor:
     return (projected @ weight.mT).mT.contiguous().mT  # the faster order of the product, laid out anew
 
 
-def cross_entropy_gradient(logits: Tensor, one_hot: Tensor) -> Tensor:
-    """Gradient of the mean cross-entropy to the logits, (softmax(logits) - one_hot) / n: (..., n, n_class)."""
-    return probabilities(logits).sub_(one_hot).div_(logits.shape[-2])
+def cross_entropy_gradient(logits: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Gradient of the mean cross-entropy to the logits: (..., n, n_class).
+
+    (softmax(logits) - one_hot) / n, or times weight (..., n).
+    """
+    gradient = probabilities(logits).sub_(one_hot)
+    return gradient.div_(logits.shape[-2]) if weight is None else gradient.mul_(weight.unsqueeze(-1))
 
 
 def set_cosine_gradient(
@@ -142,10 +150,10 @@ class softMax(Head):
         """(..., n, d) -> logits (..., n, n_class)."""
         return projected @ self.weight.transpose(-1, -2) + self.bias.unsqueeze(-2)
 
-    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor) -> None:
+    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> None:
         """The gradient of the logits, taken on to weight and bias."""
         logits = products(projected, self.weight.detach()).add_(self.bias.detach().unsqueeze(-2))
-        gradient = cross_entropy_gradient(logits, one_hot)
+        gradient = cross_entropy_gradient(logits, one_hot, weight)
         self.bias.grad = gradient.sum(-2)
         self.weight.grad = torch.matmul(gradient.mT, projected, out=self.weight.grad)
 
@@ -170,9 +178,10 @@ class cosMax(Head):
         """Go on with another scale s; there is no margin."""
         self.s = s
 
-    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor) -> None:
+    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> None:
         """The gradient of the scores s cos(theta), which are the logits, taken on to the weight."""
-        set_cosine_gradient(self.weight, projected, self.s, lambda scores: cross_entropy_gradient(scores, one_hot))
+        gradient = partial(cross_entropy_gradient, one_hot=one_hot, weight=weight)
+        set_cosine_gradient(self.weight, projected, self.s, gradient)
 
 
 class arcMax(Head):
@@ -203,19 +212,18 @@ class arcMax(Head):
         """Go on with another scale s and margin m."""
         self.s, self.m = s, m
 
-    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
+    def loss(self, scores: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Cross-entropy of s cos(theta + m) on scores = cos(theta) (..., n, n_class) against y (..., n)."""
-        return mean_cross_entropy(self.s * add_arc_margin(scores, y, self.m), y)
+        return mean_cross_entropy(self.s * add_arc_margin(scores, y, self.m), y, weight)
 
-    def score_gradient(self, scores: Tensor, y: Tensor, one_hot: Tensor) -> Tensor:
+    def score_gradient(self, scores: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> Tensor:
         """Gradient of the loss to scores = cos(theta): (..., n, n_class) -> (..., n, n_class).
 
         That of the logits s cos(theta + m), times s and, for the true class, times
         d cos(theta + m) / d cos(theta) = cos m + sin m cos(theta) / sin(theta).
         """
-        gradient = (
-            probabilities(self.s * add_arc_margin(scores, y, self.m)).sub_(one_hot).mul_(self.s / scores.shape[-2])
-        )
+        factor = self.s / scores.shape[-2] if weight is None else self.s * weight.unsqueeze(-1)
+        gradient = probabilities(self.s * add_arc_margin(scores, y, self.m)).sub_(one_hot).mul_(factor)
         # The margin applies where the cosine is positive; where the sine is bounded its slope is zero.
         index = y.unsqueeze(-1)
         true = scores.gather(-1, index)
@@ -223,9 +231,10 @@ class arcMax(Head):
         slope = math.cos(self.m) + math.sin(self.m) * true * square.clamp_min(SINE_EPS).rsqrt() * (square > SINE_EPS)
         return gradient.scatter_(-1, index, gradient.gather(-1, index) * torch.where(true > 0, slope, 1.0))
 
-    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor) -> None:
+    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> None:
         """The gradient of the scores, taken on to the weight."""
-        set_cosine_gradient(self.weight, projected, 1.0, lambda scores: self.score_gradient(scores, y, one_hot))
+        gradient = partial(self.score_gradient, y=y, one_hot=one_hot, weight=weight)
+        set_cosine_gradient(self.weight, projected, 1.0, gradient)
 
 
 def add_arc_margin(cosine: Tensor, y: Tensor, m: float) -> Tensor:

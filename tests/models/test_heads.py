@@ -87,10 +87,11 @@ def test_permuting_the_classes_permutes_the_scores():
     torch.testing.assert_close(permuted(z), head(z)[:, order])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("method", HEADS)
 @pytest.mark.parametrize("m", [0.01, 0.5])
-def test_the_written_out_gradient_of_a_head_is_that_of_its_loss(method, together, m):
+def test_the_written_out_gradient_of_a_head_is_that_of_its_loss(method, together, m, weighted):
     """On random features, with a sample that lies on the weight of its class and one opposite to it."""
     n_way, n_shot, d = 4, 3, 6
     head = build_head(method, d, n_way, 5.0, m, [make_generator(0, i) for i in range(3)] if together else None)
@@ -98,11 +99,12 @@ def test_the_written_out_gradient_of_a_head_is_that_of_its_loss(method, together
     z = torch.randn(*((3,) if together else ()), n_way * n_shot, d, generator=make_generator(1))
     z[..., 0, :], z[..., 1, :] = head.weight.detach()[..., 0, :], -head.weight.detach()[..., 0, :]
     y = y.expand(z.shape[:-1])
-    head.loss(head(z), y).backward()
+    weight = torch.rand(y.shape, generator=make_generator(2)) if weighted else None
+    head.loss(head(z), y, weight).backward()
     expected = {name: p.grad.clone() for name, p in head.named_parameters()}
     one_hot = torch.nn.functional.one_hot(y, n_way).float()
     with torch.no_grad():
-        head.set_gradients(head.project(z), y, one_hot)
+        head.set_gradients(head.project(z), y, one_hot, weight)
     for name, p in head.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
 
@@ -130,3 +132,15 @@ def test_a_head_has_nothing_of_its_own_in_its_state():
 def test_an_unknown_head_is_refused():
     with pytest.raises(ValueError, match="unknown head 'arcmax': choose one of softMax, cosMax, arcMax"):
         build_head("arcmax", 8, 3, 5.0, 0.1)
+
+
+@pytest.mark.parametrize("method", HEADS)
+def test_samples_of_weight_0_are_not_there(method):
+    heads = [build_head(method, 8, 3, 5.0, 0.1, make_generator(0)) for _ in range(2)]
+    z, y = torch.randn(9, 8, generator=make_generator(1)), class_major_labels(3, 3)
+    weight = torch.tensor([0.2] * 5 + [0.0] * 4)
+    losses = [heads[0].loss(heads[0](z), y, weight), heads[1].loss(heads[1](z[:5]), y[:5])]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(head.weight.grad for head in heads))

@@ -1,0 +1,188 @@
+"""Alignment in feature space: Algorithms 1 and 2 with a backbone that stands still, E episodes together.
+
+On features that are computed once, an iteration is update (1) of the adapter, if there is one, (2) of the head on
+related samples, by the optimiser that fitted it, and (3) of both on the support. The heads of E episodes are one weight
+(E, n_way, d), as in `fit_heads`, and their gradients are written out. Each episode draws its own number of related
+samples, padded to the same width with samples of weight 0, so that it does not depend on those beside it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from data.episodes import Task, class_major_labels
+from engine.precision import Precision, check_finite
+from engine.run import Run
+from methods.alignment import AlignmentSetting, with_rate
+from methods.evaluation import HEAD_CHUNK
+from methods.feature_adapter import FULL, Adapter, FeatureLoss, Samples, feature_loss
+from methods.features import Source
+from methods.novel_finetune import fit_heads
+from methods.related_base import RelatedBase, draw_iterations, drawn_per_class, related_base_of_heads
+from models.heads import Head
+
+# Features are float32, and so are their steps.
+FP32 = Precision()
+# Numbers that the episodes aligned together may hold, beside the features of the splits: 256 MB of them.
+MEMORY = 2**26
+
+
+@dataclass(frozen=True)
+class AlignedFeatures:
+    """What alignment made of E episodes: heads, adapter, and scores (E, q, n_way) of the queries, by fine-tuning and
+    after alignment.
+
+    n_drawn: related samples a novel class in an iteration; curve: scores as `aligned`, after every record_curve
+    iterations. Without alignment the first two are the same.
+    """
+
+    head: Head
+    adapter: Adapter | None
+    finetuned: Tensor
+    aligned: Tensor
+    related: list[RelatedBase]
+    n_drawn: list[int]
+    curve: list[Tensor]
+
+
+def n_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
+    """How many episodes of features of size d to align together: HEAD_CHUNK, or as few as keep within MEMORY."""
+    held = 4 * n_way * setting.related.aug_size * d  # related samples, their copies on the way
+    if setting.align_adapter:  # parameters, gradient, and the moments of two optimisers; a critic's, of one
+        held += 6 * d * (d if setting.align_adapter == FULL else 2 * int(setting.align_adapter))
+        held += 4 * d * setting.critic.critic_hidden * (setting.alignment == "adversarial")
+    return max(1, min(HEAD_CHUNK, MEMORY // held))
+
+
+def related_batches(
+    related_base: list[RelatedBase], z_base: Tensor, aug_size: int, n_iterations: int, generators: list[Generator]
+) -> Iterator[Samples]:
+    """The related samples of E episodes in each iteration, n_way * aug_size of each, padding included."""
+    each = zip(related_base, generators, strict=True)
+    picks = torch.stack([draw_iterations(related.samples, aug_size, n_iterations, g) for related, g in each], 1)
+    n_way, picks = picks.shape[2], picks.flatten(2).to(z_base.device)
+    drawn = (picks[0] >= 0).to(z_base)
+    weight = drawn / drawn.sum(1, keepdim=True).clamp_min(1.0)
+    y = class_major_labels(n_way, aug_size, z_base.device).expand_as(weight)
+    for index in picks.clamp_min_(0):
+        yield Samples(z_base.index_select(0, index.flatten()).view(*index.shape, -1), y, weight)
+
+
+def padded(index: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices (n_i,) of E episodes as (E, n), padded with 0, and the weight (E, n) of each in the episode's mean."""
+    n = torch.tensor([len(i) for i in index])
+    real = torch.arange(int(n.max())) < n.unsqueeze(1)
+    return pad_sequence(index, batch_first=True).to(device), (real / n.unsqueeze(1)).to(device)
+
+
+class FeatureUpdates:
+    """The three updates of an iteration, of E episodes together, each with an optimiser of its own.
+
+    fitted: the optimiser that fitted the heads. adapter: None to leave the features as they are; update (1) needs one,
+    and an alignment loss. An update whose rate is 0 is left out. idle (E,): the episodes without related samples, which
+    (1) and (2) leave as they are.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        fitted: torch.optim.Optimizer,
+        adapter: Adapter | None,
+        alignment_loss: FeatureLoss | None,
+        setting: AlignmentSetting,
+        idle: Tensor,
+    ):
+        self.head, self.adapter, self.alignment_loss, self.setting = head, adapter, alignment_loss, setting
+        adapted = list(adapter.parameters()) if adapter else []
+        # (1) the adapter; (2) the heads, by the optimiser that fitted them, moments included; (3) both.
+        self.align_optimizer = torch.optim.Adam(adapted, lr=setting.align_lr, fused=True) if adapted else None
+        self.related_optimizer = with_rate(fitted, setting.related_lr)
+        self.support_optimizer = torch.optim.Adam([*adapted, *head.parameters()], lr=setting.support_lr, fused=True)
+        # In (2) an idle head has no gradient; without the momentum of the fit it stands still.
+        for moments in fitted.state.values():
+            moments["exp_avg"][idle] = 0.0
+
+    def adapted(self, z: Tensor) -> Tensor:
+        """Features (E, n, d) through the adapter, as it stands."""
+        return self.adapter(z) if self.adapter else z
+
+    def align(self, support: Samples, related: Samples) -> None:
+        """(1): one step of the adapter on the alignment loss."""
+        if self.align_optimizer and self.alignment_loss and self.setting.align_lr:
+            with torch.enable_grad():
+                z = self.adapted(torch.cat([support.z, related.z], 1))
+                z_support, z_related = z.split([support.z.shape[1], related.z.shape[1]], 1)
+                loss = self.alignment_loss(replace(support, z=z_support), replace(related, z=z_related))
+            FP32.step(loss, self.align_optimizer)
+
+    @torch.no_grad()
+    def train_head(self, related: Samples) -> None:
+        """(2): one step of the heads on related samples."""
+        if self.setting.related_lr:
+            self.set_head_gradients(self.adapted(related.z), related)
+            self.related_optimizer.step()
+
+    def train_on_support(self, support: Samples) -> None:
+        """(3): one step of adapter and heads on the support."""
+        if self.setting.support_lr and self.adapter:
+            with torch.enable_grad():
+                loss = self.head.loss(self.head(self.adapter(support.z)), support.y, support.weight)
+            FP32.step(loss, self.support_optimizer)
+        elif self.setting.support_lr:
+            self.set_head_gradients(support.z, support)
+            self.support_optimizer.step()
+
+    @torch.no_grad()
+    def set_head_gradients(self, z: Tensor, samples: Samples) -> None:
+        """Give the heads the gradient of their loss, written out, on adapted features z of the samples."""
+        one_hot = F.one_hot(samples.y, self.head.weight.shape[-2]).to(z)
+        self.head.set_gradients(self.head.project(z), samples.y, one_hot, samples.weight)
+
+
+@torch.no_grad()
+def align_features(
+    tasks: list[Task], novel: Source, base: Source, setting: AlignmentSetting, run: Run, first: int
+) -> AlignedFeatures:
+    """Run episodes first, first + 1, ... of stage 3 together, as align_episode with blocks that stand still.
+
+    The tasks have the same number of ways. Supports, and queries, of unequal number are padded to the longest.
+    """
+    fit, d, n_way, device = setting.fit, novel.features.shape[1], tasks[0].n_way, novel.features.device
+    numbers = range(first, first + len(tasks))
+    index, weight = padded([task.support for task in tasks], device)
+    y_support = padded([task.y_support for task in tasks], device)[0]
+    support = Samples(novel.features[index], y_support, weight)
+    z_query = novel.features[padded([task.query for task in tasks], device)[0]]
+
+    head = fit.new_head(d, n_way, [run.generator("head", i) for i in numbers]).to(device)
+    uneven = weight if weight.min() < weight.max() else None
+    fitted = fit_heads(head, support.z, y_support, fit.ft_n_epoch, fit.ft_lr, uneven)
+    finetuned = head(z_query)
+    related_base = related_base_of_heads(head, base, setting.related)
+    n_drawn = [drawn_per_class(related.samples, setting.related.aug_size) for related in related_base]
+    if setting.alignment == "none" or not setting.align_iters:
+        return AlignedFeatures(head, None, finetuned, finetuned, related_base, n_drawn, [])
+
+    head.rescale(setting.align_s, setting.align_m)
+    adapter = alignment_loss = None
+    if setting.align_adapter:
+        adapter = Adapter(d, setting.align_adapter, [run.generator("adapter", i) for i in numbers]).to(device)
+        alignment_loss = feature_loss(d, n_way, setting, [run.generator("critic", i) for i in numbers], device)
+    idle = torch.tensor(n_drawn, device=device) == 0
+    updates = FeatureUpdates(head, fitted, adapter, alignment_loss, setting, idle)
+    curve = []
+    generators = [run.generator("related draws", i) for i in numbers]
+    batches = related_batches(related_base, base.features, setting.related.aug_size, setting.align_iters, generators)
+    for iteration, related in enumerate(batches, 1):
+        updates.align(support, related)
+        updates.train_head(related)
+        updates.train_on_support(support)
+        if setting.record_curve and iteration % setting.record_curve == 0:
+            curve.append(head(updates.adapted(z_query)))
+    aligned = head(updates.adapted(z_query))
+    check_finite(aligned.sum(), f"episodes {first} to {numbers[-1]}")
+    return AlignedFeatures(head, adapter, finetuned, aligned, related_base, n_drawn, curve)
