@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 
 from engine.errors import OneLineParser
 from methods.alignment import ALIGNMENTS
+from methods.feature_adapter import FULL
 from methods.meta_learners import META_LEARNERS
 from models import BACKBONES, HEADS, TORCHVISION, native_img_size
 
@@ -50,6 +51,11 @@ def backbone_name(text: str) -> str:
     )
 
 
+def adapter_rank(text: str) -> int | str:
+    """An argparse type: a rank from 0, or `full`."""
+    return text if text == FULL else int(COUNT_OR_0(text))
+
+
 # 1e30 keeps any arithmetic on a rate or a scale within float32.
 POSITIVE, NOT_NEGATIVE = number(float, 0, 1e30, open_low=True), number(float, 0, 1e30)
 COUNT, COUNT_OR_0, WAY = number(int, 1), number(int, 0), number(int, 2)
@@ -81,7 +87,7 @@ LAPTOP: dict[str, dict[str, Any]] = {
                     "n_epoch": 30, "val_episodes": 100, "n_shot": 1, "n_query": 15},
     "transfer":    {"n_episodes": 600},
     "meta":        {"n_episodes": 600, "n_epoch": 10, "episodes_per_epoch": 60},
-    "alignment":   {"n_episodes": 60, "aug_size": 10, "align_iters": 100, "record_curve": 10},
+    "alignment":   {"n_episodes": 600, "align_blocks": 0, "aug_size": 20, "record_curve": 10},
 }
 
 # Chosen on the val classes of a fine-grained benchmark, the cheaper of settings about as good: see docs/tuning.md.
@@ -94,6 +100,8 @@ TUNED: dict[str, dict[str, Any]] = {
 # Of the backbone's step against the critic, which the paper leaves open. Adam's steps do not shrink with the critic's
 # scores: at 1e-3, the rate of the other updates, 150 of them destroy the features (docs/tuning.md).
 ADVERSARIAL_LR = 1e-5
+# Of update (1) when it moves an adapter: as good as lower rates and better than higher ones on val classes.
+ADAPTER_LR = 1e-4
 
 NATIVE_SIZES = ", ".join(f"{name} {native_img_size(name)}" for name in [*BACKBONES, f"{TORCHVISION}NAME"])
 TUNED_FLAGS = "; ".join(" ".join([name, *(f"--{f} {v}" for f, v in flags.items())]) for name, flags in TUNED.items())
@@ -261,8 +269,10 @@ UPDATES: Table = [  # of Algorithms 1 and 2
          "learning rate of update (3), the support (default: --lr)"),
     flag("--align_bn",             ["train", "eval"],               "train",
          "mode of batch norm in updates (1) and (3)"),
-    flag("--align_blocks K",       COUNT,                           None,
-         "update only the last K blocks, whose inputs --cache_dir keeps: much faster (default: all, as published)"),
+    flag("--align_blocks K",       COUNT_OR_0,                      None,
+         "update only the last K blocks, whose inputs --cache_dir keeps; 0: feature space (default: all, published)"),
+    flag("--align_adapter R",      adapter_rank,                    0,
+         "with --align_blocks 0: a residual linear map of the features learns too, of rank R or 'full'; 0 has none"),
     flag("--ft_m",                 MARGIN,                          0.001,
          "margin of arcMax when fitted on the support before alignment"),
     flag("--align_s",              POSITIVE,                        15.0,
@@ -291,7 +301,7 @@ ALIGNMENT: Table = [
     flag("--method",               list(HEADS),                     "arcMax",
          "head: of stage 1's checkpoint and of the novel episodes"),
     flag("--alignment",            list(ALIGNMENTS),                "centroid",
-         "loss: centroid (Algorithm 1), adversarial (2), naive (the updates without one) or none (fits a head alone)"),
+         "loss: centroid (Algorithm 1), adversarial (2), naive (updates without), head (with --align_blocks 0), none"),
     flag("--test_split",           ["novel", "val"],                "novel",
          "classes of the episodes; settings are tuned on val, never on novel"),
     flag("--record_curve K",       COUNT_OR_0,                      0,
@@ -378,6 +388,19 @@ def complete_predict(args: argparse.Namespace, parser: OneLineParser) -> None:
         )
 
 
+def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None:
+    """An error when flags of feature space and of blocks contradict each other."""
+    if args.align_adapter and args.align_blocks != 0:
+        parser.error("argument --align_adapter: it is of feature space, so give --align_blocks 0 as well")
+    if args.alignment == "head" and (args.align_blocks != 0 or args.align_adapter):
+        parser.error("argument --alignment: in head nothing but the head moves: give --align_blocks 0 and no adapter")
+    if args.align_blocks == 0 and not args.align_adapter and args.alignment not in ("head", "none", None):
+        parser.error(
+            f"argument --align_blocks: 0 leaves nothing for {args.alignment} alignment to move: give --align_adapter, "
+            "or --alignment head, in which the head alone learns"
+        )
+
+
 def args_parser(
     stage: str, argv: Sequence[str] | None = None, parser_class: type[OneLineParser] = OneLineParser
 ) -> argparse.Namespace:
@@ -390,6 +413,10 @@ def args_parser(
     if "align_preset" in chosen and chosen.align_preset == "tuned":
         # predict.py leaves the alignment open until it knows of a base set, with which it is centroid.
         parser.set_defaults(**TUNED["all"], **TUNED.get(chosen.alignment or "centroid", {}))
+    chosen, _ = parser.parse_known_args(argv)
+    in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
+    if in_feature_space and (stage != "predict" or chosen.base):
+        parser.set_defaults(alignment="head")
     args = parser.parse_args(argv)
 
     if "crop_scale" in args and args.crop_scale[0] > args.crop_scale[1]:
@@ -405,8 +432,9 @@ def args_parser(
 
     args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
     if "align_lr" in args:
-        if args.align_lr is None and args.alignment == "adversarial":
-            args.align_lr = ADVERSARIAL_LR
+        check_feature_space(args, parser)
+        if args.align_lr is None and (args.align_adapter or args.alignment == "adversarial"):
+            args.align_lr = ADAPTER_LR if args.align_adapter else ADVERSARIAL_LR
         for rate in ("align_lr", "related_lr", "support_lr"):
             setattr(args, rate, args.lr if getattr(args, rate) is None else getattr(args, rate))
     if stage == "predict":

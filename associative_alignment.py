@@ -16,7 +16,8 @@ from engine.errors import UserError
 from engine.files import weights_digest
 from engine.run import start_run
 from engine.script import run_script
-from methods.alignment import AlignmentSetting, align_episode
+from methods.alignment import AlignmentSetting
+from methods.feature_alignment import align_episodes, n_together
 from methods.features import FeatureCache, blocks_to_update
 from methods.related_base import exceeding_notes
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
@@ -63,10 +64,11 @@ def main() -> None:
     done = AlignedEpisodes(files, run, episodes, novel.class_names, setting)
     if args.save_episode < len(done) and not files.episode.is_file():
         print(f"note: episode {args.save_episode} is done and was not saved: only --overwrite runs it again")
+    step = n_together(backbone.feature_dim, args.test_n_way, setting) if blocks.in_feature_space else SAVE_EVERY
     with files.resumable(done.save), done.bar:
         while (first := len(done)) < n_test:
-            for i in ranks.share(range(first, min(first + ranks.n * SAVE_EVERY, n_test))):
-                episode = align_episode(blocks, episodes.task(i), novel_source, base_source, setting, run, i)
+            mine = ranks.share(range(first, min(first + ranks.n * step, n_test)))
+            for i, episode in align_episodes(blocks, episodes, novel_source, base_source, setting, run, mine):
                 done.add(i, episode)
                 if i == args.save_episode:
                     done.keep(gather_episode(episodes, i, episode, novel_source, base_source, blocks, run))

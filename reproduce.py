@@ -34,7 +34,7 @@ SCALES: dict[str, dict[str, dict[str, list[str]]]] = {
     "laptop": {
         "transfer": {"--preset": ["laptop"], "--n_epoch": ["15"]},
         "meta": {"--preset": ["laptop"], "--n_epoch": ["5"]},
-        "alignment": {"--preset": ["laptop"], "--n_episodes": ["15"]},
+        "alignment": {"--preset": ["laptop"], "--align_blocks": ["1"], "--n_episodes": ["100"]},
     },
 }
 # Flags that the rows set themselves, and what to give instead.

@@ -2,9 +2,9 @@
 
 Per episode: fit the head on frozen support features; find the related base samples with it; then alternate the three
 updates of `Updates`. The backbone starts each episode from the checkpoint's weights, kept in memory. The alignment
-loss is centroid (Algorithm 1) or adversarial (Algorithm 2); `naive` is the ablation without one, `none` stops at the
-fitted head. Beyond the paper, the updates may be of the backbone's last blocks alone: what enters them is then computed
-once for all episodes.
+loss is centroid (Algorithm 1) or adversarial (Algorithm 2); `naive` is the ablation without one, and `none` stops at
+the fitted head. Beyond the paper, the updates may be of the backbone's last blocks alone, what enters them being
+computed once for all episodes, or of none of it: in `head`, the head alone learns (see feature_alignment.py).
 """
 
 import math
@@ -58,6 +58,7 @@ def adversarial(
 ALIGNMENTS: dict[str, Callable[..., AlignmentLoss | None]] = {
     "none": lambda *_: None,
     "naive": lambda *_: None,
+    "head": lambda *_: None,
     "centroid": lambda *_: centroid_alignment_loss,
     "adversarial": adversarial,
 }
@@ -78,6 +79,7 @@ class AlignedEpisode:
 
     n_drawn: related samples a novel class in an iteration; losses: those of the three updates, a row an iteration;
     curve: scores as `aligned`, after every record_curve iterations. Without alignment the first two are the same.
+    adapter: in feature space, the map of the features (n, d) that alignment learned, if any.
     """
 
     head: Head
@@ -87,6 +89,7 @@ class AlignedEpisode:
     n_drawn: int
     losses: list[tuple[float, float, float]]
     curve: list[Tensor]
+    adapter: nn.Module | None = None
 
 
 class Updates:

@@ -36,22 +36,30 @@ class Samples:
 class Adapter(nn.Module):
     """The map z -> z + z A of the features of E episodes, one A for each; A starts at zero.
 
-    A = U V of a rank, U (E, d, rank) drawn from one generator an episode, V (E, rank, d) zero; or, when the rank is
-    "full", A = V (E, d, d).
+    A = U V of a rank, with U (E, d, rank) and V (E, rank, d), or A = V (E, d, d) without a U; without the E, of one.
     """
 
-    def __init__(self, d: int, rank: int | str, generators: Sequence[Generator]):
+    def __init__(self, U: Tensor | None, V: Tensor):
         super().__init__()
-        self.U: nn.Parameter | None = None
-        if rank != FULL:
-            bound = 1.0 / math.sqrt(d)
-            drawn = [torch.empty(d, int(rank)).uniform_(-bound, bound, generator=g) for g in generators]
-            self.U = nn.Parameter(torch.stack(drawn))
-        self.V = nn.Parameter(torch.zeros(len(generators), d if rank == FULL else int(rank), d))
+        self.U = None if U is None else nn.Parameter(U)
+        self.V = nn.Parameter(V)
+
+    def of_episode(self, e: int) -> "Adapter":
+        """The map of one of the episodes: (n, d) -> (n, d)."""
+        return Adapter(None if self.U is None else self.U.detach()[e], self.V.detach()[e])
 
     def forward(self, z: Tensor) -> Tensor:
         """z + z A: (E, n, d) -> (E, n, d)."""
         return z + (z if self.U is None else z @ self.U) @ self.V
+
+
+def new_adapter(d: int, rank: int | str, generators: Sequence[Generator]) -> Adapter:
+    """An adapter with A zero; the U of a rank is drawn from one generator an episode, and "full" has none."""
+    if rank == FULL:
+        return Adapter(None, torch.zeros(len(generators), d, d))
+    bound = 1.0 / math.sqrt(d)
+    U = torch.stack([torch.empty(d, int(rank)).uniform_(-bound, bound, generator=g) for g in generators])
+    return Adapter(U, torch.zeros(len(generators), int(rank), d))
 
 
 # (support, related) -> the alignment losses of E episodes, summed: scalar.

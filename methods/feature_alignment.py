@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.episodes import Task, class_major_labels
+from data.episodes import Episodes, Task, class_major_labels
 from engine.precision import Precision, check_finite
 from engine.run import Run
-from methods.alignment import AlignmentSetting, with_rate
+from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode, with_rate
 from methods.evaluation import HEAD_CHUNK
-from methods.feature_adapter import FULL, Adapter, FeatureLoss, Samples, feature_loss
-from methods.features import Source
+from methods.feature_adapter import FULL, Adapter, FeatureLoss, Samples, feature_loss, new_adapter
+from methods.features import Source, UpdatedBlocks
 from methods.novel_finetune import fit_heads
 from methods.related_base import RelatedBase, draw_iterations, drawn_per_class, related_base_of_heads
 from models.heads import Head
@@ -47,6 +47,13 @@ class AlignedFeatures:
     related: list[RelatedBase]
     n_drawn: list[int]
     curve: list[Tensor]
+
+    def episode(self, e: int) -> AlignedEpisode:
+        """One of the episodes, its head still among the others; the written-out gradients leave no losses to keep."""
+        adapter = self.adapter.of_episode(e) if self.adapter else None
+        curve = [scores[e] for scores in self.curve]
+        n_drawn, related = self.n_drawn[e], self.related[e]
+        return AlignedEpisode(self.head, self.finetuned[e], self.aligned[e], related, n_drawn, [], curve, adapter)
 
 
 def n_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
@@ -170,7 +177,7 @@ def align_features(
     head.rescale(setting.align_s, setting.align_m)
     adapter = alignment_loss = None
     if setting.align_adapter:
-        adapter = Adapter(d, setting.align_adapter, [run.generator("adapter", i) for i in numbers]).to(device)
+        adapter = new_adapter(d, setting.align_adapter, [run.generator("adapter", i) for i in numbers]).to(device)
         alignment_loss = feature_loss(d, n_way, setting, [run.generator("critic", i) for i in numbers], device)
     idle = torch.tensor(n_drawn, device=device) == 0
     updates = FeatureUpdates(head, fitted, adapter, alignment_loss, setting, idle)
@@ -186,3 +193,20 @@ def align_features(
     aligned = head(updates.adapted(z_query))
     check_finite(aligned.sum(), f"episodes {first} to {numbers[-1]}")
     return AlignedFeatures(head, adapter, finetuned, aligned, related_base, n_drawn, curve)
+
+
+def align_episodes(
+    blocks: UpdatedBlocks,
+    episodes: Episodes,
+    novel: Source,
+    base: Source,
+    setting: AlignmentSetting,
+    run: Run,
+    numbers: range,
+) -> Iterator[tuple[int, AlignedEpisode]]:
+    """The aligned episodes of these consecutive numbers, in feature space all together, else one after another."""
+    if blocks.in_feature_space and numbers:
+        together = align_features([episodes.task(i) for i in numbers], novel, base, setting, run, numbers[0])
+        yield from ((i, together.episode(e)) for e, i in enumerate(numbers))
+    elif numbers:
+        yield from ((i, align_episode(blocks, episodes.task(i), novel, base, setting, run, i)) for i in numbers)

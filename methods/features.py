@@ -55,12 +55,18 @@ def embed(backbone: Backbone, images: Tensor, run: Run, bar: str = "", maps: boo
 class UpdatedBlocks:
     """A backbone in two: `below`, which stands still (None if nothing does), and `updated`, which alignment moves.
 
-    initial: the state that `updated` starts every episode from.
+    initial: the state that `updated` starts every episode from. In feature space the whole backbone stands still,
+    and `updated`, the identity, takes features.
     """
 
     below: nn.Sequential | None
     updated: nn.Module
     initial: dict[str, Tensor]
+
+    @property
+    def in_feature_space(self) -> bool:
+        """Whether nothing of the backbone moves."""
+        return isinstance(self.updated, nn.Identity)
 
     def restore(self) -> None:
         """Give the updated blocks their initial state."""
@@ -68,10 +74,12 @@ class UpdatedBlocks:
 
 
 def blocks_to_update(backbone: Backbone, align_blocks: int | None) -> UpdatedBlocks:
-    """The last align_blocks blocks of a backbone, or all, as what alignment updates.
+    """The last align_blocks blocks of a backbone, or all, as what alignment updates; 0 are none, in feature space.
 
     Raises UserError when the backbone has fewer.
     """
+    if align_blocks == 0:
+        return UpdatedBlocks(None, nn.Identity(), {})
     n_blocks = len(backbone.blocks())
     below: nn.Sequential | None = None
     updated: nn.Module = backbone
@@ -105,7 +113,13 @@ def image_source(backbone: Backbone, blocks: UpdatedBlocks, split: Split, run: R
         entering = torch.cat(list(outputs(blocks.below, batches, run.precision)))
         return entering.contiguous(memory_format=torch.channels_last)
 
-    return Source(embed(backbone, split.images, run, bar), enter, split)
+    features = embed(backbone, split.images, run, bar)
+    return feature_source(features, split) if blocks.in_feature_space else Source(features, enter, split)
+
+
+def feature_source(features: Tensor, split: Split) -> Source:
+    """The source of a split in feature space: what is updated takes the features (N, d) themselves."""
+    return Source(features, lambda index: features[index.to(features.device)], split)
 
 
 @torch.no_grad()
@@ -127,6 +141,8 @@ class FeatureCache:
     def source(self, backbone: Backbone, blocks: UpdatedBlocks, split: Split) -> Source:
         """The source of a split, its features, and what enters the updated blocks if others are below, kept here."""
         run, features = self.run, self.features(backbone, split)
+        if blocks.in_feature_space:
+            return feature_source(features, split)
         if blocks.below is None:
             images = on_device(split.images, run.device)
             return Source(features, lambda index: network_input(images[index.to(images.device)], run.device), split)

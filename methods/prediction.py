@@ -16,6 +16,7 @@ from data.benchmarks import Split
 from data.episodes import Task
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
+from methods.feature_alignment import align_features
 from methods.features import FeatureCache, UpdatedBlocks, image_source
 from methods.related_base import empty_notes, exceeding_notes
 from models.backbone import Backbone
@@ -88,6 +89,8 @@ def run_episode(
     base_source = FeatureCache(cache_dir, run).source(backbone, blocks, base) if base else None
     support, query = (torch.nonzero(known).squeeze(1) for known in (user.labels >= 0, user.labels < 0))
     task = Task(support, user.labels[support], query)
+    if blocks.in_feature_space and base_source:
+        return align_features([task], novel, base_source, setting, run, 0).episode(0), novel.features
     bar = f"{setting.alignment} alignment"
     return align_episode(blocks, task, novel, base_source, setting, run, 0, bar), novel.features
 

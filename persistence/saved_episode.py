@@ -1,5 +1,6 @@
 """One episode of stage 3 in a file, to be drawn: its features before and after alignment, its related base classes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def gather_episode(
 
     The weights of the blocks stay as they are.
     """
+    if episode.adapter is not None:
+        blocks = replace(blocks, updated=episode.adapter)
     support, query = episodes.support[i], episodes.query[i]
     ways = torch.arange(episodes.n_way)
     novel_features = {
