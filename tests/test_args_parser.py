@@ -74,7 +74,7 @@ def test_the_defaults_are_the_published_protocol(stage):
     [
         ("transfer", {"n_epoch": 30, "n_episodes": 600, "no_flip": True, "crop_scale": [0.3, 1.0]}),
         ("meta", {"n_epoch": 10, "n_episodes": 600, "episodes_per_epoch": 60, "no_flip": True}),
-        ("alignment", {"n_episodes": 60, "aug_size": 10, "align_iters": 100, "record_curve": 10}),
+        ("alignment", {"n_episodes": 600, "aug_size": 20, "align_blocks": 0, "alignment": "head", "record_curve": 10}),
     ],
 )
 def test_the_laptop_preset_swaps_defaults_and_flags_on_either_side_win(stage, expected):
@@ -210,3 +210,34 @@ def test_from_flags_leaves_other_lists_and_names_a_field_that_it_cannot_fill():
     assert from_flags(Crop, args).also_of_no_flag == [3]
     with pytest.raises(TypeError, match="ft_lr"):
         from_flags(Fit, Namespace(method="softMax"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--align_adapter", "4"], ["--align_adapter", "--align_blocks 0"]),
+        (["--align_blocks", "1", "--align_adapter", "full"], ["--align_adapter", "--align_blocks 0"]),
+        (["--align_blocks", "0", "--alignment", "centroid"], ["centroid", "--align_adapter"]),
+        (["--align_blocks", "0", "--alignment", "naive"], ["naive", "--align_adapter"]),
+        (["--alignment", "head"], ["--align_blocks 0"]),
+        (["--align_blocks", "0", "--align_adapter", "4", "--alignment", "head"], ["no adapter"]),
+        (["--align_adapter", "-1"], ["--align_adapter", "-1"]),
+        (["--align_adapter", "some"], ["--align_adapter", "some"]),
+        (["--align_blocks", "-1"], ["--align_blocks", "-1"]),
+    ],
+)
+def test_flags_of_feature_space_that_contradict_each_other_are_one_line(flags, words):
+    with pytest.raises(UserError) as error:
+        args_parser("alignment", flags)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+def test_in_feature_space_the_head_alone_learns_unless_there_is_an_adapter():
+    assert args_parser("alignment", ["--align_blocks", "0"]).alignment == "head"
+    adapted = args_parser("alignment", ["--align_blocks", "0", "--align_adapter", "full"])
+    assert (adapted.alignment, adapted.align_adapter, adapted.align_lr, adapted.support_lr) == (
+        "centroid",
+        "full",
+        1e-4,
+        1e-3,
+    )

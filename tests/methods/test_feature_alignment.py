@@ -11,7 +11,7 @@ from engine.run import Run
 from methods.adversarial_alignment import CriticSetting
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
 from methods.evaluation import HEAD_CHUNK
-from methods.feature_adapter import FULL, Adapter, Critics, Samples, feature_loss
+from methods.feature_adapter import FULL, Critics, Samples, feature_loss, new_adapter
 from methods.feature_alignment import AlignedFeatures, FeatureUpdates, align_features, n_together
 from methods.features import Source, UpdatedBlocks
 from methods.novel_finetune import HeadFit, fit_heads
@@ -36,7 +36,7 @@ class OneAdapter(nn.Module):
         super().__init__()
         self.rank = rank
         if rank and rank != FULL:
-            self.U = nn.Parameter(Adapter(D, rank, [generator]).U[0].detach().clone())
+            self.U = nn.Parameter(new_adapter(D, rank, [generator]).U[0].detach().clone())
         self.V = nn.Parameter(torch.zeros(D if rank == FULL else int(rank), D))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def test_an_episode_without_related_samples_is_left_alone_by_updates_1_and_2(ali
     z = NOVEL.features[torch.stack([task.support for task in given])]
     y = torch.stack([task.y_support for task in given])
     generators = [Run().generator("head", i) for i in range(2)]
-    head, adapter = setting.fit.new_head(D, 5, generators), Adapter(D, 3, generators)
+    head, adapter = setting.fit.new_head(D, 5, generators), new_adapter(D, 3, generators)
     fitted = fit_heads(head, z, y, 10, 1e-2)
     before = [p.detach().clone() for p in (head.weight, *adapter.parameters())]
     loss = feature_loss(D, 5, setting, generators, CPU)

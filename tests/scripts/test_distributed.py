@@ -28,8 +28,9 @@ COMMANDS = {
     ),
     "align": ("associative_alignment", ALIGN),
     "align_last": ("associative_alignment", [*ALIGN, "--align_blocks", 1]),
+    "align_features": ("associative_alignment", [*ALIGN, "--align_blocks", 0, "--align_adapter", 4]),
 }
-SAME = ("test", "meta", "align", "align_last")  # bit for bit, with any number of ranks
+SAME = ("test", "meta", "align", "align_last", "align_features")  # bit for bit, with any number of ranks
 
 
 def command(finished, name, root):

@@ -77,7 +77,8 @@ def table(root, out="out"):
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"alignment": "adversarial"}, {"alignment": "naive"}, {"alignment": "none"}, {"align_blocks": 1}],
+    [{}, {"alignment": "adversarial"}, {"alignment": "naive"}, {"alignment": "none"}, {"align_blocks": 1}]
+    + [{"align_blocks": 0, "alignment": "head"}, {"align_blocks": 0, "align_adapter": "full"}],
     ids=lambda more: "".join(f"{v}" for v in more.values()) or "default",
 )
 def test_the_script_writes_what_the_call_returns(root, more, capsys):

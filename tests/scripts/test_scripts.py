@@ -8,7 +8,8 @@ import torch
 
 from args_parser import args_parser
 from persistence.checkpoints import load_checkpoint
-from tests.helpers import ALIGN, CHECKPOINT, ROOT, TINY, TRAIN, call, folders, make_benchmark, result, run
+from persistence.saved_episode import read_episode
+from tests.helpers import ALIGN, CHECKPOINT, CURVE, ROOT, TINY, TRAIN, call, folders, make_benchmark, result, run
 
 
 def test_stage_1_keeps_the_best_model_and_writes_a_full_result(trained):
@@ -56,6 +57,9 @@ def test_the_other_heads_run_through_both_stages(workspace, method):
         ["adversarial"],
         ["adversarial", "--critic_constraint", "gp"],
         *(["centroid", "--align_blocks", k] for k in (1, 4)),
+        ["head", "--align_blocks", 0],
+        ["centroid", "--align_blocks", 0, "--align_adapter", "full"],
+        ["adversarial", "--align_blocks", 0, "--align_adapter", 3],
     ],
 )
 def test_every_kind_of_alignment_changes_the_backbone_and_records_its_curve(trained, tmp_path, flags):
@@ -67,6 +71,22 @@ def test_every_kind_of_alignment_changes_the_backbone_and_records_its_curve(trai
     assert record["curve"][0]["accuracy"] == pytest.approx(record["fine_tuning"]["accuracy"], abs=0.01)
     assert record["curve"][-1]["accuracy"] == pytest.approx(record["accuracy"], abs=0.01)
     assert record["curve"][-1]["gain"] == pytest.approx(record["difference"]["accuracy"], abs=0.01)
+
+
+@pytest.mark.parametrize("adapter", [[], ["--align_adapter", "full"]], ids=["head", "adapter"])
+def test_in_feature_space_a_run_goes_on_where_it_stopped_and_its_episode_is_kept(trained, tmp_path, adapter):
+    flags = [*CURVE, *folders(trained), "--align_blocks", 0, *adapter, "--save_episode", 1]
+    for root, n_episodes in (("whole", [5]), ("parts", [2, 5])):
+        for n in n_episodes:
+            more = ["--n_episodes", n, "--results_dir", tmp_path / root, "--resume"]
+            outcome = call("associative_alignment", *flags, *more)
+            assert outcome.status == 0, outcome.err
+    whole, parts = (next((tmp_path / root / "tables").glob("*.json")) for root in ("whole", "parts"))
+    records = [json.loads(path.read_text()) for path in (whole, parts)]
+    for key in ("accuracy_per_episode", "fine_tuning", "curve", "confusion"):
+        assert records[0][key] == records[1][key], key
+    episode = read_episode(tmp_path / "whole" / "episodes" / f"{whole.stem}.pt")
+    assert torch.equal(episode["query"]["before"], episode["query"]["after"]) == (not adapter)
 
 
 def test_without_alignment_the_result_is_fine_tuning(trained, tmp_path):
