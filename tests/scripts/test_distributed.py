@@ -39,7 +39,7 @@ def command(finished, name, root):
     flags = [*flags, *folders(root), "--benchmarks_dir", finished / "benchmarks"]
     if name == "test":
         flags += ["--episodes_file", root / "episodes.json"]
-    if name in ("test", "align", "align_last"):
+    if name in ("test", "align", "align_last", "align_features"):
         flags += ["--init_from", finished / "start.tar"]
     return script, list(map(str, flags))
 
