@@ -15,6 +15,14 @@ from methods.novel_finetune import HeadFit, fit_heads
 # Heads fitted together: more of them spend less time between operations, fewer stay in a nearer cache.
 HEAD_CHUNK = 32
 
+# The 0.975 quantile of Student's t with 1 to 28 degrees of freedom; beyond, it is close to the normal 1.96.
+# fmt: off
+T_975 = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
+    2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
+)
+# fmt: on
+
 
 @dataclass(frozen=True)
 class EpisodeScores:
@@ -35,11 +43,15 @@ class EpisodeScores:
 
 
 def mean_and_ci95(values: Tensor) -> tuple[float, float]:
-    """Mean and 1.96 std / sqrt(n) of n values; the interval of a single value is NaN."""
-    values = values.double()
-    if len(values) < 2:
+    """Mean of n values (n,) and the half-width of its 95% interval, t std / sqrt(n); of a single value it is NaN.
+
+    t is 1.96, or the 0.975 quantile of Student's t with n - 1 degrees of freedom for fewer than 30 values.
+    """
+    values, n = values.double(), len(values)
+    if n < 2:
         return values.mean().item(), math.nan
-    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+    t = T_975[n - 2] if n < 30 else 1.96
+    return values.mean().item(), t * values.std().item() / math.sqrt(n)
 
 
 def count_predictions(scores: Tensor, n_way: int) -> Tensor:

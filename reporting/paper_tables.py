@@ -6,6 +6,7 @@ that methods are compared on the same ones.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +210,22 @@ def paper_number(row: Row, dataset: str) -> tuple[Number | None, str]:
     return None, ""
 
 
+def minus_paper(result: Mapping[str, Any], number: Number | None) -> tuple[float | None, float | None]:
+    """Our accuracy minus the paper's and the 95% interval of the difference: the two are of independent episodes.
+
+    None for both without a number of the paper; None for the interval of a single episode.
+    """
+    if number is None:
+        return None, None
+    ci95 = None if result["ci95"] is None else round(math.hypot(result["ci95"], number[1]), 3)
+    return round(result["accuracy"] - number[0], 3), ci95
+
+
+def signed(difference: float, ci95: float | None) -> str:
+    """`+0.12 ± 0.98`; the interval of a single episode is nan."""
+    return f"{difference:+.2f} ± {math.nan if ci95 is None else ci95:.2f}"
+
+
 def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
     """A record of each row: our number, the paper's, their difference, and what ours was made with.
 
@@ -233,7 +250,7 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
             epochs.setdefault(row.checkpoint, result["config"].get("n_epoch", 0))
             keys = ("accuracy", "ci95", "n_episodes", "n_query", "img_size", "seconds", "seed", "commit", "command")
             record["ours"] = {key: result[key] for key in keys} | {"n_epoch": epochs[row.checkpoint]}
-            record["ours_minus_paper"] = round(result["accuracy"] - number[0], 3) if number else None
+            record["ours_minus_paper"], record["ours_minus_paper_ci95"] = minus_paper(result, number)
             record["gain"] = result["difference"] if result.get("alignment", "none") != "none" else None
             record["result"] = row.result
         records.append(record)
@@ -250,8 +267,8 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
             theirs += f" ({paper['source']})"
         cells = [record["name"], record["backbone"], record["novel_dataset"]]
         cells += [f"{record['n_way']}-way {record['n_shot']}-shot", interval(ours) if ours else "not run yet", theirs]
-        cells.append(f"{record['ours_minus_paper']:+.2f}" if ours and paper else "")
-        cells.append(f"{gain['accuracy']:+.2f} ± {gain['ci95'] or float('nan'):.2f}" if gain else "")
+        cells.append(signed(record["ours_minus_paper"], record["ours_minus_paper_ci95"]) if ours and paper else "")
+        cells.append(signed(gain["accuracy"], gain["ci95"]) if gain else "")
         cells += [str(ours["n_epoch"]), str(ours["n_episodes"]), f"{ours['seconds']:.0f}"] if ours else ["", "", ""]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,4 +1,4 @@
-"""The flags: published defaults, presets, ranges, what predict.py must be given, and dataclasses filled from flags."""
+"""The flags: defaults, presets, ranges, what predict.py must be given, and dataclasses filled from flags."""
 
 import re
 from argparse import Namespace
@@ -26,7 +26,7 @@ UPDATES = {
     **{"critic_hidden": 1024, "critic_steps": 5, "critic_lr": 1e-3},
     **{"critic_constraint": "clip", "critic_clip": 0.01, "critic_gp_weight": 10.0},
 }
-PUBLISHED = {
+DEFAULTS = {
     "transfer": {
         **{**SHARED, **FITTING, **TRAINING},
         **{"method": "arcMax", "n_epoch": 600, "batch_size": 64, "s": 20.0, "m": 0.01, "ft_m": 0.01},
@@ -63,9 +63,9 @@ def refusal(stage: str, *flags: str) -> str:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_defaults_are_the_published_protocol(stage):
+def test_the_defaults_are_those_that_the_readme_describes(stage):
     found = vars(parsed(stage))
-    assert {name: found[name] for name in PUBLISHED[stage]} == PUBLISHED[stage]
+    assert {name: found[name] for name in DEFAULTS[stage]} == DEFAULTS[stage]
     assert found["cache_dir"] == Path("fs_benchmarks/.cache")
 
 
@@ -84,6 +84,37 @@ def test_the_laptop_preset_swaps_defaults_and_flags_on_either_side_win(stage, ex
     assert set(found) == set(vars(parsed(stage)))  # none of the flags of another stage
     args = parsed(stage, "--n_shot", "5", "--preset", "laptop", "--n_episodes", "7")
     assert values(args, "n_shot", "n_episodes", "n_query") == (5, 7, 15)
+
+
+PUBLISHED_CODE = {"n_shot": 1, "testing_epochs": 10, "seed": 10}
+PUBLISHED_CODE_META = PUBLISHED_CODE | {"data_aug": False, "episodes_per_epoch": 150, "n_epoch": 600}
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [("transfer", PUBLISHED_CODE), ("meta", PUBLISHED_CODE_META), ("alignment", PUBLISHED_CODE)],
+)
+def test_the_published_code_preset_changes_what_differs_and_nothing_else(stage, expected):
+    defaults, found = vars(parsed(stage)), vars(parsed(stage, "--preset", "published_code"))
+    changed = {name: value for name, value in found.items() if value != defaults[name]}
+    assert changed == expected | {"preset": "published_code"} and set(found) == set(defaults)
+    args = parsed(stage, "--n_shot", "5", "--preset", "published_code", "--seed", "3")
+    assert values(args, "n_shot", "seed", "testing_epochs") == (5, 3, 10)
+
+
+@pytest.mark.parametrize("stage", ["transfer", "meta", "alignment"])
+def test_help_names_the_value_of_the_published_code_where_it_differs(stage):
+    help_of = {action.dest: action.help for action in stage_parser(stage)._actions}
+    for name, value in (PUBLISHED_CODE_META if stage == "meta" else PUBLISHED_CODE).items():
+        assert re.search(rf"published code: {value}\b", help_of[name]), name
+    assert "published code draws them anew, which no flag does" in help_of["val_episodes"]
+
+
+def test_predict_has_no_preset_of_the_published_code():
+    needed = NEEDED["predict"]
+    assert "unrecognized arguments: --preset published_code" in refusal(
+        "predict", *needed, "--preset", "published_code"
+    )
 
 
 def test_the_tuned_preset_follows_the_alignment_and_yields_to_flags():

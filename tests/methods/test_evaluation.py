@@ -11,6 +11,7 @@ from engine.generators import make_generator
 from engine.run import Run
 from methods import evaluation
 from methods.evaluation import (
+    T_975,
     EpisodeScores,
     accuracy_per_class,
     confusion_matrix,
@@ -108,11 +109,24 @@ def test_the_share_that_is_right_is_of_each_class():
 # What is reported.
 
 
-def test_the_interval_is_1_96_standard_errors():
-    values = [0.2, 0.5, 0.9, 0.4, 0.6]
-    mean, ci95 = mean_and_ci95(torch.tensor(values))
+@pytest.mark.parametrize(("n", "t"), [(5, 2.7764), (29, 2.0484), (30, 1.96), (600, 1.96)])
+def test_the_interval_is_1_96_standard_errors_and_students_t_of_few_values(n, t):
+    values = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.double).tolist()
+    mean, ci95 = mean_and_ci95(torch.tensor(values, dtype=torch.double))
     assert mean == pytest.approx(statistics.mean(values))
-    assert ci95 == pytest.approx(1.96 * statistics.stdev(values) / math.sqrt(5))
+    assert ci95 == pytest.approx(t * statistics.stdev(values) / math.sqrt(n))
+
+
+def test_the_table_of_students_t_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    assert T_975 == pytest.approx([stats.t.ppf(0.975, degrees) for degrees in range(1, 29)], abs=5e-5)
+
+
+@pytest.mark.parametrize("n", [3, 10])
+def test_the_interval_of_few_values_covers_the_true_mean_95_times_in_100(n):
+    draws = torch.randn(4000, n, generator=torch.Generator().manual_seed(n))
+    covered = sum(abs(mean) <= ci95 for mean, ci95 in map(mean_and_ci95, draws))
+    assert 0.94 < covered / 4000 < 0.96
 
 
 def test_the_interval_covers_the_true_mean_95_times_in_100():

@@ -39,7 +39,7 @@ def test_accuracies_are_percent_pooled_and_of_each_episode_and_class():
     episodes = Episodes(torch.zeros(2, 2, 5, dtype=torch.long), torch.tensor([[0, 1], [2, 0]]), 1)
     record = accuracy_record(scores, episodes, ["ant", "bee", "cat"])
     assert record["accuracy_per_episode"] == [87.5, 37.5] and record["accuracy"] == 62.5
-    assert record["ci95"] == pytest.approx(1.96 * 25, abs=0.01)  # standard error: half the distance of two values
+    assert record["ci95"] == pytest.approx(12.7062 * 25, abs=0.01)  # standard error: half the distance of two values
     assert record["accuracy_per_class"] == {"ant": 50.0, "bee": 100.0, "cat": 50.0}
     assert record["confusion"]["ant"] == {"ant": 4, "bee": 1, "cat": 3}
     check_confusion(record, 16)
@@ -50,7 +50,7 @@ def test_accuracies_are_percent_pooled_and_of_each_episode_and_class():
 def test_a_paired_difference_has_the_interval_of_the_differences():
     before, after = torch.tensor([0.2, 0.8, 0.2, 0.8]), torch.tensor([0.21, 0.83, 0.21, 0.83])
     mean, ci95 = paired_difference(before, after)
-    assert mean == pytest.approx(0.02) and ci95 == pytest.approx(1.96 * (4 / 3) ** 0.5 * 0.01 / 2, rel=1e-4)
+    assert mean == pytest.approx(0.02) and ci95 == pytest.approx(3.1824 * (4 / 3) ** 0.5 * 0.01 / 2, rel=1e-4)
     assert paired_difference(after, before)[0] == pytest.approx(-mean)
 
 
@@ -60,6 +60,6 @@ def test_a_curve_is_accuracy_and_gain_at_every_recorded_iteration():
     assert [row["iteration"] for row in rows] == [0, 5, 10]
     assert [row["accuracy"] for row in rows] == pytest.approx([40, 60, 60])
     assert [row["gain"] for row in rows] == pytest.approx([0, 20, 20])
-    assert [row["gain_ci95"] for row in rows] == pytest.approx([0, 0, 1.96 * 10], abs=1e-4)
-    assert rows[1]["ci95"] == pytest.approx(1.96 * 20)
+    assert [row["gain_ci95"] for row in rows] == pytest.approx([0, 0, 12.7062 * 10], abs=1e-4)
+    assert rows[1]["ci95"] == pytest.approx(12.7062 * 20)
     assert curve_record(accuracy, 0) == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -35,9 +36,20 @@ def test_the_table_shows_how_far_we_are_from_the_paper():
     aligned = done | {"alignment": "centroid", "difference": {"accuracy": 1.5, "ci95": 0.2}, "config": {}}
     results = [None, None, done, *[None] * 4, aligned, None]
     lines = markdown(compare("miniImagenet", rows, results)).splitlines()[2:]
-    assert "52.00 ± 0.80 | 51.37 ± 0.69 (published code) | +0.63 |  | 600 | 600 | 12 |" in lines[2]
-    assert "52.00 ± 0.80 | 53.14 ± 1.06 | -1.14 | +1.50 ± 0.20 | 600 | 600 | 12 |" in lines[7]
+    assert "52.00 ± 0.80 | 51.37 ± 0.69 (published code) | +0.63 ± 1.06 |  | 600 | 600 | 12 |" in lines[2]
+    assert "52.00 ± 0.80 | 53.14 ± 1.06 | -1.14 ± 1.33 | +1.50 ± 0.20 | 600 | 600 | 12 |" in lines[7]
     assert "not run yet | 52.13 ± 0.99 |  |" in lines[8] and "not run yet | not known here |" in lines[0]
+
+
+def test_ours_minus_paper_has_the_interval_of_two_independent_means(row):
+    result = dict.fromkeys(("n_episodes", "n_query", "img_size", "seconds", "seed", "commit", "command"), 1)
+    result |= {"accuracy": 73.71, "config": {}}
+    aligned = replace(row, name="arcMax, centroid alignment", n_shot=1)  # 62.71 ± 0.88 in the paper
+    for ci95, expected, shown in ((0.66, 1.1, "+11.00 ± 1.10"), (0.0, 0.88, "+11.00 ± 0.88"), (None, None, "± nan")):
+        records = compare("CUB", [aligned, row], [result | {"ci95": ci95}] * 2)
+        assert (records[0]["ours_minus_paper"], records[0]["ours_minus_paper_ci95"]) == (11.0, expected)
+        assert (records[1]["ours_minus_paper"], records[1]["ours_minus_paper_ci95"]) == (None, None)
+        assert shown in markdown(records)
 
 
 @pytest.fixture

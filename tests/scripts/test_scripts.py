@@ -39,7 +39,7 @@ def test_stage_3_reports_fine_tuning_alignment_and_their_paired_difference(train
     ]
     assert len(gains) == 3
     assert record["difference"]["accuracy"] == pytest.approx(sum(gains) / 3, abs=0.01)
-    assert record["difference"]["ci95"] == pytest.approx(1.96 * torch.tensor(gains).std().item() / 3**0.5, abs=0.01)
+    assert record["difference"]["ci95"] == pytest.approx(4.3027 * torch.tensor(gains).std().item() / 3**0.5, abs=0.01)
     assert "paired difference" in outcome.out
 
 
