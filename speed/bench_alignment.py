@@ -26,19 +26,7 @@ from methods.related_base import RelatedSetting, draw_related, related_base_of_h
 from models.backbone import Backbone
 from models.heads import Head
 from speed import reference_loops as plain
-from speed.common import (
-    Bench,
-    Measured,
-    Setting,
-    clones,
-    count_flops,
-    difference,
-    example_backbone,
-    for_ours,
-    load,
-    run,
-    timed,
-)
+from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, run, timed
 
 WORK = "an alignment episode: 150 iterations"
 N_WAY, SEED, EPISODE = 5, 0, 0
@@ -68,7 +56,7 @@ def episode_of(setting: Setting) -> Episode:
     """The same on both sides."""
     base, _ = load(setting, "base")
     novel, _ = load(setting, "novel")
-    backbone = for_ours(example_backbone(setting, base))
+    backbone = new_conv4(setting, base)
     blocks = blocks_to_update(backbone, None)
     cache = FeatureCache(setting.folder / "cache", setting.run)
     base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
@@ -96,6 +84,7 @@ def reference(setting: Setting) -> dict[str, Measured]:
     backbone = plain.conv4(e.backbone)
     initial, weight = clones(backbone), new_head(e, a.fit).weight
     z_support, y_support = e.novel.features[e.task.support], e.task.y_support
+    images = e.base.split.images
     x_support, x_query = (normalise(e.novel.split.images[index]) for index in (e.task.support, e.task.query))
 
     def episode(iterations: int) -> tuple[float, float, list[list[float]], Tensor]:
@@ -108,21 +97,17 @@ def reference(setting: Setting) -> dict[str, Measured]:
 
         once, (head, head_optimizer) = timed(begin)
         head.s, head.m = a.align_s, a.align_m
-        align_optimizer = torch.optim.Adam(backbone.parameters(), lr=a.align_lr)
-        joint_optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=a.support_lr)
+        align = torch.optim.Adam(backbone.parameters(), lr=a.align_lr)
+        joint = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=a.support_lr)
+        optimizers, support = [align, head_optimizer, joint], (x_support, y_support)
         generator = make_generator(SEED, "related draws", EPISODE)
 
         def iterate() -> list[list[float]]:
             losses = []
             for _ in range(iterations):
                 picks, y_related = draw_related(samples, a.related.aug_size, generator)
-                x_related = normalise(e.base.split.images[picks])
-                losses.append(
-                    plain.align_iteration(
-                        backbone, head, align_optimizer, head_optimizer, joint_optimizer, x_support, y_support,
-                        x_related, y_related, N_WAY,
-                    )
-                )  # fmt: skip
+                related = normalise(images[picks]), y_related
+                losses.append(plain.align_iteration(backbone, head, optimizers, support, related, N_WAY))
             return losses
 
         @torch.no_grad()
@@ -173,22 +158,17 @@ def flops(setting: Setting) -> dict[str, float]:
     return {WORK: one + (two - one) * (ITERATIONS[setting.scale] - 1)}
 
 
-BENCH = Bench(
-    name="alignment",
-    targets={WORK: {"fp32": 4, "bf16": 7}},
-    reference=reference,
-    ours=ours,
-    flops=flops,
-    tolerances={
-        # Adam makes a step of the rate also where a gradient is near rounding. So the reference itself is, in
-        # channels-last memory, 0.003 in its losses, 0.04 in its accuracy (near chance: the backbone is random) and 0.15
-        # in its update from what it gives in contiguous memory; with one thread instead of two nearly as much.
-        "losses": {"fp32": 0.01, "bf16": 0.1},
-        # Half precision moves queries of one episode: parity is a matter of paired episodes, not of this one.
-        "accuracy": {"fp32": 0.06, "bf16": 0.5},
-        "update": {"fp32": 0.3, "bf16": 0.5},
-    },
-)
+TARGETS = {WORK: {"fp32": 4.0, "bf16": 7.0}}
+TOLERANCES = {
+    # Adam makes a step of the rate also where a gradient is near rounding. So the reference itself is, in
+    # channels-last memory, 0.003 in its losses, 0.04 in its accuracy (near chance: the backbone is random) and 0.15
+    # in its update from what it gives in contiguous memory; with one thread instead of two nearly as much.
+    "losses": {"fp32": 0.01, "bf16": 0.1},
+    # Half precision moves queries of one episode: parity is a matter of paired episodes, not of this one.
+    "accuracy": {"fp32": 0.06, "bf16": 0.5},
+    "update": {"fp32": 0.3, "bf16": 0.5},
+}
+BENCH = Bench("alignment", TARGETS, reference, ours, flops, TOLERANCES)
 
 if __name__ == "__main__":
     run_script(lambda: run([BENCH], "python -m speed.bench_alignment", __doc__))
