@@ -8,6 +8,7 @@ python -m speed.bench_meta_learning
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,7 +114,7 @@ def reference_evaluation(setting: Setting, t: Work) -> Tensor:
     return torch.stack(accuracy)
 
 
-def of_each_method(setting: Setting, side: Callable[[Setting, Work], dict[str, T]]) -> dict[str, T]:
+def of_each_method(side: Callable[[Setting, Work], dict[str, T]], setting: Setting) -> dict[str, T]:
     """What a side gives for the works of one method, for all methods."""
     each = [side(setting, work_of(setting, method)) for method in META_LEARNERS]
     return {name: value for works in each for name, value in works.items()}
@@ -145,13 +146,8 @@ def both_works(
     }
 
 
-def reference_works(setting: Setting, t: Work) -> dict[str, Measured]:
+def reference(setting: Setting, t: Work) -> dict[str, Measured]:
     return both_works(setting, t, t.plain_backbone, reference_training, reference_evaluation)
-
-
-def reference(setting: Setting) -> dict[str, Measured]:
-    """Training and evaluation of each method."""
-    return of_each_method(setting, reference_works)
 
 
 def our_training(setting: Setting, t: Work, augmentation: Augmentation | None) -> float:
@@ -167,16 +163,11 @@ def our_evaluation(setting: Setting, t: Work) -> Tensor:
     return evaluate_meta_learner(t.learner, z_novel, t.novel_episodes, setting.run).accuracy
 
 
-def our_works(setting: Setting, t: Work) -> dict[str, Measured]:
+def ours(setting: Setting, t: Work) -> dict[str, Measured]:
     return both_works(setting, t, t.backbone, our_training, our_evaluation)
 
 
-def ours(setting: Setting) -> dict[str, Measured]:
-    """Training and evaluation of each method."""
-    return of_each_method(setting, our_works)
-
-
-def flops_of(setting: Setting, t: Work) -> dict[str, float]:
+def flops(setting: Setting, t: Work) -> dict[str, float]:
     """One training episode, and one episode of evaluation plus the embedding of one image, scaled up."""
     per_image = count_flops(lambda: embed(t.backbone, t.novel.images[:1], setting.run))
     z = embed(t.backbone, t.novel.images[:64], setting.run, maps=t.learner.uses_maps)
@@ -187,10 +178,6 @@ def flops_of(setting: Setting, t: Work) -> dict[str, float]:
         evaluation(t.method): per_image * len(t.novel.labels) + per_episode * len(t.novel_episodes),
         training(t.method): trained * N_EPISODES / TIMED_TRAINING[setting.scale],
     }
-
-
-def flops(setting: Setting) -> dict[str, float]:
-    return of_each_method(setting, flops_of)
 
 
 TARGETS = {
@@ -205,7 +192,8 @@ TOLERANCES = {
     "update without augmentation": {"fp32": 0.3, "bf16": 0.7},
     "accuracy": {"fp32": 0.02, "bf16": 0.05},
 }
-BENCH = Bench("meta_learning", TARGETS, reference, ours, flops, TOLERANCES)
+REFERENCE, OURS = partial(of_each_method, reference), partial(of_each_method, ours)
+BENCH = Bench("meta_learning", TARGETS, REFERENCE, OURS, partial(of_each_method, flops), TOLERANCES)
 
 if __name__ == "__main__":
     run_script(lambda: run([BENCH], "python -m speed.bench_meta_learning", __doc__))
