@@ -42,9 +42,9 @@ def write_jpegs(root: Path, n_images: int) -> None:
 
 
 def memory_mib() -> dict[str, float]:
-    """Resident memory of this process in MiB: its own pages, mapped file pages, and the peak of their sum."""
+    """Resident memory of this process in MiB: its own pages, mapped file pages, their sum, and the peak of that."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(fields[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile", "VmHWM")}
+    return {name: int(fields[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile", "VmRSS", "VmHWM")}
 
 
 def cache(root: str, cache_dir: str) -> dict[str, float]:

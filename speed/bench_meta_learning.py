@@ -6,9 +6,11 @@ Both sides are timed on a few training episodes, and the reference on a few epis
 python -m speed.bench_meta_learning
 """
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +27,9 @@ from methods.meta_learners import META_LEARNERS, build_meta_learner, uses_maps
 from models import Model
 from models.backbone import Backbone
 from speed import reference_loops as plain
-from speed.common import (
-    Bench,
-    Measured,
-    Setting,
-    clones,
-    count_flops,
-    difference,
-    example_backbone,
-    for_ours,
-    load,
-    run,
-    timed,
-)
+from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, run, timed
 
+T = TypeVar("T")
 N_EPISODES, SEED, LR = 100, 0, 1e-3
 AUGMENTATION = Augmentation()
 TIMED_TRAINING = {"tiny": 1, "full": 4}
@@ -55,8 +46,9 @@ def evaluation(method: str) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """The splits, their episodes and the model of one method."""
+    """The splits, their episodes and the model of one method; of the backbone, one for each side."""
 
+    method: str
     base: Split
     base_paths: list[Path]
     novel: Split
@@ -64,6 +56,7 @@ class Work:
     train_episodes: Episodes
     novel_episodes: Episodes
     backbone: Backbone
+    plain_backbone: nn.Sequential
     learner: MetaLearner
 
 
@@ -72,35 +65,28 @@ def work_of(setting: Setting, method: str) -> Work:
     novel, novel_paths = load(setting, "novel")
     n_shot, n_train_query, n_query = (2, 3, 4) if setting.tiny else (5, 16, 50)
     n_evaluated = TIMED_EVALUATION["tiny"] if setting.tiny else N_EPISODES
-    backbone = example_backbone(setting, base, relation=uses_maps(method))
+    backbone = new_conv4(setting, base, relation=uses_maps(method))
     with seeded(SEED, "meta-learner"):
         learner = build_meta_learner(method, backbone)
-    return Work(
-        base,
-        base_paths,
-        novel,
-        novel_paths,
-        sample_episodes(base, EpisodeShape(5, n_shot, n_train_query), TIMED_TRAINING[setting.scale], SEED),
-        sample_episodes(novel, EpisodeShape(5, n_shot, n_query), n_evaluated, SEED),
-        backbone,
-        learner,
-    )
+    train = sample_episodes(base, EpisodeShape(5, n_shot, n_train_query), TIMED_TRAINING[setting.scale], SEED)
+    evaluated = sample_episodes(novel, EpisodeShape(5, n_shot, n_query), n_evaluated, SEED)
+    plain_backbone = plain.conv4(backbone)
+    return Work(method, base, base_paths, novel, novel_paths, train, evaluated, backbone, plain_backbone, learner)
 
 
-def embedded(backbone: nn.Module, learner: MetaLearner, x: Tensor, index: Tensor) -> Tensor:
-    """Features, or maps, of an episode: (n_way, n_shot + n_query, ...)."""
-    z = backbone(x)
-    return (z if learner.uses_maps else z.flatten(1)).unflatten(0, tuple(index.shape))
+def reference_scores(t: Work, x: Tensor, index: Tensor, n_shot: int) -> Tensor:
+    """Scores of the queries of an episode: index (n_way, n_shot + n_query), of its images x."""
+    z = t.plain_backbone(x)
+    z = (z if t.learner.uses_maps else z.flatten(1)).unflatten(0, tuple(index.shape))
+    return plain.meta_scores(t.learner, z, n_shot)
 
 
-def reference_training(
-    setting: Setting, t: Work, backbone: nn.Module, learner: MetaLearner, augmentation: Augmentation | None
-) -> float:
+def reference_training(setting: Setting, t: Work, augmentation: Augmentation | None) -> float:
     """A step an episode, all its images from their files; the mean loss. The draws are those of train_one_epoch."""
-    optimizer = torch.optim.Adam([*backbone.parameters(), *learner.parameters()], lr=LR)
+    optimizer = torch.optim.Adam([*t.plain_backbone.parameters(), *t.learner.parameters()], lr=LR)
     y_query = class_major_labels(5, t.train_episodes.query.shape[2])
-    backbone.train()
-    learner.train()
+    t.plain_backbone.train()
+    t.learner.train()
     losses = []
     for k, index in enumerate(t.train_episodes.index):
         files = [t.base_paths[i] for i in index.flatten()]
@@ -110,67 +96,58 @@ def reference_training(
             x = torch.stack([plain.training_input(f, d, setting.img_size) for f, d in zip(files, draws, strict=True)])
         else:
             x = plain.evaluation_inputs(files, setting.img_size)
-        scores = plain.meta_scores(learner, embedded(backbone, learner, x, index), t.train_episodes.n_shot)
-        loss = plain.meta_loss(learner, scores, y_query)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+        scores = reference_scores(t, x, index, t.train_episodes.n_shot)
+        losses.append(plain.step(plain.meta_loss(t.learner, scores, y_query), optimizer))
     return sum(losses) / len(losses)
 
 
 @torch.no_grad()
-def reference_evaluation(setting: Setting, t: Work, backbone: nn.Module, learner: MetaLearner) -> Tensor:
+def reference_evaluation(setting: Setting, t: Work) -> Tensor:
     """Accuracy of the first episodes, one after another."""
-    backbone.eval()
-    learner.eval()
+    t.plain_backbone.eval()
+    t.learner.eval()
     accuracy = []
     for index in t.novel_episodes.index[: TIMED_EVALUATION[setting.scale]]:
         x = plain.evaluation_inputs([t.novel_paths[i] for i in index.flatten()], setting.img_size)
-        scores = plain.meta_scores(learner, embedded(backbone, learner, x, index), t.novel_episodes.n_shot)
+        scores = reference_scores(t, x, index, t.novel_episodes.n_shot)
         accuracy.append(plain.share_right(scores, 5).mean())
     return torch.stack(accuracy)
 
 
-def reference(setting: Setting) -> dict[str, Measured]:
-    """Training and evaluation of each method."""
-    measured: dict[str, Measured] = {}
-    for method in META_LEARNERS:
-        t = work_of(setting, method)
-        backbone, learner = plain.conv4(t.backbone), copy.deepcopy(t.learner)
-        evaluate_seconds, accuracy = timed(lambda: reference_evaluation(setting, t, backbone, learner))  # noqa: B023
-        train_seconds, loss = timed(lambda: reference_training(setting, t, backbone, learner, AUGMENTATION))  # noqa: B023
-        backbone, learner = plain.conv4(t.backbone), copy.deepcopy(t.learner)
-        before, learner_before = clones(backbone), clones(learner)
-        plain_loss = reference_training(setting, t, backbone, learner, None)
-        measured |= rows(
-            setting, method, train_seconds, evaluate_seconds * len(t.novel_episodes) / len(accuracy),
-            loss, plain_loss, difference(backbone, before), difference(learner, learner_before), accuracy,
-        )  # fmt: skip
-    return measured
+def of_each_method(side: Callable[[Setting, Work], dict[str, T]], setting: Setting) -> dict[str, T]:
+    """What a side gives for the works of one method, for all methods."""
+    each = [side(setting, work_of(setting, method)) for method in META_LEARNERS]
+    return {name: value for works in each for name, value in works.items()}
 
 
-def rows(
-    setting: Setting,
-    method: str,
-    train_seconds: float,
-    evaluate_seconds: float,
-    loss: float,
-    plain_loss: float,
-    update: Tensor,
-    learner_update: Tensor,
-    accuracy: Tensor,
+def both_works(
+    setting: Setting, t: Work, backbone: nn.Module, train: Callable[..., float], evaluate: Callable[..., Tensor]
 ) -> dict[str, Measured]:
-    """Both works of a method; train_seconds are those of the timed episodes."""
+    """Evaluation, training, and training anew without augmentation, of one side on its backbone.
+
+    train(setting, t, augmentation) gives the mean loss of the timed episodes; evaluate(setting, t) the accuracy of at
+    least TIMED_EVALUATION episodes.
+    """
+    trained = nn.ModuleList([backbone, t.learner])
+    before = clones(trained)
+    evaluate_seconds, accuracy = timed(lambda: evaluate(setting, t))
+    train_seconds, loss = timed(lambda: train(setting, t, AUGMENTATION))
+    trained.load_state_dict(before)
+    plain_loss = train(setting, t, None)
     answer = {
         "loss": torch.tensor(loss),
         "loss without augmentation": torch.tensor(plain_loss),
-        "update without augmentation": torch.cat([update, learner_update]),
+        "update without augmentation": difference(trained, before),
     }
+    evaluate_seconds *= len(t.novel_episodes) / len(accuracy)
     return {
-        training(method): Measured(train_seconds * N_EPISODES / TIMED_TRAINING[setting.scale], answer),
-        evaluation(method): Measured(evaluate_seconds, {"accuracy": accuracy}),
+        training(t.method): Measured(train_seconds * N_EPISODES / TIMED_TRAINING[setting.scale], answer),
+        evaluation(t.method): Measured(evaluate_seconds, {"accuracy": accuracy[: TIMED_EVALUATION[setting.scale]]}),
     }
+
+
+def reference(setting: Setting, t: Work) -> dict[str, Measured]:
+    return both_works(setting, t, t.plain_backbone, reference_training, reference_evaluation)
 
 
 def our_training(setting: Setting, t: Work, augmentation: Augmentation | None) -> float:
@@ -186,64 +163,37 @@ def our_evaluation(setting: Setting, t: Work) -> Tensor:
     return evaluate_meta_learner(t.learner, z_novel, t.novel_episodes, setting.run).accuracy
 
 
-def ours(setting: Setting) -> dict[str, Measured]:
-    """Training and evaluation of each method."""
-    measured: dict[str, Measured] = {}
-    for method in META_LEARNERS:
-        t = work_of(setting, method)
-        for_ours(t.backbone)
-        before, learner_before = clones(t.backbone), clones(t.learner)
-        evaluate_seconds, accuracy = timed(lambda: our_evaluation(setting, t))  # noqa: B023
-        train_seconds, loss = timed(lambda: our_training(setting, t, AUGMENTATION))  # noqa: B023
-        t.backbone.load_state_dict(before)
-        t.learner.load_state_dict(learner_before)
-        plain_loss = our_training(setting, t, None)
-        measured |= rows(
-            setting, method, train_seconds, evaluate_seconds, loss, plain_loss,
-            difference(t.backbone, before), difference(t.learner, learner_before),
-            accuracy[: TIMED_EVALUATION[setting.scale]],
-        )  # fmt: skip
-    return measured
+def ours(setting: Setting, t: Work) -> dict[str, Measured]:
+    return both_works(setting, t, t.backbone, our_training, our_evaluation)
 
 
-def flops(setting: Setting) -> dict[str, float]:
+def flops(setting: Setting, t: Work) -> dict[str, float]:
     """One training episode, and one episode of evaluation plus the embedding of one image, scaled up."""
-    counted: dict[str, float] = {}
-    for method in META_LEARNERS:
-        t = work_of(setting, method)
-        for_ours(t.backbone)
-        per_image = count_flops(
-            lambda: embed(t.backbone, t.novel.images[:1], setting.run)  # noqa: B023
-        )
-        z = embed(t.backbone, t.novel.images[:64], setting.run, maps=t.learner.uses_maps)
-        some = Episodes(t.novel_episodes.index[:1] % len(z), t.novel_episodes.classes[:1], t.novel_episodes.n_shot)
-        per_episode = count_flops(lambda: evaluate_meta_learner(t.learner, z, some, setting.run))  # noqa: B023
-        counted[evaluation(method)] = per_image * len(t.novel.labels) + per_episode * len(t.novel_episodes)
-        trained = count_flops(lambda: our_training(setting, t, AUGMENTATION))  # noqa: B023
-        counted[training(method)] = trained * N_EPISODES / TIMED_TRAINING[setting.scale]
-    return counted
+    per_image = count_flops(lambda: embed(t.backbone, t.novel.images[:1], setting.run))
+    z = embed(t.backbone, t.novel.images[:64], setting.run, maps=t.learner.uses_maps)
+    some = Episodes(t.novel_episodes.index[:1] % len(z), t.novel_episodes.classes[:1], t.novel_episodes.n_shot)
+    per_episode = count_flops(lambda: evaluate_meta_learner(t.learner, z, some, setting.run))
+    trained = count_flops(lambda: our_training(setting, t, AUGMENTATION))
+    return {
+        evaluation(t.method): per_image * len(t.novel.labels) + per_episode * len(t.novel_episodes),
+        training(t.method): trained * N_EPISODES / TIMED_TRAINING[setting.scale],
+    }
 
 
-BENCH = Bench(
-    name="meta_learning",
-    targets={
-        work(method): {"fp32": ratio}
-        for method in META_LEARNERS
-        for work, ratio in ((training, 1.5), (evaluation, 5.0))
-    },
-    reference=reference,
-    ours=ours,
-    flops=flops,
-    tolerances={
-        # PIL rounds the augmented images to whole grey levels.
-        "loss": {"fp32": 0.05, "bf16": 0.1},
-        # Four steps of Adam magnify rounding: in channels-last memory MatchingNet's reference is 0.007 in its loss and
-        # 0.15 in its update from what it gives in contiguous memory.
-        "loss without augmentation": {"fp32": 0.02, "bf16": 0.1},
-        "update without augmentation": {"fp32": 0.3, "bf16": 0.7},
-        "accuracy": {"fp32": 0.02, "bf16": 0.05},
-    },
-)
+TARGETS = {
+    work(method): {"fp32": ratio} for method in META_LEARNERS for work, ratio in ((training, 1.5), (evaluation, 5.0))
+}
+TOLERANCES = {
+    # PIL rounds the augmented images to whole grey levels.
+    "loss": {"fp32": 0.05, "bf16": 0.1},
+    # Four steps of Adam magnify rounding: in channels-last memory MatchingNet's reference is 0.007 in its loss and
+    # 0.15 in its update from what it gives in contiguous memory.
+    "loss without augmentation": {"fp32": 0.02, "bf16": 0.1},
+    "update without augmentation": {"fp32": 0.3, "bf16": 0.7},
+    "accuracy": {"fp32": 0.02, "bf16": 0.05},
+}
+REFERENCE, OURS = partial(of_each_method, reference), partial(of_each_method, ours)
+BENCH = Bench("meta_learning", TARGETS, REFERENCE, OURS, partial(of_each_method, flops), TOLERANCES)
 
 if __name__ == "__main__":
     run_script(lambda: run([BENCH], "python -m speed.bench_meta_learning", __doc__))

@@ -21,7 +21,7 @@ from methods.related_base import RelatedSetting, related_base_of_head
 from models.backbone import Backbone
 from models.heads import Head
 from speed import reference_loops as plain
-from speed.common import Bench, Measured, Setting, count_flops, example_backbone, for_ours, load, run, timed
+from speed.common import Bench, Measured, Setting, count_flops, load, new_conv4, run, timed
 
 WORK = "related base detection of an episode"
 N_WAY, N_SHOT = 5, 2
@@ -44,10 +44,9 @@ def work(setting: Setting) -> Work:
     """The features come from a cache on disk: all repeats find the same ones."""
     base, paths = load(setting, "base")
     novel, _ = load(setting, "novel")
-    backbone = for_ours(example_backbone(setting, base))
-    source = FeatureCache(setting.folder / "cache", setting.run).source(
-        backbone, blocks_to_update(backbone, None), base
-    )
+    backbone = new_conv4(setting, base)
+    cache = FeatureCache(setting.folder / "cache", setting.run)
+    source = cache.source(backbone, blocks_to_update(backbone, None), base)
     task = sample_episodes(novel, EpisodeShape(N_WAY, N_SHOT, 1), 1, seed=0).task(0)
     head = FIT.new_head(backbone.feature_dim, N_WAY, make_generator(0, "head", 0))
     z_support = embed(backbone, novel.images[task.support], setting.run)
@@ -93,11 +92,9 @@ def reference(setting: Setting) -> dict[str, Measured]:
 
 def ours(setting: Setting) -> dict[str, Measured]:
     """What align_episode calls."""
-    t = work(setting)
-    seconds, related = timed(
-        lambda: related_base_of_head(t.head, t.base, RelatedSetting(N_B[setting.scale])),
-        at_least=0.0 if setting.tiny else 1.0,
-    )
+    t, related_setting = work(setting), RelatedSetting(N_B[setting.scale])
+    at_least = 0.0 if setting.tiny else 1.0
+    seconds, related = timed(lambda: related_base_of_head(t.head, t.base, related_setting), at_least)
     kept = torch.zeros(N_WAY, len(t.paths))
     for w, b in timed_classes(setting, related.classes):
         samples = related.samples[w]
@@ -110,19 +107,14 @@ def flops(setting: Setting) -> dict[str, float]:
     return {WORK: count_flops(lambda: related_base_of_head(t.head, t.base, RelatedSetting(N_B[setting.scale])))}
 
 
-BENCH = Bench(
-    name="related_base",
-    targets={WORK: {"fp32": 1000}},
-    reference=reference,
-    ours=ours,
-    flops=flops,
-    tolerances={
-        "score": {"fp32": 0.01, "bf16": 0.01},
-        "classes": {"fp32": 0.0, "bf16": 0.0},
-        # The root of the share of samples that only one side keeps.
-        "samples": {"fp32": 0.05, "bf16": 0.3},
-    },
-)
+TARGETS = {WORK: {"fp32": 1000.0}}
+TOLERANCES = {
+    "score": {"fp32": 0.01, "bf16": 0.01},
+    "classes": {"fp32": 0.0, "bf16": 0.0},
+    # The root of the share of samples that only one side keeps.
+    "samples": {"fp32": 0.05, "bf16": 0.3},
+}
+BENCH = Bench("related_base", TARGETS, reference, ours, flops, TOLERANCES)
 
 if __name__ == "__main__":
     run_script(lambda: run([BENCH], "python -m speed.bench_related_base", __doc__))

@@ -6,18 +6,21 @@ python -m speed.bench_validation --precision bf16
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data.benchmarks import Split
 from data.episodes import Episodes, EpisodeShape, class_major_labels, sample_episodes
 from engine.generators import make_generator
 from engine.script import run_script
 from methods.evaluation import evaluate_heads
 from methods.features import embed
 from methods.novel_finetune import HeadFit, fit_heads
+from models.backbone import Backbone
 from speed import reference_loops as plain
-from speed.common import Bench, Measured, Setting, count_flops, example_backbone, for_ours, load, run, timed
+from speed.common import Bench, Measured, Setting, count_flops, load, new_conv4, run, timed
 
 VALIDATION, FITTING = "validation: 400 episodes of 5-way 5-shot", "fitting the heads of 400 episodes"
 SEED = 0
@@ -41,8 +44,29 @@ FIT = HeadFit()
 SIZES = {"tiny": Sizes(2, 5, 4, 20, 4, 4), "full": Sizes(5, 50, 400, 200, 4, 20)}
 
 
-def toy_features(episodes: Episodes, labels: Tensor, d: int) -> Tensor:
-    """Positive features (N, d), a direction a class and noise, for the fitting alone."""
+@dataclass(frozen=True)
+class Work:
+    """The validation split, its files and episodes, the backbone, and features for the fitting alone."""
+
+    size: Sizes
+    val: Split
+    paths: list[Path]
+    episodes: Episodes
+    backbone: Backbone
+    features: Tensor
+
+
+def work(setting: Setting) -> Work:
+    """The same on both sides."""
+    size = SIZES[setting.scale]
+    val, paths = load(setting, "val")
+    episodes = sample_episodes(val, EpisodeShape(5, size.n_shot, size.n_query), size.n_episodes, SEED)
+    backbone = new_conv4(setting, load(setting, "base")[0])
+    return Work(size, val, paths, episodes, backbone, toy_features(val.labels, backbone.feature_dim))
+
+
+def toy_features(labels: Tensor, d: int) -> Tensor:
+    """Positive features (N, d), a direction a class and noise."""
     generator = make_generator(SEED, "features")
     centre = torch.rand(int(labels.max()) + 1, d, generator=generator)
     return (centre[labels] + torch.randn(len(labels), d, generator=generator)).clamp_min(0.0)
@@ -55,115 +79,78 @@ def initial_weight(d: int, n_way: int, episode: int) -> Tensor:
 
 def reference(setting: Setting) -> dict[str, Measured]:
     """Both works, one episode after another."""
-    size = SIZES[setting.scale]
-    val, paths = load(setting, "val")
-    base, _ = load(setting, "base")
-    episodes = sample_episodes(val, EpisodeShape(5, size.n_shot, size.n_query), size.n_episodes, SEED)
-    ours = example_backbone(setting, base)
-    backbone, d = plain.conv4(ours), ours.feature_dim
+    t = work(setting)
+    size, episodes, d, backbone = t.size, t.episodes, t.backbone.feature_dim, plain.conv4(t.backbone)
+    y = class_major_labels(5, size.n_shot)
 
     def head(i: int) -> plain.ArcMax:
         return plain.ArcMax(initial_weight(d, 5, i), FIT.ft_s, FIT.ft_m)
 
-    def validate() -> Tensor:
-        scores = []
-        for i in range(size.timed_episodes):
-            files = [[paths[j] for j in row] for row in episodes.index[i].tolist()]
-            scores.append(
-                plain.validate_episode(backbone, head(i), files, size.n_shot, setting.img_size, size.n_steps, FIT.ft_lr)
-            )
-        return torch.stack(scores)
+    def validate_one(i: int) -> Tensor:
+        files = [[t.paths[j] for j in row] for row in episodes.index[i].tolist()]
+        return plain.validate_episode(
+            backbone, head(i), files, size.n_shot, setting.img_size, size.n_steps, FIT.ft_lr
+        ).mean()
 
-    features = toy_features(episodes, val.labels, d)
-    y = class_major_labels(5, size.n_shot)
-
-    def fit() -> Tensor:
-        scores = []
-        for i in range(size.timed_heads):
-            fitted = head(i)
-            plain.fit_head(fitted, features[episodes.support[i].flatten()], y, size.n_steps, FIT.ft_lr)
-            with torch.no_grad():
-                scores.append(plain.share_right(fitted(features[episodes.query[i].flatten()]), 5))
-        return torch.stack(scores)
-
-    seconds, shares = timed(validate)
-    fit_seconds, fit_shares = timed(fit)
-    weights = []
-    for i in range(HEADS_CHECKED):
+    def fit_one(i: int) -> tuple[Tensor, Tensor]:
         fitted = head(i)
-        plain.fit_head(fitted, features[episodes.support[i].flatten()], y, size.n_steps, FIT.ft_lr)
-        weights.append(fitted.weight.detach() - initial_weight(d, 5, i).detach())
+        plain.fit_head(fitted, t.features[episodes.support[i].flatten()], y, size.n_steps, FIT.ft_lr)
+        with torch.no_grad():
+            shares = plain.share_right(fitted(t.features[episodes.query[i].flatten()]), 5)
+        return shares.mean(), fitted.weight.detach()
+
+    seconds, accuracy = timed(lambda: [validate_one(i) for i in range(size.timed_episodes)])
+    fit_seconds, fitted = timed(lambda: [fit_one(i) for i in range(size.timed_heads)])
+    updates = [fitted[i][1] - initial_weight(d, 5, i).detach() for i in range(HEADS_CHECKED)]
+    answer = {"accuracy": torch.stack([each for each, _ in fitted]), "weights": torch.stack(updates)}
     return {
-        VALIDATION: Measured(seconds * size.n_episodes / size.timed_episodes, {"accuracy": shares.mean(1)}),
-        FITTING: Measured(
-            fit_seconds * size.n_episodes / size.timed_heads,
-            {"accuracy": fit_shares.mean(1), "weights": torch.stack(weights)},
-        ),
+        VALIDATION: Measured(seconds * size.n_episodes / size.timed_episodes, {"accuracy": torch.stack(accuracy)}),
+        FITTING: Measured(fit_seconds * size.n_episodes / size.timed_heads, answer),
     }
+
+
+def score(t: Work, features: Tensor, episodes: Episodes, setting: Setting) -> Tensor:
+    """Accuracy of each episode, as transferLearning.py finds it."""
+    return evaluate_heads(features, episodes, replace(FIT, ft_n_epoch=t.size.n_steps), setting.run).accuracy
 
 
 def ours(setting: Setting) -> dict[str, Measured]:
     """Both works as transferLearning.py does them after an epoch; the images were decoded when the run began."""
-    size = SIZES[setting.scale]
-    val, _ = load(setting, "val")
-    base, _ = load(setting, "base")
-    episodes = sample_episodes(val, EpisodeShape(5, size.n_shot, size.n_query), size.n_episodes, SEED)
-    backbone = for_ours(example_backbone(setting, base))
-    d = backbone.feature_dim
-
-    def score(features: Tensor) -> Tensor:
-        return evaluate_heads(features, episodes, replace(FIT, ft_n_epoch=size.n_steps), setting.run).accuracy
-
-    features = toy_features(episodes, val.labels, d)
-    fit_seconds, fit_accuracy = timed(lambda: score(features))
-    embed_seconds, z_val = timed(lambda: embed(backbone, val.images, setting.run))
-    score_seconds, accuracy = timed(lambda: score(z_val))
+    t = work(setting)
+    size, episodes = t.size, t.episodes
+    fit_seconds, fit_accuracy = timed(lambda: score(t, t.features, episodes, setting))
+    embed_seconds, z_val = timed(lambda: embed(t.backbone, t.val.images, setting.run))
+    score_seconds, accuracy = timed(lambda: score(t, z_val, episodes, setting))
 
     generators = [make_generator(SEED, "head", i) for i in range(HEADS_CHECKED)]
-    heads = FIT.new_head(d, 5, generators)
+    heads = FIT.new_head(t.backbone.feature_dim, 5, generators)
     before = heads.weight.detach().clone()
-    support = features[episodes.support[:HEADS_CHECKED].flatten(1)]
+    support = t.features[episodes.support[:HEADS_CHECKED].flatten(1)]
     fit_heads(heads, support, class_major_labels(5, size.n_shot).expand(HEADS_CHECKED, -1), size.n_steps, FIT.ft_lr)
+    note = f"{embed_seconds:.1f} s of it embed {len(t.val.labels)} images"
+    answer = {"accuracy": fit_accuracy[: size.timed_heads], "weights": heads.weight.detach() - before}
     return {
-        VALIDATION: Measured(
-            embed_seconds + score_seconds,
-            {"accuracy": accuracy[: size.timed_episodes]},
-            f"{embed_seconds:.1f} s of it embed {len(val.labels)} images",
-        ),
-        FITTING: Measured(
-            fit_seconds,
-            {"accuracy": fit_accuracy[: size.timed_heads], "weights": heads.weight.detach() - before},
-        ),
+        VALIDATION: Measured(embed_seconds + score_seconds, {"accuracy": accuracy[: size.timed_episodes]}, note),
+        FITTING: Measured(fit_seconds, answer),
     }
 
 
 def flops(setting: Setting) -> dict[str, float]:
-    """The embedding of one batch and the fitting of one chunk, scaled up."""
-    size = SIZES[setting.scale]
-    val, _ = load(setting, "val")
-    base, _ = load(setting, "base")
-    episodes = sample_episodes(val, EpisodeShape(5, size.n_shot, size.n_query), 1, SEED)
-    backbone = for_ours(example_backbone(setting, base))
-    features = toy_features(episodes, val.labels, backbone.feature_dim)
-    embedding = count_flops(lambda: embed(backbone, val.images[:1], setting.run)) * len(val.labels)
-    fitting = size.n_episodes * count_flops(
-        lambda: evaluate_heads(features, episodes, replace(FIT, ft_n_epoch=size.n_steps), setting.run)
-    )
+    """The embedding of one image and the fitting of one head, scaled up."""
+    t = work(setting)
+    one = sample_episodes(t.val, EpisodeShape(5, t.size.n_shot, t.size.n_query), 1, SEED)
+    embedding = count_flops(lambda: embed(t.backbone, t.val.images[:1], setting.run)) * len(t.val.labels)
+    fitting = count_flops(lambda: score(t, t.features, one, setting)) * t.size.n_episodes
     return {VALIDATION: embedding + fitting, FITTING: fitting}
 
 
-BENCH = Bench(
-    name="validation",
-    targets={VALIDATION: {"fp32": 30, "bf16": 50}, FITTING: {"fp32": 20, "bf16": 20}},
-    reference=reference,
-    ours=ours,
-    flops=flops,
-    tolerances={
-        # A query near the boundary may fall on its other side: one in 250 of an episode.
-        "accuracy": {"fp32": 0.01, "bf16": 0.02},
-        "weights": {"fp32": 1e-2, "bf16": 1e-2},
-    },
-)
+TARGETS = {VALIDATION: {"fp32": 30.0, "bf16": 50.0}, FITTING: {"fp32": 20.0, "bf16": 20.0}}
+TOLERANCES = {
+    # A query near the boundary may fall on its other side: one in 250 of an episode.
+    "accuracy": {"fp32": 0.01, "bf16": 0.02},
+    "weights": {"fp32": 1e-2, "bf16": 1e-2},
+}
+BENCH = Bench("validation", TARGETS, reference, ours, flops, TOLERANCES)
 
 if __name__ == "__main__":
     run_script(lambda: run([BENCH], "python -m speed.bench_validation", __doc__))

@@ -116,8 +116,11 @@ def spread(n: int, k: int) -> Tensor:
     return torch.arange(n) if k >= n else torch.arange(k) * n // k
 
 
-def example_backbone(setting: Setting, base: Split, relation: bool = False) -> Backbone:
-    """A Conv4 of random weights whose batch norm has the statistics of 64 base images, the same on both sides."""
+def new_conv4(setting: Setting, base: Split, relation: bool = False) -> Backbone:
+    """A Conv4 of random weights whose batch norm has the statistics of 64 base images, the same on both sides.
+
+    In the memory format in which the scripts keep a backbone; plain.conv4 gives the reference a contiguous copy.
+    """
     backbone = create_backbone("Conv4", setting.img_size, seed=0, relation=relation)
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -126,11 +129,6 @@ def example_backbone(setting: Setting, base: Split, relation: bool = False) -> B
         backbone.train()(normalise(base.images[spread(len(base.labels), 64)]))
     for norm in norms:
         norm.momentum = 0.1
-    return backbone
-
-
-def for_ours(backbone: Backbone) -> Backbone:
-    """The memory format in which the scripts keep a backbone."""
     return backbone.to(memory_format=torch.channels_last)
 
 
@@ -146,9 +144,8 @@ def difference(module: nn.Module, before: dict[str, Tensor]) -> Tensor:
 
 def clones(module: nn.Module) -> dict[str, Tensor]:
     """A copy of a state dict, contiguous."""
-    return {
-        name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in module.state_dict().items()
-    }
+    state = module.state_dict()
+    return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
 
 
 def timed(work: Callable[[], T], at_least: float = 0.0) -> tuple[float, T]:
@@ -222,10 +219,8 @@ def run_side(bench: Bench, setting: Setting, side: str, answer: Path) -> None:
         keep_memory()
     if side == "limit":
         peak = peak_flops(setting.precision)
-        measured = {
-            work: Measured(flops / peak, {}, f"{peak / 1e9:.0f} GFLOP/s")
-            for work, flops in bench.flops(setting).items()
-        }
+        note, counted = f"{peak / 1e9:.0f} GFLOP/s", bench.flops(setting)
+        measured = {work: Measured(flops / peak, {}, note) for work, flops in counted.items()}
     else:
         measured = (bench.ours if side == "ours" else bench.reference)(setting)
     content = {work: vars(m) for work, m in measured.items()}
@@ -310,20 +305,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     """The flags of every benchmark."""
-    p = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    p = argparse.ArgumentParser(prog=prog, description=description, formatter_class=formatter)
     p.add_argument("--repeats", type=int, default=5, help="runs of each side; medians are reported")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of our path; the reference is fp32")
     p.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny only compares the answers")
     p.add_argument("--images", type=Path, help="a benchmark folder of JPEG files instead of rendered glyphs")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="of the reference's loader in base training")
-    p.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("./fs_benchmarks/.cache/speed"),
-        help="of the rendered glyphs and the decoded images",
-    )
+    folder = Path("./fs_benchmarks/.cache/speed")
+    p.add_argument("--folder", type=Path, default=folder, help="of the rendered glyphs and the decoded images")
     p.add_argument("--output", type=Path, default=Path("./results/tables/speed.json"), help="the JSON of the table")
     p.add_argument("--profile", action="store_true", help="only print where our side's time goes")
     p.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)

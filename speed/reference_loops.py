@@ -7,13 +7,14 @@ for every episode. Random draws come from outside, so that both sides make the s
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
@@ -24,6 +25,7 @@ from methods.meta_learner import MetaLearner
 from methods.relationnet import RelationNet
 from models.backbone import Backbone
 
+Batch = tuple[Tensor, Tensor]
 Draw = tuple[list[int], list[float], bool]  # the crop's box; brightness, contrast, colour; whether to flip
 TO_INPUT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
@@ -107,21 +109,23 @@ class ArcMax(nn.Module):
         return F.cross_entropy(self.s * (one_hot * phi + (1.0 - one_hot) * cosine), y)
 
 
+def step(loss: Tensor, optimizer: Optimizer) -> float:
+    """One optimiser step on a loss; its value."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 # Stage 1.
 
 
-def train(
-    backbone: nn.Module, head: ArcMax, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]
-) -> float:
+def train(backbone: nn.Module, head: ArcMax, optimizer: Optimizer, batches: Iterable[Batch]) -> float:
     """One optimiser step a batch; the mean loss over the samples."""
     backbone.train()
     loss_sum, n = 0.0, 0
     for x, y in batches:
-        loss = head.loss(head(backbone(x).flatten(1)), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.item() * len(y)
+        loss_sum += step(head.loss(head(backbone(x).flatten(1)), y), optimizer) * len(y)
         n += len(y)
     return loss_sum / n
 
@@ -130,10 +134,7 @@ def fit_head(head: ArcMax, z: Tensor, y: Tensor, n_steps: int, lr: float) -> tor
     """Full-batch Adam steps on frozen features; the optimiser, which alignment goes on with."""
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
     for _ in range(n_steps):
-        loss = head.loss(head(z), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        step(head.loss(head(z), y), optimizer)
     return optimizer
 
 
@@ -204,37 +205,18 @@ def centroid_loss(z_support: Tensor, z_related: Tensor, y_related: Tensor, n_way
 
 
 def align_iteration(
-    backbone: nn.Module,
-    head: ArcMax,
-    align_optimizer: torch.optim.Optimizer,
-    head_optimizer: torch.optim.Optimizer,
-    joint_optimizer: torch.optim.Optimizer,
-    x_support: Tensor,
-    y_support: Tensor,
-    x_related: Tensor,
-    y_related: Tensor,
-    n_way: int,
+    backbone: nn.Module, head: ArcMax, optimizers: Sequence[Optimizer], support: Batch, related: Batch, n_way: int
 ) -> list[float]:
-    """The three updates of Algorithm 1; their losses. Step (2) goes backward through the backbone, to no use."""
+    """The updates of Algorithm 1, an optimiser each; their losses. (2) goes backward through the backbone too."""
+    (x_support, y_support), (x_related, y_related) = support, related
     backbone.train()
     z_related, z_support = backbone(x_related).flatten(1), backbone(x_support).flatten(1)
-    align_loss = centroid_loss(z_support, z_related, y_related, n_way)
-    align_optimizer.zero_grad()
-    align_loss.backward()
-    align_optimizer.step()
-
+    losses = [step(centroid_loss(z_support, z_related, y_related, n_way), optimizers[0])]
     backbone.eval()
-    related_loss = head.loss(head(backbone(x_related).flatten(1)), y_related)
-    head_optimizer.zero_grad()
-    related_loss.backward()
-    head_optimizer.step()
-
+    losses.append(step(head.loss(head(backbone(x_related).flatten(1)), y_related), optimizers[1]))
     backbone.train()
-    support_loss = head.loss(head(backbone(x_support).flatten(1)), y_support)
-    joint_optimizer.zero_grad()
-    support_loss.backward()
-    joint_optimizer.step()
-    return [align_loss.item(), related_loss.item(), support_loss.item()]
+    losses.append(step(head.loss(head(backbone(x_support).flatten(1)), y_support), optimizers[2]))
+    return losses
 
 
 # Stage 2, on one episode: z_support (n_way, n_shot, ...), z_query (n, ...) -> scores (n, n_way).
@@ -268,13 +250,9 @@ def relationnet_scores(learner: RelationNet, z_support: Tensor, z_query: Tensor)
     """Every pair of prototype map and query map, stacked on channels, through the relation module."""
     prototypes = z_support.mean(1)
     n, n_way = len(z_query), len(prototypes)
-    pairs = torch.cat(
-        [
-            prototypes.unsqueeze(0).expand(n, *prototypes.shape),
-            z_query.unsqueeze(1).expand(n, n_way, *z_query.shape[1:]),
-        ],
-        2,
-    ).flatten(0, 1)
+    each_prototype = prototypes.unsqueeze(0).expand(n, *prototypes.shape)
+    each_query = z_query.unsqueeze(1).expand(n, *prototypes.shape)
+    pairs = torch.cat([each_prototype, each_query], 2).flatten(0, 1)
     x = learner.pool(F.relu(learner.norm1(learner.conv1(pairs))))
     x = learner.pool(F.relu(learner.norm2(learner.conv2(x))))
     scores = learner.fc2(F.relu(learner.fc1(x.flatten(1)))).view(n, n_way)

@@ -7,9 +7,7 @@ Prints the memory of the process over time and, of its second half, the slope: w
 """
 
 import argparse
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -26,15 +24,10 @@ from methods.novel_finetune import HeadFit
 from methods.related_base import RelatedSetting
 from models import Model, build_head
 from persistence.checkpoints import create_backbone
+from speed.bench_memory import memory_mib
 
 SIDE = 16  # pixels
 ALIGNMENTS = ("centroid", "adversarial")  # in turn
-
-
-def resident_mib() -> float:
-    """Memory of this process that is in RAM, in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def random_split(name: str, n_class: int, n_each: int, seed: int) -> Split:
@@ -42,17 +35,9 @@ def random_split(name: str, n_class: int, n_each: int, seed: int) -> Split:
     n = n_class * n_each
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
-    return Split(
-        benchmark="random",
-        split=name,
-        class_names=[f"class{c}" for c in range(n_class)],
-        image_names=[f"class{i // n_each}/{i % n_each}.png" for i in range(n)],
-        labels=class_major_labels(n_class, n_each),
-        images=images,
-        train_images=images,
-        train_sizes=torch.full((n, 2), SIDE),
-        fingerprint=f"random{seed}",
-    )
+    classes, labels = [f"class{c}" for c in range(n_class)], class_major_labels(n_class, n_each)
+    files, sizes = [f"class{i // n_each}/{i % n_each}.png" for i in range(n)], torch.full((n, 2), SIDE)
+    return Split("random", name, classes, files, labels, images, images, sizes, f"random{seed}")
 
 
 def soak_alignment(n_episodes: int) -> Iterator[float]:
@@ -61,18 +46,14 @@ def soak_alignment(n_episodes: int) -> Iterator[float]:
     run, base, novel = Run(), random_split("base", 20, 20, 0), random_split("novel", 8, 10, 1)
     backbone = create_backbone("Conv4", SIDE, seed=0).to(memory_format=torch.channels_last)
     blocks = blocks_to_update(backbone, None)
+    fit, related, critic = HeadFit(ft_n_epoch=20), RelatedSetting(n_B=3, aug_size=5), CriticSetting(critic_hidden=32)
     base_source, novel_source = (image_source(backbone, blocks, split, run) for split in (base, novel))
     for i in range(n_episodes):
-        setting = AlignmentSetting(
-            alignment=ALIGNMENTS[i % len(ALIGNMENTS)],
-            fit=HeadFit(ft_n_epoch=20),
-            related=RelatedSetting(n_B=3, aug_size=5),
-            critic=CriticSetting(critic_hidden=32),
-            align_iters=3,
-        )
+        alignment = ALIGNMENTS[i % len(ALIGNMENTS)]
+        setting = AlignmentSetting(alignment, fit, related, critic, align_iters=3)
         task = sample_episodes(novel, EpisodeShape(5, 1, 4), 1, seed=0, start=i).task(0)
         align_episode(blocks, task, novel_source, base_source, setting, run, i)
-        yield resident_mib()
+        yield memory_mib()["VmRSS"]
 
 
 def soak_base_training(n_images: int, n_epoch: int) -> Iterator[float]:
@@ -86,7 +67,7 @@ def soak_base_training(n_images: int, n_epoch: int) -> Iterator[float]:
     for epoch in range(n_epoch):
         train_one_epoch(model, images, 256, epoch, run)
         evaluate_heads(embed(backbone, val.images, run), episodes, HeadFit(ft_n_epoch=20), run)
-        yield resident_mib()
+        yield memory_mib()["VmRSS"]
 
 
 def report(name: str, unit: str, memory: list[float]) -> None:
