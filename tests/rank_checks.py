@@ -1,8 +1,8 @@
 """What every rank of tests/scripts/test_distributed.py runs, under torchrun: python -m tests.rank_checks JOB
 
-JOB is a JSON file: {"runs": [[script, flags], ...], "root": folder, "fails": null or [script, function, n, how]}.
+JOB is a JSON file: {"runs": [[script, flags], ...], "root": folder, "fails": null or [module, function, n, how]}.
 The runs follow one another in the same processes. A rank other than the first fails when it writes below the folder.
-`fails`: rank 1 meets a UserError, or ends at once, as if killed, when the script calls that function for the n-th time.
+`fails`: rank 1 meets a UserError, or ends at once, as if killed, when the module calls that function for the n-th time.
 """
 
 import importlib
@@ -49,8 +49,8 @@ def check_exchange(ranks) -> None:
             assert torch.equal(got, rows[:n]) and got.is_contiguous(memory_format=form)
 
 
-def fail_at(script: str, function: str, n: int, how: str) -> None:
-    module = importlib.import_module(script)
+def fail_at(module_name: str, function: str, n: int, how: str) -> None:
+    module = importlib.import_module(module_name)
     real, calls = getattr(module, function), []
 
     def counted(*args, **kwargs):

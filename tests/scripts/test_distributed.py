@@ -97,12 +97,12 @@ def finished(tmp_path_factory):
 def died(finished, tmp_path_factory):
     """A folder with what is left of the first and the last stage, of two ranks, when one of them has failed or died."""
     root = tmp_path_factory.mktemp("died")
-    for name, function, n, how in (
-        ("sync_bn", "train_one_epoch", 3, "UserError"),
-        ("align", "align_episode", 7, "killed"),
+    for name, module, function, n, how in (
+        ("sync_bn", "transferLearning", "train_one_epoch", 3, "UserError"),
+        ("align", "methods.feature_alignment", "align_episode", 7, "killed"),
     ):
         script, flags = command(finished, name, root / name)
-        ended = torchrun(2, root, [(script, flags)], fails=[script, function, n, how])
+        ended = torchrun(2, root, [(script, flags)], fails=[module, function, n, how])
         assert ended.returncode != 0 and f"exitcode  : {9 if how == 'killed' else 2}" in ended.stderr, ended.stderr
         if how == "UserError":
             lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
@@ -175,7 +175,7 @@ def test_a_run_of_which_a_rank_died_goes_on_with_any_number_of_ranks(finished, d
 def test_the_first_rank_alone_prints_and_writes(ranks_run):
     """That the others open no file to write is checked by themselves."""
     n, root, done = ranks_run
-    assert done.stdout.count("paired difference") == 3
+    assert done.stdout.count("paired difference") == 4
     assert done.stdout.count("epoch   0 ") == 3  # the resumed one has only epoch 2 to do
     assert done.stdout.count("resumed after") == 2
     record = json.loads(next((root / "align").rglob("tables/*.json")).read_text())
