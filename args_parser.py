@@ -14,8 +14,9 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 
 from engine.errors import OneLineParser
 from methods.alignment import ALIGNMENTS
-from methods.feature_adapter import FULL
+from methods.feature_adapter import ADAPTER_LR, FULL
 from methods.meta_learners import META_LEARNERS
+from methods.setting_choice import CHOSEN_FLAGS
 from models import BACKBONES, HEADS, TORCHVISION, native_img_size
 
 T = TypeVar("T")
@@ -105,11 +106,12 @@ TUNED: dict[str, dict[str, Any]] = {
     "adversarial": {"critic_steps": 1},
 }
 
+# What --align_preset auto, which chooses in feature space, leaves as it is.
+AUTO: dict[str, Any] = {"align_blocks": 0, "aug_size": 20}
+
 # Of the backbone's step against the critic, which the paper leaves open. Adam's steps do not shrink with the critic's
 # scores: at 1e-3, the rate of the other updates, 150 of them destroy the features (docs/tuning.md).
 ADVERSARIAL_LR = 1e-5
-# Of update (1) when it moves an adapter: as good as lower rates and better than higher ones on val classes.
-ADAPTER_LR = 1e-4
 
 NATIVE_SIZES = ", ".join(f"{name} {native_img_size(name)}" for name in [*BACKBONES, f"{TORCHVISION}NAME"])
 TUNED_FLAGS = "; ".join(" ".join([name, *(f"--{f} {v}" for f, v in flags.items())]) for name, flags in TUNED.items())
@@ -258,8 +260,9 @@ META: Table = [
 ]
 
 UPDATES: Table = [  # of Algorithms 1 and 2
-    flag("--align_preset",         ["paper", "tuned"],              "paper",
-         f"numbers of the updates: as published, or chosen on val classes (tuned, docs/tuning.md: {TUNED_FLAGS})"),
+    flag("--align_preset",         ["paper", "tuned", "auto"],      "paper",
+         f"numbers of the updates: as published; chosen once on val classes (tuned, docs/tuning.md: {TUNED_FLAGS}); or "
+         "chosen for this backbone on val episodes, in feature space, fine-tuning if none helps (auto, stage 3 alone)"),
     flag("--n_B",                  COUNT,                           10,
          "related base classes a novel class; if n_way * n_B are too many, shared out evenly (published code fails)"),
     flag("--related_score",        ["vote", "soft"],                "vote",
@@ -410,6 +413,23 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
         )
 
 
+def check_auto(
+    stage: str, chosen: argparse.Namespace, argv: Sequence[str] | None, parser_class: type[OneLineParser]
+) -> None:
+    """An error when --align_preset auto is given where it cannot choose, or beside a flag that it chooses."""
+    parser = stage_parser(stage, parser_class)
+    if stage != "alignment":
+        parser.error("argument --align_preset: auto chooses on val episodes of a benchmark: give paper or tuned")
+    if chosen.test_split == "val":
+        parser.error("argument --align_preset: auto chooses on val classes, so it is not tested on them: give novel")
+    absent = object()
+    parser.set_defaults(**dict.fromkeys(CHOSEN_FLAGS, absent))
+    given, _ = parser.parse_known_args(argv)
+    both = [f"--{name}" for name in CHOSEN_FLAGS if getattr(given, name) is not absent]
+    if both:
+        parser.error(f"argument --align_preset: auto chooses {', '.join(both)} itself: give only one of the two")
+
+
 def args_parser(
     stage: str, argv: Sequence[str] | None = None, parser_class: type[OneLineParser] = OneLineParser
 ) -> argparse.Namespace:
@@ -422,6 +442,9 @@ def args_parser(
     if "align_preset" in chosen and chosen.align_preset == "tuned":
         # predict.py leaves the alignment open until it knows of a base set, with which it is centroid.
         parser.set_defaults(**TUNED["all"], **TUNED.get(chosen.alignment or "centroid", {}))
+    if "align_preset" in chosen and chosen.align_preset == "auto":
+        check_auto(stage, chosen, argv, parser_class)
+        parser.set_defaults(**AUTO)
     chosen, _ = parser.parse_known_args(argv)
     in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
     if in_feature_space and (stage != "predict" or chosen.base):

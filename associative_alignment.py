@@ -2,6 +2,7 @@
 
 python associative_alignment.py --dataset miniImagenet --method arcMax --n_shot 5      # the published protocol
 python associative_alignment.py --preset laptop                                        # after stage 1's laptop preset
+python associative_alignment.py --preset laptop --align_preset auto                    # the setting chosen on val
 """
 
 from functools import partial
@@ -24,6 +25,7 @@ from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
 from persistence.checkpoints import check_base_classes, load_backbone
 from persistence.files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from persistence.saved_episode import gather_episode
+from persistence.setting_choice import choose_and_keep
 
 SAVE_EVERY = 5  # episodes
 
@@ -33,7 +35,7 @@ def main() -> None:
     args = args_parser("alignment")
     args.quiet |= not ranks.first
     run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
-    variant = args.alignment + ("_tuned" if args.align_preset == "tuned" else "")
+    variant = {"paper": args.alignment, "tuned": f"{args.alignment}_tuned", "auto": "auto"}[args.align_preset]
     files = alignment_files(from_flags(RunName, args), variant, from_flags(Folders, args), vars(args))
     n_test = args.testing_epochs * args.n_episodes
     if args.save_episode >= n_test:
@@ -54,12 +56,17 @@ def main() -> None:
     blocks = blocks_to_update(backbone.to(run.device, memory_format=torch.channels_last), args.align_blocks)
     cache = FeatureCache(args.cache_dir, run)
     base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
-    setting = from_flags(AlignmentSetting, args)
-    for note in exceeding_notes(args.test_n_way, args.n_B, len(base.class_names)):
+    setting, chosen = from_flags(AlignmentSetting, args), None
+    images = {"base images": base.fingerprint, "novel images": novel.fingerprint}
+    if args.align_preset == "auto":
+        with rank_0_first(ranks):
+            val = load(args.novel_dataset, "val")
+        images |= {"val images": val.fingerprint}
+        setting, chosen = choose_and_keep(path, backbone, val, base_source, cache, shape, setting)
+    for note in exceeding_notes(args.test_n_way, setting.related.n_B, len(base.class_names)):
         print(f"note: {note}")
 
     # Every episode: fit a head, find the related base classes, align. A rank takes consecutive ones.
-    images = {"base images": base.fingerprint, "novel images": novel.fingerprint}
     files.begin({"weights": weights_digest(backbone)} | images)
     done = AlignedEpisodes(files, run, episodes, novel.class_names, setting)
     if args.save_episode < len(done) and not files.episode.is_file():
@@ -76,7 +83,7 @@ def main() -> None:
             done.save()
         done.save()
     if ranks.first:
-        save_alignment_result(done, novel, checkpoint, path)
+        save_alignment_result(done, novel, checkpoint, path, chosen)
 
 
 if __name__ == "__main__":

@@ -129,10 +129,12 @@ class AlignedEpisodes:
             self.files.metrics.keep([self.metrics_row(i) for i in range(len(self.rows))])
 
 
-def save_alignment_result(done: AlignedEpisodes, novel: Split, checkpoint: Checkpoint, path: Path) -> None:
+def save_alignment_result(
+    done: AlignedEpisodes, novel: Split, checkpoint: Checkpoint, path: Path, chosen: dict[str, Any] | None = None
+) -> None:
     """Write the result of all episodes, fine-tuning against alignment, and print it.
 
-    checkpoint: that the backbone is of, read from `path`.
+    checkpoint: that the backbone is of, read from `path`. chosen: what --align_preset auto chose, if it did.
     """
     files, episodes, setting, columns = done.files, done.episodes, done.setting, done.tensors()
     n_small = int((columns["n_drawn"] < setting.related.aug_size).sum())
@@ -154,6 +156,8 @@ def save_alignment_result(done: AlignedEpisodes, novel: Split, checkpoint: Check
         "n_empty_related_sets": int(columns["n_empty"].sum()),
         "n_episodes_below_aug_size": n_small,
     }
+    if chosen:
+        record["align_preset_auto"] = chosen
     write_json(files.table, record)
     task = f"{episodes.n_way}-way {episodes.n_shot}-shot, {len(done)} {novel.split} episodes"
     print(f"{files.name.method} on {novel.benchmark}, {task}")

@@ -1,0 +1,95 @@
+"""Choose the setting of alignment for a backbone and a protocol on episodes of val classes, never of novel ones.
+
+The choice is among fine-tuning and a few settings in feature space: heads of either scale and number of related
+classes, few iterations or many, an adapter of the features, only update (2). The last block is left out: 100 episodes
+of it take far more than the minute that a choice may take on two CPU cores. A setting is taken only if its paired gain
+over fine-tuning is clear; the interval is not widened for there being several settings to choose among. Where the head
+is not fitted to the end, more steps on the support, update (3), are part of that gain, whatever the base classes are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.episodes import Episodes
+from engine.distributed import gather_rows
+from engine.run import Run
+from methods.alignment import AlignmentSetting
+from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95
+from methods.feature_adapter import ADAPTER_LR
+from methods.feature_alignment import align_features, n_together
+from methods.features import Source
+
+N_EPISODES = 100
+FINE_TUNING = {"alignment": "none"}
+PUBLISHED = {"align_s": 15.0, "n_B": 10, "align_iters": 150}
+SMALL = {"align_s": 5.0, "n_B": 5, "align_iters": 150}
+ADAPTER = {"alignment": "centroid", "align_adapter": 16, "align_lr": ADAPTER_LR}
+# By flag, what each setting changes, beside --align_blocks 0; where the alignment is not named, it is `head`.
+SETTINGS: list[dict[str, Any]] = [
+    *({**numbers, "align_iters": n} for numbers in (PUBLISHED, SMALL) for n in (50, 150)),
+    PUBLISHED | ADAPTER,
+    PUBLISHED | {"support_lr": 0.0},
+]
+# The flags which the choice takes from the user.
+CHOSEN_FLAGS = ["align_blocks", *dict.fromkeys(name for flags in (FINE_TUNING, *SETTINGS) for name in flags)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting, by its flags, on the val episodes: its accuracy, and its gain over fine-tuning with the half width of
+    its paired 95 % interval, all in %."""
+
+    flags: str
+    accuracy: float
+    gain: float
+    gain_ci95: float
+
+
+def flags_text(flags: dict[str, Any]) -> str:
+    """Flags as on a command line."""
+    shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in flags.items()}
+    return " ".join(f"--{name} {value}" for name, value in shown.items())
+
+
+def candidates(setting: AlignmentSetting) -> dict[str, AlignmentSetting]:
+    """The settings to choose among, by their flags, fine-tuning first; what they do not name is that of `setting`."""
+    made = {}
+    for flags in (FINE_TUNING, *SETTINGS):
+        changes: dict[str, Any] = {"alignment": "head", "align_adapter": 0} | flags
+        related = replace(setting.related, n_B=changes.pop("n_B", setting.related.n_B))
+        made[flags_text(flags)] = replace(setting, related=related, **changes)
+    return made
+
+
+def paired_scores(
+    val: Source, base: Source, episodes: Episodes, setting: AlignmentSetting, run: Run
+) -> tuple[EpisodeScores, EpisodeScores]:
+    """Scores of the val episodes by fine-tuning, and after alignment in feature space; the ranks share the episodes."""
+    setting = replace(setting, record_curve=0)
+    before, after = [], []
+    step = n_together(val.features.shape[1], episodes.n_way, setting)
+    for first in run.ranks.share(range(0, len(episodes), step)):
+        tasks = [episodes.task(i) for i in range(first, min(first + step, len(episodes)))]
+        together = align_features(tasks, val, base, setting, run, first)
+        before.append(count_predictions(together.finetuned, episodes.n_way).cpu())
+        after.append(count_predictions(together.aligned, episodes.n_way).cpu())
+    return EpisodeScores(gather_rows(before, run.ranks)), EpisodeScores(gather_rows(after, run.ranks))
+
+
+def winner(rows: Sequence[Row]) -> str:
+    """The flags of the row of the largest mean gain whose interval lies above zero; of fine-tuning when none does."""
+    clear = [row for row in rows if row.gain - row.gain_ci95 > 0]
+    return max(clear, key=lambda row: row.gain).flags if clear else flags_text(FINE_TUNING)
+
+
+def choose_setting(
+    val: Source, base: Source, episodes: Episodes, settings: dict[str, AlignmentSetting], run: Run
+) -> tuple[list[Row], str]:
+    """A row for each of the candidates, by their flags, on the same val episodes; and the flags of the one to take."""
+    rows = []
+    for flags, setting in run.bar(list(settings.items()), "choose on val", "setting"):
+        before, after = paired_scores(val, base, episodes, setting, run)
+        gain, ci95 = mean_and_ci95(after.accuracy.double() - before.accuracy.double())
+        rows.append(Row(flags, 100 * after.accuracy.mean().item(), 100 * gain, 100 * ci95))
+    return rows, winner(rows)

@@ -1,0 +1,189 @@
+"""The choice of a setting on val episodes: on made features, where what helps is known; and by the script."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from data.episodes import EpisodeShape, sample_episodes
+from engine.run import Run
+from methods import setting_choice
+from methods.alignment import AlignmentSetting
+from methods.feature_alignment import align_features
+from methods.features import FeatureCache, Source, feature_source
+from methods.novel_finetune import HeadFit
+from methods.related_base import RelatedSetting
+from methods.setting_choice import FINE_TUNING, SETTINGS, Row, candidates, choose_setting, flags_text, winner
+from models import build_backbone
+from persistence import setting_choice as kept
+from tests.helpers import RUN, TINY, call, folders, make_split, result
+
+D, N_VAL, N_EACH = 32, 10, 24
+SHAPE = EpisodeShape(5, 1, 15)
+SETTING = AlignmentSetting(fit=HeadFit(ft_n_epoch=100), related=RelatedSetting(aug_size=10))
+ONE_SHOT = EpisodeShape(5, 1, 5)
+NONE = flags_text(FINE_TUNING)
+
+
+def made(base_like_val: bool) -> tuple[Source, Source]:
+    """Val features around a centre a class, and base features around the same centres but tighter, or pure noise."""
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(N_VAL, D, generator=g)
+    val, base = (make_split((N_EACH,) * n, side=1, split=split) for split, n in (("val", N_VAL), ("base", 4 * N_VAL)))
+    z_val = centres[val.labels] + 1.2 * torch.randn(len(val.labels), D, generator=g)
+    z_base = torch.randn(len(base.labels), D, generator=g)
+    if base_like_val:
+        z_base = centres[base.labels % N_VAL] + 0.5 * z_base
+    return feature_source(z_val, val), feature_source(z_base, base)
+
+
+@pytest.fixture
+def small_choice(monkeypatch):
+    """Fewer episodes and candidates, for tests of what is kept and not of what is chosen."""
+    monkeypatch.setattr(kept, "N_EPISODES", 8)
+    monkeypatch.setattr(setting_choice, "SETTINGS", [{**SETTINGS[0], "align_iters": n} for n in (3, 6)])
+
+
+def choose(base_like_val: bool, seed: int = 0) -> tuple[list[Row], str]:
+    """The choice with heads fitted to the end: else more steps on the support are a gain, whatever the base classes."""
+    val, base = made(base_like_val)
+    setting = dataclasses.replace(SETTING, fit=HeadFit(ft_n_epoch=1000, ft_lr=0.02))
+    return choose_setting(val, base, sample_episodes(val.split, SHAPE, 40, seed), candidates(setting), Run(seed=seed))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_base_classes_that_are_noise_give_fine_tuning(seed):
+    rows, chosen = choose(base_like_val=False, seed=seed)
+    assert chosen == NONE
+    assert all(row.gain < row.gain_ci95 for row in rows[1:])
+    assert rows[0].gain == rows[0].gain_ci95 == 0
+
+
+def test_base_classes_like_those_of_val_give_a_setting_in_feature_space_of_the_largest_gain():
+    rows, chosen = choose(base_like_val=True)
+    assert chosen != NONE
+    best = next(row for row in rows if row.flags == chosen)
+    assert best.gain > best.gain_ci95 > 0 and best.gain == max(row.gain for row in rows)
+
+
+def test_only_a_gain_with_its_interval_above_zero_wins():
+    rows = [Row(NONE, 60, 0, 0), Row("a", 63, 3, 3), Row("b", 61, 1, 0.5), Row("c", 62, 2, 0.9)]
+    assert winner(rows) == "c"
+    assert winner(rows[:2]) == NONE
+
+
+def test_a_row_is_the_gain_of_alignment_over_fine_tuning_in_whatever_chunks(monkeypatch):
+    val, base = made(base_like_val=True)
+    episodes = sample_episodes(val.split, SHAPE, 7, 0)
+    name, setting = list(candidates(SETTING).items())[1]
+    together = align_features([episodes.task(i) for i in range(7)], val, base, setting, Run(), 0)
+    y = torch.arange(5).repeat_interleave(15)
+    right = [100 * (scores.argmax(-1) == y).double().mean().item() for scores in (together.finetuned, together.aligned)]
+    monkeypatch.setattr(setting_choice, "n_together", lambda *_: 3)
+    (row,), _ = choose_setting(val, base, episodes, {name: setting}, Run())
+    assert (row.flags, row.accuracy) == (name, pytest.approx(right[1], abs=1e-3))
+    assert row.gain == pytest.approx(right[1] - right[0], abs=1e-3)
+
+
+def test_the_candidates_are_what_their_flags_say_and_fine_tuning_is_first():
+    named = candidates(SETTING)
+    assert list(named)[0] == NONE and len(named) == 1 + len(SETTINGS)
+    tight = named["--align_s 5 --n_B 5 --align_iters 50"]
+    assert (tight.align_s, tight.related.n_B, tight.align_iters, tight.alignment) == (5, 5, 50, "head")
+    assert tight.fit == SETTING.fit and tight.related.aug_size == 10
+    adapter = next(each for each in named.values() if each.align_adapter)
+    assert (adapter.align_adapter, adapter.alignment, adapter.align_lr) == (16, "centroid", 1e-4)
+    assert [each.support_lr for each in named.values()].count(0.0) == 1
+
+
+@pytest.fixture
+def kept_choice(tmp_path, small_choice):
+    """A function that chooses by the kept table, on small images, with any shape or setting; and where it is kept."""
+    val, base = (make_split((20,) * 6, split=split, seed=seed) for split, seed in (("val", 1), ("base", 2)))
+    backbone = build_backbone("Conv4", 16).eval()
+    run = Run()
+    cache = FeatureCache(tmp_path / "cache", run)
+    z_base = feature_source(cache.features(backbone, base), base)
+
+    def choose(shape=ONE_SHOT, val=val, **changes):
+        setting = dataclasses.replace(SETTING, **changes)
+        return kept.choose_and_keep(tmp_path / "best.tar", backbone, val, z_base, cache, shape, setting)
+
+    return choose
+
+
+def test_a_second_run_reads_the_table_and_a_damaged_one_is_made_anew(kept_choice, tmp_path, monkeypatch):
+    drawn_of = []
+    original = kept.sample_episodes
+    monkeypatch.setattr(
+        kept, "sample_episodes", lambda split, *rest: drawn_of.append(split.split) or original(split, *rest)
+    )
+    setting, record = kept_choice()
+    assert set(drawn_of) == {"val"}
+    (path,) = tmp_path.glob("best_auto_*.json")
+    assert record["table"] == path and json.loads(path.read_text())["chosen"] == record["flags"]
+    text = path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "choose_setting", lambda *_: pytest.fail("the table was not read"))
+        assert kept_choice() == (setting, record)
+        assert kept_choice(record_curve=5)[1] == record  # which changes no choice
+    for damaged in ("", "{", "[]", '{"rows": [1]}', '{"rows": []}', text.replace('"gain": ', '"gain": null, "x": ', 1)):
+        path.write_text(damaged)
+        assert kept_choice() == (setting, record)
+        assert path.read_text() == text
+
+
+def test_another_protocol_or_val_split_has_a_table_of_its_own(kept_choice, tmp_path):
+    kept_choice()
+    kept_choice(EpisodeShape(5, 2, 5))
+    kept_choice(align_m=0.1)
+    kept_choice(val=make_split((20,) * 6, split="val", seed=9))
+    assert len(list(tmp_path.glob("best_auto_*.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"), [(EpisodeShape(7, 1, 5), "6 classes"), (EpisodeShape(5, 1, 20), "20 images")]
+)
+def test_too_small_a_val_split_gives_one_line_and_fine_tuning(kept_choice, tmp_path, capsys, shape, reason):
+    setting, record = kept_choice(shape)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "fine-tuning" in line and "val split" in line and reason in line
+    assert setting.alignment == "none" and record == {"flags": NONE, "table": None}
+    assert not list(tmp_path.glob("best_auto_*"))
+
+
+def test_the_script_chooses_names_it_in_the_result_and_its_command_gives_the_same_numbers(workspace, monkeypatch):
+    monkeypatch.setattr(kept, "N_EPISODES", 40)
+    protocol = [*TINY, "--n_episodes", 3, "--ft_n_epoch", 20, *folders(workspace)]
+    auto = [*protocol, "--align_preset", "auto", "--aug_size", 4]
+    outcome = call("associative_alignment", *auto)
+    assert outcome.status == 0, outcome.err
+    record = result(workspace, f"associative_alignment_{RUN}_auto")
+    (table,) = (workspace / "results" / "models").glob(f"{RUN}_bestModel_auto_*.json")
+    chosen = json.loads(table.read_text())["chosen"]
+    assert record["align_preset_auto"] == {"flags": chosen, "table": str(table)}
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("chosen: ")]
+    assert all(row["flags"] in outcome.out for row in json.loads(table.read_text())["rows"])
+
+    again = call("associative_alignment", *auto, "--overwrite")
+    assert again.status == 0 and line in again.out.replace(" --overwrite", "")
+    words = line.removeprefix("chosen: python associative_alignment.py ").split()
+    by_flags = call("associative_alignment", *words, "--results_dir", workspace / "by_flags")
+    assert by_flags.status == 0, by_flags.err
+    (other,) = (workspace / "by_flags" / "tables").glob("*.json")
+    assert json.loads(other.read_text())["accuracy_per_episode"] == record["accuracy_per_episode"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("associative_alignment", ["--align_blocks", 1, "--n_B", 3], "auto chooses --align_blocks, --n_B itself"),
+        ("associative_alignment", ["--alignment", "centroid"], "auto chooses --alignment itself"),
+        ("associative_alignment", ["--test_split", "val"], "give novel"),
+        ("predict", ["--support", "s", "--query", "q"], "give paper or tuned"),
+    ],
+)
+def test_auto_beside_a_flag_that_it_chooses_is_one_line(script, flags, words):
+    outcome = call(script, "--align_preset", "auto", *flags)
+    assert outcome.status == 2 and words in outcome.err and len(outcome.err.splitlines()) == 1
