@@ -95,7 +95,7 @@ def test_the_written_out_gradient_of_a_head_is_that_of_its_loss(method, together
     """On random features, with a sample that lies on the weight of its class and one opposite to it."""
     n_way, n_shot, d = 4, 3, 6
     head = build_head(
-        method, d, n_way, 5.0, m, [make_generator(0, i) for i in range(3)] if together else make_generator(0, 3)
+        method, d, n_way, 5.0, m, [make_generator(0, i) for i in range(3)] if together else make_generator(0, 0)
     )
     y = class_major_labels(n_way, n_shot)
     z = torch.randn(*((3,) if together else ()), n_way * n_shot, d, generator=make_generator(1))
