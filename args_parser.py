@@ -8,6 +8,7 @@ a preset still win, as beside --align_preset tuned.
 import argparse
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -404,8 +405,10 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
     """An error when flags of feature space and of blocks contradict each other."""
     if args.align_adapter and args.align_blocks != 0:
         parser.error("argument --align_adapter: it is of feature space, so give --align_blocks 0 as well")
-    if args.alignment == "head" and (args.align_blocks != 0 or args.align_adapter):
-        parser.error("argument --alignment: in head nothing but the head moves: give --align_blocks 0 and no adapter")
+    if args.alignment == "head" and args.align_blocks != 0:
+        parser.error("argument --alignment: in head nothing but the head moves: give --align_blocks 0 as well")
+    if args.alignment in ("head", "naive") and args.align_adapter:
+        parser.error(f"argument --align_adapter: nothing moves it in --alignment {args.alignment}: leave it out")
     if args.align_blocks == 0 and not args.align_adapter and args.alignment not in ("head", "none", None):
         parser.error(
             f"argument --align_blocks: 0 leaves nothing for {args.alignment} alignment to move: give --align_adapter, "
@@ -413,19 +416,14 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
         )
 
 
-def check_auto(
-    stage: str, chosen: argparse.Namespace, argv: Sequence[str] | None, parser_class: type[OneLineParser]
-) -> None:
+def check_auto(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[str]) -> None:
     """An error when --align_preset auto is given where it cannot choose, or beside a flag that it chooses."""
-    parser = stage_parser(stage, parser_class)
-    if stage != "alignment":
+    if "test_split" not in args:
         parser.error("argument --align_preset: auto chooses on val episodes of a benchmark: give paper or tuned")
-    if chosen.test_split == "val":
+    if args.test_split == "val":
         parser.error("argument --align_preset: auto chooses on val classes, so it is not tested on them: give novel")
-    absent = object()
-    parser.set_defaults(**dict.fromkeys(CHOSEN_FLAGS, absent))
-    given, _ = parser.parse_known_args(argv)
-    both = [f"--{name}" for name in CHOSEN_FLAGS if getattr(given, name) is not absent]
+    given = {text.split("=")[0] for text in argv}
+    both = [f"--{name}" for name in CHOSEN_FLAGS if f"--{name}" in given]
     if both:
         parser.error(f"argument --align_preset: auto chooses {', '.join(both)} itself: give only one of the two")
 
@@ -434,7 +432,7 @@ def args_parser(
     stage: str, argv: Sequence[str] | None = None, parser_class: type[OneLineParser] = OneLineParser
 ) -> argparse.Namespace:
     """Parse the command line of a stage; a value out of range ends the process with one line and status 2."""
-    parser = stage_parser(stage, parser_class)
+    parser, argv = stage_parser(stage, parser_class), sys.argv[1:] if argv is None else argv
     chosen, _ = parser.parse_known_args(argv)
     if "preset" in chosen and chosen.preset:
         preset = PRESETS[chosen.preset]["all"] | PRESETS[chosen.preset].get(stage, {})
@@ -443,7 +441,7 @@ def args_parser(
         # predict.py leaves the alignment open until it knows of a base set, with which it is centroid.
         parser.set_defaults(**TUNED["all"], **TUNED.get(chosen.alignment or "centroid", {}))
     if "align_preset" in chosen and chosen.align_preset == "auto":
-        check_auto(stage, chosen, argv, parser_class)
+        check_auto(chosen, parser, argv)
         parser.set_defaults(**AUTO)
     chosen, _ = parser.parse_known_args(argv)
     in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
@@ -478,13 +476,13 @@ def args_parser(
 
 
 def from_flags(cls: type[T], args: argparse.Namespace) -> T:
-    """A dataclass, and those in its fields, filled from flags of the same names; other fields keep their default."""
+    """A dataclass, and those in its fields, filled from flags of the same names. Every field must be one."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind = get_type_hints(cls)[field.name]
         if dataclasses.is_dataclass(kind):
             values[field.name] = from_flags(kind, args)  # type: ignore[arg-type]
-        elif field.name in args:
+        else:
             value = getattr(args, field.name)
             values[field.name] = tuple(value) if get_origin(kind) is tuple else value
     return cls(**values)

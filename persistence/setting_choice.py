@@ -58,8 +58,9 @@ def choose_and_keep(
 
 def command(flags: str, setting: AlignmentSetting, run: Run) -> str:
     """The command of this process with the flags of the chosen setting in place of --align_preset auto."""
-    chosen = f"--align_blocks 0 --aug_size {setting.related.aug_size} {flags}"
-    return re.sub("--align_preset[ =]auto", chosen, str(provenance({}, run)["command"]))
+    given = str(provenance({}, run)["command"])
+    aug_size = "" if "--aug_size" in given else f" --aug_size {setting.related.aug_size}"
+    return re.sub("--align_preset[ =]auto", f"--align_blocks 0{aug_size} {flags}", given)
 
 
 def kept_path(
