@@ -45,7 +45,7 @@ def main() -> None:
     load = partial(load_split, from_flags(DataOptions, args))
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     with rank_0_first(ranks):
-        files.find_state(LENGTH_FLAGS)
+        files.find_state(LENGTH_FLAGS, ranks)
         base, novel = load(args.dataset, "base"), load(args.novel_dataset, args.test_split)
         episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
 

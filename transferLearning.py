@@ -39,7 +39,7 @@ def main() -> None:
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     n_test = args.testing_epochs * args.n_episodes
     with rank_0_first(ranks):
-        files.find_state(TEST_FLAGS)
+        files.find_state(TEST_FLAGS, ranks)
         base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
         val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
