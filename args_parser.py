@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
+from engine.distributed import join_ranks
 from engine.errors import OneLineParser
+from engine.run import Run, start_run
 from methods.alignment import ALIGNMENTS
 from methods.feature_adapter import ADAPTER_LR, FULL
 from methods.meta_learners import META_LEARNERS
@@ -72,7 +74,8 @@ def flag(usage: str, kind: Any, default: Any, text: str, **options: Any) -> Flag
     """A row of a table: names and metavars; a type, list of choices or SWITCH; a default or REQUIRED; the help."""
     names = [word for word in usage.split() if word.startswith("--")]
     metavars = usage.split()[len(names) :]
-    options["help"] = text if default in (None, False, REQUIRED) else f"{text} (default: %(default)s)"
+    hidden = default is None or default is False or default is REQUIRED
+    options["help"] = text if hidden else f"{text} (default: %(default)s)"
     if kind is SWITCH:
         return names, options | {"action": "store_true"}
     options |= {"choices" if isinstance(kind, list) else "type": kind}
@@ -141,8 +144,9 @@ MACHINE = [
          "every random number follows from it; published code: 10"),
     flag("--device",               ["auto", "cpu", "cuda", "mps"],  "auto",
          "what to compute on; auto is cuda, else mps, else cpu"),
-    flag("--precision",            ["fp32", "bf16", "fp16"],        "fp32",
-         "of the backbone's forward and backward pass; heads and losses stay in fp32"),
+    flag("--precision",            ["fp32", "bf16", "fp16", "auto"], "fp32",
+         "of the backbone's forward and backward pass; heads and losses stay in fp32; auto is bf16 where the processor "
+         "or GPU has units for it, else fp32"),
     flag("--no_keep_memory",       SWITCH,                          False,
          "let the C library return freed memory to the system at once: slower on a CPU, smaller between batches"),
     flag("--quiet",                SWITCH,                          False,
@@ -257,6 +261,10 @@ META: Table = [
          "training episodes in an epoch; published code: 150"),
     flag("--lr",                   POSITIVE,                        1e-3,
          "learning rate of Adam, constant"),
+    flag("--temperature",          POSITIVE,                        1.0,
+         "divides the learner's logits, such as ProtoNet's squared distances; published: 1"),
+    flag("--warm_up_epochs",       COUNT_OR_0,                      0,
+         "first epochs in which the backbone stands still and the learner's own module learns alone; published: 0"),
 ]
 
 UPDATES: Table = [  # of Algorithms 1 and 2
@@ -292,7 +300,7 @@ UPDATES: Table = [  # of Algorithms 1 and 2
     flag("--align_m",              MARGIN,                          0.001,
          "margin of arcMax during alignment"),
 
-    "critic of adversarial alignment: the paper leaves these constants open, the defaults are our choices",
+    "critic of adversarial alignment: constants that the paper leaves open",
     flag("--critic_hidden",        COUNT,                           1024,
          "hidden units of the critic"),
     flag("--critic_steps",         COUNT,                           5,
@@ -377,7 +385,7 @@ def stage_parser(stage: str, parser_class: type[OneLineParser] = OneLineParser) 
     group: argparse._ActionsContainer = parser
     for row in table:
         if isinstance(row, str):
-            group = parser.add_mutually_exclusive_group() if row is EITHER else parser.add_argument_group(row)
+            group = group.add_mutually_exclusive_group() if row is EITHER else parser.add_argument_group(row)
         else:
             group.add_argument(*row[0], **row[1])
     return parser
@@ -475,6 +483,19 @@ def args_parser(
         args.novel_dataset = args.novel_dataset or args.dataset
         args.img_size = args.img_size or native_img_size(args.backbone)
     return args
+
+
+def start_stage(stage: str) -> tuple[argparse.Namespace, Run]:
+    """The flags that a stage is given, and the run that they ask for, of this rank among those of torchrun.
+
+    The flags name the precision that `auto` has become.
+    """
+    ranks = join_ranks()
+    args = args_parser(stage)
+    args.quiet |= not ranks.first
+    run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
+    args.precision = run.precision.name
+    return args, run
 
 
 def from_flags(cls: type[T], args: argparse.Namespace) -> T:
