@@ -20,6 +20,7 @@ from methods.feature_adapter import ADAPTER_LR, FULL
 from methods.meta_learners import META_LEARNERS
 from methods.setting_choice import CHOSEN_FLAGS
 from models import BACKBONES, HEADS, TORCHVISION, native_img_size
+from persistence.files import Folders, RunFiles, RunName, training_files
 
 T = TypeVar("T")
 
@@ -496,6 +497,14 @@ def start_stage(stage: str) -> tuple[argparse.Namespace, Run]:
     run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
     args.precision = run.precision.name
     return args, run
+
+
+def start_training(stage: str) -> tuple[argparse.Namespace, Run, RunFiles]:
+    """The same for stage 1 or 2, and its files."""
+    args, run = start_stage(stage)
+    script, name, folders = STAGES[stage][0], from_flags(RunName, args), from_flags(Folders, args)
+    files = training_files(script.removesuffix(".py"), name, folders, vars(args), writes=args.n_epoch > 0)
+    return args, run, files
 
 
 def from_flags(cls: type[T], args: argparse.Namespace) -> T:

@@ -7,7 +7,7 @@ python metaLearning.py --preset laptop                                          
 
 from functools import partial
 
-from args_parser import from_flags, start_stage
+from args_parser import from_flags, start_training
 from data.benchmarks import DataOptions, load_split
 from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, training_images
@@ -19,15 +19,14 @@ from methods.features import embed
 from methods.meta_learners import build_meta_learner, uses_maps
 from models import Model, n_parameters
 from persistence.checkpoints import BackboneSpec, initial_backbone, load_state
-from persistence.files import TEST_FLAGS, Folders, RunName, training_files
+from persistence.files import TEST_FLAGS
 from persistence.results import save_result
 from persistence.training import Training
 
 
 def main() -> None:
-    args, run = start_stage("meta")
-    ranks, name, folders = run.ranks, from_flags(RunName, args), from_flags(Folders, args)
-    files = training_files("metaLearning", name, folders, vars(args), writes=args.n_epoch > 0)
+    args, run, files = start_training("meta")
+    ranks = run.ranks
 
     # Images as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch.
     load = partial(load_split, from_flags(DataOptions, args))
@@ -57,9 +56,8 @@ def main() -> None:
     images = training_images(base, augmentation, run.device)
     size = "x".join(map(str, backbone.map_shape)) if maps else backbone.feature_dim
     own = f"{args.method}: {n_parameters(learner):,} of its own, on {size} features at {args.img_size} px"
-    print(
-        f"{args.backbone}: {n_parameters(backbone):,} parameters; {own}\n{base.summary}; {run.device}, {args.precision}"
-    )
+    print(f"{args.backbone}: {n_parameters(backbone):,} parameters; {own}")
+    print(f"{base.summary}; {run.device}, {args.precision}")
 
     # Episodic training; the model of the best validation accuracy is kept.
     training, figures = Training(files, model, base, run, bool(args.init_from)), (0.0, 0.0)

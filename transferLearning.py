@@ -6,7 +6,7 @@ python transferLearning.py --preset laptop                                      
 
 from functools import partial
 
-from args_parser import from_flags, start_stage
+from args_parser import from_flags, start_training
 from data.benchmarks import DataOptions, load_split
 from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, training_images
@@ -20,15 +20,14 @@ from methods.novel_finetune import HeadFit
 from models import Model, build_head, n_parameters
 from models.global_batch_norm import use_global_batch_norm
 from persistence.checkpoints import BackboneSpec, initial_backbone
-from persistence.files import TEST_FLAGS, Folders, RunName, training_files
+from persistence.files import TEST_FLAGS
 from persistence.results import save_result
 from persistence.training import Training
 
 
 def main() -> None:
-    args, run = start_stage("transfer")
-    ranks, name, folders = run.ranks, from_flags(RunName, args), from_flags(Folders, args)
-    files = training_files("transferLearning", name, folders, vars(args), writes=args.n_epoch > 0)
+    args, run, files = start_training("transfer")
+    ranks = run.ranks
 
     # Images as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch.
     load = partial(load_split, from_flags(DataOptions, args))
