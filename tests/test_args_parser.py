@@ -214,6 +214,26 @@ def test_help_explains_every_flag(stage, capsys):
         assert action.help, action.dest
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_fits_100_columns_and_every_flag_is_in_a_group(stage, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        args_parser(stage, ["--help"])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    options, *groups = printed.split("\noptions:")[1].split("\n\n")
+    assert options.split() == "-h, --help show this help message and exit".split()
+    assert len(groups) >= 6 and all(re.match(r"[a-z ,:0-9]+:\n  --", group) for group in groups)
+
+
+def test_help_names_defaults_of_0_and_leaves_out_those_that_are_not_there():
+    help_of = {action.dest: action.help for action in stage_parser("alignment")._actions}
+    for name in ("seed", "save_episode", "record_curve", "lr"):
+        assert help_of[name].endswith(" (default: %(default)s)"), name
+    for name in ("quiet", "image_root", "resume"):
+        assert "(default: %(default)s)" not in help_of[name], name
+
+
 @dataclass(frozen=True)
 class Fit:
     method: str
