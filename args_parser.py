@@ -93,6 +93,8 @@ LAPTOP: dict[str, dict[str, Any]] = {
                     "n_epoch": 30, "val_episodes": 100, "n_shot": 1, "n_query": 15},
     "transfer":    {"n_episodes": 600},
     "meta":        {"n_episodes": 600, "n_epoch": 10, "episodes_per_epoch": 60},
+    "ProtoNet":    {"temperature": 64.0},
+    "MatchingNet": {"temperature": 10.0},
     "alignment":   {"n_episodes": 600, "align_blocks": 0, "aug_size": 20, "record_curve": 10},
 }
 
@@ -446,7 +448,8 @@ def args_parser(
     parser = stage_parser(stage, parser_class)
     chosen, _ = parser.parse_known_args(argv)
     if "preset" in chosen and chosen.preset:
-        preset = PRESETS[chosen.preset]["all"] | PRESETS[chosen.preset].get(stage, {})
+        preset = PRESETS[chosen.preset]
+        preset = preset["all"] | preset.get(stage, {}) | preset.get(chosen.method, {})
         parser.set_defaults(**{name: value for name, value in preset.items() if name in chosen})
     if "align_preset" in chosen and chosen.align_preset == "tuned":
         # predict.py leaves the alignment open until it knows of a base set, with which it is centroid.
