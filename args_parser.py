@@ -90,11 +90,13 @@ def flag(usage: str, kind: Any, default: Any, text: str, **options: Any) -> Flag
 # What a laptop does in minutes: the built-in benchmark, small images, fewer epochs and episodes.
 LAPTOP: dict[str, dict[str, Any]] = {
     "all":         {"dataset": "glyphs", "img_size": 42, "no_flip": True, "crop_scale": [0.3, 1.0],
-                    "n_epoch": 30, "val_episodes": 100, "n_shot": 1, "n_query": 15},
+                    "n_epoch": 30, "val_episodes": 100, "n_shot": 1, "n_query": 15, "precision": "auto"},
     "transfer":    {"n_episodes": 600},
     "meta":        {"n_episodes": 600, "n_epoch": 10, "episodes_per_epoch": 60},
     "ProtoNet":    {"temperature": 64.0},
     "MatchingNet": {"temperature": 10.0},
+    "RelationNet": {"warm_up_epochs": 2},
+    "RelationNet_softmax": {"warm_up_epochs": 2},
     "alignment":   {"n_episodes": 600, "align_blocks": 0, "aug_size": 20, "record_curve": 10},
 }
 
@@ -267,7 +269,8 @@ META: Table = [
     flag("--temperature",          POSITIVE,                        1.0,
          "divides the learner's logits, such as ProtoNet's squared distances; published: 1"),
     flag("--warm_up_epochs",       COUNT_OR_0,                      0,
-         "first epochs in which the backbone stands still and the learner's own module learns alone; published: 0"),
+         "with --init_from: the first epochs, in which the backbone stands still and the learner's own module learns; "
+         "published: 0"),
 ]
 
 UPDATES: Table = [  # of Algorithms 1 and 2
@@ -474,6 +477,8 @@ def args_parser(
         if not args.backbone.startswith(TORCHVISION):
             parser.error(f"argument --weights: it is for {TORCHVISION}NAME backbones, not for {args.backbone}")
 
+    if "warm_up_epochs" in args and not args.init_from:
+        args.warm_up_epochs = 0  # a new backbone has nothing to keep
     args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
     if "align_lr" in args:
         check_feature_space(args, parser)

@@ -34,6 +34,7 @@ DEFAULTS = {
     "meta": {
         **{**SHARED, **FITTING, **TRAINING},
         **{"method": "ProtoNet", "n_epoch": 400, "episodes_per_epoch": 100, "train_n_way": 5, "train_n_query": 16},
+        **{"temperature": 1.0, "warm_up_epochs": 0},
     },
     "alignment": {
         **{**SHARED, **FITTING, **UPDATES},
@@ -79,11 +80,24 @@ def test_the_defaults_are_those_that_the_readme_describes(stage):
 )
 def test_the_laptop_preset_swaps_defaults_and_flags_on_either_side_win(stage, expected):
     expected |= {"dataset": "glyphs", "novel_dataset": "glyphs", "img_size": 42, "n_shot": 1, "n_query": 15}
+    expected |= {"precision": "auto"}
     found = vars(parsed(stage, "--preset", "laptop"))
     assert {name: found[name] for name in expected} == expected
     assert set(found) == set(vars(parsed(stage)))  # none of the flags of another stage
     args = parsed(stage, "--n_shot", "5", "--preset", "laptop", "--n_episodes", "7")
     assert values(args, "n_shot", "n_episodes", "n_query") == (5, 7, 15)
+
+
+@pytest.mark.parametrize(
+    ("method", "temperature", "warm_up_epochs"),
+    [("ProtoNet", 64, 0), ("MatchingNet", 10, 0), ("RelationNet", 1, 2), ("RelationNet_softmax", 1, 2)],
+)
+def test_the_laptop_preset_has_a_setting_for_each_learner(method, temperature, warm_up_epochs):
+    laptop, names = ("--preset", "laptop", "--method", method), ("temperature", "warm_up_epochs")
+    assert values(parsed("meta", *laptop), *names) == (temperature, 0)  # nothing to keep in a new backbone
+    assert values(parsed("meta", *laptop, "--init_from", "c"), *names) == (temperature, warm_up_epochs)
+    assert values(parsed("meta", *laptop, "--init_from", "c", "--warm_up_epochs", "1"), *names) == (temperature, 1)
+    assert values(parsed("meta", "--method", method, "--init_from", "c"), *names) == (1, 0)
 
 
 PUBLISHED_CODE = {"n_shot": 1, "testing_epochs": 10, "seed": 10}

@@ -219,7 +219,6 @@ USER_ERRORS = {
     "a flag of stage 3": (["--n_B", 3], ["--n_B"]),
     "more training ways than base classes": (["--train_n_way", 7], ["base split", "6 classes", "7 ways"]),
     "base class too small": (["--train_n_query", 7], ["class00", "base split", "8 images", "9 are needed"]),
-    "a warm-up of nothing": (["--warm_up_epochs", 1], ["ProtoNet", "--warm_up_epochs 0"]),
     "diverging loss": (["--lr", 1e30], ["epoch", "episode", "--lr"]),
     "other backbone": ([INIT, "stage 1", "--backbone", "ResNet12"], ["backbone Conv4, not ResNet12", "--backbone"]),
     "other image size": ([INIT, "stage 1", "--img_size", 32], ["img_size 16, not 32", "--img_size 16"]),
