@@ -72,7 +72,7 @@ class AlignedEpisodes:
         notes = empty_notes(episode.related, names) if self.setting.alignment != "none" else []
         self.notes += [f"note: episode {i}: {note}" for note in notes]
         means = (100 * share_right(torch.stack([row[k] for row in self.rows])).mean() for k in ("finetuned", "aligned"))
-        self.bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*means))
+        self.bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*means), refresh=False)
         self.bar.update()
 
     def keep(self, drawing: dict[str, Any]) -> None:

@@ -111,6 +111,18 @@ class RunFiles:
         """Where stage 3 keeps an episode to be drawn."""
         return self.folders.results_dir / "episodes" / f"{self.table.stem}.pt"
 
+    def announce(self, what: str, quiet: bool) -> None:
+        """Print what the run will do, how long the last of its name took, if that is known, and where its result goes.
+
+        Quiet, it prints nothing.
+        """
+        took = ""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
+            took = f"; it took {read_json(self.table)['seconds'] / 60:.1f} min last time"
+        if not quiet:
+            name = self.name
+            print(f"{self.stage}: {name.method}, {name.backbone}, {name.dataset}: {what}{took}; result: {self.table}")
+
     def find_state(self, may_differ: set[str], ranks: Ranks = ALONE) -> None:
         """Find the state to go on from: with --resume, and without when a run of the same flags has finished.
 
