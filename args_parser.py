@@ -20,7 +20,7 @@ from methods.alignment import ALIGNMENTS
 from methods.feature_adapter import ADAPTER_LR, FULL
 from methods.meta_learners import META_LEARNERS
 from methods.setting_choice import CHOSEN_FLAGS
-from models import BACKBONES, HEADS, TORCHVISION, native_img_size
+from models import BACKBONES, HEADS, OTHERS, OTHERS_USAGE, native_img_size
 from persistence.files import Folders, RunFiles, RunName, training_files
 
 T = TypeVar("T")
@@ -49,12 +49,11 @@ def flag_value(text: str) -> bool:
 
 
 def backbone_name(text: str) -> str:
-    """An argparse type: a backbone of ours, or torchvision:NAME."""
-    if text in BACKBONES or (text.startswith(TORCHVISION) and text != TORCHVISION):
+    """An argparse type: a backbone of ours, of a library or of the user's own."""
+    if text in BACKBONES or OTHERS.fullmatch(text):
         return text
-    raise argparse.ArgumentTypeError(
-        f"unknown backbone {text!r}: choose {', '.join(BACKBONES)} or {TORCHVISION}NAME, such as {TORCHVISION}resnet50"
-    )
+    choices = f"{', '.join(BACKBONES)}, {OTHERS_USAGE}, such as torchvision:resnet50"
+    raise argparse.ArgumentTypeError(f"unknown backbone {text!r}: choose {choices}")
 
 
 def adapter_rank(text: str) -> int | str:
@@ -122,7 +121,7 @@ AUTO: dict[str, Any] = {"align_blocks": 0, "aug_size": 20}
 # scores: at 1e-3, the rate of the other updates, 150 of them destroy the features (docs/tuning.md).
 ADVERSARIAL_LR = 1e-5
 
-NATIVE_SIZES = ", ".join(f"{name} {native_img_size(name)}" for name in [*BACKBONES, f"{TORCHVISION}NAME"])
+NATIVE_SIZES = ", ".join(f"{name} {native_img_size(name)}" for name in BACKBONES)
 TUNED_FLAGS = "; ".join(" ".join([name, *(f"--{f} {v}" for f, v in flags.items())]) for name, flags in TUNED.items())
 
 DECODING = [
@@ -131,7 +130,7 @@ DECODING = [
     flag("--cache_dir",            Path,                            None,
          "where decoded images and features are kept between runs (default: fs_benchmarks/.cache)"),
     flag("--img_size",             number(int, 8),                  None,
-         f"side of the square input, pixels (default: the backbone's own, {NATIVE_SIZES})"),
+         f"side of the square input, pixels (default: the backbone's own, {NATIVE_SIZES}, or what its library says)"),
     flag("--num_workers",          COUNT_OR_0,                      4,
          "threads that decode images, once; the results do not depend on it"),
 ]
@@ -171,7 +170,9 @@ SHARED: Table = [
 
     "model",
     flag("--backbone",             backbone_name,                   "Conv4",
-         f"{', '.join(BACKBONES)}, or any classification model such as {TORCHVISION}resnet50, its classifier removed"),
+         f"{', '.join(BACKBONES)}; any image model of a library without its classifier, torchvision:resnet50, "
+         "timm:vit_small_patch16_224 (pip install timm); or custom:MODULE:FUNCTION, what FUNCTION() of your own module "
+         "makes: that code is run, and no checkpoint runs it unasked"),
     flag("--checkpoint_dir",       Path,                            Path("./results/models"),
          "where checkpoints are written by one stage and looked for by the next"),
     flag("--init_from CHECKPOINT", Path,                            None,
@@ -215,7 +216,7 @@ SHARED: Table = [
 WEIGHTS: Table = [
     "initial weights",
     flag("--weights PATH|DEFAULT|none", str,                        "none",
-         f"of a {TORCHVISION}NAME backbone: a state dict file, torchvision's own (DEFAULT, downloaded) or random"),
+         "of a torchvision: or timm: backbone: a state dict file, the library's own (DEFAULT, downloaded) or random"),
 ]
 
 TRAINING: Table = [
@@ -238,6 +239,8 @@ TRANSFER: Table = [
          "epochs over the base classes; 0 tests --init_from as it is"),
     flag("--batch_size",           COUNT,                           64,
          "images in a step, of all processes together if there are several"),
+    flag("--freeze",               SWITCH,                          False,
+         "train the head alone, on features that the backbone makes once and --cache_dir keeps: no augmentation"),
     flag("--sync_bn",              SWITCH,                          False,
          "with several processes: batch norm over the whole batch, as one process has it, not over each one's part"),
     flag("--lr",                   POSITIVE,                        1e-3,
@@ -354,7 +357,8 @@ PREDICT: Table = [
     flag("--checkpoint FILE",      Path,                            None,
          "trained backbone: of stage 1 or 2, or imported"),
     flag("--backbone",             backbone_name,                   None,
-         f"instead of a checkpoint, in which it is found: {TORCHVISION}NAME with --weights DEFAULT or a file"),
+         "instead of a checkpoint, in which it is found: torchvision:NAME or timm:NAME with --weights DEFAULT or a "
+         "file, or custom:MODULE:FUNCTION, code of your own, which is run"),
     *WEIGHTS,
 
     "classifier",
@@ -400,11 +404,11 @@ def stage_parser(stage: str, parser_class: type[OneLineParser] = OneLineParser) 
 
 def complete_predict(args: argparse.Namespace, parser: OneLineParser) -> None:
     """Fill in what the flags of predict.py leave open; an error when they name no trained backbone or no base set."""
-    if not args.checkpoint and args.weights == "none":
+    if not args.checkpoint and args.weights == "none" and not (args.backbone or "").startswith("custom:"):
         parser.error(
             "no trained backbone: give --checkpoint FILE (made by 'make demo', by transferLearning.py, or by "
             "'python -m persistence.import_published FILE OUT' of a published file), or torchvision's ImageNet "
-            f"weights, --backbone {TORCHVISION}resnet18 --weights DEFAULT"
+            "weights, --backbone torchvision:resnet18 --weights DEFAULT"
         )
     args.record_curve = 0
     args.alignment = args.alignment or ("centroid" if args.base else "none")
@@ -471,9 +475,12 @@ def args_parser(
         if getattr(args, checkpoint):
             parser.error(f"argument --weights: --{checkpoint} brings its own weights, so give only one of the two")
         if not args.backbone:
-            parser.error(f"argument --weights: name the model too, such as --backbone {TORCHVISION}resnet18")
-        if not args.backbone.startswith(TORCHVISION):
-            parser.error(f"argument --weights: it is for {TORCHVISION}NAME backbones, not for {args.backbone}")
+            parser.error("argument --weights: name the model too, such as --backbone torchvision:resnet18")
+        if not args.backbone.startswith(("torchvision:", "timm:")):
+            parser.error(f"argument --weights: it is for torchvision:NAME and timm:NAME, not for {args.backbone}")
+    if "freeze" in args and args.freeze and args.weights == "none" and not args.init_from:
+        if not args.backbone.startswith("custom:"):
+            parser.error("argument --freeze: of a trained backbone: give --init_from, or --weights DEFAULT or a file")
 
     if "warm_up_epochs" in args and not args.init_from:
         args.warm_up_epochs = 0  # a new backbone has nothing to keep
@@ -488,7 +495,11 @@ def args_parser(
         complete_predict(args, parser)
     else:
         args.novel_dataset = args.novel_dataset or args.dataset
-        args.img_size = args.img_size or native_img_size(args.backbone)
+    if not args.img_size and not (stage == "predict" and args.checkpoint):  # which knows its size
+        try:
+            args.img_size = native_img_size(args.backbone)
+        except ValueError as error:
+            parser.error(f"argument --backbone: {error}")
     return args
 
 

@@ -4,20 +4,23 @@ python transferLearning.py --dataset miniImagenet --method arcMax --n_shot 5    
 python transferLearning.py --preset laptop                                        # about 3 minutes on 2 CPU cores
 """
 
-from functools import partial
+from functools import cache, partial
+
+from torch import nn
 
 from args_parser import from_flags, start_training
-from data.benchmarks import DataOptions, load_split
+from data.benchmarks import DataOptions, Split, load_split
 from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, training_images
 from engine.distributed import copy_rank_0, data_parallel, rank_0_first
 from engine.errors import UserError
 from engine.script import run_script
-from methods.base_training import train_one_epoch
+from methods.base_training import TrainingFeatures, train_one_epoch
 from methods.evaluation import EpisodeScores, evaluate_heads
-from methods.features import embed
+from methods.features import FeatureCache, embed
 from methods.novel_finetune import HeadFit
 from models import Model, build_head, n_parameters
+from models.backbone import Backbone
 from models.global_batch_norm import use_global_batch_norm
 from persistence.checkpoints import BackboneSpec, initial_backbone
 from persistence.files import TEST_FLAGS
@@ -52,12 +55,12 @@ def main() -> None:
         use_global_batch_norm(backbone)
     model = Model(backbone, head.to(run.device), args.lr)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
-    images = training_images(base, augmentation, run.device)
+    images = training_images(base, augmentation, run.device, backbone.normalisation)
     size = f"{n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
     print(f"{args.backbone}: {size}")
     print(base.summary, f"{run.device}, {args.precision}", sep="; ")
 
-    # Base training; the model of the best validation accuracy is kept.
+    # Base training; the model of the best validation accuracy is kept. A frozen backbone embeds once.
     fit, training = from_flags(HeadFit, args), Training(files, model, base, run, bool(args.init_from))
 
     def validate() -> EpisodeScores:
@@ -65,10 +68,13 @@ def main() -> None:
 
     with training.begin(val, args.n_epoch):
         model.net, model.classifier = data_parallel(backbone, ranks), data_parallel(head, ranks)
-        for epoch in training.epochs(args.n_epoch, validate):
+        if args.freeze:
+            model.net, images = nn.Identity(), frozen(backbone, base, FeatureCache(args.cache_dir, run))
+        validated = cache(validate) if args.freeze else validate
+        for epoch in training.epochs(args.n_epoch, validated):
             loss, accuracy = train_one_epoch(model, images, args.batch_size, epoch, run)
             copy_rank_0([backbone], ranks)
-            training.end_epoch(epoch, loss, accuracy, validate())
+            training.end_epoch(epoch, loss, accuracy, validated())
 
     # Novel test of the best model.
     training.load_best()
@@ -76,6 +82,12 @@ def main() -> None:
     scores = evaluate_heads(features, novel_episodes, fit, run, bar="novel episodes")
     save_result(files, novel, novel_episodes, scores, run)
     print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")
+
+
+def frozen(backbone: Backbone, base: Split, features: FeatureCache) -> TrainingFeatures:
+    """The features of the base images, which the head trains on while the backbone stands still."""
+    backbone.requires_grad_(False)
+    return TrainingFeatures(features.features(backbone, base), base.labels)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.files import atomic_file
 from engine.run import Run
 from methods.evaluation import EpisodeScores, mean_and_ci95
-from models import Model
+from models import Model, n_parameters
 from persistence.checkpoints import Checkpoint, load_checkpoint, load_state, save_checkpoint
 from persistence.files import RunFiles
 from persistence.results import percent
@@ -88,7 +88,8 @@ class Training:
         if not self.run.ranks.first:
             return
         accuracy, ci95 = mean_and_ci95(val.accuracy)
-        if accuracy > self.best:
+        # Frozen, a backbone is as good on val after every epoch: the last head is kept.
+        if accuracy > self.best or not n_parameters(self.model.backbone):
             self.best = accuracy
             save_checkpoint(self.files.best, self.checkpoint(epoch))
         seconds = time.time() - self.epoch_began
@@ -116,6 +117,7 @@ class Training:
             epoch=epoch,
             val_accuracy=100 * self.best,
             config=self.files.config,
+            normalisation=self.model.backbone.normalisation,
         )
 
     def restore(self, n_epoch: int) -> None:
