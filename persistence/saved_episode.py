@@ -1,4 +1,7 @@
-"""One episode of stage 3 in a file, to be drawn: its features before and after alignment, its related base classes."""
+"""Episodes of stage 3 in a file, to be drawn: features and logits before and after alignment, images, related classes.
+
+The first of them is the file's content, and the others are a list in it, `more`.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +17,15 @@ from engine.errors import UserError
 from engine.files import load_tensors
 from engine.precision import Precision
 from engine.run import Run
-from methods.alignment import AlignedEpisode
+from methods.alignment import AlignedEpisode, AlignmentSetting
 from methods.features import Source, UpdatedBlocks, updated_features
+from methods.prediction import logits_of
 from methods.related_base import draw_related
+from models.heads import unit
 
 EPISODE_FORMAT = "associative-alignment-episode/1"
-N_SAMPLES = 2  # images kept of each related base class
+N_SAMPLES = 4  # images kept of each related base class
+N_NEAREST = 3  # of them, those kept as the nearest of each query
 MAX_SIDE = 84  # pixels, of the images kept
 
 
@@ -49,30 +55,43 @@ def thumbnails(images: Tensor) -> Tensor:
     return F.interpolate(images.cpu().float(), MAX_SIDE, mode="area").round().to(torch.uint8)
 
 
-def related_classes(episode: AlignedEpisode, base: Split) -> list[list[dict[str, Any]]]:
+def kept_samples(episode: AlignedEpisode, base: Split) -> list[list[Tensor]]:
+    """For each novel class, for each of its related base classes, best first: the indices (k,) of images to keep."""
+    return [
+        [samples.cpu()[base.labels[samples.cpu()] == b][:N_SAMPLES] for b in chosen]
+        for chosen, samples in zip(episode.related.classes, episode.related.samples, strict=True)
+    ]
+
+
+def related_classes(episode: AlignedEpisode, base: Split, kept: list[list[Tensor]]) -> list[list[dict[str, Any]]]:
     """For each novel class its related base classes, best first: name, score, and images (k, 3, s, s) aligned with."""
-    rows = []
-    for w, (chosen, samples) in enumerate(zip(episode.related.classes, episode.related.samples, strict=True)):
-        samples = samples.cpu()
-        rows.append(
-            [
-                {
-                    "name": base.class_names[b],
-                    "score": episode.related.score[b, w].item(),
-                    "images": thumbnails(base.images[samples[base.labels[samples] == b][:N_SAMPLES]]),
-                }
-                for b in chosen
-            ]
-        )
-    return rows
+    return [
+        [
+            {
+                "name": base.class_names[b],
+                "score": episode.related.score[b, w].item(),
+                "images": thumbnails(base.images[samples]),
+            }
+            for b, samples in zip(chosen, kept[w], strict=True)
+        ]
+        for w, chosen in enumerate(episode.related.classes)
+    ]
 
 
 def gather_episode(
-    episodes: Episodes, i: int, episode: AlignedEpisode, novel: Source, base: Source, blocks: UpdatedBlocks, run: Run
+    episodes: Episodes,
+    i: int,
+    episode: AlignedEpisode,
+    novel: Source,
+    base: Source,
+    blocks: UpdatedBlocks,
+    setting: AlignmentSetting,
+    run: Run,
 ) -> dict[str, Any]:
     """What the figures need of episode i, as tensors and plain values; the blocks are as alignment left them.
 
-    The weights of the blocks stay as they are.
+    nearest (q, N_NEAREST): the images of related_classes, counted through, that are most like each query after
+    alignment, by cosine. The weights of the blocks stay as they are.
     """
     if episode.adapter is not None:
         blocks = replace(blocks, updated=episode.adapter)
@@ -83,6 +102,11 @@ def gather_episode(
         for name, index in (("support", support), ("query", query))
     }
     drawn = first_draw(episode, run.generator("related draws", i))
+    kept = kept_samples(episode, base.split)
+    index = torch.cat([samples for row in kept for samples in row] or [torch.empty(0, dtype=torch.long)])
+    related = before_and_after(base, index, torch.zeros_like(index), blocks, run.precision)["after"]
+    cosine = unit(novel_features["query"]["after"]) @ unit(related).T
+    images = {name: novel.split.images[index.flatten()] for name, index in (("support", support), ("query", query))}
     return {
         "format": EPISODE_FORMAT,
         "episode": i,
@@ -90,7 +114,11 @@ def gather_episode(
         **novel_features,
         "related": before_and_after(base, *drawn, blocks, run.precision),
         "support_images": thumbnails(novel.split.images[support[:, 0]]),
-        "related_classes": related_classes(episode, base.split),
+        "related_classes": related_classes(episode, base.split, kept),
+        "method": setting.fit.method,
+        "images": {name: thumbnails(of_kind) for name, of_kind in images.items()},
+        "logits": dict(zip(("before", "after"), logits_of(episode, setting), strict=True)),
+        "nearest": cosine.topk(min(N_NEAREST, len(index)), 1).indices,
     }
 
 
@@ -107,3 +135,9 @@ def read_episode(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path} is no saved episode ({reason}): delete it and run its stage again") from error
     return record | {"result": path.stem}
+
+
+def read_episodes(path: Path) -> list[dict[str, Any]]:
+    """All episodes of a file as read_episode gives the first. Raises UserError when it is no such file."""
+    first = read_episode(path)
+    return [first, *(record | {"result": path.stem} for record in first.get("more", []))]
