@@ -153,9 +153,11 @@ def training_charts(logs: dict[str, list[dict[str, Any]]]) -> str:
 
 def alignment_charts(records: list[dict[str, Any]]) -> str:
     """The gain of alignment by iteration, of the results that recorded it, and episode by episode."""
-    aligned = {
-        row[-1][3] + f", {r['dataset']} {row[-1][2]}": r for r in records if "alignment" in r for row in [table_rows(r)]
-    }
+    aligned = {}
+    for record in in_order(records):
+        dataset, backbone, task, method, *_ = table_rows(record)[-1]
+        if "alignment" in record:
+            aligned[f"{method}, {backbone}, {dataset} {task}"] = record
     sorted_gains = {}
     for name, record in aligned.items():
         pairs = zip(record["accuracy_per_episode"], record["fine_tuning"]["accuracy_per_episode"], strict=True)
