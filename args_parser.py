@@ -336,8 +336,9 @@ ALIGNMENT: Table = [
          "classes of the episodes; settings are tuned on val, never on novel"),
     flag("--record_curve K",       COUNT_OR_0,                      0,
          "record the query accuracy after every K iterations, to see whether more help or hurt; 0 does not"),
-    flag("--save_episode I",       COUNT_OR_0,                      0,
-         "the episode whose features and related base images are kept in episodes/, for reporting.figures to draw"),
+    flag("--save_episode I",       COUNT_OR_0,                      [0],
+         "the episodes whose images, features and related base images are kept in episodes/, to be looked into in "
+         "report.html; the figures draw the first", nargs="+"),
     *UPDATES,
 ]
 
@@ -370,7 +371,7 @@ PREDICT: Table = [
 
     "output",
     flag("--out",                  Path,                            Path("./results/predictions"),
-         "folder of predictions.csv, predictions.json and contact_sheet.png"),
+         "folder of predictions.csv, predictions.json, predictions.html and contact_sheet.png"),
     flag("--overwrite",            SWITCH,                          False,
          "replace the predictions that --out holds"),
     flag("--max_sheet",            COUNT,                           48,

@@ -36,8 +36,8 @@ def main() -> None:
     files = alignment_files(from_flags(RunName, args), variant, from_flags(Folders, args), vars(args))
     n_test = args.testing_epochs * args.n_episodes
     files.announce(f"{args.align_iters} iterations on each of {n_test} {args.test_split} episodes", run.quiet)
-    if args.save_episode >= n_test:
-        raise UserError(f"--save_episode {args.save_episode}, but the {n_test} episodes are numbered from 0: give less")
+    if (most := max(args.save_episode)) >= n_test:
+        raise UserError(f"--save_episode {most}, but the {n_test} episodes are numbered from 0: give less")
 
     # Images as uint8 arrays, and episodes as indices into them.
     load = partial(load_split, from_flags(DataOptions, args))
@@ -67,16 +67,16 @@ def main() -> None:
     # Every episode: fit a head, find the related base classes, align. A rank takes consecutive ones.
     files.begin({"weights": weights_digest(backbone)} | images)
     done = AlignedEpisodes(files, run, episodes, novel.class_names, setting)
-    if args.save_episode < len(done) and not files.episode.is_file():
-        print(f"note: episode {args.save_episode} is done and was not saved: only --overwrite runs it again")
+    for i in sorted(i for i in {*args.save_episode} - {*done.drawings} if i < len(done)):
+        print(f"note: episode {i} is done and was not saved: only --overwrite runs it again")
     step = n_together(backbone.feature_dim, args.test_n_way, setting) if blocks.in_feature_space else SAVE_EVERY
     with files.resumable(done.save), done.bar:
         while (first := len(done)) < n_test:
             mine = ranks.share(range(first, min(first + ranks.n * step, n_test)))
             for i, episode in align_episodes(blocks, episodes, novel_source, base_source, setting, run, mine):
                 done.add(i, episode)
-                if i == args.save_episode:
-                    done.keep(gather_episode(episodes, i, episode, novel_source, base_source, blocks, run))
+                if i in args.save_episode:
+                    done.keep(gather_episode(episodes, i, episode, novel_source, base_source, blocks, setting, run))
             done.exchange(first)
             done.save()
         done.save()

@@ -22,6 +22,7 @@ from methods.related_base import empty_notes
 from persistence.checkpoints import Checkpoint
 from persistence.files import COLUMNS, RunFiles
 from persistence.results import accuracy_record, curve_record, paired_difference, percent, run_record
+from persistence.saved_episode import read_episodes
 
 
 class AlignedEpisodes:
@@ -41,6 +42,10 @@ class AlignedEpisodes:
         self.digests = [hashlib.sha256(index.numpy().tobytes()).hexdigest()[:16] for index in episodes.index]
         self.rows: list[dict[str, Tensor]] = []
         self.kept: list[dict[str, Any]] = []
+        if run.ranks.first and not files.state:
+            files.episode.unlink(missing_ok=True)  # so that none of an older run is ever taken for one of this
+        saved = read_episodes(files.episode) if files.state and files.episode.is_file() else []
+        self.drawings = {drawing["episode"]: drawing for drawing in saved}
         self.notes: list[str] = []
         if files.state:
             self.restore()
@@ -78,9 +83,15 @@ class AlignedEpisodes:
     def keep(self, drawing: dict[str, Any]) -> None:
         """Write an episode to be drawn, now if this is the first rank, else when the ranks exchange."""
         if self.run.ranks.first:
-            save_atomically(self.files.episode, drawing)
+            self.write(drawing)
         else:
             self.kept.append(drawing)
+
+    def write(self, drawing: dict[str, Any]) -> None:
+        """Write an episode to be drawn beside those that this run has kept before: see read_episodes."""
+        self.drawings[drawing["episode"]] = drawing
+        first, *more = (self.drawings[i] for i in sorted(self.drawings))
+        save_atomically(self.files.episode, {**first, "more": more})
 
     def exchange(self, first: int) -> None:
         """Bring the ranks' rows from the first-th on together, in order, and show what is new."""
@@ -95,7 +106,7 @@ class AlignedEpisodes:
             for i in range(first, len(self.rows)):
                 self.files.metrics.write(i, self.metrics_row(i))
             for drawing in (drawing for _, _, kept in of_ranks for drawing in kept):
-                save_atomically(self.files.episode, drawing)
+                self.write(drawing)
 
     def metrics_row(self, i: int) -> dict[str, Any]:
         """Episode i in numbers: accuracy (%), losses of the last iteration, related base images and drawn of them."""

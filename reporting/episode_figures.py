@@ -1,4 +1,4 @@
-"""Pictures of a saved episode: its features in two dimensions before and after alignment, its related base classes."""
+"""Pictures of a saved episode: features in two dimensions before and after alignment, margins, related base classes."""
 
 import importlib
 import textwrap
@@ -11,11 +11,13 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from engine.errors import UserError
+from models.heads import unit
 from reporting.figure_style import GREY, INK, colour, label_text
 
 # Marker, size and z-order of each kind of sample; related ones lie below, the few support ones on top.
 KINDS = {"related": ("x", 26, 1), "query": ("o", 20, 2), "support": ("*", 260, 3)}
 MAX_RELATED = 10  # related base classes drawn of each novel class
+N_SAMPLES = 2  # images drawn of each of them
 
 
 def pca(z: Tensor) -> tuple[Tensor, list[float]]:
@@ -57,15 +59,49 @@ def draw_projection(axes: Axes, y: Tensor, kinds: dict[str, Tensor]) -> None:
     axes.set(xticks=[], yticks=[])
 
 
+def seen_by_head(z: Tensor, record: dict[str, Any]) -> Tensor:
+    """Features (n, d) as the head of the episode takes them: unit ones, if it compares by cosine."""
+    return unit(z) if record.get("method") in ("cosMax", "arcMax") else z
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logit of a query's own class minus the largest other, (n, n_way) and (n,) -> (n,): above 0 it is right."""
+    own = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
+    return logits[own] - logits.masked_fill(own, -torch.inf).amax(1)
+
+
+def draw_margins(axes: Axes, record: dict[str, Any]) -> None:
+    """Each query's margin before alignment and after; those that alignment put right or wrong have larger marks."""
+    labels = record["query"]["labels"]
+    before, after = (margins(record["logits"][when].float(), labels) for when in ("before", "after"))
+    changed = (before > 0) != (after > 0)
+    for part, size in ((~changed, 14), (changed, 44)):
+        colours = [colour(label) for label in labels[part].tolist()]
+        edge: dict[str, Any] = {"edgecolors": INK, "linewidths": 0.9 if size > 14 else 0.0}
+        axes.scatter(before[part], after[part], s=size, c=colours, zorder=2, **edge)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    right, wrong = int(((before <= 0) & (after > 0)).sum()), int(((before > 0) & (after <= 0)).sum())
+    corner: dict[str, Any] = {"transform": axes.transAxes, "fontsize": 9, "color": INK}
+    axes.text(0.02, 0.98, f"{right} put right", ha="left", va="top", **corner)
+    axes.text(0.98, 0.02, f"{wrong} put wrong", ha="right", va="bottom", **corner)
+    axes.set(title="margin of each query", xlabel="logit of its class minus the best other, before", ylabel="after")
+
+
 def projection_figure(record: dict[str, Any], projection: str) -> Figure:
     """Support, query and related base samples before and after alignment, each panel a projection of its own.
 
     record: see gather_episode. projection: pca or tsne. The feature spaces before and after differ, and so do the axes.
+    A third panel has the margins of the queries, if the record has their logits.
     """
     kinds = {kind: record[kind]["labels"] for kind in KINDS}
-    figure = Figure(figsize=(10, 5.4), layout="constrained")
-    for axes, when in zip(figure.subplots(1, 2), ("before", "after"), strict=True):
-        z = torch.cat([record[kind][when] for kind in KINDS])
+    panels = 3 if "logits" in record else 2
+    figure = Figure(figsize=(5 * panels, 5.4), layout="constrained")
+    subplots = figure.subplots(1, panels)
+    if "logits" in record:
+        draw_margins(subplots[2], record)
+    for axes, when in zip(subplots, ("before", "after"), strict=False):
+        z = seen_by_head(torch.cat([record[kind][when] for kind in KINDS]), record)
         if projection == "pca":
             y, share = pca(z)
             axes.set(xlabel=f"PC 1, {100 * share[0]:.0f} % of variance", ylabel=f"PC 2, {100 * share[-1]:.0f} %")
@@ -83,7 +119,7 @@ def projection_figure(record: dict[str, Any], projection: str) -> Figure:
         for (kind, (marker, size, _)), n in zip(KINDS.items(), map(len, kinds.values()), strict=True)
     ]
     longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = min(len(handles), 8, int(9.5 / (0.6 + 0.085 * longest)))  # inches
+    columns = min(len(handles), 8, int((5 * panels - 0.5) / (0.6 + 0.085 * longest)))  # inches
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     figure.suptitle(f"episode {record['episode']}: {label_text(record['result'], 90)}", fontsize=10)
     return figure
@@ -118,7 +154,8 @@ def related_base_figure(record: dict[str, Any]) -> Figure:
         for b, axes in enumerate(grid[w, 1:]):
             related = row[b] if b < len(row) else {"images": [], "name": "", "score": None}
             score = f"{related['score']:.2f}\n" if b < len(row) else ""
-            draw_images(axes, list(related["images"]), score + two_lines(related["name"], 11), fontsize=6.5, color=INK)
+            images = list(related["images"][:N_SAMPLES])
+            draw_images(axes, images, score + two_lines(related["name"], 11), fontsize=6.5, color=INK)
     first = f", the first {n_B} of {len(rows[0])}" if len(rows[0]) > n_B else ""
     figure.suptitle(f"support image, then its related base classes\nby score{first}", fontsize=9)
     return figure

@@ -17,29 +17,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from engine.errors import OneLineParser, UserError
-from engine.files import atomic_file, read_json
+from engine.files import atomic_file
 from engine.script import run_script
 from persistence.saved_episode import read_episode
 from reporting.episode_figures import projection_figure, related_base_figure
-from reporting.report import is_result, read_record, read_results
+from reporting.report import is_result, read_record, read_results, training_logs
 from reporting.result_figures import confusion_figure, curve_figure, training_figure
 
 STAGE_3 = "associative_alignment.py"
-
-
-def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows of metrics.jsonl of each training, by the run's name. Raises UserError when a metrics file is damaged."""
-    logs = {}
-    for file in sorted((results_dir / "logs").glob("*/metrics.jsonl")):
-        try:
-            rows = read_json(file, lines=True)
-            if rows and "episode" not in rows[0]:  # those of stage 3 are of episodes
-                keys = ("epoch", "loss", "base_accuracy", "val_accuracy", "val_ci95")
-                name = file.parent.name.removesuffix("_bestModel").replace("_", " ")
-                logs[name] = [{key: row[key] for key in keys} for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"metrics file {file} is damaged ({error}): delete it or run its stage again") from error
-    return logs
 
 
 def newest(folder: Path, name: str, holds: Callable[[Path], bool]) -> Path | None:

@@ -61,6 +61,21 @@ def read_results(results_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of metrics.jsonl of each training, by the run's name. Raises UserError when a metrics file is damaged."""
+    logs = {}
+    for file in sorted((results_dir / "logs").glob("*/metrics.jsonl")):
+        try:
+            rows = read_json(file, lines=True)
+            if rows and "episode" not in rows[0]:  # those of stage 3 are of episodes
+                keys = ("epoch", "loss", "base_accuracy", "val_accuracy", "val_ci95")
+                name = file.parent.name.removesuffix("_bestModel").replace("_", " ")
+                logs[name] = [{key: row[key] for key in keys} for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"metrics file {file} is damaged ({error}): delete it or run its stage again") from error
+    return logs
+
+
 def interval(record: dict[str, Any]) -> str:
     """`71.45 ± 0.72`, or the mean alone when one episode gives no interval."""
     mean, ci95 = record["accuracy"], record["ci95"]

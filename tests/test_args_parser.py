@@ -38,7 +38,7 @@ DEFAULTS = {
     },
     "alignment": {
         **{**SHARED, **FITTING, **UPDATES},
-        **{"method": "arcMax", "alignment": "centroid", "test_split": "novel", "save_episode": 0},
+        **{"method": "arcMax", "alignment": "centroid", "test_split": "novel", "save_episode": [0]},
     },
     "predict": {
         **{**FITTING, **UPDATES},
