@@ -4,6 +4,7 @@ The results as a table, learning curves, what alignment gained, and the episodes
 """
 
 import argparse
+from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
@@ -222,7 +223,13 @@ def prediction_view(predictions: Predictions, support: Path) -> EpisodeView:
     order = {path: n for n, path in enumerate(path for row in shown for path in row)}
     probabilities, finetuned = predictions.probabilities.tolist(), predictions.finetuned.tolist()
     queries = [
-        Query(thumbnail(path, predictions.files[i]), predictions.truth[i], finetuned[i], probabilities[i], [])
+        Query(
+            partial(thumbnail, path, predictions.files[i]),
+            predictions.truth[i],
+            finetuned[i],
+            probabilities[i],
+            [order[predictions.nearest[i]]] if predictions.nearest[i] in order else [],
+        )
         for i, path in enumerate(predictions.paths)
     ]
     return EpisodeView(
@@ -232,10 +239,7 @@ def prediction_view(predictions: Predictions, support: Path) -> EpisodeView:
             [thumbnail(path, f"example of {name}") for path in row] for name, row in zip(names, shown, strict=True)
         ],
         related=[[Related(name) for name in predictions.related.get(name, [])] for name in names],
-        queries=[
-            Query(q.picture, q.truth, q.before, q.after, [order[near]] if near in order else [])
-            for q, near in zip(queries, predictions.nearest, strict=True)
-        ],
+        queries=queries,
         aligned=bool(predictions.related),
     )
 
@@ -243,7 +247,14 @@ def prediction_view(predictions: Predictions, support: Path) -> EpisodeView:
 def write_predictions(path: Path, predictions: Predictions, support: Path) -> None:
     """Write the page of predictions. Raises UserError when it cannot be written or an image is gone."""
     view = prediction_view(predictions, support)
-    write_page(path, html_page("Predictions", "", {"Images": episode_section(view, "p", is_open=True)}))
+    write_page(
+        path,
+        html_page(
+            "Predictions",
+            f"labelled from the examples in {support.resolve().name}",
+            {"Images": episode_section(view, "p", is_open=True)},
+        ),
+    )
 
 
 def main() -> None:
