@@ -179,6 +179,7 @@ def query_block(view: EpisodeView, query: Query, numbers: dict[int, str]) -> str
     mark = ""
     if query.truth is not None:
         mark = '<b class="mark-right">✓</b>' if right else '<b class="mark-wrong">✗</b>'
+    shown = query.picture()
     kind = query.kind if view.aligned or query.truth is not None else ""
     more = []
     if view.aligned and was != now:
@@ -189,11 +190,11 @@ def query_block(view: EpisodeView, query: Query, numbers: dict[int, str]) -> str
     of = "related images" if any(r.images for row in view.related for r in row) else "example"
     return (
         f'<details class="query {"right" if right else "wrong"}" data-kind="{query.kind}"><summary>'
-        f"{img(query.picture())}"
+        f"{img(shown)}"
         f'<span class="verdict">{mark}{kind}<br>{percent(query.after[now])}</span>'
         f'<span class="label">{escape(view.class_names[now])}<span class="more">{"<br>".join(more)}</span></span>'
         f'<span class="near" data-near="{near}"><b>nearest {of}</b></span></summary>'
-        f'<div class="open">{probability_table(view, query)}</div></details>'
+        f'<div class="open"><p class="note">{escape(shown.alt)}</p>{probability_table(view, query)}</div></details>'
     )
 
 

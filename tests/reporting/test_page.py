@@ -1,6 +1,7 @@
 """The page of results and that of predictions: its structure always, and in a real browser where there is one."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -169,13 +170,15 @@ def test_what_alignment_did_to_a_query(truth, was, now, kind):
 @pytest.mark.parametrize("low, high", [(0, 1), (20, 20), (-3.2, 7), (0, 0), (61.3, 62.1), (0, 599)])
 def test_ticks_are_few_round_and_hold_the_range(low, high):
     ticks = nice_ticks(low, high)
-    assert ticks[0] <= low and ticks[-1] >= high and 1 <= len(ticks) <= 7
+    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 7
 
 
 def test_a_chart_leaves_out_what_is_not_finite():
-    chart = line_chart("loss", "epoch", {"a": [(0, float("nan")), (1, 2.0), (2, 3.0)]}, {})
-    assert "nan" not in chart and "polyline" in chart
-    assert line_chart("loss", "epoch", {"a": []}, {}) == ""
+    chart = line_chart("loss", "epoch", {"a": [(0, math.nan, 1.0), (1, 2.0, 0.5), (2, 3.0, math.nan), (3, None, None)]})
+    (line,), (band,) = Page(chart).all("polyline"), Page(chart).all("polygon", "band")
+    assert "nan" not in chart and len(line["points"].split()) == 2 and len(band["points"].split()) == 4
+    assert not Page(line_chart("loss", "epoch", {"a": [(0, 1.0, None)]})).all("polygon")
+    assert line_chart("loss", "epoch", {"a": [(0, None, None)]}) == ""
 
 
 @pytest.mark.parametrize(
