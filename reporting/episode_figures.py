@@ -11,12 +11,11 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from engine.errors import UserError
-from reporting.figure_style import GREY, INK, PALE, colour, label_text
+from reporting.figure_style import GREY, INK, colour, label_text
 
 # Marker, size and z-order of each kind of sample; related ones lie below, the few support ones on top.
 KINDS = {"related": ("x", 26, 1), "query": ("o", 20, 2), "support": ("*", 260, 3)}
 MAX_RELATED = 10  # related base classes drawn of each novel class
-COLUMN, ROW = 1.16, 3.1  # image sides: from one related class to the next, from one novel class to the next
 
 
 def pca(z: Tensor) -> tuple[Tensor, list[float]]:
@@ -90,11 +89,6 @@ def projection_figure(record: dict[str, Any], projection: str) -> Figure:
     return figure
 
 
-def place_image(axes: Axes, image: Tensor, x: float, y: float, side: float) -> None:
-    """A uint8 image (3, s, s), its top left corner at (x, y), `side` wide."""
-    axes.imshow(image.permute(1, 2, 0).numpy(), extent=(x, x + side, y + side, y), interpolation="nearest", zorder=2)
-
-
 def two_lines(name: str, width: int) -> str:
     """A name as a label of at most two lines of `width` characters, broken at its spaces and underscores if it can."""
     lines = textwrap.wrap(name.replace("_", " "), width)
@@ -103,34 +97,28 @@ def two_lines(name: str, width: int) -> str:
     return "\n".join(label_text(line) for line in lines)
 
 
-def place_related(axes: Axes, related: dict[str, Any], x: float, y: float) -> None:
-    """One related base class: its samples below each other, then its name and score."""
-    for k in range(2):
-        if k < len(related["images"]):
-            place_image(axes, related["images"][k], x, y + 1.04 * k, 1.0)
-        else:
-            axes.fill([x, x + 1, x + 1, x], [y + 1.04 * k] * 2 + [y + 1.04 * k + 1] * 2, color=PALE, zorder=1)
-    axes.text(x + 0.5, y + 2.1, f"{related['score']:.2f}", ha="center", va="top", fontsize=6.5, color=GREY)
-    axes.text(x + 0.5, y + 2.36, two_lines(related["name"], 11), ha="center", va="top", fontsize=6.5, color=INK)
+def draw_images(axes: Axes, images: list[Tensor], name: str, **style: Any) -> None:
+    """uint8 images (3, s, s) below each other, and a name below them; nothing but the name without images."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(name, **style)
+    if images:
+        axes.imshow(torch.cat(images, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
 
 
 def related_base_figure(record: dict[str, Any]) -> Figure:
     """A row for each novel class: a support image, then samples of its related base classes with their scores."""
     rows = record["related_classes"]
     n_B = max(1, min(MAX_RELATED, max(len(row) for row in rows)))
-    width, height = max(7.0, 2.6 + COLUMN * n_B), ROW * len(rows)
-    figure = Figure(figsize=(0.62 * width, 0.62 * height + 0.3), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(0.8 * n_B + 1.8, 2.0 * len(rows) + 0.4), layout="constrained")
+    grid = figure.subplots(len(rows), n_B + 1, squeeze=False, width_ratios=[2, *[1] * n_B])
     for w, (name, row) in enumerate(zip(record["class_names"], rows, strict=True)):
-        y = ROW * w
-        place_image(axes, record["support_images"][w], 0.0, y, 2.04)
-        axes.text(
-            1.02, y + 2.14, two_lines(name, 15), ha="center", va="top", fontsize=8.5, color=colour(w), weight="bold"
-        )
-        for b, related in enumerate(row[:n_B]):
-            place_related(axes, related, 2.6 + COLUMN * b, y)
-    axes.set(xlim=(-0.05, width), ylim=(height - 0.25, -0.05), aspect="equal")
-    axes.set_axis_off()
+        support = {"fontsize": 8.5, "color": colour(w), "weight": "bold"}
+        draw_images(grid[w, 0], [record["support_images"][w]], two_lines(name, 15), **support)
+        for b, axes in enumerate(grid[w, 1:]):
+            related = row[b] if b < len(row) else {"images": [], "name": "", "score": None}
+            score = f"{related['score']:.2f}\n" if b < len(row) else ""
+            draw_images(axes, list(related["images"]), score + two_lines(related["name"], 11), fontsize=6.5, color=INK)
     first = f", the first {n_B} of {len(rows[0])}" if len(rows[0]) > n_B else ""
-    axes.set_title(f"support image, then its related base classes\nby score{first}", fontsize=9)
+    figure.suptitle(f"support image, then its related base classes\nby score{first}", fontsize=9)
     return figure

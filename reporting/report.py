@@ -5,6 +5,7 @@ python -m reporting.report --pair fp32.json bf16.json
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from persistence.results import paired_difference, percent
 # What a result holds that is reported or drawn; of stage 3 also the second row.
 KEYS = "dataset method backbone img_size n_way n_shot n_episodes seconds accuracy ci95 accuracy_per_episode".split()
 ALIGNMENT_KEYS = ("fine_tuning", "difference")
+HEADER = ["dataset", "backbone", "task", "method", "accuracy %", "paired gain", "episodes", "seconds"]
 # What two results of the same episodes have in common.
 PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query")
 
@@ -60,6 +62,11 @@ def interval(record: dict[str, Any]) -> str:
     return f"{mean:.2f}" if ci95 is None else f"{mean:.2f} ± {ci95:.2f}"
 
 
+def signed(difference: float, ci95: float | None) -> str:
+    """`+0.12 ± 0.98`; the interval of a single episode is nan."""
+    return f"{difference:+.2f} ± {math.nan if ci95 is None else ci95:.2f}"
+
+
 def variant(record: dict[str, Any]) -> str:
     """What tells an alignment from the published one: its preset, or that it moves the last blocks alone."""
     config = record.get("config", {})
@@ -85,20 +92,22 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
             *protocol,
             f"{record['method']}, {record['alignment']} alignment{variant(record)}",
             interval(record),
-            f"{record['difference']['accuracy']:+.2f} ± {record['difference']['ci95'] or float('nan'):.2f}",
+            signed(record["difference"]["accuracy"], record["difference"]["ci95"]),
             *cost,
         ],
     ]
 
 
-def markdown_table(records: list[dict[str, Any]]) -> str:
-    """Method by shots: accuracy % and paired difference with 95% intervals, episodes, seconds of the whole run."""
-    header = ["dataset", "backbone", "task", "method", "accuracy %", "paired gain", "episodes", "seconds"]
-    order = sorted(
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Rows of cells below a header, as Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results by dataset, backbone, way and shots, those of stage 1 first."""
+    return sorted(
         records, key=lambda r: (r["dataset"], r["backbone"], r["n_way"], r["n_shot"], r["stage"] != "transferLearning")
     )
-    rows = [header, ["---"] * len(header)] + [row for record in order for row in table_rows(record)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def paired_line(before: Path, after: Path) -> str:
@@ -147,7 +156,11 @@ def main() -> None:
         help="print the paired difference AFTER - BEFORE of two results of the same episodes instead",
     )
     args = parser.parse_args()
-    print(paired_line(*args.pair) if args.pair else markdown_table(read_results(args.results_dir)))
+    if args.pair:
+        print(paired_line(*args.pair))
+    else:
+        rows = [row for record in in_order(read_results(args.results_dir)) for row in table_rows(record)]
+        print(markdown_table(HEADER, rows))
 
 
 if __name__ == "__main__":

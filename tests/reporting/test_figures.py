@@ -14,7 +14,7 @@ from reporting.figure_style import CYCLE, label_text
 from reporting.result_figures import confusion_figure
 from tests.helpers import STAGE_1, STAGE_3, call
 
-PICTURES = ("overview", "training", "curve", "confusion", "projection", "related_base")
+PICTURES = ("training", "curve", "confusion", "projection", "related_base")
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -37,7 +37,7 @@ def test_what_cannot_be_drawn_is_said_in_a_line_with_what_would_make_it(aligned_
     assert [line.split()[1] for line in skipped] == ["curve.png:", "projection.png:", "related_base.png:"]
     assert all("associative_alignment.py" in line for line in skipped) and "--record_curve" in skipped[0]
     drawn = {path.stem for path in (results / "figures").iterdir()}
-    assert drawn == {"overview", "training", "confusion"}
+    assert drawn == {"training", "confusion"}
 
 
 def test_a_result_is_named_or_the_newest(aligned_copy):

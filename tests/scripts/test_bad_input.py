@@ -302,7 +302,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "half a result": (REPORT, write("results/tables/new.json", '{"stage": "x"}'), ["{}/results"], ["lacks 'dataset'"]),
     "no results to draw": (FIGURES, nothing, ["{}/none"], ["none/tables", "run a stage"]),
     "damaged metrics": (FIGURES, write("results/logs/x/metrics.jsonl", "{"), ["{}/results"], ["metrics.jsonl"]),
-    "figures in a file": (FIGURES, write("results/figures", ""), ["{}/results"], ["figures/overview.png", "folder"]),
+    "figures in a file": (FIGURES, write("results/figures", ""), ["{}/results"], ["figures/training.png", "folder"]),
 }
 
 
