@@ -263,7 +263,7 @@ META: Table = [
 UPDATES: Table = [  # of Algorithms 1 and 2
     flag("--align_preset",         ["paper", "tuned", "auto"],      "paper",
          f"numbers of the updates: as published; chosen once on val classes (tuned, docs/tuning.md: {TUNED_FLAGS}); or "
-         "chosen for this backbone on val episodes, in feature space, fine-tuning if none helps (auto, stage 3 alone)"),
+         "chosen for this backbone on val episodes, in feature space, fine-tuning if none helps (auto)"),
     flag("--n_B",                  COUNT,                           10,
          "related base classes a novel class; if n_way * n_B are too many, shared out evenly (published code fails)"),
     flag("--related_score",        ["vote", "soft"],                "vote",
@@ -418,9 +418,9 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
 
 def check_auto(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[str]) -> None:
     """An error when --align_preset auto is given where it cannot choose, or beside a flag that it chooses."""
-    if "test_split" not in args:
-        parser.error("argument --align_preset: auto chooses on val episodes of a benchmark: give paper or tuned")
-    if args.test_split == "val":
+    if not getattr(args, "base", args):
+        parser.error("argument --align_preset: auto chooses on val episodes of a benchmark: name it with --base")
+    if getattr(args, "test_split", "") == "val":
         parser.error("argument --align_preset: auto chooses on val classes, so it is not tested on them: give novel")
     given = {text.split("=")[0] for text in argv}
     both = [f"--{name}" for name in CHOSEN_FLAGS if f"--{name}" in given]
