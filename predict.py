@@ -113,14 +113,17 @@ def alignment_setting(
     setting = from_flags(AlignmentSetting, args)
     if args.align_preset != "auto" or base is None:
         return setting, []
-    cache, root = FeatureCache(args.cache_dir, run), Path(os.path.abspath(args.base))
-    options = DataOptions(
-        root.parent, base.images.shape[-1], args.cache_dir, args.image_root, args.num_workers, args.quiet
-    )
+    cache, img_size = FeatureCache(args.cache_dir, run), base.images.shape[-1]
     z_base = feature_source(cache.features(backbone, base), base)
-    load_val = partial(load_split, options, root.name, "val")
+    load_val = partial(load_split, base_options(args, img_size), base.benchmark, "val")
     choice = choose_for_support(load_val, backbone, z_base, cache, n_support, setting)
     return choice.setting, choice.lines
+
+
+def base_options(args: argparse.Namespace, img_size: int) -> DataOptions:
+    """How the splits of --base are found and decoded."""
+    folder = Path(os.path.abspath(args.base)).parent
+    return DataOptions(folder, img_size, args.cache_dir, args.image_root, args.num_workers, args.quiet)
 
 
 def ignored_notes(args: argparse.Namespace, support_paths: list[Path], query_paths: list[Path]) -> Iterator[str]:
@@ -154,8 +157,7 @@ def backbone_and_base(args: argparse.Namespace) -> tuple[Backbone, int, Split | 
         raise UserError(
             f"--base {args.base} has no base split: expected {root}/base/<class>/<image> or {root}/base.json"
         )
-    options = DataOptions(root.parent, img_size, args.cache_dir, args.image_root, args.num_workers, args.quiet)
-    base = load_split(options, root.name, "base")
+    base = load_split(base_options(args, img_size), root.name, "base")
     if checkpoint:
         check_base_classes(args.checkpoint, checkpoint, str(args.base), base.class_names)
     return backbone, img_size, base, facts | {"base": root.name, "base_fingerprint": base.fingerprint}

@@ -130,9 +130,7 @@ def test_for_images_of_no_benchmark_the_episodes_are_like_their_support(tmp_path
     cache, shapes = FeatureCache(tmp_path / "cache", Run()), []
     original = kept.sample_episodes
     monkeypatch.setattr(kept, "N_QUERY", 5)
-    monkeypatch.setattr(
-        kept, "sample_episodes", lambda val, shape, *rest: shapes.append(shape) or original(val, shape, *rest)
-    )
+    monkeypatch.setattr(kept, "sample_episodes", lambda val, *rest: shapes.append(rest[0]) or original(val, *rest))
     z_base = feature_source(cache.features(backbone, base), base)
     choice = kept.choose_for_support(load_val, backbone, z_base, cache, [1, 4, 4, 2], SETTING)
     assert shapes == ([] if missing else [EpisodeShape(4, 3, 5)])
