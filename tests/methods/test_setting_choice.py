@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -204,6 +205,28 @@ def test_the_script_chooses_names_it_in_the_result_and_its_command_gives_the_sam
     assert by_flags.status == 0, by_flags.err
     (other,) = (workspace / "by_flags" / "tables").glob("*.json")
     assert json.loads(other.read_text())["accuracy_per_episode"] == record["accuracy_per_episode"]
+
+
+@pytest.mark.parametrize("n_shot", [2, 8])
+def test_predict_chooses_on_the_val_classes_of_its_base_set_if_they_are_enough(workspace, monkeypatch, n_shot):
+    monkeypatch.setattr(kept, "N_EPISODES", 20)
+    monkeypatch.setattr(kept, "N_QUERY", 2)
+    tiny, support = workspace / "benchmarks" / "tiny", workspace / "support"
+    for folder in sorted((tiny / "novel").iterdir())[:3]:
+        (support / folder.name).mkdir(parents=True)
+        for image in sorted(folder.iterdir())[:n_shot]:
+            shutil.copy(image, support / folder.name)
+    flags = ["--support", support, "--query", tiny / "novel", "--base", tiny, "--ft_n_epoch", 20, "--quiet"]
+    flags += ["--checkpoint", workspace / "results" / "models" / f"{RUN}_bestModel.tar", "--out", workspace / "out"]
+    flags += ["--cache_dir", workspace / "cache", "--align_preset", "auto"]
+    outcome = call("predict", *flags)
+    assert outcome.status == 0, outcome.err
+    tables = list((workspace / "cache").glob("predict_auto_*.json"))
+    if n_shot == 2:
+        chosen = json.loads(tables[0].read_text())["chosen"]
+        assert f"note: chosen: python predict.py --support {support}" in outcome.out and chosen in outcome.out
+    else:  # 8 of the 8 images of a val class leave none to ask for
+        assert not tables and "auto cannot choose on val, so it is fine-tuning" in outcome.out
 
 
 @pytest.mark.parametrize(
