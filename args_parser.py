@@ -107,9 +107,6 @@ TUNED: dict[str, dict[str, Any]] = {
     "adversarial": {"critic_steps": 1},
 }
 
-# What --align_preset auto, which chooses in feature space, leaves as it is.
-AUTO: dict[str, Any] = {"align_blocks": 0, "aug_size": 20}
-
 # Of the backbone's step against the critic, which the paper leaves open. Adam's steps do not shrink with the critic's
 # scores: at 1e-3, the rate of the other updates, 150 of them destroy the features (docs/tuning.md).
 ADVERSARIAL_LR = 1e-5
@@ -442,7 +439,7 @@ def args_parser(
         parser.set_defaults(**TUNED["all"], **TUNED.get(chosen.alignment or "centroid", {}))
     if "align_preset" in chosen and chosen.align_preset == "auto":
         check_auto(chosen, parser, argv)
-        parser.set_defaults(**AUTO)
+        parser.set_defaults(align_blocks=0, aug_size=20)  # which it leaves as they are
     chosen, _ = parser.parse_known_args(argv)
     in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
     if in_feature_space and (stage != "predict" or chosen.base):
