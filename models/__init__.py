@@ -68,12 +68,7 @@ def build_backbone(name: str, img_size: int, relation: bool = False, weights: st
 
 
 def build_head(method: str, d: int, n_class: int, s: float, m: float, generators: Generators = None) -> Head:
-    """A head of `n_class` classes on d features; of a list of generators, as many heads, fitted together.
-
-    Raises ValueError for an unknown name.
-    """
-    if method not in HEADS:
-        raise ValueError(f"unknown head {method!r}: choose one of {', '.join(HEADS)}")
+    """A head of `n_class` classes on d features; of a list of generators, as many heads, fitted together."""
     return HEADS[method](d, n_class, s, m, generators)
 
 

@@ -141,10 +141,6 @@ class TorchvisionBackbone(Backbone):
             ) from error
         self.train()
 
-    def blocks(self) -> list[nn.Module]:
-        """The blocks from input to output."""
-        return list(self.layers)
-
     def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
         """(b, c, h', w') -> (b, d): what the model does between its feature map and its classifier."""
         return self.tail(feature_map).flatten(1)

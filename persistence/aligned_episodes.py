@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from data.episodes import Episodes
 from engine.distributed import gather_objects
-from engine.errors import UserError
 from engine.files import save_atomically
 from engine.records import write_json
 from engine.run import Run
@@ -19,11 +18,8 @@ from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95, 
 from methods.features import Source
 from methods.related_base import empty_notes
 from persistence.checkpoints import Checkpoint
-from persistence.files import RunFiles
+from persistence.files import COLUMNS, RunFiles
 from persistence.results import accuracy_record, curve_record, difference_record, paired_difference, percent, run_record
-
-# What is kept of each episode.
-COLUMNS = ("finetuned", "aligned", "curve", "losses", "n_related", "n_empty", "n_drawn")
 
 
 class AlignedEpisodes:
@@ -44,7 +40,7 @@ class AlignedEpisodes:
         self.kept: list[dict[str, Any]] = []
         self.notes: list[str] = []
         if files.state:
-            self.restore(files.state)
+            self.restore()
         name = f"{setting.alignment} alignment"
         self.bar = run.bar(None, name, "episode", total=len(episodes), initial=len(self.rows))
 
@@ -116,17 +112,16 @@ class AlignedEpisodes:
         if self.rows and self.run.ranks.first:
             self.files.save_state(scaler=self.run.precision.scaler.state_dict(), **self.tensors())
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on after the episodes of a state, no more than there are to be. Raises UserError if it does not fit."""
-        try:
+    def restore(self) -> None:
+        """Go on after the episodes of the state, no more than there are to be. Raises UserError if it does not fit."""
+        with self.files.taking_over() as state:
             columns = [state[name][: len(self.episodes)] for name in COLUMNS]
             self.rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
             self.run.precision.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{self.files.last} does not fit this run: start anew with --overwrite") from error
+            metrics = [self.metrics_row(i) for i in range(len(self.rows))]
         print(f"resumed after {len(self.rows)} episodes: {self.files.last}")
         if self.run.ranks.first:
-            self.files.metrics.keep([self.metrics_row(i) for i in range(len(self.rows))])
+            self.files.metrics.keep(metrics)
 
 
 def save_alignment_result(

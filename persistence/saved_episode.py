@@ -10,8 +10,7 @@ from torch import Generator, Tensor
 
 from data.benchmarks import Split
 from data.episodes import Episodes
-from engine.errors import UserError
-from engine.files import load_tensors
+from engine.files import read_record
 from engine.precision import Precision
 from engine.run import Run
 from methods.alignment import AlignedEpisode
@@ -19,6 +18,11 @@ from methods.features import Source, UpdatedBlocks, updated_features
 from methods.related_base import draw_related
 
 EPISODE_FORMAT = "associative-alignment-episode/1"
+FEATURES = {"before": Tensor, "after": Tensor, "labels": Tensor}
+EPISODE = {
+    **{"episode": int, "class_names": list[str], "support": FEATURES, "query": FEATURES, "related": FEATURES},
+    **{"support_images": Tensor, "related_classes": list[list[dict[str, str | float | Tensor]]]},
+}
 N_SAMPLES = 2  # images kept of each related base class
 MAX_SIDE = 84  # pixels, of the images kept
 
@@ -99,11 +103,5 @@ def read_episode(path: Path) -> dict[str, Any]:
 
     Raises UserError when it is no such file.
     """
-    try:
-        record = load_tensors(path, "cpu")
-        if not isinstance(record, dict) or record.get("format") != EPISODE_FORMAT:
-            raise ValueError(f"it has no format {EPISODE_FORMAT!r}")
-    except Exception as error:  # a damaged file makes the unpickler raise nearly any exception
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no saved episode ({reason}): delete it and run its stage again") from error
-    return record | {"result": path.stem}
+    remedy = "delete it and run its stage again"
+    return read_record(path, EPISODE_FORMAT, EPISODE, "saved episode", remedy) | {"result": path.stem}

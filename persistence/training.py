@@ -5,6 +5,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
 from data.benchmarks import Split
 from engine.distributed import rank_0_first
 from engine.errors import UserError
@@ -99,19 +103,15 @@ class Training:
 
         Raises UserError if it does not fit.
         """
-        state, last, metrics = self.files.state or {}, self.files.last, self.files.metrics.path
-        if state["n_done"] > n_epoch:
-            raise UserError(
-                f"{last} has done {state['n_done']} epochs, more than --n_epoch {n_epoch}: give at least that"
-            )
-        try:
+        last, metrics = self.files.last, self.files.metrics.path
+        with self.files.taking_over() as state:
             self.model.backbone.load_state_dict(state["backbone"])
             self.model.head.load_state_dict(state["head"])
-            self.model.optimizer.load_state_dict(state["optimizer"])
+            load_moments(self.model.optimizer, state["optimizer"]["state"])
             self.run.precision.scaler.load_state_dict(state["scaler"])
-            self.n_done, self.best = int(state["n_done"]), float(state["best"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{last} does not fit this run: start anew with --overwrite") from error
+            self.n_done, self.best = state["n_done"], state["best"]
+        if self.n_done > n_epoch:
+            raise UserError(f"{last} has done {self.n_done} epochs, more than --n_epoch {n_epoch}: give at least that")
         if self.run.ranks.first and metrics.is_file():
             rows = metrics.read_text().splitlines(keepends=True)[: self.n_done]
             with atomic_file(metrics) as temporary:
@@ -125,3 +125,12 @@ class Training:
                 checkpoint = load_checkpoint(self.files.best)
                 load_state(self.model.backbone, checkpoint.backbone_state, self.files.best)
                 load_state(self.model.head, checkpoint.head_state, self.files.best)
+
+
+def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
+    """Give an Adam the moments of every parameter in a state; its rates stay. Raises ValueError if they do not fit."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = {i: {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(parameters)}
+    if {i: {name: value.shape for name, value in moments.items()} for i, moments in state.items()} != shapes:
+        raise ValueError("the moments are of other parameters")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -205,7 +205,7 @@ def test_torchvision_weights_that_cannot_be_had_are_one_clear_line(tmp_path, mon
         (str(tmp_path / "half.pth"), "half.pth cannot be read"),
         (str(tmp_path / "old.pth"), "old.pth cannot be read .*torch before 1.6: convert it with torch.save"),
         (str(tmp_path / "number.pth"), f"not a state dict of {name}: 1 of .*first 'features.0.0.weight'"),
-        (str(tmp_path / "hostile.pth"), "hostile.pth cannot be read .*it asks for 'getattr'"),
+        (str(tmp_path / "hostile.pth"), "hostile.pth cannot be read .*it asks for getattr;"),
     ]:
         with pytest.raises(ValueError, match=words) as failure:
             TorchvisionBackbone(name, 64, weights)
@@ -246,9 +246,6 @@ def test_a_backbone_in_two_is_the_backbone(backbone):
     for n_last in range(1, len(net.blocks())):
         below, last = split_backbone(net, n_last)
         torch.testing.assert_close(last(below(x)), net(x), rtol=0, atol=0)
-    for n_last in (0, len(net.blocks())):
-        with pytest.raises(ValueError, match="blocks"):
-            split_backbone(net, n_last)
 
 
 # The contract.

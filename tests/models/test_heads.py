@@ -131,11 +131,6 @@ def test_a_head_has_nothing_of_its_own_in_its_state():
     assert not Head().state_dict() and not list(Head().buffers())
 
 
-def test_an_unknown_head_is_refused():
-    with pytest.raises(ValueError, match="unknown head 'arcmax': choose one of softMax, cosMax, arcMax"):
-        build_head("arcmax", 8, 3, 5.0, 0.1)
-
-
 @pytest.mark.parametrize("method", HEADS)
 def test_samples_of_weight_0_are_not_there(method):
     heads = [build_head(method, 8, 3, 5.0, 0.1, make_generator(0)) for _ in range(2)]

@@ -55,7 +55,7 @@ def test_a_damaged_episode_is_one_clear_line(aligned_copy):
         outcome = call("reporting.figures", aligned_copy / "results")
         assert outcome.status == 2 and str(path) in outcome.err and outcome.err.count("\n") == 1
     torch.save({"format": "other"}, path)
-    assert "no saved episode" in call("reporting.figures", aligned_copy / "results").err
+    assert "is not a saved episode of this project" in call("reporting.figures", aligned_copy / "results").err
 
 
 @pytest.mark.parametrize("installed", [False, True])

@@ -26,6 +26,11 @@ COMMANDS = {
     "associative_alignment": [*TINY, "--n_episodes", 17, "--align_iters", 2, "--aug_size", 4, "--n_B", 2]
     + ["--ft_n_epoch", 10, "--record_curve", 1],
 }
+LAST = {
+    "transferLearning": "models/*arcMax*_last.tar",
+    "metaLearning": "models/*RelationNet*_last.tar",
+    "associative_alignment": "logs/*_last.tar",
+}
 KILLS = 12  # of each stage
 
 
@@ -279,18 +284,38 @@ def test_a_damaged_state_is_one_line(copy, content):
     assert call("transferLearning", *COMMANDS["transferLearning"], *folders(copy), "--overwrite").status == 0
 
 
+def without_a_value(state, name):
+    del state[name]
+
+
+def of_another_type(state, name):
+    state[name] = 5 if isinstance(state[name], torch.Tensor | dict) else "five"
+
+
+def of_another_shape(state, name):
+    value = state[name]
+    if isinstance(value, torch.Tensor):
+        state[name] = torch.zeros(len(value), 7)
+    elif isinstance(value, dict) and value.keys() & {"state", "scale"}:
+        state[name] = value | {"state": {0: {"step": torch.zeros(3)}}}
+    elif isinstance(value, dict):
+        state[name] = dict.fromkeys(value, torch.zeros(3, 3))
+
+
 @pytest.mark.parametrize("script", COMMANDS)
-@pytest.mark.parametrize("spoil", ["emptied", "of another kind"])
+@pytest.mark.parametrize("spoil", [without_a_value, of_another_type, of_another_shape])
 def test_a_state_that_does_not_fit_is_one_line(copy, script, spoil):
-    for last in copy.rglob("*_last.tar"):
-        state = torch.load(last, weights_only=True)
-        for name in set(state) - {"format", "config", "made_from", "seconds", "n_done", "best"}:
-            state[name] = {} if spoil == "emptied" else 5
+    (last,) = copy.rglob(LAST[script])
+    kept = torch.load(last, weights_only=True)
+    parts = set(kept) - {"n_done", "best", "seconds", "config", "made_from", "scaler", "format"}
+    for name in parts if spoil is of_another_shape else kept:
+        state = dict(kept)
+        spoil(state, name)
         torch.save(state, last)
-    before = files(copy)
-    refused = call(script, *COMMANDS[script], *folders(copy), "--resume")
-    assert refused.status == 2 and "does not fit" in refused.err and "--overwrite" in refused.err
-    assert refused.err.count("\n") == 1 and files(copy) == before
+        before = files(copy)
+        refused = call(script, *COMMANDS[script], *folders(copy), "--resume")
+        assert refused.status == 2 and str(last) in refused.err and "--overwrite" in refused.err, (name, refused)
+        assert refused.err.count("\n") == 1 and files(copy) == before
 
 
 def test_a_training_is_not_resumed_to_fewer_epochs(copy):
