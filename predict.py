@@ -29,7 +29,6 @@ from engine.script import run_script
 from methods.alignment import AlignmentSetting
 from methods.features import FeatureCache, blocks_to_update, feature_source
 from methods.prediction import Predictions, alignment_notes, nearest_support, probabilities_of, run_episode, user_split
-from models import native_img_size
 from models.backbone import Backbone
 from persistence.checkpoints import check_base_classes, create_backbone, load_backbone
 from persistence.setting_choice import choose_for_support
@@ -147,7 +146,7 @@ def backbone_and_base(args: argparse.Namespace) -> tuple[Backbone, int, Split | 
         facts = {"checkpoint_stage": checkpoint.stage, "checkpoint_dataset": checkpoint.dataset}
     else:
         checkpoint, facts = None, {}
-        name, img_size = args.backbone, args.img_size or native_img_size(args.backbone)
+        name, img_size = args.backbone, args.img_size
         backbone = create_backbone(name, img_size, args.seed, weights=args.weights)
     facts |= {"backbone": name, "img_size": img_size}
     if args.alignment == "none":

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.errors import UserError
+from engine.run import progress_bar
 
 T = TypeVar("T")
 
@@ -199,7 +199,7 @@ def decode_all(files: ImageFiles, img_size: int, folder: Path, num_workers: int,
             return content, view, hwc_to_chw(kept).tobytes()
 
         fingerprint = hashlib.sha256()
-        bar = tqdm(total=len(files.paths), desc=f"decode {files.label}", unit="img", disable=quiet)
+        bar = progress_bar(None, f"decode {files.label}", "img", quiet, total=len(files.paths))
         # Plain sequential writes: pages of a written memory map would count as resident memory.
         with bar, open(folder / "eval.bin", "wb") as eval_file, open(folder / "train.bin", "wb") as train_file:
             decoded = map_in_chunks(pool, decode, files.paths)

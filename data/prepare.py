@@ -18,6 +18,7 @@ from data.converters import CONVERTERS
 from data.converters.writing import count_images, write_benchmark
 from data.glyphs import render_glyphs
 from engine.errors import OneLineParser, UserError
+from engine.files import folder_name
 
 
 def prepare_parser() -> argparse.ArgumentParser:
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             elif not args.source.exists():
                 raise UserError(f"--source '{args.source}' does not exist")
             conversion = converter.convert(**flags)
-            folder = args.out / (conversion.title or args.benchmark)
+            folder = args.out / folder_name(conversion.title or args.benchmark)
             write_benchmark(conversion, folder, args.benchmark, args.img_size, args.skip_bad, args.allow_incomplete)
         counts = {split: classes.values() for split, classes in count_images(folder).items()}
         parts = [f"{split} {len(classes)} classes, {sum(classes)} images" for split, classes in counts.items()]

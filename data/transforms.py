@@ -12,10 +12,9 @@ import torch
 from torch import Generator, Tensor
 
 from data.benchmarks import Split
+from engine.normalisation import IMAGENET, Normalisation
 from engine.run import on_device
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # PIL's integer weights of RGB -> L (ITU-R 601-2), over 65536.
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 
@@ -30,10 +29,10 @@ class Augmentation:
     flip: bool = True
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 (b, 3, h, w) -> float32 with ImageNet mean and standard deviation."""
-    scale = 1.0 / (255.0 * torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1))
-    shift = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1) * 255.0
+def normalise(images: Tensor, by: Normalisation = IMAGENET) -> Tensor:
+    """uint8 (b, 3, h, w) -> float32 with this mean and standard deviation taken out."""
+    scale = 1.0 / (255.0 * torch.tensor(by.std, device=images.device).view(3, 1, 1))
+    shift = torch.tensor(by.mean, device=images.device).view(3, 1, 1) * 255.0
     return (images.float() - shift) * scale
 
 
@@ -116,6 +115,7 @@ def augment(
     augmentation: Augmentation,
     generator: Generator,
     part: slice = slice(None),
+    by: Normalisation = IMAGENET,
 ) -> Tensor:
     """The published training transform of a batch: uint8 (b, 3, H, W) -> normalised float32 (b, 3, s, s).
 
@@ -131,19 +131,20 @@ def augment(
     out = colour_jitter(resized_crop(images, boxes[part], img_size), factors[part])
     if augmentation.flip:
         out = torch.where(flips[part].view(-1, 1, 1, 1).to(out.device), out.flip(3), out)
-    return normalise(out)
+    return normalise(out, by)
 
 
-def network_input(images: Tensor, device: torch.device) -> Tensor:
+def network_input(images: Tensor, device: torch.device, by: Normalisation = IMAGENET) -> Tensor:
     """uint8 images (b, 3, s, s) as a network takes them: normalised, float32, channels-last, on `device`."""
-    return normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
+    return normalise(images.to(device), by).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
 class TrainingImages:
     """What a stage trains on: uint8 images (N, 3, H, W), their labels (N,), and how they are augmented, if at all.
 
-    sizes (N, 2): their original (height, width). Without augmentation the images must be of img_size.
+    sizes (N, 2): their original (height, width). Without augmentation the images must be of img_size. normalisation:
+    that of the network which they are for.
     """
 
     images: Tensor
@@ -152,6 +153,7 @@ class TrainingImages:
     img_size: int
     augmentation: Augmentation | None
     device: torch.device
+    normalisation: Normalisation = IMAGENET
 
     def batch(self, index: Tensor, generator: Generator, part: slice = slice(None)) -> Tensor:
         """The images at `index` (b,), augmented if asked: channels-last input (b, 3, s, s) on the device.
@@ -160,13 +162,15 @@ class TrainingImages:
         """
         images = self.images[index[part].to(self.images.device)].to(self.device)
         if self.augmentation is None:
-            return network_input(images, self.device)
-        x = augment(images, self.sizes[index], self.img_size, self.augmentation, generator, part)
+            return network_input(images, self.device, self.normalisation)
+        x = augment(images, self.sizes[index], self.img_size, self.augmentation, generator, part, self.normalisation)
         return x.contiguous(memory_format=torch.channels_last)
 
 
-def training_images(base: Split, augmentation: Augmentation | None, device: torch.device) -> TrainingImages:
+def training_images(
+    base: Split, augmentation: Augmentation | None, device: torch.device, by: Normalisation = IMAGENET
+) -> TrainingImages:
     """What a stage trains on: the images of a base split, on the device for good where they have room there."""
     images = base.images if augmentation is None or base.train_images is None else base.train_images
     images, img_size = on_device(images, device), base.images.shape[-1]
-    return TrainingImages(images, base.train_sizes, base.labels, img_size, augmentation, device)
+    return TrainingImages(images, base.train_sizes, base.labels, img_size, augmentation, device, by)

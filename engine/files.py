@@ -95,11 +95,15 @@ def read_tensors(file: IO[bytes], device: torch.device | str) -> Any:
         raise ValueError(text[:120]) from error
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError, in one line, when it is damaged; OSError when it cannot be opened."""
+def read_json(path: Path, lines: bool = False) -> Any:
+    """What a JSON file holds, or with `lines` a list of what each of its lines does.
+
+    Raises ValueError, with the reason in one line, when it is damaged; OSError when it cannot be opened.
+    """
     check_regular(path)
+    text = path.read_text()
     try:
-        return json.loads(path.read_text())
+        return [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -120,16 +124,23 @@ def read_record(path: Path, form: str, schema: Schema, what: str, remedy: str) -
         record = load_tensors(path, "cpu")
         if not fits(record, {"format": str}) or record["format"] != form:
             raise ValueError(f"it has no format {form!r}")
-        for key, kind in schema.items():
-            if key not in record:
-                raise ValueError(f"it lacks {key!r}")
-            if not fits(record[key], kind):
-                raise ValueError(f"its {key!r} is of another type")
+        if wrong := misfit(record, schema):
+            raise ValueError(wrong)
     except FileNotFoundError:
         raise UserError(f"no {what} {path}: {remedy}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a {what} of this project, or is damaged ({error}): {remedy}") from error
     return dict(record)
+
+
+def misfit(record: dict[str, Any], schema: Schema) -> str:
+    """The first key of the schema that a record lacks, or has of another type, in words; empty when there is none."""
+    for key, kind in schema.items():
+        if key not in record:
+            return f"it lacks {key!r}"
+        if not fits(record[key], kind):
+            return f"its {key!r} is of another type"
+    return ""
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -148,6 +159,13 @@ def fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float if kind is float else kind)
+
+
+def folder_name(name: str) -> str:
+    """A name that becomes a part of a path. Raises UserError when it is not the name of one folder."""
+    if name in ("", ".", "..") or not name.isprintable() or set(name) & {"/", "\\"}:
+        raise UserError(f"{name!r} is not the name of one folder: give one without separators and control characters")
+    return name
 
 
 def weights_digest(module: nn.Module, *facts: object) -> str:

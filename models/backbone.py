@@ -8,16 +8,19 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from engine.normalisation import IMAGENET, Normalisation
+
 
 class Backbone(nn.Module):
     """A network for square images: a list of blocks, and what is done with the map that the last one makes.
 
     native_img_size: the side, in pixels, that it is published with; map_shape (c, h', w') and feature_dim d: of one
-    image; layers: its blocks, unless `blocks` says otherwise. Made as Backbone(img_size), which raises ValueError for a
-    size that it cannot take.
+    image; layers: its blocks, unless `blocks` says otherwise; normalisation: of the images that it takes. Made as
+    Backbone(img_size), which raises ValueError for a size that it cannot take.
     """
 
     native_img_size: ClassVar[int]
+    normalisation: Normalisation = IMAGENET
     feature_dim: int
     map_shape: tuple[int, int, int]
     layers: nn.ModuleList

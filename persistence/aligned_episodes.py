@@ -1,5 +1,6 @@
 """What stage 3 keeps: a row an episode, its state every few of them, an episode to be drawn, and the result."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from data.episodes import Episodes
 from engine.distributed import gather_objects
+from engine.errors import UserError
 from engine.files import save_atomically
 from engine.records import write_json
 from engine.run import Run
@@ -36,6 +38,7 @@ class AlignedEpisodes:
         self.episodes = episodes
         self.class_names = class_names
         self.setting = setting
+        self.digests = [hashlib.sha256(index.numpy().tobytes()).hexdigest()[:16] for index in episodes.index]
         self.rows: list[dict[str, Tensor]] = []
         self.kept: list[dict[str, Any]] = []
         self.notes: list[str] = []
@@ -69,7 +72,7 @@ class AlignedEpisodes:
         notes = empty_notes(episode.related, names) if self.setting.alignment != "none" else []
         self.notes += [f"note: episode {i}: {note}" for note in notes]
         means = (100 * share_right(torch.stack([row[k] for row in self.rows])).mean() for k in ("finetuned", "aligned"))
-        self.bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*means))
+        self.bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*means), refresh=False)
         self.bar.update()
 
     def keep(self, drawing: dict[str, Any]) -> None:
@@ -110,15 +113,27 @@ class AlignedEpisodes:
     def save(self) -> None:
         """Write the state, if any episode is done and this is the first rank."""
         if self.rows and self.run.ranks.first:
-            self.files.save_state(scaler=self.run.precision.scaler.state_dict(), **self.tensors())
+            kept = {"scaler": self.run.precision.scaler.state_dict(), "episodes": self.digests[: len(self.rows)]}
+            self.files.save_state(**kept, **self.tensors())
 
     def restore(self) -> None:
         """Go on after the episodes of the state, no more than there are to be. Raises UserError if it does not fit."""
         with self.files.taking_over() as state:
+            every = self.setting.record_curve if self.setting.alignment != "none" else 0
+            n_curve = 1 + (self.setting.align_iters // every if every else 0)
+            counts = (self.episodes.n_way, self.episodes.n_way)
+            shapes = {"finetuned": counts, "aligned": counts, "curve": (n_curve,), "losses": (3,)}
+            if any(state[name].shape[1:] != shapes.get(name, ()) for name in COLUMNS):
+                raise ValueError("its columns are of other episodes")
             columns = [state[name][: len(self.episodes)] for name in COLUMNS]
             self.rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
             self.run.precision.scaler.load_state_dict(state["scaler"])
             metrics = [self.metrics_row(i) for i in range(len(self.rows))]
+            same = state.get("episodes", self.digests)[: len(self.rows)] == self.digests[: len(self.rows)]
+        if not same:
+            raise UserError(
+                f"{self.files.last} cannot be resumed: the episodes have changed since: start anew with --overwrite"
+            )
         print(f"resumed after {len(self.rows)} episodes: {self.files.last}")
         if self.run.ranks.first:
             self.files.metrics.keep(metrics)

@@ -3,6 +3,7 @@
 A checkpoint describes itself: backbone and head can be rebuilt from it alone. Its keys are those of `Checkpoint`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.files import FLAGS, read_record, save_atomically
 from engine.generators import seeded
+from engine.normalisation import IMAGENET, Normalisation
 from engine.records import plain
 from engine.run import Run
 from models import build_backbone
@@ -27,7 +29,10 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained backbone and its head, with what is needed to use them and to know where they come from."""
+    """A trained backbone and its head, with what is needed to use them and to know where they come from.
+
+    normalisation: of the images that the backbone takes; older files have none, and were trained with ImageNet's.
+    """
 
     stage: str
     dataset: str
@@ -41,6 +46,7 @@ class Checkpoint:
     val_accuracy: float
     config: FLAGS
     format: str = FORMAT
+    normalisation: Sequence[Sequence[float]] = IMAGENET
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -49,6 +55,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     for states in ("backbone_state", "head_state"):
         content[states] = {k: v.detach().cpu().contiguous() for k, v in content[states].items()}
     content["config"] = plain(content["config"])
+    content["normalisation"] = [list(part) for part in content["normalisation"]]
     save_atomically(path, content)
 
 
@@ -62,7 +69,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def create_backbone(name: str, img_size: int, seed: int, relation: bool = False, weights: str = "none") -> Backbone:
     """A new backbone (see build_backbone), its initial weights drawn from `seed` where none are given.
 
-    Raises UserError when the image size is too small, the weights cannot be had or torchvision has no such model.
+    Raises UserError when the backbone or the weights cannot be had, or the image size is not one that it takes.
     """
     try:
         with seeded(seed, "backbone"):
@@ -77,8 +84,14 @@ def load_backbone(
     """The backbone of a checkpoint. Raises UserError when it is not of the name and image size asked for, if any.
 
     `relation` makes a Conv4 the one of RelationNet, whose parameters are the same: a checkpoint of either is taken.
+    Code of the user's own, custom:..., is run only when asked for by name: no file has it imported.
     """
     checkpoint = load_checkpoint(path)
+    if str(checkpoint.backbone).startswith("custom:") and backbone is None:
+        raise UserError(
+            f"checkpoint {path} is of {checkpoint.backbone}, code that no file runs by itself: if you trust that code, "
+            f"give --backbone {checkpoint.backbone}"
+        )
     found = {"backbone": checkpoint.backbone, "img_size": checkpoint.img_size}
     for flag, asked in (("backbone", backbone), ("img_size", img_size)):
         if asked not in (None, found[flag]):
@@ -88,6 +101,10 @@ def load_backbone(
             )
     net = create_backbone(checkpoint.backbone, checkpoint.img_size, seed=0, relation=relation)
     load_state(net, checkpoint.backbone_state, path)
+    try:
+        net.normalisation = Normalisation.of(*checkpoint.normalisation)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} has no usable normalisation ({error}): give another") from error
     return net, checkpoint
 
 

@@ -6,6 +6,7 @@ a run that was never interrupted.
 """
 
 import contextlib
+import glob
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
-from engine.files import FLAGS, Schema, fits, read_json, read_record, save_atomically
+from engine.files import FLAGS, Schema, fits, folder_name, read_json, read_record, save_atomically
+from engine.lock import hold
 from engine.metrics import MetricsLog, open_metrics
 from engine.records import plain
 from persistence.checkpoints import load_checkpoint
@@ -52,6 +55,10 @@ class RunName:
     novel_dataset: str
     method: str
     backbone: str
+
+    def __post_init__(self) -> None:
+        for name in (self.dataset, self.novel_dataset, self.backbone):
+            folder_name(name)
 
     def best_model(self, folder: Path) -> Path:
         """The published file name of a best model; a dash for the colon of torchvision:NAME, which not all systems
@@ -104,13 +111,27 @@ class RunFiles:
         """Where stage 3 keeps an episode to be drawn."""
         return self.folders.results_dir / "episodes" / f"{self.table.stem}.pt"
 
-    def find_state(self, may_differ: set[str]) -> None:
+    def announce(self, what: str, quiet: bool) -> None:
+        """Print what the run will do, how long the last of its name took, if that is known, and where its result goes.
+
+        Quiet, it prints nothing.
+        """
+        took = ""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
+            took = f"; it took {read_json(self.table)['seconds'] / 60:.1f} min last time"
+        if not quiet:
+            name = self.name
+            print(f"{self.stage}: {name.method}, {name.backbone}, {name.dataset}: {what}{took}; result: {self.table}")
+
+    def find_state(self, may_differ: set[str], ranks: Ranks = ALONE) -> None:
         """Find the state to go on from: with --resume, and without when a run of the same flags has finished.
 
         may_differ: flags that need not be those of the state of --resume. Raises UserError when a folder cannot be
-        made, or when starting anew would replace a run that is unfinished or of other flags, unless told to overwrite.
+        made, when another run is at work on the files, or when starting anew would replace a run that is unfinished or
+        of other flags, unless told to overwrite.
         """
-        make_folders([self.last, self.best] if self.writes_best else [self.last] if self.schema else [], self.table)
+        if ranks.first:
+            self.take()
         if self.folders.overwrite:
             return
         state = None
@@ -134,6 +155,23 @@ class RunFiles:
         if state and not resumed:
             print(f"this run has finished: its result is computed again from {self.last}; --overwrite starts anew")
         self.state = state
+
+    def take(self) -> None:
+        """Make the folders, lock the files, and remove from them what a process killed while writing has left.
+
+        Raises UserError when a folder cannot be made, or when another run is at work on the files.
+        """
+        written = [self.table, *([self.last] if self.schema else []), *([self.best] if self.writes_best else [])]
+        for path in written:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{path.parent} cannot be written ({error}): give another folder") from error
+        for path in written[:2]:
+            hold(path.with_name(f".{path.name}.lock"), self)
+        for path in written:
+            for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                stale.unlink(missing_ok=True)
 
     def earlier_flags(self, state: dict[str, Any] | None) -> Iterator[tuple[Path, dict[str, Any]]]:
         """The flags of the runs that wrote the files which are there. Raises UserError when one cannot be read."""
@@ -227,17 +265,3 @@ def differences(config: dict[str, Any], earlier: dict[str, Any], but: set[str] |
     if not set(now) & set(earlier):
         return "all of them"
     return ", ".join(f"--{key} {now[key]} (was {earlier[key]})" for key in keys)
-
-
-def make_folders(written: list[Path], table: Path) -> None:
-    """Make the folders of these files, and remove from them what a process that was killed while writing has left.
-
-    Raises UserError when a folder cannot be made.
-    """
-    for path in (*written, table):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path.parent} cannot be written ({error}): give another folder") from error
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):
-            stale.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from torch import Generator, Tensor
 
 from data.benchmarks import Split
 from data.episodes import Episodes
-from engine.files import read_record
+from engine.errors import UserError
+from engine.files import fits, read_record
 from engine.precision import Precision
 from engine.run import Run
 from methods.alignment import AlignedEpisode
@@ -19,9 +20,10 @@ from methods.related_base import draw_related
 
 EPISODE_FORMAT = "associative-alignment-episode/1"
 FEATURES = {"before": Tensor, "after": Tensor, "labels": Tensor}
+RELATED = {"name": str, "score": float, "images": Tensor}
 EPISODE = {
     **{"episode": int, "class_names": list[str], "support": FEATURES, "query": FEATURES, "related": FEATURES},
-    **{"support_images": Tensor, "related_classes": list[list[dict[str, str | float | Tensor]]]},
+    **{"support_images": Tensor, "related_classes": list[list[Any]]},
 }
 N_SAMPLES = 2  # images kept of each related base class
 MAX_SIDE = 84  # pixels, of the images kept
@@ -104,4 +106,20 @@ def read_episode(path: Path) -> dict[str, Any]:
     Raises UserError when it is no such file.
     """
     remedy = "delete it and run its stage again"
-    return read_record(path, EPISODE_FORMAT, EPISODE, "saved episode", remedy) | {"result": path.stem}
+    record = read_record(path, EPISODE_FORMAT, EPISODE, "saved episode", remedy)
+    n_way = len(record["class_names"])
+    kinds = [record[kind] for kind in ("support", "query", "related")]
+    d = record["support"]["before"].shape[-1:]
+    if not (
+        all(
+            z.is_floating_point() and z.shape == k["labels"].shape + d for k in kinds for z in (k["before"], k["after"])
+        )
+        and all(
+            not k["labels"].is_floating_point() and ((0 <= k["labels"]) & (k["labels"] < n_way)).all() for k in kinds
+        )
+        and record["support_images"].shape[:2] == (n_way, 3)
+        and len(record["related_classes"]) == n_way
+        and all(fits(related, RELATED) for row in record["related_classes"] for related in row)
+    ):
+        raise UserError(f"{path} is a damaged saved episode: {remedy}")
+    return record | {"result": path.stem}

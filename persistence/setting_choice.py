@@ -1,6 +1,5 @@
 """What --align_preset auto chose by: a table beside the checkpoint, under a hash of all that it follows from."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from data.benchmarks import Split
 from data.episodes import EpisodeShape, sample_episodes
 from engine.distributed import gather_objects
 from engine.errors import UserError
-from engine.files import weights_digest
+from engine.files import read_json, weights_digest
 from engine.records import provenance, write_json
 from engine.run import Run
 from methods.alignment import AlignmentSetting
@@ -119,7 +118,7 @@ def kept_path(
 def read_rows(path: Path, flags: list[str]) -> list[Row] | None:
     """The rows of a kept table, one for each of these flags in order; None when it is not there or damaged."""
     try:
-        rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
+        rows = [Row(**row) for row in read_json(path)["rows"]]
         numbers = [value for row in rows for value in (row.accuracy, row.gain, row.gain_ci95)]
         return rows if [row.flags for row in rows] == flags and all(map(math.isfinite, numbers)) else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,8 +1,9 @@
 """What stages 1 and 2 keep of a training: its state after every epoch, the best model, a row of metrics."""
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from engine.errors import UserError
 from engine.files import atomic_file
 from engine.run import Run
 from methods.evaluation import EpisodeScores, mean_and_ci95
-from models import Model
+from models import Model, n_parameters
 from persistence.checkpoints import Checkpoint, load_checkpoint, load_state, save_checkpoint
 from persistence.files import RunFiles
 from persistence.results import percent
@@ -25,13 +26,15 @@ from persistence.results import percent
 class Training:
     """A model that is trained on a base split, and how far that has come.
 
-    n_done: epochs; best: the highest validation accuracy so far, share of 1; epoch_began: when the last epoch did.
+    competes: whether the model that it begins with may be the best one. n_done: epochs; best: the highest validation
+    accuracy so far, share of 1; epoch_began: when the last epoch did.
     """
 
     files: RunFiles
     model: Model
     base: Split
     run: Run
+    competes: bool = False
     n_done: int = 0
     best: float = -1.0
     epoch_began: float = 0.0
@@ -46,11 +49,19 @@ class Training:
         with self.files.resumable():
             yield
 
-    def epochs(self, n_epoch: int) -> Iterator[int]:
-        """The epochs that are still to be done."""
-        for epoch in range(self.n_done, n_epoch):
+    @property
+    def first(self) -> int:
+        """The epoch of the first row: -1 is the model that training begins with, if that competes."""
+        return -1 if self.competes else 0
+
+    def epochs(self, n_epoch: int, validate: Callable[[], EpisodeScores]) -> Iterator[int]:
+        """The epochs that are still to be done; before all others a model that competes is validated."""
+        for epoch in range(self.n_done or self.first, n_epoch if n_epoch else self.first):
             self.epoch_began = time.time()
-            yield epoch
+            if epoch < 0:
+                self.keep_best(epoch, validate())
+            else:
+                yield epoch
 
     def end_epoch(self, epoch: int, loss: float, base_accuracy: float, val: EpisodeScores) -> None:
         """Keep the model if it is the best so far, log the epoch and write the state; the first rank does.
@@ -58,20 +69,9 @@ class Training:
         base_accuracy: share of 1. Raises UserError when a file cannot be written; the previous one is then intact.
         """
         self.n_done = epoch + 1
+        self.keep_best(epoch, val, loss, base_accuracy)
         if not self.run.ranks.first:
             return
-        accuracy, ci95 = mean_and_ci95(val.accuracy)
-        if accuracy > self.best:
-            self.best = accuracy
-            save_checkpoint(self.files.best, self.checkpoint(epoch))
-        seconds = time.time() - self.epoch_began
-        print(
-            f"epoch {epoch:3d}  loss {loss:.3f}  base accuracy {100 * base_accuracy:.1f}  "
-            f"val {percent(accuracy, ci95)}  best {100 * self.best:.2f}  {seconds:.1f} s"
-        )
-        row = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
-        row |= {"val_accuracy": 100 * accuracy, "val_ci95": 100 * ci95, "seconds": seconds}
-        self.files.metrics.write(epoch, row)
         self.files.save_state(
             n_done=self.n_done,
             best=self.best,
@@ -80,6 +80,27 @@ class Training:
             optimizer=self.model.optimizer.state_dict(),
             scaler=self.run.precision.scaler.state_dict(),
         )
+
+    def keep_best(
+        self, epoch: int, val: EpisodeScores, loss: float = math.nan, base_accuracy: float = math.nan
+    ) -> None:
+        """Keep the model if it is the best so far and log the epoch, -1 before training; the first rank does."""
+        if not self.run.ranks.first:
+            return
+        accuracy, ci95 = mean_and_ci95(val.accuracy)
+        # Frozen, a backbone is as good on val after every epoch: the last head is kept.
+        if accuracy > self.best or not n_parameters(self.model.backbone):
+            self.best = accuracy
+            save_checkpoint(self.files.best, self.checkpoint(epoch))
+        seconds = time.time() - self.epoch_began
+        trained = f"epoch {epoch:3d}  loss {loss:.3f}  base accuracy {100 * base_accuracy:.1f}"
+        print(
+            f"{trained if epoch >= 0 else 'before training'}  "
+            f"val {percent(accuracy, ci95)}  best {100 * self.best:.2f}  {seconds:.1f} s"
+        )
+        row = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
+        row |= {"val_accuracy": 100 * accuracy, "val_ci95": 100 * ci95, "seconds": seconds}
+        self.files.metrics.write(epoch, row, self.first)
 
     def checkpoint(self, epoch: int) -> Checkpoint:
         """The model as it is after an epoch, the best one so far."""
@@ -96,6 +117,7 @@ class Training:
             epoch=epoch,
             val_accuracy=100 * self.best,
             config=self.files.config,
+            normalisation=self.model.backbone.normalisation,
         )
 
     def restore(self, n_epoch: int) -> None:
@@ -113,7 +135,7 @@ class Training:
         if self.n_done > n_epoch:
             raise UserError(f"{last} has done {self.n_done} epochs, more than --n_epoch {n_epoch}: give at least that")
         if self.run.ranks.first and metrics.is_file():
-            rows = metrics.read_text().splitlines(keepends=True)[: self.n_done]
+            rows = metrics.read_text().splitlines(keepends=True)[: self.n_done - self.first]
             with atomic_file(metrics) as temporary:
                 temporary.write_text("".join(rows))
         print(f"resumed after epoch {self.n_done - 1}: {last}")

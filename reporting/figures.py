@@ -10,7 +10,6 @@ The last three are of the newest result, or of the one that --result names.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from engine.errors import OneLineParser, UserError
-from engine.files import atomic_file
+from engine.files import atomic_file, read_json
 from engine.script import run_script
 from persistence.saved_episode import read_episode
 from reporting.episode_figures import projection_figure, related_base_figure
@@ -33,7 +32,7 @@ def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
     logs = {}
     for file in sorted((results_dir / "logs").glob("*/metrics.jsonl")):
         try:
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            rows = read_json(file, lines=True)
             if rows and "episode" not in rows[0]:  # those of stage 3 are of episodes
                 keys = ("epoch", "loss", "base_accuracy", "val_accuracy", "val_ci95")
                 name = file.parent.name.removesuffix("_bestModel").replace("_", " ")

@@ -5,7 +5,6 @@ finds the checkpoint that it starts from. All rows of the same novel classes, wa
 that methods are compared on the same ones.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.files import atomic_file
+from engine.files import atomic_file, read_json
 from engine.records import write_json
 from methods.meta_learners import META_LEARNERS
 from models import HEADS
@@ -194,7 +193,7 @@ def table_rows(
 def finished(row: Row, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result of a row that was run with these flags and has its checkpoint's last word; else None."""
     try:
-        record = dict(json.loads(row.result.read_text()))
+        record = dict(read_json(row.result))
         if differences(dict(config), record["config"]):
             return None
     except (OSError, ValueError, KeyError, TypeError):

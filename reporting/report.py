@@ -4,7 +4,6 @@ python -m reporting.report results
 python -m reporting.report --pair fp32.json bf16.json
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,23 @@ from typing import Any
 import torch
 
 from engine.errors import OneLineParser, UserError
+from engine.files import FLAGS, Schema, misfit, read_json
 from engine.script import run_script
 from methods.evaluation import mean_and_ci95
 from persistence.results import paired_difference, percent
 
 # What a result holds that is reported or drawn; of stage 3 also the second row.
-KEYS = "dataset method backbone img_size n_way n_shot n_episodes seconds accuracy ci95 accuracy_per_episode".split()
-ALIGNMENT_KEYS = ("fine_tuning", "difference")
+ACCURACY: Schema = {"accuracy": float, "ci95": float | None, "accuracy_per_episode": list[float]}
+RESULT: Schema = ACCURACY | {
+    **{"stage": str, "dataset": str, "method": str, "backbone": str, "img_size": int, "n_way": int, "n_shot": int},
+    **{"n_episodes": int, "seconds": float, "seed": int, "config": FLAGS},
+}
+ALIGNMENT: Schema = RESULT | {
+    **{"alignment": str, "fine_tuning": ACCURACY, "difference": {"accuracy": float, "ci95": float | None}},
+}
+# Of stage 3's controls that fit nothing; older results have none.
+CONTROL = ACCURACY | {"difference": {"accuracy": float, "ci95": float | None}}
+NEAREST_MEAN: Schema = {"nearest_mean": {"Euclidean": CONTROL, "cosine": CONTROL}}
 HEADER = "dataset,backbone,task,method,accuracy %,paired gain,over nearest mean,episodes,seconds".split(",")
 # What two results of the same episodes have in common.
 PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query")
@@ -27,7 +36,7 @@ PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query")
 def read_record(file: Path) -> Any:
     """What a JSON file holds. Raises UserError when it is missing or damaged."""
     try:
-        return json.loads(file.read_text())
+        return read_json(file)
     except FileNotFoundError as error:
         raise UserError(f"no result file {file}: run its stage first, or name a file of results/tables") from error
     except ValueError as error:
@@ -38,9 +47,9 @@ def is_result(file: Path, record: Any) -> bool:
     """Whether a record is a stage's result. Raises UserError when it is one, and lacks something."""
     if not (isinstance(record, dict) and "stage" in record):
         return False
-    missing = [key for key in (*KEYS, *(ALIGNMENT_KEYS if "alignment" in record else ())) if key not in record]
-    if missing:
-        raise UserError(f"result file {file} lacks {missing[0]!r}: delete it and run its stage again")
+    schema = ALIGNMENT if "alignment" in record else RESULT
+    if wrong := misfit(record, schema | (NEAREST_MEAN if "nearest_mean" in record else {})):
+        raise UserError(f"result file {file} is damaged ({wrong}): delete it and run its stage again")
     return True
 
 

@@ -34,6 +34,7 @@ DEFAULTS = {
     "meta": {
         **{**SHARED, **FITTING, **TRAINING},
         **{"method": "ProtoNet", "n_epoch": 400, "episodes_per_epoch": 100, "train_n_way": 5, "train_n_query": 16},
+        **{"temperature": 1.0, "warm_up_epochs": 0},
     },
     "alignment": {
         **{**SHARED, **FITTING, **UPDATES},
@@ -79,11 +80,24 @@ def test_the_defaults_are_those_that_the_readme_describes(stage):
 )
 def test_the_laptop_preset_swaps_defaults_and_flags_on_either_side_win(stage, expected):
     expected |= {"dataset": "glyphs", "novel_dataset": "glyphs", "img_size": 42, "n_shot": 1, "n_query": 15}
+    expected |= {"precision": "auto"}
     found = vars(parsed(stage, "--preset", "laptop"))
     assert {name: found[name] for name in expected} == expected
     assert set(found) == set(vars(parsed(stage)))  # none of the flags of another stage
     args = parsed(stage, "--n_shot", "5", "--preset", "laptop", "--n_episodes", "7")
     assert values(args, "n_shot", "n_episodes", "n_query") == (5, 7, 15)
+
+
+@pytest.mark.parametrize(
+    ("method", "temperature", "warm_up_epochs"),
+    [("ProtoNet", 64, 0), ("MatchingNet", 10, 0), ("RelationNet", 1, 2), ("RelationNet_softmax", 1, 2)],
+)
+def test_the_laptop_preset_has_a_setting_for_each_learner(method, temperature, warm_up_epochs):
+    laptop, names = ("--preset", "laptop", "--method", method), ("temperature", "warm_up_epochs")
+    assert values(parsed("meta", *laptop), *names) == (temperature, 0)  # nothing to keep in a new backbone
+    assert values(parsed("meta", *laptop, "--init_from", "c"), *names) == (temperature, warm_up_epochs)
+    assert values(parsed("meta", *laptop, "--init_from", "c", "--warm_up_epochs", "1"), *names) == (temperature, 1)
+    assert values(parsed("meta", "--method", method, "--init_from", "c"), *names) == (1, 0)
 
 
 PUBLISHED_CODE = {"n_shot": 1, "testing_epochs": 10, "seed": 10}
@@ -212,6 +226,26 @@ def test_help_explains_every_flag(stage, capsys):
         for name in action.option_strings:
             assert re.search(rf"(^  |, ){name}\b", printed, re.MULTILINE), name
         assert action.help, action.dest
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_fits_100_columns_and_every_flag_is_in_a_group(stage, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        args_parser(stage, ["--help"])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    options, *groups = printed.split("\noptions:")[1].split("\n\n")
+    assert options.split() == "-h, --help show this help message and exit".split()
+    assert len(groups) >= 6 and all(re.match(r"[a-z ,:0-9]+:\n  --", group) for group in groups)
+
+
+def test_help_names_defaults_of_0_and_leaves_out_those_that_are_not_there():
+    help_of = {action.dest: action.help for action in stage_parser("alignment")._actions}
+    for name in ("seed", "save_episode", "record_curve", "lr"):
+        assert help_of[name].endswith(" (default: %(default)s)"), name
+    for name in ("quiet", "image_root", "resume"):
+        assert "(default: %(default)s)" not in help_of[name], name
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from persistence.files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from tests.helpers import make_split
 
 NOVEL = make_split()
-SETTING = AlignmentSetting(related=RelatedSetting(aug_size=5), record_curve=2)
+SETTING = AlignmentSetting(related=RelatedSetting(aug_size=5), align_iters=4, record_curve=2)
 
 
 def start(root, n=3, resume=False, run=None):

@@ -75,9 +75,9 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
 
 def test_the_table_has_the_controls_of_an_alignment_once_and_takes_older_results(tmp_path):
     (tmp_path / "tables").mkdir()
-    fine_tuning = {"accuracy": 40.0, "ci95": 1.0}
-    control = {"accuracy": 45.0, "ci95": 1.0, "difference": {"accuracy": 5.0, "ci95": 0.5}}
-    worse = {"accuracy": 30.0, "ci95": 1.0, "difference": {"accuracy": 20.0, "ci95": 0.5}}
+    fine_tuning = {"accuracy": 40.0, "ci95": 1.0, "accuracy_per_episode": [40.0, 40.0]}
+    control = fine_tuning | {"accuracy": 45.0, "difference": {"accuracy": 5.0, "ci95": 0.5}}
+    worse = fine_tuning | {"accuracy": 30.0, "difference": {"accuracy": 20.0, "ci95": 0.5}}
     aligned = {"fine_tuning": fine_tuning, "difference": {"accuracy": 10.0, "ci95": None}, "alignment": "centroid"}
     write(tmp_path / "tables" / "older.json", [50.0, 50.0], **aligned)
     for alignment in ("head", "naive"):

@@ -162,14 +162,15 @@ def test_a_run_killed_in_feature_space_ends_with_the_same_bytes(finished, tmp_pa
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, processes, script):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, processes, script, number):
     for attempt in range(5):  # on a busy machine a run may end before the signal reaches it
         root = new_root(finished[0], tmp_path / str(attempt), script)
         flags = [*COMMANDS[script], *folders(root)]
         pid = processes.start(script, flags, root / "out")
         while not list(root.rglob("*_last.tar")):
             time.sleep(0.01)
-        os.kill(pid, signal.SIGINT)
+        os.kill(pid, number)
         status = processes.wait()
         if status != 0:
             break
@@ -246,6 +247,54 @@ def test_a_finished_run_may_be_run_again_and_gives_the_same(copy, finished, scri
     assert numbers(copy, script) == numbers(finished[0], script)
 
 
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_finished_run_that_is_run_again_says_so_and_touches_nothing_but_the_result(copy, finished, script):
+    before = {path: content for path, content in files(copy).items() if path.parent.name != "tables"}
+    again = call(script, *COMMANDS[script], *folders(copy))
+    assert again.status == 0 and "this run has finished" in again.out and "--overwrite starts anew" in again.out
+    assert before.items() <= files(copy).items() and numbers(copy, script) == numbers(finished[0], script)
+
+
+def test_a_finished_run_that_is_overwritten_and_interrupted_leaves_no_result_of_another_model(copy):
+    flags = [*COMMANDS["transferLearning"], *folders(copy)]
+    (table,) = copy.rglob("tables/transferLearning_*.json")
+    assert call("transferLearning", *flags, "--overwrite", "--lr", 1e30, "--method", "arcMax").status == 2
+    assert not table.exists() and not list(copy.rglob("models/*arcMax*_last.tar"))
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_of_two_runs_at_once_the_second_names_the_first_and_changes_nothing(finished, tmp_path, processes, script):
+    root = new_root(finished[0], tmp_path, script)
+    flags = [*COMMANDS[script], *folders(root)]
+    pid = processes.start(script, flags, root / "out")
+    while not list(root.rglob("tables/.*.lock")):
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for more in (["--resume"], ["--overwrite", "--seed", 3], []):
+            second = call(script, *flags, *more)
+            assert second.status == 2 and f"process {pid} on " in second.err and second.err.count("\n") == 1, second
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert processes.wait() == 0, (root / "out").read_text()
+    assert numbers(root, script) == numbers(finished[0], script)
+
+
+def test_an_alignment_is_not_resumed_with_other_episodes(copy, tmp_path):
+    episodes = tmp_path / "episodes.json"
+    flags = [*COMMANDS["associative_alignment"], *folders(copy), "--results_dir", tmp_path, "--episodes_file", episodes]
+    assert call("associative_alignment", *flags).status == 0
+    record = json.loads(episodes.read_text())
+    episodes.write_text(json.dumps(record | {"episodes": record["episodes"][::-1]}))
+    for again in ([], ["--resume"]):
+        refused = call("associative_alignment", *flags, *again)
+        assert refused.status == 2 and "the episodes have changed since" in refused.err and "--overwrite" in refused.err
+    episodes.write_text(json.dumps(record | {"episodes": record["episodes"] * 2}))
+    longer = [*flags, "--n_episodes", 20, "--resume"]
+    resumed = call("associative_alignment", *longer)
+    assert resumed.status == 0 and "resumed after 17 episodes" in resumed.out
+
+
 def test_a_model_without_a_state_is_not_replaced_either(copy):
     for path in copy.rglob("*_last.tar"):
         path.unlink()
@@ -308,7 +357,7 @@ def test_a_state_that_does_not_fit_is_one_line(copy, script, spoil):
     (last,) = copy.rglob(LAST[script])
     kept = torch.load(last, weights_only=True)
     parts = set(kept) - {"n_done", "best", "seconds", "config", "made_from", "scaler", "format"}
-    for name in parts if spoil is of_another_shape else kept:
+    for name in parts if spoil is of_another_shape else kept.keys() - {"episodes"}:
         state = dict(kept)
         spoil(state, name)
         torch.save(state, last)
