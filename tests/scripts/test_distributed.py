@@ -33,8 +33,9 @@ COMMANDS = {
     "align": ("associative_alignment", ALIGN),
     "align_last": ("associative_alignment", [*ALIGN, "--align_blocks", 1]),
     "align_features": ("associative_alignment", [*ALIGN, "--align_blocks", 0, "--align_adapter", 4]),
+    "align_auto": ("associative_alignment", [*SHOWN, "--n_episodes", 33, "--aug_size", 4, "--align_preset", "auto"]),
 }
-SAME = ("test", "meta", "align", "align_last", "align_features")  # bit for bit, with any number of ranks
+SAME = ("test", "meta", "align", "align_last", "align_features", "align_auto")  # bit for bit, with any number of ranks
 
 
 def command(finished, name, root):
@@ -43,7 +44,10 @@ def command(finished, name, root):
     flags = [*flags, *folders(root), "--benchmarks_dir", finished / "benchmarks"]
     if name == "test":
         flags += ["--episodes_file", root / "episodes.json"]
-    if name in ("test", "align", "align_last", "align_features"):
+    if name == "align_auto":  # its choice is kept beside the checkpoint
+        root.mkdir(parents=True)
+        flags += ["--init_from", shutil.copy(finished / "start.tar", root)]
+    elif name == "test" or name.startswith("align"):
         flags += ["--init_from", finished / "start.tar"]
     return script, list(map(str, flags))
 
@@ -134,7 +138,10 @@ def ranks_run(request, finished, died, tmp_path_factory):
 def test_episodic_results_do_not_depend_on_the_number_of_ranks(finished, ranks_run, name):
     _, root, _ = ranks_run
     assert outcome(root, name) == outcome(finished, name)
-    if name.startswith("align"):
+    if name == "align_auto":
+        ours, other = (next((folder / name).glob("start_auto_*.json")) for folder in (root, finished))
+        assert ours.name == other.name and ours.read_bytes() == other.read_bytes()
+    elif name.startswith("align"):
         ours, other = (next((folder / name).rglob("episodes/*.pt")) for folder in (root, finished))
         ours, other = (torch.load(file, weights_only=True) for file in (ours, other))
         assert torch.equal(ours["query"]["after"], other["query"]["after"]) and ours["episode"] == 6
@@ -179,7 +186,7 @@ def test_a_run_of_which_a_rank_died_goes_on_with_any_number_of_ranks(finished, d
 def test_the_first_rank_alone_prints_and_writes(ranks_run):
     """That the others open no file to write is checked by themselves."""
     n, root, done = ranks_run
-    assert done.stdout.count("paired difference") == 4
+    assert done.stdout.count("paired difference") == 5
     assert done.stdout.count("epoch   0 ") == 3  # the resumed one has only epoch 2 to do
     assert done.stdout.count("resumed after") == 2
     record = json.loads(next((root / "align").rglob("tables/*.json")).read_text())

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -142,6 +143,22 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(finished, tmp_pat
     assert not half_written(root)
     print(f"{script}: {n_killed} kills, {n_while_writing} of them while writing; {n_finished} earlier runs finished")
     assert n_while_writing > 0
+
+
+@pytest.mark.parametrize("flags", [["--align_blocks", 0, "--align_adapter", 3], ["--align_preset", "auto"]])
+def test_a_run_killed_in_feature_space_ends_with_the_same_bytes(finished, tmp_path, processes, flags):
+    script, flags = "associative_alignment", [*TINY, "--n_episodes", 300, "--ft_n_epoch", 20, "--aug_size", 4, *flags]
+    whole, killed = (new_root(finished[0], tmp_path / name, script) for name in ("whole", "killed"))
+    assert processes.run(script, [*flags, *folders(whole)], whole / "out") == 0, (whole / "out").read_text()
+    pid = processes.start(script, [*flags, *folders(killed)], killed / "out")
+    while not list(killed.rglob("*_last.tar")):
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    assert processes.wait() == -signal.SIGKILL
+    assert processes.run(script, [*flags, *folders(killed), "--resume"], killed / "out") == 0
+    n_done = int(re.search(r"resumed after (\d+) episodes", (killed / "out").read_text())[1])
+    assert 0 < n_done < 300
+    assert numbers(killed, script) == numbers(whole, script)
 
 
 @pytest.mark.parametrize("script", COMMANDS)
