@@ -17,7 +17,7 @@ from pathlib import Path
 from data.converters import CONVERTERS
 from data.converters.converter import SPLITS
 from data.converters.writing import count_images, write_benchmark
-from data.glyphs import render_glyphs
+from data.glyphs import provide_glyphs
 from engine.errors import OneLineParser, UserError
 
 
@@ -51,14 +51,6 @@ def _size(text: str) -> int:
     return int(text)
 
 
-def prepare_glyphs(folder: Path, seed: int) -> None:
-    """Render the built-in benchmark, unless it is there."""
-    if folder.exists():
-        print(f"'{folder}' is there already; delete it to render it again")
-    else:
-        render_glyphs(folder, seed)
-
-
 def print_counts(folder: Path) -> None:
     """One line: the classes and images of each split."""
     counts = count_images(folder)
@@ -72,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         args = prepare_parser().parse_args(argv)
         if args.benchmark == "glyphs":
             folder = args.out / "glyphs"
-            prepare_glyphs(folder, args.seed)
+            if not provide_glyphs(folder, args.seed):
+                print(f"'{folder}' is there already; delete it to render it again")
         else:
             converter = CONVERTERS[args.benchmark]
             flags = {flag: getattr(args, flag) for flag in converter.flags}

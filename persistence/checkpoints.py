@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.errors import UserError
 from engine.files import load_tensors, save_atomically
 from engine.generators import seeded
@@ -23,7 +24,10 @@ FORMAT = "associative-alignment/1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained backbone and its head, with what is needed to use them and to know where they come from."""
+    """A trained backbone and its head, with what is needed to use them and to know where they come from.
+
+    glyphs_version: of the rendering of the built-in benchmark then; 1 in files that do not say.
+    """
 
     stage: str
     dataset: str
@@ -37,6 +41,7 @@ class Checkpoint:
     val_accuracy: float
     config: dict[str, Any]
     format: str = FORMAT
+    glyphs_version: int = 1
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -100,7 +105,13 @@ def load_backbone(
 
 
 def check_base_classes(path: Path, checkpoint: Checkpoint, dataset: str, class_names: list[str]) -> None:
-    """Raise UserError when a checkpoint was trained on other base classes than those of a benchmark."""
+    """Raise UserError when a checkpoint was trained on other base classes than those of a benchmark, or on an older
+    rendering of glyphs."""
+    if checkpoint.dataset == "glyphs" and checkpoint.glyphs_version != GLYPHS_VERSION:
+        raise UserError(
+            f"checkpoint {path} was trained on version {checkpoint.glyphs_version} of the rendering of 'glyphs', now "
+            f"{GLYPHS_VERSION}: the images have changed, so train it anew with --overwrite"
+        )
     if set(checkpoint.class_names) != set(class_names):
         raise UserError(
             f"checkpoint {path} was trained on {len(checkpoint.class_names)} base classes of {checkpoint.dataset!r} "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data.benchmarks import Split
+from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.distributed import rank_0_first
 from engine.errors import UserError
 from engine.files import atomic_file
@@ -92,6 +93,7 @@ class Training:
             epoch=epoch,
             val_accuracy=100 * self.best,
             config=self.files.config,
+            glyphs_version=GLYPHS_VERSION,
         )
 
     def restore(self, n_epoch: int) -> None:
