@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.converters import CONVERTERS
-from data.glyphs import render_glyphs
+from data.glyphs import provide_glyphs
 from data.image_cache import ImageFiles, load_images
 from data.listing import list_folder, list_json
 from engine.errors import UserError
@@ -65,13 +65,13 @@ class Split:
 def load_split(options: DataOptions, dataset: str, split: str) -> Split:
     """Load one split (`base`, `val` or `novel`) of a benchmark; images are decoded once and cached.
 
-    The built-in benchmark `glyphs` is rendered when it is missing. Raises UserError when the data is missing,
-    malformed or cannot be decoded.
+    The built-in benchmark `glyphs` is rendered when it is missing or of an older version. Raises UserError when the
+    data is missing, malformed or cannot be decoded.
     """
     root = options.benchmarks_dir / folder_name(dataset)
     folder, file = root / split, root / f"{split}.json"
-    if dataset == "glyphs" and not root.exists():
-        render_glyphs(root, quiet=options.quiet)
+    if dataset == "glyphs":
+        provide_glyphs(root, quiet=options.quiet)
     if folder.is_dir():
         class_names, paths, labels = list_folder(folder)
     elif file.is_file():

@@ -11,6 +11,7 @@ from typing import get_type_hints
 import torch
 from torch import Tensor, nn
 
+from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.errors import UserError
 from engine.files import FLAGS, read_record, save_atomically
 from engine.generators import seeded
@@ -32,6 +33,7 @@ class Checkpoint:
     """A trained backbone and its head, with what is needed to use them and to know where they come from.
 
     normalisation: of the images that the backbone takes; older files have none, and were trained with ImageNet's.
+    glyphs_version: of the rendering of the built-in benchmark then; 1 in files that do not say.
     """
 
     stage: str
@@ -47,6 +49,7 @@ class Checkpoint:
     config: FLAGS
     format: str = FORMAT
     normalisation: Sequence[Sequence[float]] = IMAGENET
+    glyphs_version: int = 1
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -109,7 +112,13 @@ def load_backbone(
 
 
 def check_base_classes(path: Path, checkpoint: Checkpoint, dataset: str, class_names: list[str]) -> None:
-    """Raise UserError when a checkpoint was trained on other base classes than those of a benchmark."""
+    """Raise UserError when a checkpoint was trained on other base classes than those of a benchmark, or on an older
+    rendering of glyphs."""
+    if checkpoint.dataset == "glyphs" and checkpoint.glyphs_version != GLYPHS_VERSION:
+        raise UserError(
+            f"checkpoint {path} was trained on version {checkpoint.glyphs_version} of the rendering of 'glyphs', now "
+            f"{GLYPHS_VERSION}: the images have changed, so train it anew with --overwrite"
+        )
     if set(checkpoint.class_names) != set(class_names):
         raise UserError(
             f"checkpoint {path} was trained on {len(checkpoint.class_names)} base classes of {checkpoint.dataset!r} "

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from data import benchmarks
 from data.benchmarks import DataOptions, load_split
 from data.listing import list_folder, list_json
 from engine.errors import UserError
@@ -114,7 +113,7 @@ def test_a_missing_split_is_named(tmp_path):
 
 
 def test_the_built_in_benchmark_is_rendered_when_it_is_missing_and_only_then(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarks, "render_glyphs", lambda root, quiet: make_benchmark(root, (2, 1, 1), 2))
+    monkeypatch.setattr("data.glyphs.render_glyphs", lambda root, seed, quiet: make_benchmark(root, (2, 1, 1), 2))
     assert len(load(tmp_path, dataset="glyphs").class_names) == 2
     assert len(load(tmp_path, "novel", dataset="glyphs").class_names) == 1
     with pytest.raises(UserError, match="no base split"):
