@@ -16,8 +16,8 @@ from engine.errors import UserError
 from tests.helpers import make_benchmark, make_split
 
 
-def load(root: Path, split="base", dataset="toy"):
-    return load_split(DataOptions(root, 16, root / ".cache"), dataset, split)
+def load(root: Path, split="base", dataset="toy", crop_scale=(0.08, 1.0)):
+    return load_split(DataOptions(root, 16, root / ".cache", crop_scale=crop_scale), dataset, split)
 
 
 def touch(*paths: Path):
@@ -61,6 +61,7 @@ def test_folders_become_three_splits(tmp_path):
     assert base.image_names[4:6] == ["class01/000.png", "class01/001.png"]
     assert base.images.shape == (12, 3, 16, 16) and base.train_images.shape == (12, 3, 20, 20)
     assert val.train_images is None and len(val.images) == 8
+    assert load(tmp_path, crop_scale=None).train_images is None
     assert base.train_sizes.tolist() == [[20, 20]] * 12
     assert len({base.fingerprint, val.fingerprint, novel.fingerprint}) == 3
     first = np.array(Image.open(tmp_path / "toy" / "base" / "class01" / "000.png"))
