@@ -166,8 +166,8 @@ def network_input(images: Tensor, device: torch.device, by: Normalisation = IMAG
 class TrainingImages:
     """What a stage trains on: uint8 images, (N, 3, H, W) or unequal, their labels (N,), and how they are augmented.
 
-    sizes (N, 2): their original (height, width). Without augmentation the images must be (N, 3, img_size, img_size). normalisation:
-    that of the network which they are for.
+    sizes (N, 2): their original (height, width). Without augmentation the images must be (N, 3, img_size, img_size).
+    normalisation: that of the network which they are for.
     """
 
     images: Tensor | UnequalImages
