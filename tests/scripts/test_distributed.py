@@ -170,8 +170,9 @@ def test_the_same_global_batch_gives_the_same_learning_curve(finished, ranks_run
 
 def test_a_run_of_which_a_rank_died_goes_on_with_any_number_of_ranks(finished, died, ranks_run):
     _, root, done = ranks_run
-    assert last_state(died / "sync_bn")["n_done"] == 2 and len(last_state(died / "align")["aligned"]) == 10
-    assert "resumed after epoch 1" in done.stdout and "resumed after 10 episodes" in done.stdout
+    n_saved = len(last_state(died / "align")["aligned"])  # what the first rank had done when torchrun ended it as well
+    assert last_state(died / "sync_bn")["n_done"] == 2 and 10 <= n_saved <= 15
+    assert "resumed after epoch 1" in done.stdout and f"resumed after {n_saved} episodes" in done.stdout
     check_same_curve(outcome(root / "resumed", "sync_bn"), outcome(finished, "sync_bn"))
     assert outcome(root / "resumed", "align") == outcome(finished, "align")
 
