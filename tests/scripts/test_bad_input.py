@@ -206,7 +206,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "a novel dataset elsewhere": (STAGE_3, nothing, ["--novel_dataset", "a/../.."], ["'a/../..'", "one folder"]),
     "a backbone elsewhere": (
         *(STAGE_1, nothing, ["--backbone", "torchvision:../../x", "--checkpoint_dir", "{}/new/models"]),
-        ["'torchvision:../../x'", "one folder"],
+        ["unknown backbone 'torchvision:../../x'"],
     ),
     "a prepared name elsewhere": (
         *(PREPARE, nothing, ["folder", "--source", "{}/benchmarks/tiny/base", "--name", "../x"]),
