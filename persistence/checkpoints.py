@@ -4,7 +4,7 @@ A checkpoint describes itself: backbone and head can be rebuilt from it alone. I
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -64,9 +64,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of ours, running nothing of it. Raises UserError when it is missing or is not one."""
-    schema = get_type_hints(Checkpoint)
+    kinds = get_type_hints(Checkpoint)
+    schema = {field.name: kinds[field.name] for field in fields(Checkpoint) if field.default is MISSING}
     content = read_record(path, FORMAT, schema, "checkpoint", REMEDY)
-    return Checkpoint(**{name: content[name] for name in schema})
+    return Checkpoint(**{name: content[name] for name in kinds if name in content})
 
 
 def create_backbone(name: str, img_size: int, seed: int, relation: bool = False, weights: str = "none") -> Backbone:

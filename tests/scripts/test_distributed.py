@@ -177,8 +177,9 @@ def test_the_same_global_batch_gives_the_same_learning_curve(finished, ranks_run
 
 def test_a_run_of_which_a_rank_died_goes_on_with_any_number_of_ranks(finished, died, ranks_run):
     _, root, done = ranks_run
-    assert last_state(died / "sync_bn")["n_done"] == 2 and len(last_state(died / "align")["aligned"]) == 10
-    assert "resumed after epoch 1" in done.stdout and "resumed after 10 episodes" in done.stdout
+    n_saved = len(last_state(died / "align")["aligned"])  # what the first rank had done when torchrun ended it as well
+    assert last_state(died / "sync_bn")["n_done"] == 2 and 10 <= n_saved <= 15
+    assert "resumed after epoch 1" in done.stdout and f"resumed after {n_saved} episodes" in done.stdout
     check_same_curve(outcome(root / "resumed", "sync_bn"), outcome(finished, "sync_bn"))
     assert outcome(root / "resumed", "align") == outcome(finished, "align")
 
@@ -227,7 +228,10 @@ def test_ranks_whose_launcher_was_killed_end_and_let_the_next_run_go_on(long_run
     assert refused.status == 2 and f"process {first} on " in refused.err and refused.err.count("\n") == 1
     ended(tmp_path)
     n_done = last_state(tmp_path)["n_done"]
-    assert "interrupted: the same command with --resume goes on from" in (tmp_path / "err").read_text()
+    said, deadline = "interrupted: the same command with --resume goes on from", time.monotonic() + 60
+    while said not in (tmp_path / "err").read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert said in (tmp_path / "err").read_text()
     resumed = call("transferLearning", *flags, "--resume", "--n_epoch", n_done + 1)
     assert resumed.status == 0 and f"resumed after epoch {n_done - 1}" in resumed.out
     rows = next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()
