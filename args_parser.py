@@ -8,16 +8,20 @@ a preset still win, as beside --align_preset tuned.
 import argparse
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
+from engine.distributed import join_ranks
 from engine.errors import OneLineParser
+from engine.run import Run, start_run
 from methods.alignment import ALIGNMENTS
 from methods.feature_adapter import ADAPTER_LR, FULL
 from methods.meta_learners import META_LEARNERS
 from methods.setting_choice import CHOSEN_FLAGS
 from models import BACKBONES, HEADS, OTHERS, OTHERS_USAGE, native_img_size
+from persistence.files import Folders, RunFiles, RunName, training_files
 
 T = TypeVar("T")
 
@@ -71,7 +75,8 @@ def flag(usage: str, kind: Any, default: Any, text: str, **options: Any) -> Flag
     """A row of a table: names and metavars; a type, list of choices or SWITCH; a default or REQUIRED; the help."""
     names = [word for word in usage.split() if word.startswith("--")]
     metavars = usage.split()[len(names) :]
-    options["help"] = text if default in (None, False, REQUIRED) else f"{text} (default: %(default)s)"
+    hidden = default is None or default is False or default is REQUIRED
+    options["help"] = text if hidden else f"{text} (default: %(default)s)"
     if kind is SWITCH:
         return names, options | {"action": "store_true"}
     options |= {"choices" if isinstance(kind, list) else "type": kind}
@@ -85,9 +90,13 @@ def flag(usage: str, kind: Any, default: Any, text: str, **options: Any) -> Flag
 # What a laptop does in minutes: the built-in benchmark, small images, fewer epochs and episodes.
 LAPTOP: dict[str, dict[str, Any]] = {
     "all":         {"dataset": "glyphs", "img_size": 42, "no_flip": True, "crop_scale": [0.3, 1.0],
-                    "n_epoch": 30, "val_episodes": 100, "n_shot": 1, "n_query": 15},
+                    "n_epoch": 30, "val_episodes": 100, "n_shot": 1, "n_query": 15, "precision": "auto"},
     "transfer":    {"n_episodes": 600},
     "meta":        {"n_episodes": 600, "n_epoch": 10, "episodes_per_epoch": 60},
+    "ProtoNet":    {"temperature": 64.0},
+    "MatchingNet": {"temperature": 10.0},
+    "RelationNet": {"warm_up_epochs": 2},
+    "RelationNet_softmax": {"warm_up_epochs": 2},
     "alignment":   {"n_episodes": 600, "align_blocks": 0, "aug_size": 20, "record_curve": 10},
 }
 
@@ -140,8 +149,9 @@ MACHINE = [
          "every random number follows from it; published code: 10"),
     flag("--device",               ["auto", "cpu", "cuda", "mps"],  "auto",
          "what to compute on; auto is cuda, else mps, else cpu"),
-    flag("--precision",            ["fp32", "bf16", "fp16"],        "fp32",
-         "of the backbone's forward and backward pass; heads and losses stay in fp32"),
+    flag("--precision",            ["fp32", "bf16", "fp16", "auto"], "fp32",
+         "of the backbone's forward and backward pass; heads and losses stay in fp32; auto is bf16 where the processor "
+         "or GPU has units for it, else fp32"),
     flag("--no_keep_memory",       SWITCH,                          False,
          "let the C library return freed memory to the system at once: slower on a CPU, smaller between batches"),
     flag("--quiet",                SWITCH,                          False,
@@ -260,6 +270,11 @@ META: Table = [
          "training episodes in an epoch; published code: 150"),
     flag("--lr",                   POSITIVE,                        1e-3,
          "learning rate of Adam, constant"),
+    flag("--temperature",          POSITIVE,                        1.0,
+         "divides the learner's logits, such as ProtoNet's squared distances; published: 1"),
+    flag("--warm_up_epochs",       COUNT_OR_0,                      0,
+         "with --init_from: the first epochs, in which the backbone stands still and the learner's own module learns; "
+         "published: 0"),
 ]
 
 UPDATES: Table = [  # of Algorithms 1 and 2
@@ -295,7 +310,7 @@ UPDATES: Table = [  # of Algorithms 1 and 2
     flag("--align_m",              MARGIN,                          0.001,
          "margin of arcMax during alignment"),
 
-    "critic of adversarial alignment: the paper leaves these constants open, the defaults are our choices",
+    "critic of adversarial alignment: constants that the paper leaves open",
     flag("--critic_hidden",        COUNT,                           1024,
          "hidden units of the critic"),
     flag("--critic_steps",         COUNT,                           5,
@@ -321,8 +336,9 @@ ALIGNMENT: Table = [
          "classes of the episodes; settings are tuned on val, never on novel"),
     flag("--record_curve K",       COUNT_OR_0,                      0,
          "record the query accuracy after every K iterations, to see whether more help or hurt; 0 does not"),
-    flag("--save_episode I",       COUNT_OR_0,                      0,
-         "the episode whose features and related base images are kept in episodes/, for reporting.figures to draw"),
+    flag("--save_episode I",       COUNT_OR_0,                      [0],
+         "the episodes whose images, features and related base images are kept in episodes/, to be looked into in "
+         "report.html; the figures draw the first", nargs="+"),
     *UPDATES,
 ]
 
@@ -355,7 +371,7 @@ PREDICT: Table = [
 
     "output",
     flag("--out",                  Path,                            Path("./results/predictions"),
-         "folder of predictions.csv, predictions.json and contact_sheet.png"),
+         "folder of predictions.csv, predictions.json, predictions.html and contact_sheet.png"),
     flag("--overwrite",            SWITCH,                          False,
          "replace the predictions that --out holds"),
     flag("--max_sheet",            COUNT,                           48,
@@ -381,7 +397,7 @@ def stage_parser(stage: str, parser_class: type[OneLineParser] = OneLineParser) 
     group: argparse._ActionsContainer = parser
     for row in table:
         if isinstance(row, str):
-            group = parser.add_mutually_exclusive_group() if row is EITHER else parser.add_argument_group(row)
+            group = group.add_mutually_exclusive_group() if row is EITHER else parser.add_argument_group(row)
         else:
             group.add_argument(*row[0], **row[1])
     return parser
@@ -408,8 +424,10 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
     """An error when flags of feature space and of blocks contradict each other."""
     if args.align_adapter and args.align_blocks != 0:
         parser.error("argument --align_adapter: it is of feature space, so give --align_blocks 0 as well")
-    if args.alignment == "head" and (args.align_blocks != 0 or args.align_adapter):
-        parser.error("argument --alignment: in head nothing but the head moves: give --align_blocks 0 and no adapter")
+    if args.alignment == "head" and args.align_blocks != 0:
+        parser.error("argument --alignment: in head nothing but the head moves: give --align_blocks 0 as well")
+    if args.alignment in ("head", "naive") and args.align_adapter:
+        parser.error(f"argument --align_adapter: nothing moves it in --alignment {args.alignment}: leave it out")
     if args.align_blocks == 0 and not args.align_adapter and args.alignment not in ("head", "none", None):
         parser.error(
             f"argument --align_blocks: 0 leaves nothing for {args.alignment} alignment to move: give --align_adapter, "
@@ -417,19 +435,14 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
         )
 
 
-def check_auto(
-    stage: str, chosen: argparse.Namespace, argv: Sequence[str] | None, parser_class: type[OneLineParser]
-) -> None:
+def check_auto(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[str]) -> None:
     """An error when --align_preset auto is given where it cannot choose, or beside a flag that it chooses."""
-    parser = stage_parser(stage, parser_class)
-    if stage != "alignment":
+    if "test_split" not in args:
         parser.error("argument --align_preset: auto chooses on val episodes of a benchmark: give paper or tuned")
-    if chosen.test_split == "val":
+    if args.test_split == "val":
         parser.error("argument --align_preset: auto chooses on val classes, so it is not tested on them: give novel")
-    absent = object()
-    parser.set_defaults(**dict.fromkeys(CHOSEN_FLAGS, absent))
-    given, _ = parser.parse_known_args(argv)
-    both = [f"--{name}" for name in CHOSEN_FLAGS if getattr(given, name) is not absent]
+    given = {text.split("=")[0] for text in argv}
+    both = [f"--{name}" for name in CHOSEN_FLAGS if f"--{name}" in given]
     if both:
         parser.error(f"argument --align_preset: auto chooses {', '.join(both)} itself: give only one of the two")
 
@@ -438,16 +451,17 @@ def args_parser(
     stage: str, argv: Sequence[str] | None = None, parser_class: type[OneLineParser] = OneLineParser
 ) -> argparse.Namespace:
     """Parse the command line of a stage; a value out of range ends the process with one line and status 2."""
-    parser = stage_parser(stage, parser_class)
+    parser, argv = stage_parser(stage, parser_class), sys.argv[1:] if argv is None else argv
     chosen, _ = parser.parse_known_args(argv)
     if "preset" in chosen and chosen.preset:
-        preset = PRESETS[chosen.preset]["all"] | PRESETS[chosen.preset].get(stage, {})
+        preset = PRESETS[chosen.preset]
+        preset = preset["all"] | preset.get(stage, {}) | preset.get(chosen.method, {})
         parser.set_defaults(**{name: value for name, value in preset.items() if name in chosen})
     if "align_preset" in chosen and chosen.align_preset == "tuned":
         # predict.py leaves the alignment open until it knows of a base set, with which it is centroid.
         parser.set_defaults(**TUNED["all"], **TUNED.get(chosen.alignment or "centroid", {}))
     if "align_preset" in chosen and chosen.align_preset == "auto":
-        check_auto(stage, chosen, argv, parser_class)
+        check_auto(chosen, parser, argv)
         parser.set_defaults(**AUTO)
     chosen, _ = parser.parse_known_args(argv)
     in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
@@ -469,6 +483,8 @@ def args_parser(
         if not args.backbone.startswith("custom:"):
             parser.error("argument --freeze: of a trained backbone: give --init_from, or --weights DEFAULT or a file")
 
+    if "warm_up_epochs" in args and not args.init_from:
+        args.warm_up_epochs = 0  # a new backbone has nothing to keep
     args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
     if "align_lr" in args:
         check_feature_space(args, parser)
@@ -488,14 +504,35 @@ def args_parser(
     return args
 
 
+def start_stage(stage: str) -> tuple[argparse.Namespace, Run]:
+    """The flags that a stage is given, and the run that they ask for, of this rank among those of torchrun.
+
+    The flags name the precision that `auto` has become.
+    """
+    ranks = join_ranks()
+    args = args_parser(stage)
+    args.quiet |= not ranks.first
+    run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
+    args.precision = run.precision.name
+    return args, run
+
+
+def start_training(stage: str) -> tuple[argparse.Namespace, Run, RunFiles]:
+    """The same for stage 1 or 2, and its files."""
+    args, run = start_stage(stage)
+    script, name, folders = STAGES[stage][0], from_flags(RunName, args), from_flags(Folders, args)
+    files = training_files(script.removesuffix(".py"), name, folders, vars(args), writes=args.n_epoch > 0)
+    return args, run, files
+
+
 def from_flags(cls: type[T], args: argparse.Namespace) -> T:
-    """A dataclass, and those in its fields, filled from flags of the same names; other fields keep their default."""
+    """A dataclass, and those in its fields, filled from flags of the same names. Every field must be one."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind = get_type_hints(cls)[field.name]
         if dataclasses.is_dataclass(kind):
             values[field.name] = from_flags(kind, args)  # type: ignore[arg-type]
-        elif field.name in args:
+        else:
             value = getattr(args, field.name)
             values[field.name] = tuple(value) if get_origin(kind) is tuple else value
     return cls(**values)

@@ -31,6 +31,7 @@ from methods.prediction import Predictions, alignment_notes, nearest_support, pr
 from models.backbone import Backbone
 from persistence.checkpoints import check_base_classes, create_backbone, load_backbone
 from reporting.contact_sheet import write_sheet
+from reporting.page import write_predictions
 from reporting.prediction_files import prediction_record, summary_lines, write_csv
 
 
@@ -166,6 +167,7 @@ def main() -> None:
     record |= {"seconds": round(time.time() - began, 2), **provenance(vars(args), run)}
     write_json(args.out / "predictions.json", record)
     write_csv(table, predictions)
+    write_predictions(args.out / "predictions.html", predictions, args.support)
 
     for note in predictions.notes:
         print(f"note: {note}")
@@ -175,6 +177,7 @@ def main() -> None:
     print(f"predictions {table}")
     first = f", the first {n_sheet} images (--max_sheet)" if n_sheet < len(predictions.files) else ""
     print(f"contact sheet {sheet}{first}")
+    print(f"page {args.out / 'predictions.html'}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from data.glyphs import render_glyphs
 from data.image_cache import ImageFiles, load_images
 from data.listing import list_folder, list_json
 from engine.errors import UserError
+from engine.files import folder_name
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def load_split(options: DataOptions, dataset: str, split: str) -> Split:
     The built-in benchmark `glyphs` is rendered when it is missing. Raises UserError when the data is missing,
     malformed or cannot be decoded.
     """
-    root = options.benchmarks_dir / dataset
+    root = options.benchmarks_dir / folder_name(dataset)
     folder, file = root / split, root / f"{split}.json"
     if dataset == "glyphs" and not root.exists():
         render_glyphs(root, quiet=options.quiet)

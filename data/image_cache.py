@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.errors import UserError
+from engine.run import progress_bar
 
 T = TypeVar("T")
 
@@ -144,24 +144,17 @@ def load_images(files: ImageFiles, img_size: int, cache_dir: Path, num_workers: 
     if not is_complete(folder):
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(prefix=f".{folder.name}_", dir=cache_dir))
-            building.chmod(0o755)  # mkdtemp's folders are for their maker alone; others may share a cache
-        except OSError as error:
-            raise UserError(
-                f"cache folder {cache_dir} cannot be written ({error}): give another --cache_dir"
-            ) from error
-        try:
-            decode_all(files, img_size, building, num_workers, quiet)
-            if not is_complete(folder):  # else another process has just built the same cache
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(building, folder)
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}_", dir=cache_dir) as building:
+                os.chmod(building, 0o755)  # it is for its maker alone; others may share a cache
+                decode_all(files, img_size, Path(building), num_workers, quiet)
+                if not is_complete(folder):  # else another process has just built the same cache
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.replace(building, folder)
         except OSError as error:
             if not is_complete(folder):
                 raise UserError(
                     f"cache folder {folder} cannot be written ({error}): give another --cache_dir"
                 ) from error
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     meta = json.loads((folder / "meta.json").read_text())
     return ImageArrays(
         eval=map_array(folder / "eval.bin", meta["eval_shape"]),
@@ -206,7 +199,7 @@ def decode_all(files: ImageFiles, img_size: int, folder: Path, num_workers: int,
             return content, view, hwc_to_chw(kept).tobytes()
 
         fingerprint = hashlib.sha256()
-        bar = tqdm(total=len(files.paths), desc=f"decode {files.label}", unit="img", disable=quiet)
+        bar = progress_bar(None, f"decode {files.label}", "img", quiet, total=len(files.paths))
         # Plain sequential writes: pages of a written memory map would count as resident memory.
         with bar, open(folder / "eval.bin", "wb") as eval_file, open(folder / "train.bin", "wb") as train_file:
             decoded = map_in_chunks(pool, decode, files.paths)

@@ -55,6 +55,6 @@ def train_one_epoch(
         run.precision.step(loss * (len(y) * ranks.n / len(index)), model.optimizer)
         loss_sum += loss.item() * len(y)
         right += int((scores.argmax(1) == y).sum())
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     loss_sum, right = (sum(figures) for figures in zip(*gather_objects((loss_sum, right), ranks), strict=True))
     return loss_sum / len(order), right / len(order)

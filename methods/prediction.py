@@ -95,15 +95,23 @@ def run_episode(
     return align_episode(blocks, task, novel, base_source, setting, run, 0, bar), novel.features
 
 
-def probabilities_of(episode: AlignedEpisode, setting: AlignmentSetting) -> tuple[Tensor, Tensor]:
-    """Probabilities (q, n_way) of the queries after alignment, and by fine-tuning: softmax of the head's logits.
+def logits_of(episode: AlignedEpisode, setting: AlignmentSetting) -> tuple[Tensor, Tensor]:
+    """Logits (q, n_way) of the queries by fine-tuning, and after alignment.
 
-    The logits of a cosine head are s cos(theta), with the s in force when the scores were made: the head ends with
-    that of alignment, and is set back to that of fine-tuning for the others.
+    The logits of a cosine head are s cos(theta), with the s in force when the scores were made, which the head is set
+    to.
     """
-    aligned = episode.head.logits(episode.aligned).softmax(1)
     episode.head.rescale(setting.fit.ft_s, setting.fit.ft_m)
-    return aligned.cpu(), episode.head.logits(episode.finetuned).softmax(1).cpu()
+    before = episode.head.logits(episode.finetuned).cpu()
+    if setting.alignment != "none" and setting.align_iters:
+        episode.head.rescale(setting.align_s, setting.align_m)
+    return before, episode.head.logits(episode.aligned).cpu()
+
+
+def probabilities_of(episode: AlignedEpisode, setting: AlignmentSetting) -> tuple[Tensor, Tensor]:
+    """Probabilities (q, n_way) of the queries after alignment, and by fine-tuning: softmax of the head's logits."""
+    before, after = logits_of(episode, setting)
+    return after.softmax(1), before.softmax(1)
 
 
 def alignment_notes(

@@ -1,5 +1,6 @@
 """What stage 3 keeps: a row an episode, its state every few of them, an episode to be drawn, and the result."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,9 @@ from methods.alignment import AlignedEpisode, AlignmentSetting
 from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95, share_right
 from methods.related_base import empty_notes
 from persistence.checkpoints import Checkpoint
-from persistence.files import RunFiles
+from persistence.files import COLUMNS, RunFiles
 from persistence.results import accuracy_record, curve_record, paired_difference, percent, run_record
-
-# What is kept of each episode.
-COLUMNS = ("finetuned", "aligned", "curve", "losses", "n_related", "n_empty", "n_drawn")
+from persistence.saved_episode import read_episodes
 
 
 class AlignedEpisodes:
@@ -40,11 +39,16 @@ class AlignedEpisodes:
         self.episodes = episodes
         self.class_names = class_names
         self.setting = setting
+        self.digests = [hashlib.sha256(index.numpy().tobytes()).hexdigest()[:16] for index in episodes.index]
         self.rows: list[dict[str, Tensor]] = []
         self.kept: list[dict[str, Any]] = []
+        if run.ranks.first and not files.state:
+            files.episode.unlink(missing_ok=True)  # so that none of an older run is ever taken for one of this
+        saved = read_episodes(files.episode) if files.state and files.episode.is_file() else []
+        self.drawings = {drawing["episode"]: drawing for drawing in saved}
         self.notes: list[str] = []
         if files.state:
-            self.restore(files.state)
+            self.restore()
         name = f"{setting.alignment} alignment"
         self.bar = run.bar(None, name, "episode", total=len(episodes), initial=len(self.rows))
 
@@ -73,15 +77,21 @@ class AlignedEpisodes:
         notes = empty_notes(episode.related, names) if self.setting.alignment != "none" else []
         self.notes += [f"note: episode {i}: {note}" for note in notes]
         means = (100 * share_right(torch.stack([row[k] for row in self.rows])).mean() for k in ("finetuned", "aligned"))
-        self.bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*means))
+        self.bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*means), refresh=False)
         self.bar.update()
 
     def keep(self, drawing: dict[str, Any]) -> None:
         """Write an episode to be drawn, now if this is the first rank, else when the ranks exchange."""
         if self.run.ranks.first:
-            save_atomically(self.files.episode, drawing)
+            self.write(drawing)
         else:
             self.kept.append(drawing)
+
+    def write(self, drawing: dict[str, Any]) -> None:
+        """Write an episode to be drawn beside those that this run has kept before: see read_episodes."""
+        self.drawings[drawing["episode"]] = drawing
+        first, *more = (self.drawings[i] for i in sorted(self.drawings))
+        save_atomically(self.files.episode, {**first, "more": more})
 
     def exchange(self, first: int) -> None:
         """Bring the ranks' rows from the first-th on together, in order, and show what is new."""
@@ -96,7 +106,7 @@ class AlignedEpisodes:
             for i in range(first, len(self.rows)):
                 self.files.metrics.write(i, self.metrics_row(i))
             for drawing in (drawing for _, _, kept in of_ranks for drawing in kept):
-                save_atomically(self.files.episode, drawing)
+                self.write(drawing)
 
     def metrics_row(self, i: int) -> dict[str, Any]:
         """Episode i in numbers: accuracy (%), losses of the last iteration, related base images and drawn of them."""
@@ -114,19 +124,30 @@ class AlignedEpisodes:
     def save(self) -> None:
         """Write the state, if any episode is done and this is the first rank."""
         if self.rows and self.run.ranks.first:
-            self.files.save_state(scaler=self.run.precision.scaler.state_dict(), **self.tensors())
+            kept = {"scaler": self.run.precision.scaler.state_dict(), "episodes": self.digests[: len(self.rows)]}
+            self.files.save_state(**kept, **self.tensors())
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on after the episodes of a state, no more than there are to be. Raises UserError if it does not fit."""
-        try:
+    def restore(self) -> None:
+        """Go on after the episodes of the state, no more than there are to be. Raises UserError if it does not fit."""
+        with self.files.taking_over() as state:
+            every = self.setting.record_curve if self.setting.alignment != "none" else 0
+            n_curve = 1 + (self.setting.align_iters // every if every else 0)
+            counts = (self.episodes.n_way, self.episodes.n_way)
+            shapes = {"finetuned": counts, "aligned": counts, "curve": (n_curve,), "losses": (3,)}
+            if any(state[name].shape[1:] != shapes.get(name, ()) for name in COLUMNS):
+                raise ValueError("its columns are of other episodes")
             columns = [state[name][: len(self.episodes)] for name in COLUMNS]
             self.rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
             self.run.precision.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{self.files.last} does not fit this run: start anew with --overwrite") from error
+            metrics = [self.metrics_row(i) for i in range(len(self.rows))]
+            same = state.get("episodes", self.digests)[: len(self.rows)] == self.digests[: len(self.rows)]
+        if not same:
+            raise UserError(
+                f"{self.files.last} cannot be resumed: the episodes have changed since: start anew with --overwrite"
+            )
         print(f"resumed after {len(self.rows)} episodes: {self.files.last}")
         if self.run.ranks.first:
-            self.files.metrics.keep([self.metrics_row(i) for i in range(len(self.rows))])
+            self.files.metrics.keep(metrics)
 
 
 def save_alignment_result(

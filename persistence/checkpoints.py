@@ -6,13 +6,13 @@ A checkpoint describes itself: backbone and head can be rebuilt from it alone. I
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.files import load_tensors, save_atomically
+from engine.files import FLAGS, read_record, save_atomically
 from engine.generators import seeded
 from engine.normalisation import IMAGENET, Normalisation
 from engine.records import plain
@@ -21,6 +21,10 @@ from models import build_backbone
 from models.backbone import Backbone
 
 FORMAT = "associative-alignment/1"
+REMEDY = (
+    "train one with 'python transferLearning.py' and the same --dataset, --method, --backbone, --n_shot and "
+    "--test_n_way, or name one with --init_from"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Checkpoint:
     head_state: dict[str, Tensor]
     epoch: int
     val_accuracy: float
-    config: dict[str, Any]
+    config: FLAGS
     format: str = FORMAT
     normalisation: Sequence[Sequence[float]] = IMAGENET
 
@@ -57,21 +61,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of ours, running nothing of it. Raises UserError when it is missing or is not one."""
-    if not path.is_file():
-        raise UserError(
-            f"no checkpoint {path}: train one with 'python transferLearning.py' and the same --dataset, --method, "
-            f"--backbone, --n_shot and --test_n_way, or name one with --init_from"
-        )
-    try:
-        content = load_tensors(path, "cpu")
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"it has no format {FORMAT!r}")
-        return Checkpoint(**content)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{path} is not a checkpoint of this project, or is damaged ({reason}): train one with transferLearning.py"
-        ) from error
+    schema = get_type_hints(Checkpoint)
+    content = read_record(path, FORMAT, schema, "checkpoint", REMEDY)
+    return Checkpoint(**{name: content[name] for name in schema})
 
 
 def create_backbone(name: str, img_size: int, seed: int, relation: bool = False, weights: str = "none") -> Backbone:

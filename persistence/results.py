@@ -50,7 +50,9 @@ def run_record(files: RunFiles, novel: Split, episodes: Episodes, run: Run) -> d
 
 
 def save_result(files: RunFiles, novel: Split, episodes: Episodes, scores: EpisodeScores, run: Run) -> None:
-    """Write the result of stage 1 or 2, and print its accuracy."""
+    """Write the result of stage 1 or 2, and print its accuracy; the first rank does."""
+    if not run.ranks.first:
+        return
     record = run_record(files, novel, episodes, run) | accuracy_record(scores, episodes, novel.class_names)
     write_json(files.table, record)
     print(

@@ -1,6 +1,5 @@
 """What --align_preset auto chose by: a table beside the checkpoint, under a hash of all that it follows from."""
 
-import json
 import math
 import re
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ from data.benchmarks import Split
 from data.episodes import EpisodeShape, sample_episodes
 from engine.distributed import gather_objects
 from engine.errors import UserError
-from engine.files import weights_digest
+from engine.files import read_json, weights_digest
 from engine.records import provenance, write_json
 from engine.run import Run
 from methods.alignment import AlignmentSetting
@@ -58,8 +57,9 @@ def choose_and_keep(
 
 def command(flags: str, setting: AlignmentSetting, run: Run) -> str:
     """The command of this process with the flags of the chosen setting in place of --align_preset auto."""
-    chosen = f"--align_blocks 0 --aug_size {setting.related.aug_size} {flags}"
-    return re.sub("--align_preset[ =]auto", chosen, str(provenance({}, run)["command"]))
+    given = str(provenance({}, run)["command"])
+    aug_size = "" if "--aug_size" in given else f" --aug_size {setting.related.aug_size}"
+    return re.sub("--align_preset[ =]auto", f"--align_blocks 0{aug_size} {flags}", given)
 
 
 def kept_path(
@@ -80,7 +80,7 @@ def kept_path(
 def read_rows(path: Path, flags: list[str]) -> list[Row] | None:
     """The rows of a kept table, one for each of these flags in order; None when it is not there or damaged."""
     try:
-        rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
+        rows = [Row(**row) for row in read_json(path)["rows"]]
         numbers = [value for row in rows for value in (row.accuracy, row.gain, row.gain_ci95)]
         return rows if [row.flags for row in rows] == flags and all(map(math.isfinite, numbers)) else None
     except (OSError, ValueError, KeyError, TypeError):

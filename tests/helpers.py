@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,9 @@ from PIL import Image
 
 from data.benchmarks import Split
 from engine.script import run_script
+from methods.features import Source
+from methods.related_base import RelatedBase, RelatedSetting, related_base_of_head
+from models import build_head
 from persistence.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +75,14 @@ def make_split(counts=(8,) * 6, side=16, seed=0, split="novel") -> Split:
         train_sizes=torch.full((len(labels), 2), side),
         fingerprint=f"toy{seed}",
     )
+
+
+def related_by_logits(logits, labels, n_base_class: int, setting: RelatedSetting) -> RelatedBase:
+    """The related base of base samples with these labels (N,), by a head whose logits (N, n_way) are these."""
+    head = build_head("softMax", logits.shape[1], logits.shape[1], 1.0, 0.0)
+    head.weight.data, head.bias.data = torch.eye(logits.shape[1]), torch.zeros(logits.shape[1])
+    split = replace(make_split((1,) * n_base_class, side=1, split="base"), labels=labels)
+    return related_base_of_head(head, Source(logits, None, split), setting)
 
 
 def run(script: str, *flags: object, check: bool = True) -> subprocess.CompletedProcess:

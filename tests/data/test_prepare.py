@@ -774,7 +774,7 @@ def test_folder_refusals(prepare, tmp_path, capsys):
     line = prepare("folder", "--source", source / "class1" / "0.jpg", fails=True)
     assert "is not a folder" in line
     (source / "empty").mkdir()
-    assert "empty' holds no images" in prepare("folder", "--source", source, fails=True)
+    assert "empty holds no images" in prepare("folder", "--source", source, fails=True)
     write(tmp_path / "two/a/1.jpg", encoded())
     write(tmp_path / "two/b/1.jpg", encoded())
     assert "2 classes cannot be split" in prepare("folder", "--source", tmp_path / "two", fails=True)

@@ -192,6 +192,28 @@ def test_relationnet_remembers_the_last_training_episode_alone():
     torch.testing.assert_close(learner.eval()(support, query), fresh.eval()(support, query))
 
 
+@pytest.mark.parametrize("method", ["ProtoNet", "RelationNet_softmax"])
+def test_the_temperature_divides_the_logits(method):
+    learner, support, query = learner_and_episodes(method)
+    scores = learner.eval()(support, query)
+    learner.temperature = 4.0
+    torch.testing.assert_close(learner(support, query), scores / 4)
+
+
+def test_a_temperature_makes_the_probabilities_of_matchingnet_more_even():
+    learner, support, query = learner_and_episodes("MatchingNet")
+    learner.temperature = 1e6
+    torch.testing.assert_close(
+        learner(support, query).exp(), torch.full((N_QUERY, N_WAY), 1 / N_WAY), rtol=0, atol=1e-3
+    )
+
+
+def test_the_temperature_is_that_asked_for():
+    assert build_meta_learner("ProtoNet", Shapes()).temperature == 1.0
+    assert build_meta_learner("ProtoNet", Shapes(), 64.0).temperature == 64.0
+    assert MetaLearner.temperature == 1.0
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown meta-learner 'Protonet': choose one of ProtoNet"):
         build_meta_learner("Protonet", Shapes())

@@ -169,6 +169,7 @@ def test_the_script_chooses_names_it_in_the_result_and_its_command_gives_the_sam
     again = call("associative_alignment", *auto, "--overwrite")
     assert again.status == 0 and line in again.out.replace(" --overwrite", "")
     words = line.removeprefix("chosen: python associative_alignment.py ").split()
+    assert words.count("--aug_size") == 1
     by_flags = call("associative_alignment", *words, "--results_dir", workspace / "by_flags")
     assert by_flags.status == 0, by_flags.err
     (other,) = (workspace / "by_flags" / "tables").glob("*.json")

@@ -205,7 +205,7 @@ def test_torchvision_weights_that_cannot_be_had_are_one_clear_line(tmp_path, mon
         (str(tmp_path / "half.pth"), "half.pth cannot be read"),
         (str(tmp_path / "old.pth"), "old.pth cannot be read .*torch before 1.6: convert it with torch.save"),
         (str(tmp_path / "number.pth"), f"not a state dict of {name}: 1 of .*first 'features.0.0.weight'"),
-        (str(tmp_path / "hostile.pth"), "hostile.pth cannot be read .*it asks for 'getattr'"),
+        (str(tmp_path / "hostile.pth"), "hostile.pth cannot be read .*it asks for getattr;"),
     ]:
         with pytest.raises(ValueError, match=words) as failure:
             PretrainedBackbone(f"torchvision:{name}", 64, weights)

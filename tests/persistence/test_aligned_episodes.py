@@ -20,7 +20,7 @@ from persistence.files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from tests.helpers import make_split
 
 NOVEL = make_split()
-SETTING = AlignmentSetting(related=RelatedSetting(aug_size=5), record_curve=2)
+SETTING = AlignmentSetting(related=RelatedSetting(aug_size=5), align_iters=4, record_curve=2)
 
 
 def start(root, n=3, resume=False, run=None):
@@ -98,7 +98,7 @@ def test_episodes_go_on_after_those_of_their_state(tmp_path):
 def test_a_state_that_lacks_a_column_is_refused(tmp_path):
     done = start(tmp_path)
     done.files.save_state(finetuned=torch.zeros(1, 2, 2), scaler={})
-    with pytest.raises(UserError, match="does not fit this run: start anew with --overwrite"):
+    with pytest.raises(UserError, match="it lacks .aligned.*: start anew with --overwrite"):
         start(tmp_path, resume=True)
 
 

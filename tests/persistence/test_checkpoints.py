@@ -237,7 +237,7 @@ def test_a_hostile_pickle_inside_a_file_of_torch_save_is_refused_and_not_execute
 def test_what_a_hostile_file_asks_for_is_named_without_advice_to_run_it(tmp_path, saved):
     path, marker = tmp_path / "model.tar", tmp_path / "marker"
     hostile_zip(path, saved[0], marker)
-    with pytest.raises(ValueError, match=r"it asks for '[\w.]+', and only tensors and plain values are read") as error:
+    with pytest.raises(ValueError, match=r"it asks for [\w.]+; only tensors and plain values are read") as error:
         load_tensors(path, "cpu")
     assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
 

@@ -12,7 +12,7 @@ def test_related_classes_without_images_and_novel_ones_without_related_classes_a
     record = {"class_names": ["a", "b"], "support_images": image, "related_classes": [[empty] * 12, []]}
     figure = related_base_figure(record)
     figure.canvas.draw()
-    assert "the first 10 of 12" in figure.axes[0].get_title()
+    assert "the first 10 of 12" in figure.get_suptitle()
     related_base_figure(record | {"related_classes": [[], []]}).canvas.draw()
 
 

@@ -1,16 +1,20 @@
 """Under torchrun, with 1, 2 and 3 processes that talk by gloo: the same numbers, one writer, and no lost work."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from persistence.checkpoints import load_checkpoint
 from tests.helpers import ROOT, TINY, call, folders, make_benchmark, numbers
+
+fcntl = pytest.importorskip("fcntl")
 
 SHOWN = [*(flag for flag in TINY if flag != "--quiet"), "--ft_n_epoch", 10]  # with progress bars, of one rank alone
 # 48 base images: the last batch has two, so that of three ranks one has none.
@@ -182,6 +186,54 @@ def test_the_first_rank_alone_prints_and_writes(ranks_run):
     assert record["n_processes"] == n
     assert not [path for path in root.rglob("*.tmp")]
     assert done.stderr.count("decode tiny_base:   0%") == len(COMMANDS)
+
+
+@pytest.fixture
+def long_run(finished, tmp_path):
+    """A stage 1 of two ranks that takes long: torchrun's process, that of the first rank, and the flags."""
+    flags = [*TRAIN, "--n_epoch", 500, *folders(tmp_path), "--benchmarks_dir", finished / "benchmarks"]
+    command = ["transferLearning.py", *map(str, flags)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "err", "w") as err:
+        launcher = subprocess.Popen(torchrun, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=err)
+    while not list(tmp_path.rglob("*_last.tar")) and launcher.poll() is None:
+        time.sleep(0.05)
+    (lock,) = tmp_path.rglob("tables/.*.lock")
+    first = int(lock.read_text().split()[1])
+    yield launcher, first, flags
+    launcher.kill()
+    launcher.wait()
+
+
+def ended(root):
+    """Wait until no process holds a run's lock."""
+    for lock in root.rglob(".*.lock"):
+        with contextlib.suppress(FileNotFoundError), open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def test_ranks_whose_launcher_was_killed_end_and_let_the_next_run_go_on(long_run, tmp_path):
+    launcher, first, flags = long_run
+    launcher.kill()
+    refused = call("transferLearning", *flags, "--resume")
+    assert refused.status == 2 and f"process {first} on " in refused.err and refused.err.count("\n") == 1
+    ended(tmp_path)
+    n_done = last_state(tmp_path)["n_done"]
+    assert "interrupted: the same command with --resume goes on from" in (tmp_path / "err").read_text()
+    resumed = call("transferLearning", *flags, "--resume", "--n_epoch", n_done + 1)
+    assert resumed.status == 0 and f"resumed after epoch {n_done - 1}" in resumed.out
+    rows = next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == list(range(n_done + 1))
+
+
+def test_a_launcher_that_is_told_to_end_says_how_to_go_on(long_run, tmp_path):
+    launcher, _, _ = long_run
+    launcher.terminate()
+    assert launcher.wait(60) != 0
+    said = [line for line in (tmp_path / "err").read_text().splitlines() if "interrupted" in line]
+    assert len(said) == 1 and "the same command with --resume goes on from" in said[0]
+    assert not list(tmp_path.rglob(".*.lock"))
 
 
 def test_what_the_user_can_mend_is_one_line_of_all_ranks(tmp_path):

@@ -179,7 +179,7 @@ def test_report_and_figure_are_made_from_result_files(workspace):
     report = call("reporting.report", workspace / "results")
     assert "arcMax, centroid alignment" in report.out and "3-way 2-shot" in report.out
     assert call("reporting.figures", workspace / "results").status == 0
-    assert (workspace / "results" / "figures" / "overview.png").stat().st_size > 10_000
+    assert (workspace / "results" / "figures" / "training.png").stat().st_size > 10_000
 
 
 def test_a_preset_yields_to_flags():
