@@ -211,8 +211,8 @@ def last_layers(net: nn.Module, image: Tensor) -> tuple[list[str], bool]:
     """
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
 
-    def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> None:
-        calls.append((name, args, kwargs, given))
+    def note(name: str, _: nn.Module, taken: tuple[Any, ...], named: dict[str, Any], given: Any) -> None:
+        calls.append((name, taken, named, given))
 
     children = dict(net.named_children())
     layers = [(name, part) for name, child in children.items() for part in members(child)]
@@ -223,11 +223,11 @@ def last_layers(net: nn.Module, image: Tensor) -> tuple[list[str], bool]:
     if not isinstance(end, Tensor):
         return [], False
     names: list[str] = []
-    for name, args, kwargs, given in reversed(calls):
-        if given is not end or len(args) != 1 or kwargs:
+    for name, taken, named, given in reversed(calls):
+        if given is not end or len(taken) != 1 or named:
             break
         names.append(name)
-        end = args[0]
+        end = taken[0]
     whole = list(takewhile(lambda name: names.count(name) == len(members(children[name])), dict.fromkeys(names)))
     return whole[::-1], end is not image or len(whole) < len(set(names))
 
@@ -316,9 +316,11 @@ class PretrainedBackbone(Backbone):
         elif library == "torchvision":
             names = next((names for names in TRUNKS if all(hasattr(net, name) for name in names)), ())
         blocks = take_layers(net, names, self.embeds)
-        if isinstance(net, torchvision.models.MNASNet):  # it takes no state dict that was copied to a plain dict
+        if blocks and isinstance(
+            net, torchvision.models.MNASNet
+        ):  # it takes no state dict that was copied to a plain dict
             net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.classifier)
-        self.layers = nn.ModuleList(blocks or [Part(net)])
+        self.layers = nn.ModuleList(blocks or [net])
         self.tail = net if blocks else nn.Identity()
         x = image
         for part in self.parts():
@@ -341,7 +343,7 @@ class PretrainedBackbone(Backbone):
 
     def parts(self) -> list[Part]:
         """The blocks, the first of them with what embeds the image where that is no layer."""
-        layers = [cast(Part, part) for part in self.layers]
+        layers = [part if isinstance(part, Part) else Part(part) for part in self.layers]
         return [Part(Embedding(self.tail), *layers[0]), *layers[1:]] if self.embeds else layers
 
     def pool_and_flatten(self, feature_map: Tensor) -> Tensor:

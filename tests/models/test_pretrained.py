@@ -21,7 +21,7 @@ MODELS = {
     "test_resnet": (7, "map", 64),
     "mobilenetv3_small_050": (7, "map", SIDE),
     "test_vit": (7, "tokens", SIDE),
-    "test_vit4": (7, "tokens", SIDE),
+    "test_vit4": (10, "tokens", SIDE),
     "swin_tiny_patch4_window7_224": (5, "map", 224),
     "eva02_tiny_patch14_224": (1, "tokens", 56),
     "crossvit_tiny_240": (1, "feature", 240),
@@ -97,7 +97,7 @@ def test_batch_norms_of_timm_keep_their_activation_over_processes():
     with torch.no_grad():
         expected = net(images(2))
         use_global_batch_norm(net)
-        torch.testing.assert_close(net(images(2)), expected)
+        torch.testing.assert_close(net.eval()(images(2)), expected)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
 
 
@@ -143,7 +143,6 @@ def test_weights_of_a_file_as_timm_publishes_them_and_damaged_ones(tmp_path, mon
         ("timm:test_resnett", SIDE, "timm has no classification model 'test_resnett': try .*test_resnet"),
         ("timm:test_vit.no_such_tag", SIDE, "timm has no classification model 'test_vit.no_such_tag'"),
         ("timm:test_vit", 8, "test_vit cannot take images of 8 pixels"),
-        ("timm:swin_tiny_patch4_window7_224", 50, "cannot take images of 50 pixels"),
         ("timm:../../x", SIDE, "unknown backbone"),
         ("timm:hf_hub:someone/net", SIDE, "unknown backbone"),
         ("custom:no_such_module:make", SIDE, "cannot be made .*No module named 'no_such_module'"),
