@@ -1,5 +1,6 @@
 """Detection of the related base against the published numbers, and the draws from it."""
 
+import pytest
 import torch
 
 from data.episodes import class_major_labels
@@ -19,6 +20,8 @@ def related_base_of_golden(n_B: int):
         return g, find_related_base(head.logits(head(g["z_base"].flatten(0, 1))), y_base, members, n_B)
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 def test_related_base_is_the_published_one():
     g, related = related_base_of_golden(int(golden("related_base")["n_B"]))
     torch.testing.assert_close(related.score, g["score"].float())
@@ -27,6 +30,8 @@ def test_related_base_is_the_published_one():
         assert torch.equal(ours, g[f"related_{w}"])
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 def test_related_base_classes_are_disjoint_and_shared_out_evenly_when_short():
     _, related = related_base_of_golden(n_B=10)
     chosen = [b for classes in related.classes for b in classes]
