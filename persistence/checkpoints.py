@@ -61,9 +61,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of ours, running nothing of it. Raises UserError when it is missing or is not one."""
-    schema = get_type_hints(Checkpoint)
+    schema = {name: kind for name, kind in get_type_hints(Checkpoint).items() if name != "normalisation"}
     content = read_record(path, FORMAT, schema, "checkpoint", REMEDY)
-    return Checkpoint(**{name: content[name] for name in schema})
+    normalisation = content.get("normalisation", IMAGENET)
+    return Checkpoint(**{name: content[name] for name in schema}, normalisation=normalisation)
 
 
 def create_backbone(name: str, img_size: int, seed: int, relation: bool = False, weights: str = "none") -> Backbone:
