@@ -3,7 +3,6 @@
 A checkpoint describes itself: backbone and head can be rebuilt from it alone. Its keys are those of `Checkpoint`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -46,7 +45,7 @@ class Checkpoint:
     val_accuracy: float
     config: FLAGS
     format: str = FORMAT
-    normalisation: Sequence[Sequence[float]] = IMAGENET
+    normalisation: Normalisation = IMAGENET
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -63,7 +62,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of ours, running nothing of it. Raises UserError when it is missing or is not one."""
     schema = {name: kind for name, kind in get_type_hints(Checkpoint).items() if name != "normalisation"}
     content = read_record(path, FORMAT, schema, "checkpoint", REMEDY)
-    normalisation = content.get("normalisation", IMAGENET)
+    try:
+        normalisation = Normalisation.of(*content.get("normalisation", IMAGENET))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} has no usable normalisation ({error}): {REMEDY}") from error
     return Checkpoint(**{name: content[name] for name in schema}, normalisation=normalisation)
 
 
@@ -102,10 +104,7 @@ def load_backbone(
             )
     net = create_backbone(checkpoint.backbone, checkpoint.img_size, seed=0, relation=relation)
     load_state(net, checkpoint.backbone_state, path)
-    try:
-        net.normalisation = Normalisation.of(*checkpoint.normalisation)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} has no usable normalisation ({error}): give another") from error
+    net.normalisation = checkpoint.normalisation
     return net, checkpoint
 
 
