@@ -114,9 +114,6 @@ TUNED: dict[str, dict[str, Any]] = {
     "adversarial": {"critic_steps": 1},
 }
 
-# What --align_preset auto, which chooses in feature space, leaves as it is.
-AUTO: dict[str, Any] = {"align_blocks": 0, "aug_size": 20}
-
 # Of the backbone's step against the critic, which the paper leaves open. Adam's steps do not shrink with the critic's
 # scores: at 1e-3, the rate of the other updates, 150 of them destroy the features (docs/tuning.md).
 ADVERSARIAL_LR = 1e-5
@@ -280,7 +277,7 @@ META: Table = [
 UPDATES: Table = [  # of Algorithms 1 and 2
     flag("--align_preset",         ["paper", "tuned", "auto"],      "paper",
          f"numbers of the updates: as published; chosen once on val classes (tuned, docs/tuning.md: {TUNED_FLAGS}); or "
-         "chosen for this backbone on val episodes, in feature space, fine-tuning if none helps (auto, stage 3 alone)"),
+         "chosen for this backbone on val episodes, in feature space, fine-tuning if none helps (auto)"),
     flag("--n_B",                  COUNT,                           10,
          "related base classes a novel class; if n_way * n_B are too many, shared out evenly (published code fails)"),
     flag("--related_score",        ["vote", "soft"],                "vote",
@@ -437,9 +434,9 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
 
 def check_auto(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[str]) -> None:
     """An error when --align_preset auto is given where it cannot choose, or beside a flag that it chooses."""
-    if "test_split" not in args:
-        parser.error("argument --align_preset: auto chooses on val episodes of a benchmark: give paper or tuned")
-    if args.test_split == "val":
+    if not getattr(args, "base", args):
+        parser.error("argument --align_preset: auto chooses on val episodes of a benchmark: name it with --base")
+    if getattr(args, "test_split", "") == "val":
         parser.error("argument --align_preset: auto chooses on val classes, so it is not tested on them: give novel")
     given = {text.split("=")[0] for text in argv}
     both = [f"--{name}" for name in CHOSEN_FLAGS if f"--{name}" in given]
@@ -462,7 +459,7 @@ def args_parser(
         parser.set_defaults(**TUNED["all"], **TUNED.get(chosen.alignment or "centroid", {}))
     if "align_preset" in chosen and chosen.align_preset == "auto":
         check_auto(chosen, parser, argv)
-        parser.set_defaults(**AUTO)
+        parser.set_defaults(align_blocks=0, aug_size=20)  # which it leaves as they are
     chosen, _ = parser.parse_known_args(argv)
     in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
     if in_feature_space and (stage != "predict" or chosen.base):

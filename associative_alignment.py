@@ -1,8 +1,7 @@
 """Stage 3: for every novel episode find the related base classes, then align the backbone with them.
 
 python associative_alignment.py --dataset miniImagenet --method arcMax --n_shot 5      # the published protocol
-python associative_alignment.py --preset laptop                                        # after stage 1's laptop preset
-python associative_alignment.py --preset laptop --align_preset auto                    # the setting chosen on val
+python associative_alignment.py --preset laptop --align_preset auto                    # chosen on val, after stage 1's
 """
 
 from functools import partial
@@ -60,7 +59,8 @@ def main() -> None:
         with rank_0_first(ranks):
             val = load(args.novel_dataset, "val")
         images |= {"val images": val.fingerprint}
-        setting, chosen = choose_and_keep(path, backbone, val, base_source, cache, shape, setting)
+        setting, chosen, lines = choose_and_keep(path, backbone, val, base_source, cache, shape, setting)
+        print("\n".join(lines))
     for note in exceeding_notes(args.test_n_way, setting.related.n_B, len(base.class_names)):
         print(f"note: {note}")
 
@@ -81,7 +81,7 @@ def main() -> None:
             done.save()
         done.save()
     if ranks.first:
-        save_alignment_result(done, novel, checkpoint, path, chosen)
+        save_alignment_result(done, novel_source, checkpoint, path, chosen)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from engine.records import provenance, write_json
 from engine.run import Run, select_device, start_run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
-from methods.features import blocks_to_update
+from methods.features import FeatureCache, blocks_to_update, feature_source
 from methods.prediction import Predictions, alignment_notes, nearest_support, probabilities_of, run_episode, user_split
 from models.backbone import Backbone
 from persistence.checkpoints import check_base_classes, create_backbone, load_backbone
+from persistence.setting_choice import choose_for_support
 from reporting.contact_sheet import write_sheet
 from reporting.page import write_predictions
 from reporting.prediction_files import prediction_record, summary_lines, write_csv
@@ -73,12 +75,13 @@ def predict(args: argparse.Namespace) -> Predictions:
     names = [names[i] for i in queries]
 
     user = user_split(class_names, [str(paths[i]) for i in kept], torch.tensor(labels), images)
-    setting = from_flags(AlignmentSetting, args)
+    n_support = torch.bincount(torch.tensor(labels)).tolist()
+    setting, lines = alignment_setting(args, backbone, base, n_support, run)
     episode, z = run_episode(backbone, blocks, user, base, args.cache_dir, setting, run)
     probabilities, finetuned = probabilities_of(episode, setting)
     nearest = nearest_support(z, k)
 
-    notes = [f"skipped: {reason}" for reason in reasons] + [*ignored_notes(args, support_paths, query_paths)]
+    notes = [f"skipped: {reason}" for reason in reasons] + lines + [*ignored_notes(args, support_paths, query_paths)]
     if base is None:
         why = f"--base {args.base} is not used, for --alignment none" if args.base else "it takes base images, --base"
         notes.append(f"no alignment: {why}")
@@ -97,10 +100,30 @@ def predict(args: argparse.Namespace) -> Predictions:
         nearest_label=[labels[i] for i in nearest],
         truth=folder_truth(names, class_names),
         related=related,
-        n_support=torch.bincount(torch.tensor(labels)).tolist(),
+        n_support=n_support,
         notes=notes,
         facts=facts | {"images_sha256": user.fingerprint},
     )
+
+
+def alignment_setting(
+    args: argparse.Namespace, backbone: Backbone, base: Split | None, n_support: list[int], run: Run
+) -> tuple[AlignmentSetting, list[str]]:
+    """The numbers of alignment, which --align_preset auto chooses on the val classes of --base, and what to say."""
+    setting = from_flags(AlignmentSetting, args)
+    if args.align_preset != "auto" or base is None:
+        return setting, []
+    cache, img_size = FeatureCache(args.cache_dir, run), base.images.shape[-1]
+    z_base = feature_source(cache.features(backbone, base), base)
+    load_val = partial(load_split, base_options(args, img_size), base.benchmark, "val")
+    choice = choose_for_support(load_val, backbone, z_base, cache, n_support, setting)
+    return choice.setting, choice.lines
+
+
+def base_options(args: argparse.Namespace, img_size: int) -> DataOptions:
+    """How the splits of --base are found and decoded."""
+    folder = Path(os.path.abspath(args.base)).parent
+    return DataOptions(folder, img_size, args.cache_dir, args.image_root, args.num_workers, args.quiet)
 
 
 def ignored_notes(args: argparse.Namespace, support_paths: list[Path], query_paths: list[Path]) -> Iterator[str]:
@@ -134,8 +157,7 @@ def backbone_and_base(args: argparse.Namespace) -> tuple[Backbone, int, Split | 
         raise UserError(
             f"--base {args.base} has no base split: expected {root}/base/<class>/<image> or {root}/base.json"
         )
-    options = DataOptions(root.parent, img_size, args.cache_dir, args.image_root, args.num_workers, args.quiet)
-    base = load_split(options, root.name, "base")
+    base = load_split(base_options(args, img_size), root.name, "base")
     if checkpoint:
         check_base_classes(args.checkpoint, checkpoint, str(args.base), base.class_names)
     return backbone, img_size, base, facts | {"base": root.name, "base_fingerprint": base.fingerprint}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.converters import CONVERTERS
 from data.converters.writing import count_images, write_benchmark
-from data.glyphs import render_glyphs
+from data.glyphs import provide_glyphs
 from engine.errors import OneLineParser, UserError
 from engine.files import folder_name
 
@@ -57,10 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         args = prepare_parser().parse_args(argv)
         if args.benchmark == "glyphs":
             folder = args.out / "glyphs"
-            if folder.exists():
+            if not provide_glyphs(folder, args.seed):
                 print(f"'{folder}' is there already; delete it to render it again")
-            else:
-                render_glyphs(folder, args.seed)
         else:
             converter = CONVERTERS[args.benchmark]
             flags = {flag: getattr(args, flag) for flag in converter.flags}

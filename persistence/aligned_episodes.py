@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.benchmarks import Split
 from data.episodes import Episodes
 from engine.distributed import gather_objects
 from engine.errors import UserError
@@ -17,11 +16,12 @@ from engine.files import save_atomically
 from engine.records import write_json
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting
-from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95, share_right
+from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95, nearest_mean, share_right
+from methods.features import Source
 from methods.related_base import empty_notes
 from persistence.checkpoints import Checkpoint
 from persistence.files import COLUMNS, RunFiles
-from persistence.results import accuracy_record, curve_record, paired_difference, percent, run_record
+from persistence.results import accuracy_record, curve_record, difference_record, paired_difference, percent, run_record
 from persistence.saved_episode import read_episodes
 
 
@@ -151,13 +151,14 @@ class AlignedEpisodes:
 
 
 def save_alignment_result(
-    done: AlignedEpisodes, novel: Split, checkpoint: Checkpoint, path: Path, chosen: dict[str, Any] | None = None
+    done: AlignedEpisodes, novel: Source, checkpoint: Checkpoint, path: Path, chosen: dict[str, Any] | None = None
 ) -> None:
-    """Write the result of all episodes, fine-tuning against alignment, and print it.
+    """Write the result of all episodes, alignment against its controls, fine-tuning and nearest mean, and print it.
 
     checkpoint: that the backbone is of, read from `path`. chosen: what --align_preset auto chose, if it did.
     """
     files, episodes, setting, columns = done.files, done.episodes, done.setting, done.tensors()
+    split, names = novel.split, novel.split.class_names
     n_small = int((columns["n_drawn"] < setting.related.aug_size).sum())
     if n_small and setting.alignment != "none":
         print(
@@ -166,13 +167,18 @@ def save_alignment_result(
         )
     before, after = EpisodeScores(columns["finetuned"]), EpisodeScores(columns["aligned"])
     difference, difference_ci95 = paired_difference(before.accuracy, after.accuracy)
-    record = run_record(files, novel, episodes, done.run) | accuracy_record(after, episodes, novel.class_names)
+    nearest = nearest_mean(novel.features, episodes)
+    record = run_record(files, split, episodes, done.run) | accuracy_record(after, episodes, names)
     record |= {
         "alignment": setting.alignment,
         "checkpoint": path,
         "checkpoint_epoch": checkpoint.epoch,
-        "fine_tuning": accuracy_record(before, episodes, novel.class_names),
-        "difference": {"accuracy": 100 * difference, "ci95": 100 * difference_ci95},
+        "fine_tuning": accuracy_record(before, episodes, names),
+        "difference": difference_record(before, after),
+        "nearest_mean": {
+            name: accuracy_record(scores, episodes, names) | {"difference": difference_record(scores, after)}
+            for name, scores in nearest.items()
+        },
         "curve": curve_record(columns["curve"], setting.record_curve),
         "n_empty_related_sets": int(columns["n_empty"].sum()),
         "n_episodes_below_aug_size": n_small,
@@ -180,9 +186,12 @@ def save_alignment_result(
     if chosen:
         record["align_preset_auto"] = chosen
     write_json(files.table, record)
-    task = f"{episodes.n_way}-way {episodes.n_shot}-shot, {len(done)} {novel.split} episodes"
-    print(f"{files.name.method} on {novel.benchmark}, {task}")
+    task = f"{episodes.n_way}-way {episodes.n_shot}-shot, {len(done)} {split.split} episodes"
+    print(f"{files.name.method} on {split.benchmark}, {task}")
     print(f"  fine-tuning         {percent(*mean_and_ci95(before.accuracy))} %")
     print(f"  {setting.alignment} alignment  {percent(*mean_and_ci95(after.accuracy))} %")
     print(f"  paired difference   {percent(difference, difference_ci95)} points")
+    for name, scores in nearest.items():
+        above = percent(*paired_difference(scores.accuracy, after.accuracy))
+        print(f"  nearest mean, {name:<9} {percent(*mean_and_ci95(scores.accuracy))} %, alignment minus it {above}")
     print(f"result {files.table}")

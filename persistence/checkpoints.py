@@ -3,13 +3,14 @@
 A checkpoint describes itself: backbone and head can be rebuilt from it alone. Its keys are those of `Checkpoint`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.errors import UserError
 from engine.files import FLAGS, read_record, save_atomically
 from engine.generators import seeded
@@ -31,6 +32,7 @@ class Checkpoint:
     """A trained backbone and its head, with what is needed to use them and to know where they come from.
 
     normalisation: of the images that the backbone takes; older files have none, and were trained with ImageNet's.
+    glyphs_version: of the rendering of the built-in benchmark then; 1 in files that do not say.
     """
 
     stage: str
@@ -46,6 +48,7 @@ class Checkpoint:
     config: FLAGS
     format: str = FORMAT
     normalisation: Normalisation = IMAGENET
+    glyphs_version: int = 1
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -60,13 +63,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of ours, running nothing of it. Raises UserError when it is missing or is not one."""
-    schema = {name: kind for name, kind in get_type_hints(Checkpoint).items() if name != "normalisation"}
+    kinds = get_type_hints(Checkpoint)
+    schema = {field.name: kinds[field.name] for field in fields(Checkpoint) if field.default is MISSING}
     content = read_record(path, FORMAT, schema, "checkpoint", REMEDY)
     try:
-        normalisation = Normalisation.of(*content.get("normalisation", IMAGENET))
+        content["normalisation"] = Normalisation.of(*content.get("normalisation", IMAGENET))
     except (TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path} has no usable normalisation ({error}): {REMEDY}") from error
-    return Checkpoint(**{name: content[name] for name in schema}, normalisation=normalisation)
+    return Checkpoint(**{name: content[name] for name in kinds if name in content})
 
 
 def create_backbone(name: str, img_size: int, seed: int, relation: bool = False, weights: str = "none") -> Backbone:
@@ -109,7 +113,13 @@ def load_backbone(
 
 
 def check_base_classes(path: Path, checkpoint: Checkpoint, dataset: str, class_names: list[str]) -> None:
-    """Raise UserError when a checkpoint was trained on other base classes than those of a benchmark."""
+    """Raise UserError when a checkpoint was trained on other base classes than those of a benchmark, or on an older
+    rendering of glyphs."""
+    if checkpoint.dataset == "glyphs" and checkpoint.glyphs_version != GLYPHS_VERSION:
+        raise UserError(
+            f"checkpoint {path} was trained on version {checkpoint.glyphs_version} of the rendering of 'glyphs', now "
+            f"{GLYPHS_VERSION}: the images have changed, so train it anew with --overwrite"
+        )
     if set(checkpoint.class_names) != set(class_names):
         raise UserError(
             f"checkpoint {path} was trained on {len(checkpoint.class_names)} base classes of {checkpoint.dataset!r} "

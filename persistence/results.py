@@ -66,6 +66,12 @@ def paired_difference(before: Tensor, after: Tensor) -> tuple[float, float]:
     return mean_and_ci95(after.double() - before.double())
 
 
+def difference_record(before: EpisodeScores, after: EpisodeScores) -> dict[str, float]:
+    """The paired difference of two ways to predict the same queries, and its interval, in points."""
+    difference, ci95 = paired_difference(before.accuracy, after.accuracy)
+    return {"accuracy": 100 * difference, "ci95": 100 * ci95}
+
+
 def curve_record(accuracy: Tensor, every: int) -> list[dict[str, float]]:
     """Mean accuracy (%), and its paired difference from iteration 0, over iterations 0, every, 2 every, ..., each with
     its 95% interval.

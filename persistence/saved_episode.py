@@ -30,10 +30,10 @@ EPISODE = {
     **{"episode": int, "class_names": list[str], "support": FEATURES, "query": FEATURES, "related": FEATURES},
     **{"support_images": Tensor, "related_classes": list[list[Any]]},
 }
-# What files have held since there is a page, if not by earlier versions.
-SHOWN = {
-    **{"method": str, "images": {"support": Tensor, "query": Tensor}, "logits": {"before": Tensor, "after": Tensor}},
-    **{"nearest": Tensor, "more": list[Any]},
+# What an episode that an earlier version saved lacks.
+QUERIES = {
+    **{"method": str, "images": {"support": Tensor, "query": Tensor}, "nearest": Tensor},
+    **{"logits": {"before": Tensor, "after": Tensor}},
 }
 N_SAMPLES = 4  # images kept of each related base class
 N_NEAREST = 3  # of them, those kept as the nearest of each query
@@ -133,42 +133,46 @@ def gather_episode(
     }
 
 
-def intact(record: Any) -> bool:
-    """Whether a record of a file is of one episode, its tensors of shapes that go together."""
-    if not fits(record, EPISODE) or not all(fits(record[key], kind) for key, kind in SHOWN.items() if key in record):
-        return False
-    n_way, d = len(record["class_names"]), record["support"]["before"].shape[-1:]
+def sound(record: dict[str, Any]) -> bool:
+    """Whether what a saved episode holds fits together."""
+    n_way, labels = len(record["class_names"]), record["query"]["labels"]
     kinds = [record[kind] for kind in ("support", "query", "related")]
-    n_query = len(record["query"]["labels"])
-    found = [
-        *(z.is_floating_point() and z.shape == k["labels"].shape + d for k in kinds for z in (k["before"], k["after"])),
-        *(not k["labels"].is_floating_point() for k in kinds),
-        *(bool(((k["labels"] >= 0) & (k["labels"] < n_way)).all()) for k in kinds),
-        record["support_images"].shape[:2] == (n_way, 3),
-        len(record["related_classes"]) == n_way,
-        *(fits(related, RELATED) for row in record["related_classes"] for related in row),
-        *(z.shape == (n_query, n_way) for z in record.get("logits", {}).values()),
-    ]
-    if "nearest" in record and all(found):
-        n_images = sum(len(related["images"]) for row in record["related_classes"] for related in row)
-        nearest, shown = record["nearest"], record.get("images", {}).get("query", ())
-        found += [nearest.shape[:1] == (n_query,) == (len(shown),), bool(((nearest >= 0) & (nearest < n_images)).all())]
-    return all(found)
+    d = record["support"]["before"].shape[-1:]
+    n_images = sum(len(related["images"]) for row in record["related_classes"] for related in row)
+    return (
+        all(
+            z.is_floating_point() and z.shape == k["labels"].shape + d for k in kinds for z in (k["before"], k["after"])
+        )
+        and all(
+            not k["labels"].is_floating_point() and ((0 <= k["labels"]) & (k["labels"] < n_way)).all() for k in kinds
+        )
+        and record["support_images"].shape[:2] == (n_way, 3)
+        and len(record["related_classes"]) == n_way
+        and all(fits(related, RELATED) for row in record["related_classes"] for related in row)
+        and (
+            "logits" not in record
+            or fits(record, QUERIES)
+            and all(logits.shape == (len(labels), n_way) for logits in record["logits"].values())
+            and all(x.shape[:2] == (len(record[kind]["labels"]), 3) for kind, x in record["images"].items())
+            and len(record["nearest"]) == len(labels)
+            and ((0 <= record["nearest"]) & (record["nearest"] < n_images)).all()
+        )
+    )
 
 
 def read_episodes(path: Path) -> list[dict[str, Any]]:
-    """The episodes of a file of gather_episode, each with the file's name as `result`, running nothing of it.
+    """The episodes of a file, as gather_episode made them, and the file's name as `result` of each, running nothing.
 
     Raises UserError when it is no such file.
     """
     remedy = "delete it and run its stage again"
     first = read_record(path, EPISODE_FORMAT, EPISODE, "saved episode", remedy)
-    records = [first, *first.get("more", [])] if fits(first.get("more", []), list[Any]) else [{}]
-    if not all(intact(record) for record in records):
+    records = [first, *first.pop("more", [])]
+    if not all(fits(record, EPISODE) and sound(record) for record in records):
         raise UserError(f"{path} is a damaged saved episode: {remedy}")
     return [record | {"result": path.stem} for record in records]
 
 
 def read_episode(path: Path) -> dict[str, Any]:
-    """The first of the episodes of a file, as read_episodes gives it."""
+    """The first of read_episodes."""
     return read_episodes(path)[0]

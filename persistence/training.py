@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from data.benchmarks import Split
+from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.distributed import rank_0_first
 from engine.errors import UserError
 from engine.files import atomic_file
@@ -118,6 +119,7 @@ class Training:
             val_accuracy=100 * self.best,
             config=self.files.config,
             normalisation=self.model.backbone.normalisation,
+            glyphs_version=GLYPHS_VERSION,
         )
 
     def restore(self, n_epoch: int) -> None:

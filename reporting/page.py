@@ -4,6 +4,7 @@ The results as a table, learning curves, what alignment gained, and the episodes
 """
 
 import argparse
+from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
@@ -122,29 +123,30 @@ def thinned(line: list[Any]) -> list[Any]:
     return line[:: -(-len(line) // MAX_POINTS)] if line else line
 
 
-def charts(figures: list[tuple[str, str, dict[str, list[Point]], dict[str, list[float]]]]) -> str:
-    """Charts of the same lines, each with its title, x axis, lines and intervals, and one legend."""
-    names = list(dict.fromkeys(name for _, _, series, _ in figures for name in series))
-    drawn = "".join(line_chart(*figure) for figure in figures)
+def charts(figures: list[tuple[str, str, dict[str, list[Point]]]]) -> str:
+    """Charts of the same lines, each with its title, x axis and lines, and one legend."""
+    names = list(dict.fromkeys(name for _, _, lines in figures for name in lines))
+    drawn = "".join(
+        line_chart(title, x_name, {name: thinned(line) for name, line in lines.items()})
+        for title, x_name, lines in figures
+    )
     return f'<div class="charts">{drawn}</div>{legend(names)}' if drawn else ""
 
 
 def training_charts(logs: dict[str, list[dict[str, Any]]]) -> str:
-    """Validation accuracy, base accuracy and loss of each training, by epoch."""
-    logs = {name: thinned(rows) for name, rows in logs.items()}
-    bands = {name: [row["val_ci95"] or 0.0 for row in rows] for name, rows in logs.items()}
+    """Validation accuracy, accuracy in training and loss of each training, by epoch."""
     titles = {
         "val_accuracy": "Validation accuracy, % (band: 95% interval)",
         "base_accuracy": "Accuracy in training, %",
         "loss": "Training loss",
     }
+    half = {"val_accuracy": "val_ci95"}  # of those that have an interval
     return charts(
         [
             (
                 title,
                 "epoch",
-                {name: [(row["epoch"], row[key]) for row in rows] for name, rows in logs.items()},
-                bands if key == "val_accuracy" else {},
+                {name: [(r["epoch"], r[key], r.get(half.get(key, ""))) for r in rows] for name, rows in logs.items()},
             )
             for key, title in titles.items()
         ]
@@ -153,23 +155,20 @@ def training_charts(logs: dict[str, list[dict[str, Any]]]) -> str:
 
 def alignment_charts(records: list[dict[str, Any]]) -> str:
     """The gain of alignment by iteration, of the results that recorded it, and episode by episode."""
-    aligned = {}
+    by_iteration: dict[str, list[Point]] = {}
+    by_episode: dict[str, list[Point]] = {}
     for record in in_order(records):
         dataset, backbone, task, method, *_ = table_rows(record)[-1]
         if "alignment" in record:
-            aligned[f"{method}, {backbone}, {dataset} {task}"] = record
-    sorted_gains = {}
-    for name, record in aligned.items():
-        pairs = zip(record["accuracy_per_episode"], record["fine_tuning"]["accuracy_per_episode"], strict=True)
-        gains = sorted(after - before for after, before in pairs)
-        sorted_gains[name] = thinned([(100 * (i + 0.5) / len(gains), gain) for i, gain in enumerate(gains)])
-    curves = {name: record.get("curve") or [] for name, record in aligned.items()}
-    by_iteration = {name: [(row["iteration"], row["gain"]) for row in rows] for name, rows in curves.items()}
-    bands = {name: [row["gain_ci95"] or 0.0 for row in rows] for name, rows in curves.items()}
+            name = f"{method}, {backbone}, {dataset} {task}"
+            pairs = zip(record["accuracy_per_episode"], record["fine_tuning"]["accuracy_per_episode"], strict=True)
+            gains = sorted(after - before for after, before in pairs)
+            by_episode[name] = [(100 * (i + 0.5) / len(gains), gain, None) for i, gain in enumerate(gains)]
+            by_iteration[name] = [(r["iteration"], r["gain"], r["gain_ci95"]) for r in record.get("curve") or []]
     return charts(
         [
-            ("Gain over fine-tuning, points (band: paired 95% interval)", "alignment iterations", by_iteration, bands),
-            ("Gain of each episode, points, in order of the gain", "episodes, %", sorted_gains, {}),
+            ("Gain over fine-tuning, points (band: paired 95% interval)", "alignment iterations", by_iteration),
+            ("Gain of each episode, points, in order of the gain", "episodes, %", by_episode),
         ]
     )
 
@@ -222,7 +221,13 @@ def prediction_view(predictions: Predictions, support: Path) -> EpisodeView:
     order = {path: n for n, path in enumerate(path for row in shown for path in row)}
     probabilities, finetuned = predictions.probabilities.tolist(), predictions.finetuned.tolist()
     queries = [
-        Query(thumbnail(path, predictions.files[i]), predictions.truth[i], finetuned[i], probabilities[i], [])
+        Query(
+            partial(thumbnail, path, predictions.files[i]),
+            predictions.truth[i],
+            finetuned[i],
+            probabilities[i],
+            [order[predictions.nearest[i]]] if predictions.nearest[i] in order else [],
+        )
         for i, path in enumerate(predictions.paths)
     ]
     return EpisodeView(
@@ -232,10 +237,7 @@ def prediction_view(predictions: Predictions, support: Path) -> EpisodeView:
             [thumbnail(path, f"example of {name}") for path in row] for name, row in zip(names, shown, strict=True)
         ],
         related=[[Related(name) for name in predictions.related.get(name, [])] for name in names],
-        queries=[
-            Query(q.picture, q.truth, q.before, q.after, [order[near]] if near in order else [])
-            for q, near in zip(queries, predictions.nearest, strict=True)
-        ],
+        queries=queries,
         aligned=bool(predictions.related),
     )
 
@@ -243,7 +245,14 @@ def prediction_view(predictions: Predictions, support: Path) -> EpisodeView:
 def write_predictions(path: Path, predictions: Predictions, support: Path) -> None:
     """Write the page of predictions. Raises UserError when it cannot be written or an image is gone."""
     view = prediction_view(predictions, support)
-    write_page(path, html_page("Predictions", "", {"Images": episode_section(view, "p", is_open=True)}))
+    write_page(
+        path,
+        html_page(
+            "Predictions",
+            f"labelled from the examples in {support.resolve().name}",
+            {"Images": episode_section(view, "p", is_open=True)},
+        ),
+    )
 
 
 def main() -> None:

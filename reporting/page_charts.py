@@ -3,19 +3,20 @@
 import math
 from html import escape
 
-Point = tuple[float, float]
+# x, y and the half width of its 95% interval; what is not known or not finite is not drawn.
+Point = tuple[float, float | None, float | None]
 WIDTH, HEIGHT = 350, 210  # of a line chart, in units of its own: the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 40, 10, 12, 34
 N_COLOURS = 7
 
 
 def nice_ticks(low: float, high: float, n: int = 5) -> list[float]:
-    """About n round numbers from low or just below to high or just above."""
+    """About n round numbers, at least two, from low or just below to high or just above."""
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / n))
     step = next(power * k for k in (1, 2, 5, 10) if span / (power * k) <= n)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * k, 10) for k in range(first, last + 1)]
+    return [round(step * k, 10) for k in range(first, max(last, first + 1) + 1)]
 
 
 def interval_mark(mean: float, half: float, low: float, high: float) -> str:
@@ -64,31 +65,33 @@ def place(value: float, ticks: list[float], start: float, end: float) -> float:
     return start + (end - start) * (value - ticks[0]) / ((ticks[-1] - ticks[0]) or 1.0)
 
 
-def line_chart(title: str, x_name: str, series: dict[str, list[Point]], bands: dict[str, list[float]]) -> str:
-    """Lines by name; bands: the half width of the 95% interval at each point of a line, of those that have one."""
-    points = {name: [(x, y) for x, y in line if math.isfinite(y)] for name, line in series.items()}
-    halves = {name: bands.get(name) or [0.0] * len(line) for name, line in points.items()}
-    xs = [x for line in points.values() for x, _ in line]
-    if not xs:
-        return ""
-    extremes = [
-        y + s * h for n, line in points.items() for (_, y), h in zip(line, halves[n], strict=False) for s in (1, -1)
-    ]
-    x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), nice_ticks(min(extremes), max(extremes))
+def drawable(line: list[Point]) -> list[tuple[float, float, float]]:
+    """The points that are known and finite; without a known interval it is 0."""
+    numbers = [(x, math.nan if y is None else y, half) for x, y, half in line]
+    return [(x, y, half if half and math.isfinite(half) else 0.0) for x, y, half in numbers if math.isfinite(y)]
 
-    def path(line: list[Point]) -> str:
+
+def line_chart(title: str, x_name: str, lines: dict[str, list[Point]]) -> str:
+    """Lines by name, with their intervals as bands; nothing when no point is known."""
+    points = {name: drawable(line) for name, line in lines.items()}
+    every = [point for line in points.values() for point in line]
+    if not every:
+        return ""
+    x_ticks = nice_ticks(min(x for x, _, _ in every), max(x for x, _, _ in every))
+    y_ticks = nice_ticks(min(y - half for _, y, half in every), max(y + half for _, y, half in every))
+
+    def path(line: list[tuple[float, float, float]], sign: int) -> str:
         return " ".join(
-            f"{place(x, x_ticks, LEFT, WIDTH - RIGHT):.1f},{place(y, y_ticks, HEIGHT - BOTTOM, TOP):.1f}"
-            for x, y in line
+            f"{place(x, x_ticks, LEFT, WIDTH - RIGHT):.1f},{place(y + sign * half, y_ticks, HEIGHT - BOTTOM, TOP):.1f}"
+            for x, y, half in line
         )
 
     drawn = [axes(x_ticks, y_ticks, x_name)]
     for i, (name, line) in enumerate(points.items()):
         look = f"c{i % N_COLOURS} d{i // N_COLOURS % 3}"
-        if name in bands:
-            edge = [[(x, y + s * h) for (x, y), h in zip(line, halves[name], strict=False)] for s in (1, -1)]
-            drawn.append(f'<polygon class="band {look}" points="{path(edge[0])} {path(edge[1][::-1])}"/>')
-        drawn.append(f'<polyline class="{look}" points="{path(line)}"><title>{escape(name)}</title></polyline>')
+        if any(half for _, _, half in line):
+            drawn.append(f'<polygon class="band {look}" points="{path(line, 1)} {path(line[::-1], -1)}"/>')
+        drawn.append(f'<polyline class="{look}" points="{path(line, 0)}"><title>{escape(name)}</title></polyline>')
     label = escape(f"{title}: {', '.join(points)}", quote=True)
     svg = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"

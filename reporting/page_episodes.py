@@ -2,7 +2,9 @@
 
 import base64
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -36,10 +38,10 @@ class Related:
 class Query:
     """A query: its class, if known, probabilities (n_way) before and after alignment, and the images nearest to it.
 
-    nearest: numbers of images of the episode, counted through as EpisodeView says.
+    picture: makes its image, if it is to be shown. nearest: numbers of images, counted through as EpisodeView says.
     """
 
-    picture: Picture
+    picture: Callable[[], Picture]
     truth: int | None
     before: list[float]
     after: list[float]
@@ -104,7 +106,7 @@ def view_of(record: dict[str, Any], title: str) -> EpisodeView:
     truth, nearest = record["query"]["labels"].tolist(), record["nearest"].tolist()
     before, after = (record["logits"][when].float().softmax(1).tolist() for when in ("before", "after"))
     queries = [
-        Query(picture_of(x, f"query {i}, of {names[truth[i]]}"), truth[i], before[i], after[i], nearest[i])
+        Query(partial(picture_of, x, f"query {i}, of {names[truth[i]]}"), truth[i], before[i], after[i], nearest[i])
         for i, x in enumerate(images["query"])
     ]
     return EpisodeView(title, names, support, related, queries)
@@ -177,6 +179,7 @@ def query_block(view: EpisodeView, query: Query, numbers: dict[int, str]) -> str
     mark = ""
     if query.truth is not None:
         mark = '<b class="mark-right">✓</b>' if right else '<b class="mark-wrong">✗</b>'
+    shown = query.picture()
     kind = query.kind if view.aligned or query.truth is not None else ""
     more = []
     if view.aligned and was != now:
@@ -186,11 +189,12 @@ def query_block(view: EpisodeView, query: Query, numbers: dict[int, str]) -> str
     near = " ".join(numbers[n] for n in query.nearest if n in numbers)
     of = "related images" if any(r.images for row in view.related for r in row) else "example"
     return (
-        f'<details class="query {"right" if right else "wrong"}" data-kind="{query.kind}"><summary>{img(query.picture)}'
+        f'<details class="query {"right" if right else "wrong"}" data-kind="{query.kind}"><summary>'
+        f"{img(shown)}"
         f'<span class="verdict">{mark}{kind}<br>{percent(query.after[now])}</span>'
         f'<span class="label">{escape(view.class_names[now])}<span class="more">{"<br>".join(more)}</span></span>'
         f'<span class="near" data-near="{near}"><b>nearest {of}</b></span></summary>'
-        f'<div class="open">{probability_table(view, query)}</div></details>'
+        f'<div class="open"><p class="note">{escape(shown.alt)}</p>{probability_table(view, query)}</div></details>'
     )
 
 

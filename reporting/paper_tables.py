@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.files import atomic_file, read_json
 from engine.records import write_json
 from methods.meta_learners import META_LEARNERS
 from models import HEADS
 from persistence.files import RunName, differences
+from persistence.results import paired_difference
 from reporting.report import interval, markdown_table, signed
 
 TABLES = ("main", "ablation", "crossdomain", "ways")
@@ -51,7 +54,10 @@ FEWER_QUERIES = {"CUB": 15}
 META_EPOCHS_1_SHOT = 600
 # Stage 1's margin on a support set, for the fine-tuning that stage 3 does in its place.
 EVALUATION_MARGIN = 0.01
-HEADER = "method,backbone,novel classes,task,ours %,paper %,ours - paper,gain of alignment,epochs,episodes,seconds"
+# What an alignment is compared with, beside fine-tuning, and the alignments.
+CONTROLS, ALIGNMENTS = ("head", "naive"), ("centroid", "adversarial")
+HEADER = ["method", "backbone", "novel classes", "task", "ours %", "paper %", "ours - paper", "gain of alignment"]
+HEADER += ["over head", "over naive", "over nearest mean", "epochs", "episodes", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,11 @@ class Row:
     flags: tuple[str, ...]
     result: Path
     checkpoint: Path
+
+    @property
+    def task(self) -> tuple[str, str, str, int, int]:
+        """The name of the row and the task that it is of."""
+        return self.name, self.backbone, self.novel, self.n_way, self.n_shot
 
     def __str__(self) -> str:
         return f"{self.name}, {self.backbone}, {self.n_way}-way {self.n_shot}-shot on {self.novel}"
@@ -110,6 +121,8 @@ class Plan:
         flags += self.flags[stage]
         if alignment:
             flags += ["--alignment", alignment]
+        if alignment == "head":
+            flags += ["--align_blocks", "0", "--align_adapter", "0"]
         if init_from and stage == "transfer":
             flags += ["--n_epoch", "0"]
         if init_from:
@@ -121,22 +134,23 @@ class Plan:
 
 
 def main_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list[Row]:
-    """The heads without alignment, the meta-learners, and arcMax with both alignments."""
+    """The heads without alignment, the meta-learners, and arcMax with both alignments and their controls."""
     task = (backbone, n_way, n_shot)
     return [
         *(plan.row("transfer", head, *task) for head in HEADS),
         *(plan.row("meta", learner, *task) for learner in META_LEARNERS),
-        *(plan.row("alignment", "arcMax", *task, alignment) for alignment in ("centroid", "adversarial")),
+        *(plan.row("alignment", "arcMax", *task, alignment) for alignment in (*CONTROLS, *ALIGNMENTS)),
     ]
 
 
 def ablation_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list[Row]:
-    """arcMax without, with naive and with both alignments; the other heads without and with centroid alignment."""
+    """arcMax without and with both alignments and their controls; the other heads without and with centroid's."""
     task = (backbone, n_way, n_shot)
     rows = [plan.row("transfer", "arcMax", *task)]
-    rows += [plan.row("alignment", "arcMax", *task, alignment) for alignment in ("naive", "centroid", "adversarial")]
+    rows += [plan.row("alignment", "arcMax", *task, alignment) for alignment in (*CONTROLS, *ALIGNMENTS)]
     for head in ("softMax", "cosMax"):
-        rows += [plan.row("transfer", head, *task), plan.row("alignment", head, *task, "centroid")]
+        rows.append(plan.row("transfer", head, *task))
+        rows += [plan.row("alignment", head, *task, alignment) for alignment in ("head", "centroid")]
     return rows
 
 
@@ -147,21 +161,22 @@ def crossdomain_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list
     return [
         trained,
         plan.row("transfer", "arcMax", *task, novel=novel, init_from=trained.checkpoint),
-        *(plan.row("alignment", "arcMax", *task, alignment, novel) for alignment in ("centroid", "adversarial")),
+        *(plan.row("alignment", "arcMax", *task, alignment, novel) for alignment in (*CONTROLS, *ALIGNMENTS)),
     ]
 
 
 def ways_rows(plan: Plan, backbone: str, ways: Sequence[int], n_shot: int) -> list[Row]:
-    """Fine-tuning and centroid alignment at each way, of the model that stage 1 validates at the first of them.
+    """Fine-tuning, the head alone and centroid alignment at each way, of the model that stage 1 validates at the first.
 
     At the other ways fine-tuning is stage 3's, which, unlike stage 1, asks nothing of the number of val classes.
     """
     trained = plan.row("transfer", "arcMax", backbone, ways[0], n_shot)
-    rows = [trained, plan.row("alignment", "arcMax", backbone, ways[0], n_shot, "centroid")]
-    for n_way in ways[1:]:
-        for alignment in ("none", "centroid"):
-            task = (backbone, n_way, n_shot, alignment)
-            rows.append(plan.row("alignment", "arcMax", *task, init_from=trained.checkpoint))
+    rows = [trained]
+    for n_way in ways:
+        own = n_way == ways[0]
+        for alignment in ("head", "centroid") if own else ("none", "head", "centroid"):
+            init_from = None if own else trained.checkpoint
+            rows.append(plan.row("alignment", "arcMax", backbone, n_way, n_shot, alignment, init_from=init_from))
     return rows
 
 
@@ -207,6 +222,22 @@ def minus_paper(result: Mapping[str, Any], number: Number | None) -> tuple[float
     return round(result["accuracy"] - number[0], 3), ci95
 
 
+def over_controls(row: Row, found: Mapping[tuple[Any, ...], dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By control, the paired difference of an alignment from it, in points: head alone, naive, nearest mean.
+
+    found: results by task and name. A control that has not been run yet is left out.
+    """
+    result, over = found[row.task], {}
+    for control in CONTROLS:
+        other = found.get((f"{row.method}, {control} alignment", *row.task[1:]))
+        if other and not row.name.startswith(f"{row.method}, {control} "):
+            mean, ci95 = paired_difference(*(torch.tensor(r["accuracy_per_episode"]) for r in (other, result)))
+            over[control] = {"accuracy": mean, "ci95": ci95}
+    if nearest := result.get("nearest_mean"):
+        over["nearest mean"] = max(nearest.values(), key=lambda control: control["accuracy"])["difference"]
+    return over
+
+
 def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
     """A record of each row: our number, the paper's, their difference, and what ours was made with.
 
@@ -214,6 +245,7 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
     the checkpoint it tests.
     """
     epochs: dict[Path, int] = {}
+    found = {row.task: result for row, result in zip(rows, results, strict=True) if result}
     records = []
     for row, result in zip(rows, results, strict=True):
         number, source = paper_number(row, dataset)
@@ -233,6 +265,7 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
             record["ours"] = {key: result[key] for key in keys} | {"n_epoch": epochs[row.checkpoint]}
             record["ours_minus_paper"], record["ours_minus_paper_ci95"] = minus_paper(result, number)
             record["gain"] = result["difference"] if result.get("alignment", "none") != "none" else None
+            record["over"] = over_controls(row, found) if record["gain"] else {}
             record["result"] = row.result
         records.append(record)
     return records
@@ -242,17 +275,18 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     """The records of `compare` as a Markdown table."""
     rows = []
     for record in records:
-        ours, paper, gain = record["ours"], record["paper"], record.get("gain")
+        ours, paper = record["ours"], record["paper"]
+        gains = [record.get("gain"), *map(record.get("over", {}).get, (*CONTROLS, "nearest mean"))]
         theirs = "not known here" if paper is None else interval(paper)
         if paper and paper["source"] != "paper":
             theirs += f" ({paper['source']})"
         cells = [record["name"], record["backbone"], record["novel_dataset"]]
         cells += [f"{record['n_way']}-way {record['n_shot']}-shot", interval(ours) if ours else "not run yet", theirs]
         cells.append(signed(record["ours_minus_paper"], record["ours_minus_paper_ci95"]) if ours and paper else "")
-        cells.append(signed(gain["accuracy"], gain["ci95"]) if gain else "")
+        cells += [signed(**gain) if gain else "" for gain in gains]
         cells += [str(ours["n_epoch"]), str(ours["n_episodes"]), f"{ours['seconds']:.0f}"] if ours else ["", "", ""]
         rows.append(cells)
-    return markdown_table(HEADER.split(","), rows)
+    return markdown_table(HEADER, rows)
 
 
 def write_table(stem: Path, about: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:

@@ -25,7 +25,10 @@ RESULT: Schema = ACCURACY | {
 ALIGNMENT: Schema = RESULT | {
     **{"alignment": str, "fine_tuning": ACCURACY, "difference": {"accuracy": float, "ci95": float | None}},
 }
-HEADER = ["dataset", "backbone", "task", "method", "accuracy %", "paired gain", "episodes", "seconds"]
+# Of stage 3's controls that fit nothing; older results have none.
+CONTROL = ACCURACY | {"difference": {"accuracy": float, "ci95": float | None}}
+NEAREST_MEAN: Schema = {"nearest_mean": {"Euclidean": CONTROL, "cosine": CONTROL}}
+HEADER = "dataset,backbone,task,method,accuracy %,paired gain,over nearest mean,episodes,seconds".split(",")
 # What two results of the same episodes have in common.
 PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query")
 
@@ -44,7 +47,8 @@ def is_result(file: Path, record: Any) -> bool:
     """Whether a record is a stage's result. Raises UserError when it is one, and lacks something."""
     if not (isinstance(record, dict) and "stage" in record):
         return False
-    if wrong := misfit(record, ALIGNMENT if "alignment" in record else RESULT):
+    schema = ALIGNMENT if "alignment" in record else RESULT
+    if wrong := misfit(record, schema | (NEAREST_MEAN if "nearest_mean" in record else {})):
         raise UserError(f"result file {file} is damaged ({wrong}): delete it and run its stage again")
     return True
 
@@ -82,9 +86,9 @@ def interval(record: dict[str, Any]) -> str:
     return f"{mean:.2f}" if ci95 is None else f"{mean:.2f} ± {ci95:.2f}"
 
 
-def signed(difference: float, ci95: float | None) -> str:
+def signed(accuracy: float, ci95: float | None) -> str:
     """`+0.12 ± 0.98`; the interval of a single episode is nan."""
-    return f"{difference:+.2f} ± {math.nan if ci95 is None else ci95:.2f}"
+    return f"{accuracy:+.2f} ± {math.nan if ci95 is None else ci95:.2f}"
 
 
 def variant(record: dict[str, Any]) -> str:
@@ -97,7 +101,11 @@ def variant(record: dict[str, Any]) -> str:
 
 
 def table_rows(record: dict[str, Any]) -> list[list[str]]:
-    """The rows of one result: fine-tuning and alignment of the same episodes are two."""
+    """The rows of one result: of alignment, its controls of the same episodes too.
+
+    They are fine-tuning and, unless the result is older, the nearest mean; alignment is compared with the better of
+    the two distances.
+    """
     protocol = [
         record["dataset"],
         f"{record['backbone']}, {record['img_size']} px",
@@ -105,14 +113,22 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
     ]
     cost = [str(record["n_episodes"]), f"{record['seconds']:.0f}"]
     if "alignment" not in record:
-        return [[*protocol, record["method"], interval(record), "", *cost]]
+        return [[*protocol, record["method"], interval(record), "", "", *cost]]
+    nearest: dict[str, Any] = record.get("nearest_mean", {})
+    best = max(nearest.values(), key=lambda control: control["accuracy"], default=None)
+    controls = {"fine-tuning": record["fine_tuning"]}
+    controls |= {f"nearest mean, {name}": control for name, control in nearest.items()}
     return [
-        [*protocol, f"{record['method']}, fine-tuning", interval(record["fine_tuning"]), "", cost[0], ""],
+        *(
+            [*protocol, f"{record['method']}, {name}", interval(control), "", "", cost[0], ""]
+            for name, control in controls.items()
+        ),
         [
             *protocol,
             f"{record['method']}, {record['alignment']} alignment{variant(record)}",
             interval(record),
-            signed(record["difference"]["accuracy"], record["difference"]["ci95"]),
+            signed(**record["difference"]),
+            signed(**best["difference"]) if best else "",
             *cost,
         ],
     ]
@@ -179,8 +195,8 @@ def main() -> None:
     if args.pair:
         print(paired_line(*args.pair))
     else:
-        rows = [row for record in in_order(read_results(args.results_dir)) for row in table_rows(record)]
-        print(markdown_table(HEADER, rows))
+        rows = [tuple(row) for record in in_order(read_results(args.results_dir)) for row in table_rows(record)]
+        print(markdown_table(HEADER, [list(row) for row in dict.fromkeys(rows)]))  # a control of several, once
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from persistence.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# What the tests marked `device` run on: AA_DEVICE=cuda python -m pytest -m device.
+DEVICE = torch.device(os.environ.get("AA_DEVICE", "cpu"))
+
 # The flags of a run on a tiny benchmark, and those of its stages 1 and 3.
 TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
 TRAIN = [*TINY, "--n_epoch", 2, "--batch_size", 16, "--val_episodes", 4, "--n_episodes", 6, "--ft_n_epoch", 20]
@@ -36,9 +39,9 @@ CHECKPOINT = f"{RUN}_bestModel.tar"
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
-    """The arrays of tests/golden/<name>.npz as tensors."""
+    """The arrays of tests/golden/<name>.npz as tensors on DEVICE."""
     with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
+        return {key: torch.from_numpy(np.array(arrays[key])).to(DEVICE) for key in arrays.files}
 
 
 def make_benchmark(root: Path, n_class=(6, 6, 6), n_images=8, side=20, seed=0) -> Path:
@@ -154,6 +157,7 @@ def numbers(root: Path, script: str) -> dict:
     record = json.loads(table.read_text())
     found = {key: value for key, value in record.items() if key not in ("seconds", "config", "command", "commit")}
     found.pop("checkpoint", None)
+    found.get("align_preset_auto", {}).pop("table", None)
     if script == "associative_alignment":
         found["metrics"] = (results / "logs" / table.stem / "metrics.jsonl").read_text()
         episode = torch.load(results / "episodes" / f"{table.stem}.pt", weights_only=True)

@@ -60,6 +60,8 @@ def published_learner(method, g):
     return learner, g["z_support"], g["z_query"].flatten(0, 1)
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 @ALL
 def test_scores_and_loss_are_the_published_ones(method):
     g = golden("meta_learners")

@@ -1,5 +1,6 @@
 """Detection of the related base against the published numbers, and the draws from it."""
 
+import pytest
 import torch
 
 from methods.features import Source
@@ -23,6 +24,8 @@ def related_base_of_golden(n_B: int):
     return g, related_base_of_head(head, base, RelatedSetting(n_B))
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 def test_related_base_is_the_published_one():
     g, related = related_base_of_golden(int(golden("related_base")["n_B"]))
     torch.testing.assert_close(related.score, g["score"].float())
@@ -31,6 +34,8 @@ def test_related_base_is_the_published_one():
         assert torch.equal(ours, g[f"related_{w}"])
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 def test_related_base_classes_are_disjoint_and_shared_out_evenly_when_short():
     _, related = related_base_of_golden(n_B=10)
     chosen = [b for classes in related.classes for b in classes]

@@ -27,6 +27,8 @@ def head_with(method, s, m, weight, bias=None):
     return head
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 @pytest.mark.parametrize("case", CASES)
 def test_head_reproduces_published_scores_loss_and_gradients(case):
     g = golden("heads")

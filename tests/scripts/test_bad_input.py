@@ -206,7 +206,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "a novel dataset elsewhere": (STAGE_3, nothing, ["--novel_dataset", "a/../.."], ["'a/../..'", "one folder"]),
     "a backbone elsewhere": (
         *(STAGE_1, nothing, ["--backbone", "torchvision:../../x", "--checkpoint_dir", "{}/new/models"]),
-        ["'torchvision:../../x'", "one folder"],
+        ["unknown backbone 'torchvision:../../x'"],
     ),
     "a prepared name elsewhere": (
         *(PREPARE, nothing, ["folder", "--source", "{}/benchmarks/tiny/base", "--name", "../x"]),
@@ -259,7 +259,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "results in a file": (STAGE_1, write("file", ""), ["--results_dir", "{}/file"], ["file/tables", "another folder"]),
     "models in a file": (STAGE_1, write("file", ""), ["--checkpoint_dir", "{}/file"], ["file", "another folder"]),
     "cache in a file": (STAGE_1, write("file", ""), ["--cache_dir", "{}/file/cache"], ["file/cache", "--cache_dir"]),
-    "start from a folder": (STAGE_1, nothing, ["--init_from", "{}", OVER], ["no checkpoint", "--init_from"]),
+    "start from a folder": (STAGE_1, nothing, ["--init_from", "{}", OVER], ["no regular file", "--init_from"]),
     "start from a state": (
         *(STAGE_3, nothing, ["--init_from", f"{{}}/results/models/{CHECKPOINT.replace('_bestModel', '_last')}"]),
         ["not a checkpoint", "transferLearning.py"],

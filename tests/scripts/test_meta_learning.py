@@ -126,7 +126,7 @@ def test_a_model_to_start_from_competes(meta_trained, tmp_path, monkeypatch, scr
     (tmp_path / "benchmarks").symlink_to(meta_trained / "benchmarks")
     start = model(meta_trained, "arcMax")
     flags = [*(META if script == "metaLearning" else STAGE_1), "--n_epoch", 3, "--method", method]
-    flags += ["--init_from", start, *folders(tmp_path), "--resume"]
+    flags += ["--val_episodes", 9, "--ft_n_epoch", 200, "--init_from", start, *folders(tmp_path), "--resume"]
     outcome = succeed(script, *flags)
     assert re.search(r"^before training  val .*  best ", outcome.out, re.MULTILINE)
     rows = metrics(tmp_path, name(method))

@@ -115,7 +115,8 @@ def test_without_a_base_set_nothing_is_aligned_nor_written_but_the_output(root):
     assert set(root.rglob("*")) == before
     outcome = script(root)
     assert outcome.status == 0 and "no alignment: it takes base images" in outcome.out
-    assert {p.name for p in set(root.rglob("*")) - before} == {"out", TABLE, "predictions.json", "contact_sheet.png"}
+    written = {"out", TABLE, "predictions.json", "predictions.html", "contact_sheet.png"}
+    assert {p.name for p in set(root.rglob("*")) - before} == written
 
 
 def test_torchvision_weights_serve_instead_of_a_checkpoint(root):
