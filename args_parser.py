@@ -89,10 +89,10 @@ def flag(usage: str, kind: Any, default: Any, text: str, **options: Any) -> Flag
 # fmt: off
 # What a laptop does in minutes: the built-in benchmark, small images, fewer epochs and episodes.
 LAPTOP: dict[str, dict[str, Any]] = {
-    "all":         {"dataset": "glyphs", "img_size": 42, "no_flip": True, "crop_scale": [0.3, 1.0],
-                    "n_epoch": 30, "val_episodes": 100, "n_shot": 1, "n_query": 15, "precision": "auto"},
+    "all":         {"dataset": "glyphs", "img_size": 42, "no_flip": True, "crop_scale": [0.5, 1.0],
+                    "n_epoch": 10, "val_episodes": 100, "n_shot": 1, "n_query": 15, "precision": "auto"},
     "transfer":    {"n_episodes": 600},
-    "meta":        {"n_episodes": 600, "n_epoch": 10, "episodes_per_epoch": 60},
+    "meta":        {"n_episodes": 600, "episodes_per_epoch": 60},
     "ProtoNet":    {"temperature": 64.0},
     "MatchingNet": {"temperature": 10.0},
     "RelationNet": {"warm_up_epochs": 2},
