@@ -262,7 +262,7 @@ META: Table = [
 UPDATES: Table = [  # of Algorithms 1 and 2
     flag("--align_preset",         ["paper", "tuned", "auto"],      "paper",
          f"numbers of the updates: as published; chosen once on val classes (tuned, docs/tuning.md: {TUNED_FLAGS}); or "
-         "chosen for this backbone on val episodes, in feature space, fine-tuning if none helps (auto, stage 3 alone)"),
+         "chosen for this backbone on val episodes, in feature space, fine-tuning if none helps (auto)"),
     flag("--n_B",                  COUNT,                           10,
          "related base classes a novel class; if n_way * n_B are too many, shared out evenly (published code fails)"),
     flag("--related_score",        ["vote", "soft"],                "vote",
@@ -325,14 +325,15 @@ ALIGNMENT: Table = [
 
 PREDICT: Table = [
     "images",
-    flag("--support FOLDER",       Path,                            REQUIRED,
+    flag("--support FOLDER",       Path,                            None,
          "the examples: a subfolder a class, named as the class, with 1 or more images each, in any number"),
-    flag("--query",                Path,                            REQUIRED,
+    flag("--query",                Path,                            None,
          "the images to label: a folder, subfolders included, or one image"),
     flag("--skip_bad",             SWITCH,                          False,
          "leave out query images that cannot be decoded, and say which"),
     flag("--base FOLDER",          Path,                            None,
-         "benchmark whose base classes the checkpoint was trained on: alignment takes related images from them"),
+         "benchmark, or any folder of class/image: alignment takes related images from it, but of no class that the "
+         "support has too, or that shares an image with support or query"),
     *DECODING,
 
     "model",
@@ -343,23 +344,39 @@ PREDICT: Table = [
     *WEIGHTS,
 
     "classifier",
+    flag("--save FILE",            Path,                            None,
+         "keep the classifier, with all that it needs to label images, in this new file"),
+    flag("--classifier FILE",      Path,                            None,
+         "label with a classifier of --save, instead of --support, --base and all that it was made with"),
     flag("--method",               list(HEADS),                     "arcMax",
          "head that is fitted on the examples"),
     flag("--alignment",            list(ALIGNMENTS),                None,
-         "alignment of the backbone with related base images (default: centroid with --base, else none)"),
+         "alignment with related base images (default: with --base head, in feature space, else none); centroid, "
+         "adversarial and naive move the blocks of --align_blocks, or the map of --align_adapter"),
     *FITTING, *UPDATES,
 
     "output",
+    flag("--reject P",             number(float, 0, 1),             0.0,
+         "label images whose probability is below P as 'unsure'"),
+    flag("--sort",                 ["name", "sure"],                "name",
+         "order of the csv and the contact sheet: by file name, or the least sure first"),
+    flag("--copy_to FOLDER",       Path,                            None,
+         "copy each image into FOLDER/LABEL, a new or empty folder"),
     flag("--out",                  Path,                            Path("./results/predictions"),
          "folder of predictions.csv, predictions.json and contact_sheet.png"),
-    flag("--overwrite",            SWITCH,                          False,
-         "replace the predictions that --out holds"),
     flag("--max_sheet",            COUNT,                           48,
          "query images on the contact sheet, in the order of the csv"),
+    EITHER,
+    flag("--resume",               SWITCH,                          False,
+         "go on with the predictions in --out that were stopped"),
+    flag("--overwrite",            SWITCH,                          False,
+         "replace the predictions that --out holds, and the file of --save"),
 
     "run",
     *MACHINE,
 ]
+# What --classifier does not go with: it brings all of this.
+BROUGHT = ["support", "base", "save", "checkpoint", "weights", "img_size"]
 # fmt: on
 
 STAGES = {
@@ -383,20 +400,53 @@ def stage_parser(stage: str, parser_class: type[OneLineParser] = OneLineParser) 
     return parser
 
 
+def given_flags(
+    stage: str, names: Sequence[str], argv: Sequence[str] | None, parser_class: type[OneLineParser]
+) -> list[str]:
+    """Those of the names which are on the command line, as flags."""
+    parser, absent = stage_parser(stage, parser_class), object()
+    parser.set_defaults(**dict.fromkeys(names, absent))
+    given, _ = parser.parse_known_args(argv)
+    return [f"--{name}" for name in names if getattr(given, name) is not absent]
+
+
+def flag_names(*tables: Table) -> list[str]:
+    """The names of the flags of tables, without the dashes."""
+    return [row[0][0].removeprefix("--") for table in tables for row in table if not isinstance(row, str)]
+
+
+def check_classifier(
+    args: argparse.Namespace, parser: OneLineParser, argv: Sequence[str] | None, parser_class: type[OneLineParser]
+) -> None:
+    """An error when --classifier is given beside what it brings, or without a query."""
+    names = [*BROUGHT, "method", "alignment", *flag_names([*FITTING], UPDATES)]
+    both = given_flags("predict", names, argv, parser_class)
+    if both:
+        parser.error(f"argument --classifier: it was made with its own {', '.join(both)}: leave that out")
+    if not args.query:
+        parser.error("argument --classifier: name the images that it is to label with --query")
+
+
 def complete_predict(args: argparse.Namespace, parser: OneLineParser) -> None:
     """Fill in what the flags of predict.py leave open; an error when they name no trained backbone or no base set."""
+    args.record_curve = 0
+    if args.classifier:
+        return
+    if not args.support:
+        parser.error("name the examples with --support FOLDER, or a kept classifier with --classifier FILE")
+    if not (args.query or args.save):
+        parser.error("name the images to label with --query, or a file to keep the classifier in with --save FILE")
     if not args.checkpoint and args.weights == "none":
         parser.error(
             "no trained backbone: give --checkpoint FILE (made by 'make demo', by transferLearning.py, or by "
             "'python -m persistence.import_published FILE OUT' of a published file), or torchvision's ImageNet "
             f"weights, --backbone {TORCHVISION}resnet18 --weights DEFAULT"
         )
-    args.record_curve = 0
     args.alignment = args.alignment or ("centroid" if args.base else "none")
     if args.alignment != "none" and not args.base:
         parser.error(
-            f"argument --alignment: {args.alignment} takes related images from a benchmark's base classes: name it "
-            "with --base, such as fs_benchmarks/miniImagenet, or give --alignment none"
+            f"argument --alignment: {args.alignment} takes related images from a base set: name it with --base, "
+            "such as fs_benchmarks/miniImagenet or any folder of class/image, or give --alignment none"
         )
 
 
@@ -418,14 +468,14 @@ def check_auto(
 ) -> None:
     """An error when --align_preset auto is given where it cannot choose, or beside a flag that it chooses."""
     parser = stage_parser(stage, parser_class)
-    if stage != "alignment":
-        parser.error("argument --align_preset: auto chooses on val episodes of a benchmark: give paper or tuned")
-    if chosen.test_split == "val":
+    if stage == "predict" and not (chosen.base and chosen.checkpoint):
+        parser.error(
+            "argument --align_preset: auto chooses for a backbone on val episodes of a benchmark, and keeps the table "
+            "beside its checkpoint: give --checkpoint and --base"
+        )
+    if stage != "predict" and chosen.test_split == "val":
         parser.error("argument --align_preset: auto chooses on val classes, so it is not tested on them: give novel")
-    absent = object()
-    parser.set_defaults(**dict.fromkeys(CHOSEN_FLAGS, absent))
-    given, _ = parser.parse_known_args(argv)
-    both = [f"--{name}" for name in CHOSEN_FLAGS if getattr(given, name) is not absent]
+    both = given_flags(stage, CHOSEN_FLAGS, argv, parser_class)
     if both:
         parser.error(f"argument --align_preset: auto chooses {', '.join(both)} itself: give only one of the two")
 
@@ -446,6 +496,11 @@ def args_parser(
         check_auto(stage, chosen, argv, parser_class)
         parser.set_defaults(**AUTO)
     chosen, _ = parser.parse_known_args(argv)
+    if stage == "predict" and chosen.base and chosen.align_blocks is None:
+        # Seconds of back-propagation only where an alignment that takes them is named.
+        if chosen.align_adapter or chosen.alignment in (None, "head"):
+            parser.set_defaults(align_blocks=0)
+            chosen.align_blocks = 0
     in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
     if in_feature_space and (stage != "predict" or chosen.base):
         parser.set_defaults(alignment="head")
@@ -470,6 +525,8 @@ def args_parser(
         for rate in ("align_lr", "related_lr", "support_lr"):
             setattr(args, rate, args.lr if getattr(args, rate) is None else getattr(args, rate))
     if stage == "predict":
+        if args.classifier:
+            check_classifier(args, parser, argv, parser_class)
         complete_predict(args, parser)
     else:
         args.novel_dataset = args.novel_dataset or args.dataset

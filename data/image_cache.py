@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -224,7 +225,7 @@ def decode_all(files: ImageFiles, img_size: int, folder: Path, num_workers: int,
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[Path], T], paths: list[Path]) -> Iterator[T]:
+def map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[P], T], paths: Sequence[P]) -> Iterator[T]:
     """The function of each path, in order, computed by the pool at most CHUNK paths ahead."""
     for start in range(0, len(paths), CHUNK):
         yield from pool.map(function, paths[start : start + CHUNK])

@@ -39,12 +39,12 @@ class RelatedBase:
 def related_base_score(prediction: Tensor, y_base: Tensor, n_base_class: int) -> Tensor:
     """Mean over the samples of each base class: (n_base_class, n_way).
 
-    prediction (N, n_way): one-hot votes or probabilities; y_base (N,).
+    prediction (N, n_way): one-hot votes or probabilities; y_base (N,), n_base_class for samples that do not count.
     """
-    total = torch.zeros(n_base_class, prediction.shape[1], device=prediction.device)
+    total = torch.zeros(n_base_class + 1, prediction.shape[1], device=prediction.device)
     total.index_add_(0, y_base, prediction)
-    count = torch.bincount(y_base, minlength=n_base_class).clamp_min(1)
-    return total / count.unsqueeze(1)
+    count = torch.bincount(y_base, minlength=n_base_class + 1).clamp_min(1)
+    return (total / count.unsqueeze(1))[:n_base_class]
 
 
 def choose_related_base(score: Tensor, n_B: int) -> list[list[int]]:
@@ -106,10 +106,14 @@ def related_base_of_head(head: Head, base: Source | None, setting: RelatedSettin
 
 @torch.no_grad()
 def related_base_of_heads(head: Head, base: Source, setting: RelatedSetting) -> list[RelatedBase]:
-    """Related base classes and samples by each of E heads fitted together, weight (E, n_way, d)."""
+    """Related base classes and samples by each of E heads fitted together, weight (E, n_way, d).
+
+    The base features may be of half precision and mapped from disk: a block of them at a time is read.
+    """
     n_way, members = head.weight.shape[-2], base.split.members
     y_base = base.split.labels.to(base.features.device)
-    total = base.features.new_zeros(len(head.weight), len(members), n_way)
+    # The last row is of samples that do not count.
+    total = torch.zeros(len(head.weight), len(members) + 1, n_way, device=y_base.device)
     predicted = []
     for z, y in zip(base.features.split(BASE_ROWS), y_base.split(BASE_ROWS), strict=True):
         logits = head.logits(head(z))
@@ -117,8 +121,8 @@ def related_base_of_heads(head: Head, base: Source, setting: RelatedSetting) -> 
         vote = setting.related_score == "vote"
         total.index_add_(1, y, torch.nn.functional.one_hot(best, n_way).to(total) if vote else logits.softmax(-1))
         predicted.append(best.short())  # of all heads at once: a quarter of the memory
-    score = total / torch.bincount(y_base, minlength=len(members)).clamp_min(1).unsqueeze(1)
-    heads = zip(score, torch.cat(predicted, 1), strict=True)
+    score = total / torch.bincount(y_base, minlength=len(members) + 1).clamp_min(1).unsqueeze(1)
+    heads = zip(score[:, : len(members)], torch.cat(predicted, 1), strict=True)
     return [related_samples(of_head, predicted_by, members, setting.n_B) for of_head, predicted_by in heads]
 
 

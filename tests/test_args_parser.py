@@ -196,7 +196,9 @@ def test_predict_says_what_is_missing(flags, line):
 
 def test_predict_aligns_when_there_is_a_base_set():
     assert parsed("predict").alignment == "none"
-    assert parsed("predict", "--base", "b").alignment == "centroid"
+    assert values(parsed("predict", "--base", "b"), "alignment", "align_blocks") == ("head", 0)
+    named = parsed("predict", "--base", "b", "--alignment", "centroid")
+    assert values(named, "alignment", "align_blocks") == ("centroid", None)
     assert parsed("predict", "--base", "b", "--alignment", "none").alignment == "none"
 
 
