@@ -212,7 +212,8 @@ def chosen_setting(
         )
     val = load_split(base_options(args, base.split.images.shape[-1]), root.name, "val")
     n_way = max(labels) + 1
-    shape = EpisodeShape(n_way, max(1, len(labels) // n_way), N_QUERY)
+    n_shot, smallest = max(1, len(labels) // n_way), int(torch.bincount(val.labels).min())
+    shape = EpisodeShape(n_way, n_shot, max(1, min(N_QUERY, smallest - n_shot)))
     return choose_and_keep(args.checkpoint, backbone, val, base, cache, shape, setting)[0]
 
 

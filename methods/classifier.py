@@ -76,8 +76,8 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a classifier says of q images: probabilities (q, n_way), calibrated, and finetuned (q, n_way), those before
-    alignment, which are not; cosine (q,): the largest to an example, and nearest (q,), the index of that example."""
+    """What a classifier says of q images: probabilities (q, n_way), and finetuned (q, n_way), those before alignment,
+    both by its temperature; cosine (q,): the largest to an example, and nearest (q,), the index of that example."""
 
     probabilities: Tensor
     finetuned: Tensor
@@ -154,6 +154,6 @@ def classify(classifier: Classifier, images: Tensor, run: Run) -> Answers:
     if classifier.adapter:
         z_aligned = classifier.adapter(z_aligned)
     head, finetuned = classifier.head, classifier.finetuned
-    probabilities = (head.logits(head(z_aligned)) / classifier.temperature).softmax(1)
-    cosine, index = nearest(z.cpu(), classifier.z_support)
-    return Answers(probabilities.cpu(), finetuned.logits(finetuned(z)).softmax(1).cpu(), cosine, index)
+    logits = (head.logits(head(z_aligned)), finetuned.logits(finetuned(z)))
+    after, before = ((each / classifier.temperature).softmax(1).cpu() for each in logits)
+    return Answers(after, before, *nearest(z.cpu(), classifier.z_support))

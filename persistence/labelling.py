@@ -101,7 +101,8 @@ def label_images(
                 part = label_part(classifier, chunk, start, img_size, num_workers, run)
                 if part.reasons and not skip_bad:
                     raise UserError(part.reasons[0])
-                parts.save(start, part)
+                if part.kept:
+                    parts.save(start, part)
             yield part
             bar.update(len(chunk))
 
