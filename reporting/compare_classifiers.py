@@ -8,7 +8,6 @@ calibration error, before and after the temperature of leave-one-out, and the ac
 probability.
 """
 
-import argparse
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,11 +32,23 @@ from persistence.results import percent
 
 # Inverse strengths of the regularisation of logistic regression among which val episodes choose.
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
-N_VAL, N_QUERY, N_WAY = 100, 15, 5
 KEPT_ABOVE = (0.5, 0.7, 0.9)
 
 # (z_support (k, d), y_support (k,), z_query (q, d)) -> predicted labels (q,).
 Labels = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared on: so many episodes of n_way classes and n_query queries a class, of which n_calibrated are
+    calibrated, and n_val episodes that choose C; alignment takes these related images."""
+
+    n_way: int
+    n_query: int
+    n_episodes: int
+    n_calibrated: int
+    n_val: int
+    related: RelatedSetting
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ def accuracies(predict: Labels, source: Source, episodes: Episodes) -> Tensor:
     """The accuracy (E,) of each episode."""
     rows = []
     for task in (episodes.task(i) for i in range(len(episodes))):
-        z, y = source.features, class_major_labels(task.n_way, N_QUERY)
+        z, y = source.features, class_major_labels(task.n_way, len(task.query) // task.n_way)
         rows.append((predict(z[task.support], task.y_support, z[task.query]) == y).double().mean())
     return torch.stack(rows)
 
@@ -87,7 +98,8 @@ def answers(
     source: Source, base: Source | None, episodes: Episodes, n_calibrated: int, setting: AlignmentSetting, run: Run
 ) -> Answered:
     """What our head says in each episode, aligned in feature space with a base set; the first are calibrated too."""
-    y, tasks = class_major_labels(episodes.n_way, N_QUERY), [episodes.task(i) for i in range(len(episodes))]
+    tasks = [episodes.task(i) for i in range(len(episodes))]
+    y = class_major_labels(episodes.n_way, len(tasks[0].query) // episodes.n_way)
     logits = left_out_logits(tasks, source, base, setting, run).view(len(tasks), -1, episodes.n_way)
     calibrated = []
     for task, row in run.bar(list(zip(tasks, logits, strict=True))[:n_calibrated], "leave one out", "episode"):
@@ -111,16 +123,14 @@ def calibration_lines(name: str, answered: Answered) -> list[str]:
     return lines
 
 
-def compare(sources: dict[str, Source], n_shot: int, args: argparse.Namespace, run: Run) -> list[str]:
+def compare(sources: dict[str, Source], n_shot: int, on: Comparison, run: Run) -> list[str]:
     """The lines of a number of images a class."""
-    shape = EpisodeShape(N_WAY, n_shot, N_QUERY)
-    val = sample_episodes(sources["val"].split, shape, N_VAL, run.seed)
+    shape, novel = EpisodeShape(on.n_way, n_shot, on.n_query), sources["novel"]
+    val = sample_episodes(sources["val"].split, shape, on.n_val, run.seed)
     strength = max(STRENGTHS, key=lambda c: accuracies(logistic_regression(c), sources["val"], val).mean().item())
-    novel = sources["novel"]
-    episodes = sample_episodes(novel.split, shape, args.n_episodes, run.seed)
-    related = RelatedSetting(args.n_B, args.aug_size)
-    plain, aligned = AlignmentSetting("none"), AlignmentSetting("head", related=related)
-    n_calibrated = args.n_calibrated if n_shot > 1 else 0
+    episodes = sample_episodes(novel.split, shape, on.n_episodes, run.seed)
+    plain, aligned = AlignmentSetting("none"), AlignmentSetting("head", related=on.related)
+    n_calibrated = on.n_calibrated if n_shot > 1 else 0
     ours = answers(novel, None, episodes, max(1, n_calibrated), plain, run)
     ours_aligned = answers(novel, sources["base"], episodes, max(1, n_calibrated), aligned, run)
     rows = {
@@ -129,7 +139,7 @@ def compare(sources: dict[str, Source], n_shot: int, args: argparse.Namespace, r
         "our head": ours.accuracy,
         "our head, aligned": ours_aligned.accuracy,
     }
-    lines = [f"{N_WAY} classes, {n_shot} image{'s' * (n_shot > 1)} each, {len(episodes)} novel episodes"]
+    lines = [f"{on.n_way} classes, {n_shot} image{'s' * (n_shot > 1)} each, {len(episodes)} novel episodes"]
     for name, accuracy in rows.items():
         gain = percent(*mean_and_ci95(ours_aligned.accuracy - accuracy))
         less = "" if name == "our head, aligned" else f"   aligned is better by {gain}"
@@ -139,20 +149,31 @@ def compare(sources: dict[str, Source], n_shot: int, args: argparse.Namespace, r
     return lines
 
 
+NUMBERS = (
+    ("n_way", 5, "classes in an episode"),
+    ("n_query", 15, "query images a class"),
+    ("n_episodes", 600, "novel episodes of each comparison"),
+    ("n_calibrated", 200, "of which so many are calibrated"),
+    ("n_val", 100, "val episodes that choose C"),
+    ("n_B", 10, "related base classes a class"),
+    ("aug_size", 50, "related images a class in an iteration"),
+)
+
+
 def main() -> None:
     parser = OneLineParser(prog="python -m reporting.compare_classifiers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="backbone of stage 1")
     parser.add_argument("--dataset", default="typefaces")
     parser.add_argument("--benchmarks_dir", type=Path, default=Path("fs_benchmarks"))
     parser.add_argument("--cache_dir", type=Path, default=Path("fs_benchmarks/.cache"))
-    parser.add_argument("--n_episodes", type=int, default=600, help="novel episodes of each comparison")
-    parser.add_argument("--n_calibrated", type=int, default=200, help="of which so many are calibrated")
-    parser.add_argument("--n_shot", type=int, nargs="+", default=[1, 5], help="images a class")
-    parser.add_argument("--n_B", type=int, default=10, help="related base classes a class")
-    parser.add_argument("--aug_size", type=int, default=50, help="related images a class in an iteration")
+    parser.add_argument("--n_shot", type=int, nargs="+", default=[1, 5], help="images a class (default: 1 5)")
+    for name, default, text in NUMBERS:
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     args = parser.parse_args()
-    if min(args.n_episodes, args.n_calibrated, args.n_B, args.aug_size, *args.n_shot) < 1:
-        parser.error("the numbers are to be at least 1")
+    if min(getattr(args, name) for name, _, _ in NUMBERS) < 1 or min(args.n_shot) < 1 or args.n_way < 2:
+        parser.error("the numbers are to be at least 1, and --n_way 2")
+    related = RelatedSetting(args.n_B, args.aug_size)
+    on = Comparison(args.n_way, args.n_query, args.n_episodes, args.n_calibrated, args.n_val, related)
     run = Run(quiet=False)
     backbone, checkpoint = load_backbone(args.checkpoint, None, None)
     backbone = backbone.to(memory_format=torch.channels_last)
@@ -163,7 +184,7 @@ def main() -> None:
     splits = {split: load_split(options, args.dataset, split) for split in ("base", "val", "novel")}
     sources = {name: cache.source(backbone, blocks_to_update(backbone, 0), split) for name, split in splits.items()}
     for n_shot in args.n_shot:
-        print("\n".join(compare(sources, n_shot, args, run)), flush=True)
+        print("\n".join(compare(sources, n_shot, on, run)), flush=True)
 
 
 if __name__ == "__main__":
