@@ -227,8 +227,7 @@ def predict(
     """What a classifier says of the query images; what is done is kept in the folder `parts`, if one is given."""
     paths, names = list_queries(args.query)
     classifier = fitted.classifier
-    if UNSURE in classifier.class_names and args.reject:
-        raise UserError(f"argument --reject: a class is named {UNSURE!r} itself: rename its folder")
+    check_labels(classifier.class_names, args)
     sizes = [(name, path.stat().st_size) for name, path in zip(names, paths, strict=True)] if parts else []
     key = Parts(parts, f"{classifier.digest} {len(names)} {args.precision} {hash_of(sizes)}")
     stream = label_images(classifier, paths, fitted.facts["img_size"], args.num_workers, args.skip_bad, key, run)
@@ -340,7 +339,8 @@ class FewShotClassifier:
 
     def predict(self, images: Sequence[Any]) -> np.ndarray:
         """The most probable of classes_ for each image: (n,)."""
-        return self.classes_[self.predict_proba(images).argmax(1)]
+        best = self.predict_proba(images).argmax(1)
+        return self.classes_[best]
 
     def score(self, images: Sequence[Any], labels: Sequence[Any]) -> float:
         """The share of the images that get their label."""
@@ -417,11 +417,17 @@ def check_copies(args: argparse.Namespace) -> None:
         raise UserError(f"--copy_to {folder} is not an empty folder: give a new one, for nothing is overwritten")
 
 
+def check_labels(class_names: list[str], args: argparse.Namespace) -> None:
+    """Raise UserError when a class has a name that --reject or --copy_to cannot do with."""
+    if UNSURE in class_names and args.reject:
+        raise UserError(f"argument --reject: a class is named {UNSURE!r} itself: rename its folder")
+    for name in class_names if args.copy_to else ():
+        if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+            raise UserError(f"argument --copy_to: class {name!r} cannot be the name of a folder: leave it out")
+
+
 def copy_images(predictions: Predictions, folder: Path, run: Run) -> None:
     """Copy each image into folder/LABEL, below its own folders; copies that are there stay as they are."""
-    for label in {*predictions.labels}:
-        if label in ("", ".", "..") or any(c in label for c in "/\\\0"):
-            raise UserError(f"--copy_to: class {label!r} cannot be the name of a folder: leave --copy_to out")
     rows = list(zip(predictions.paths, predictions.files, predictions.labels, strict=True))
     for path, name, label in run.bar(rows, "copy", "img"):
         target = folder / label / name
