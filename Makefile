@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAGE_1 := results/models/5way_1shot_glyphs_arcMax_Conv4_bestModel.tar
 
-.PHONY: demo test lint
+.PHONY: demo test test-gpu lint
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -29,3 +29,7 @@ lint: .venv/installed-dev
 
 test: lint
 	$(BIN)/python -m pytest --cov --durations=12
+
+# What runs on a device, on a GPU; AA_DEVICE=cpu make test-gpu runs the same on the CPU, as every make test does.
+test-gpu: .venv/installed-dev
+	AA_DEVICE=$${AA_DEVICE:-cuda} $(BIN)/python -m pytest -m device

@@ -8,16 +8,20 @@ a preset still win, as beside --align_preset tuned.
 import argparse
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
+from engine.distributed import join_ranks
 from engine.errors import OneLineParser
+from engine.run import Run, start_run
 from methods.alignment import ALIGNMENTS
 from methods.feature_adapter import ADAPTER_LR, FULL
 from methods.meta_learners import META_LEARNERS
 from methods.setting_choice import CHOSEN_FLAGS
-from models import BACKBONES, HEADS, TORCHVISION, native_img_size
+from models import BACKBONES, HEADS, OTHERS, OTHERS_USAGE, native_img_size
+from persistence.files import Folders, RunFiles, RunName, training_files
 
 T = TypeVar("T")
 
@@ -45,12 +49,11 @@ def flag_value(text: str) -> bool:
 
 
 def backbone_name(text: str) -> str:
-    """An argparse type: a backbone of ours, or torchvision:NAME."""
-    if text in BACKBONES or (text.startswith(TORCHVISION) and text != TORCHVISION):
+    """An argparse type: a backbone of ours, of a library or of the user's own."""
+    if text in BACKBONES or OTHERS.fullmatch(text):
         return text
-    raise argparse.ArgumentTypeError(
-        f"unknown backbone {text!r}: choose {', '.join(BACKBONES)} or {TORCHVISION}NAME, such as {TORCHVISION}resnet50"
-    )
+    choices = f"{', '.join(BACKBONES)}, {OTHERS_USAGE}, such as torchvision:resnet50"
+    raise argparse.ArgumentTypeError(f"unknown backbone {text!r}: choose {choices}")
 
 
 def adapter_rank(text: str) -> int | str:
@@ -72,7 +75,8 @@ def flag(usage: str, kind: Any, default: Any, text: str, **options: Any) -> Flag
     """A row of a table: names and metavars; a type, list of choices or SWITCH; a default or REQUIRED; the help."""
     names = [word for word in usage.split() if word.startswith("--")]
     metavars = usage.split()[len(names) :]
-    options["help"] = text if default in (None, False, REQUIRED) else f"{text} (default: %(default)s)"
+    hidden = default is None or default is False or default is REQUIRED
+    options["help"] = text if hidden else f"{text} (default: %(default)s)"
     if kind is SWITCH:
         return names, options | {"action": "store_true"}
     options |= {"choices" if isinstance(kind, list) else "type": kind}
@@ -86,9 +90,13 @@ def flag(usage: str, kind: Any, default: Any, text: str, **options: Any) -> Flag
 # What a laptop does in minutes: the built-in benchmark, small images, fewer epochs and episodes.
 LAPTOP: dict[str, dict[str, Any]] = {
     "all":         {"dataset": "glyphs", "img_size": 42, "no_flip": True, "crop_scale": [0.3, 1.0],
-                    "n_epoch": 30, "val_episodes": 100, "n_shot": 1, "n_query": 15},
+                    "n_epoch": 30, "val_episodes": 100, "n_shot": 1, "n_query": 15, "precision": "auto"},
     "transfer":    {"n_episodes": 600},
     "meta":        {"n_episodes": 600, "n_epoch": 10, "episodes_per_epoch": 60},
+    "ProtoNet":    {"temperature": 64.0},
+    "MatchingNet": {"temperature": 10.0},
+    "RelationNet": {"warm_up_epochs": 2},
+    "RelationNet_softmax": {"warm_up_epochs": 2},
     "alignment":   {"n_episodes": 600, "align_blocks": 0, "aug_size": 20, "record_curve": 10},
 }
 
@@ -106,14 +114,11 @@ TUNED: dict[str, dict[str, Any]] = {
     "adversarial": {"critic_steps": 1},
 }
 
-# What --align_preset auto, which chooses in feature space, leaves as it is.
-AUTO: dict[str, Any] = {"align_blocks": 0, "aug_size": 20}
-
 # Of the backbone's step against the critic, which the paper leaves open. Adam's steps do not shrink with the critic's
 # scores: at 1e-3, the rate of the other updates, 150 of them destroy the features (docs/tuning.md).
 ADVERSARIAL_LR = 1e-5
 
-NATIVE_SIZES = ", ".join(f"{name} {native_img_size(name)}" for name in [*BACKBONES, f"{TORCHVISION}NAME"])
+NATIVE_SIZES = ", ".join(f"{name} {native_img_size(name)}" for name in BACKBONES)
 TUNED_FLAGS = "; ".join(" ".join([name, *(f"--{f} {v}" for f, v in flags.items())]) for name, flags in TUNED.items())
 
 DECODING = [
@@ -122,7 +127,7 @@ DECODING = [
     flag("--cache_dir",            Path,                            None,
          "where decoded images and features are kept between runs (default: fs_benchmarks/.cache)"),
     flag("--img_size",             number(int, 8),                  None,
-         f"side of the square input, pixels (default: the backbone's own, {NATIVE_SIZES})"),
+         f"side of the square input, pixels (default: the backbone's own, {NATIVE_SIZES}, or what its library says)"),
     flag("--num_workers",          COUNT_OR_0,                      4,
          "threads that decode images, once; the results do not depend on it"),
 ]
@@ -141,8 +146,9 @@ MACHINE = [
          "every random number follows from it; published code: 10"),
     flag("--device",               ["auto", "cpu", "cuda", "mps"],  "auto",
          "what to compute on; auto is cuda, else mps, else cpu"),
-    flag("--precision",            ["fp32", "bf16", "fp16"],        "fp32",
-         "of the backbone's forward and backward pass; heads and losses stay in fp32"),
+    flag("--precision",            ["fp32", "bf16", "fp16", "auto"], "fp32",
+         "of the backbone's forward and backward pass; heads and losses stay in fp32; auto is bf16 where the processor "
+         "or GPU has units for it, else fp32"),
     flag("--no_keep_memory",       SWITCH,                          False,
          "let the C library return freed memory to the system at once: slower on a CPU, smaller between batches"),
     flag("--quiet",                SWITCH,                          False,
@@ -161,7 +167,9 @@ SHARED: Table = [
 
     "model",
     flag("--backbone",             backbone_name,                   "Conv4",
-         f"{', '.join(BACKBONES)}, or any classification model such as {TORCHVISION}resnet50, its classifier removed"),
+         f"{', '.join(BACKBONES)}; any image model of a library without its classifier, torchvision:resnet50, "
+         "timm:vit_small_patch16_224 (pip install timm); or custom:MODULE:FUNCTION, what FUNCTION() of your own module "
+         "makes: that code is run, and no checkpoint runs it unasked"),
     flag("--checkpoint_dir",       Path,                            Path("./results/models"),
          "where checkpoints are written by one stage and looked for by the next"),
     flag("--init_from CHECKPOINT", Path,                            None,
@@ -205,7 +213,7 @@ SHARED: Table = [
 WEIGHTS: Table = [
     "initial weights",
     flag("--weights PATH|DEFAULT|none", str,                        "none",
-         f"of a {TORCHVISION}NAME backbone: a state dict file, torchvision's own (DEFAULT, downloaded) or random"),
+         "of a torchvision: or timm: backbone: a state dict file, the library's own (DEFAULT, downloaded) or random"),
 ]
 
 TRAINING: Table = [
@@ -228,6 +236,8 @@ TRANSFER: Table = [
          "epochs over the base classes; 0 tests --init_from as it is"),
     flag("--batch_size",           COUNT,                           64,
          "images in a step, of all processes together if there are several"),
+    flag("--freeze",               SWITCH,                          False,
+         "train the head alone, on features that the backbone makes once and --cache_dir keeps: no augmentation"),
     flag("--sync_bn",              SWITCH,                          False,
          "with several processes: batch norm over the whole batch, as one process has it, not over each one's part"),
     flag("--lr",                   POSITIVE,                        1e-3,
@@ -257,6 +267,11 @@ META: Table = [
          "training episodes in an epoch; published code: 150"),
     flag("--lr",                   POSITIVE,                        1e-3,
          "learning rate of Adam, constant"),
+    flag("--temperature",          POSITIVE,                        1.0,
+         "divides the learner's logits, such as ProtoNet's squared distances; published: 1"),
+    flag("--warm_up_epochs",       COUNT_OR_0,                      0,
+         "with --init_from: the first epochs, in which the backbone stands still and the learner's own module learns; "
+         "published: 0"),
 ]
 
 UPDATES: Table = [  # of Algorithms 1 and 2
@@ -292,7 +307,7 @@ UPDATES: Table = [  # of Algorithms 1 and 2
     flag("--align_m",              MARGIN,                          0.001,
          "margin of arcMax during alignment"),
 
-    "critic of adversarial alignment: the paper leaves these constants open, the defaults are our choices",
+    "critic of adversarial alignment: constants that the paper leaves open",
     flag("--critic_hidden",        COUNT,                           1024,
          "hidden units of the critic"),
     flag("--critic_steps",         COUNT,                           5,
@@ -318,8 +333,9 @@ ALIGNMENT: Table = [
          "classes of the episodes; settings are tuned on val, never on novel"),
     flag("--record_curve K",       COUNT_OR_0,                      0,
          "record the query accuracy after every K iterations, to see whether more help or hurt; 0 does not"),
-    flag("--save_episode I",       COUNT_OR_0,                      0,
-         "the episode whose features and related base images are kept in episodes/, for reporting.figures to draw"),
+    flag("--save_episode I",       COUNT_OR_0,                      [0],
+         "the episodes whose images, features and related base images are kept in episodes/, to be looked into in "
+         "report.html; the figures draw the first", nargs="+"),
     *UPDATES,
 ]
 
@@ -340,7 +356,8 @@ PREDICT: Table = [
     flag("--checkpoint FILE",      Path,                            None,
          "trained backbone: of stage 1 or 2, or imported"),
     flag("--backbone",             backbone_name,                   None,
-         f"instead of a checkpoint, in which it is found: {TORCHVISION}NAME with --weights DEFAULT or a file"),
+         "instead of a checkpoint, in which it is found: torchvision:NAME or timm:NAME with --weights DEFAULT or a "
+         "file, or custom:MODULE:FUNCTION, code of your own, which is run"),
     *WEIGHTS,
 
     "classifier",
@@ -363,7 +380,7 @@ PREDICT: Table = [
     flag("--copy_to FOLDER",       Path,                            None,
          "copy each image into FOLDER/LABEL, a new or empty folder"),
     flag("--out",                  Path,                            Path("./results/predictions"),
-         "folder of predictions.csv, predictions.json and contact_sheet.png"),
+         "folder of predictions.csv, predictions.json, predictions.html and contact_sheet.png"),
     flag("--max_sheet",            COUNT,                           48,
          "query images on the contact sheet, in the order of the csv"),
     EITHER,
@@ -394,20 +411,16 @@ def stage_parser(stage: str, parser_class: type[OneLineParser] = OneLineParser) 
     group: argparse._ActionsContainer = parser
     for row in table:
         if isinstance(row, str):
-            group = parser.add_mutually_exclusive_group() if row is EITHER else parser.add_argument_group(row)
+            group = group.add_mutually_exclusive_group() if row is EITHER else parser.add_argument_group(row)
         else:
             group.add_argument(*row[0], **row[1])
     return parser
 
 
-def given_flags(
-    stage: str, names: Sequence[str], argv: Sequence[str] | None, parser_class: type[OneLineParser]
-) -> list[str]:
+def given_flags(names: Sequence[str], argv: Sequence[str]) -> list[str]:
     """Those of the names which are on the command line, as flags."""
-    parser, absent = stage_parser(stage, parser_class), object()
-    parser.set_defaults(**dict.fromkeys(names, absent))
-    given, _ = parser.parse_known_args(argv)
-    return [f"--{name}" for name in names if getattr(given, name) is not absent]
+    given = {text.split("=")[0] for text in argv}
+    return [f"--{name}" for name in names if f"--{name}" in given]
 
 
 def flag_names(*tables: Table) -> list[str]:
@@ -415,12 +428,10 @@ def flag_names(*tables: Table) -> list[str]:
     return [row[0][0].removeprefix("--") for table in tables for row in table if not isinstance(row, str)]
 
 
-def check_classifier(
-    args: argparse.Namespace, parser: OneLineParser, argv: Sequence[str] | None, parser_class: type[OneLineParser]
-) -> None:
+def check_classifier(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[str]) -> None:
     """An error when --classifier is given beside what it brings, or without a query."""
     names = [*BROUGHT, "method", "alignment", *flag_names([*FITTING], UPDATES)]
-    both = given_flags("predict", names, argv, parser_class)
+    both = given_flags(names, argv)
     if both:
         parser.error(f"argument --classifier: it was made with its own {', '.join(both)}: leave that out")
     if not args.query:
@@ -436,11 +447,11 @@ def complete_predict(args: argparse.Namespace, parser: OneLineParser) -> None:
         parser.error("name the examples with --support FOLDER, or a kept classifier with --classifier FILE")
     if not (args.query or args.save):
         parser.error("name the images to label with --query, or a file to keep the classifier in with --save FILE")
-    if not args.checkpoint and args.weights == "none":
+    if not args.checkpoint and args.weights == "none" and not (args.backbone or "").startswith("custom:"):
         parser.error(
             "no trained backbone: give --checkpoint FILE (made by 'make demo', by transferLearning.py, or by "
             "'python -m persistence.import_published FILE OUT' of a published file), or torchvision's ImageNet "
-            f"weights, --backbone {TORCHVISION}resnet18 --weights DEFAULT"
+            "weights, --backbone torchvision:resnet18 --weights DEFAULT"
         )
     args.alignment = args.alignment or ("centroid" if args.base else "none")
     if args.alignment != "none" and not args.base:
@@ -454,8 +465,10 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
     """An error when flags of feature space and of blocks contradict each other."""
     if args.align_adapter and args.align_blocks != 0:
         parser.error("argument --align_adapter: it is of feature space, so give --align_blocks 0 as well")
-    if args.alignment == "head" and (args.align_blocks != 0 or args.align_adapter):
-        parser.error("argument --alignment: in head nothing but the head moves: give --align_blocks 0 and no adapter")
+    if args.alignment == "head" and args.align_blocks != 0:
+        parser.error("argument --alignment: in head nothing but the head moves: give --align_blocks 0 as well")
+    if args.alignment in ("head", "naive") and args.align_adapter:
+        parser.error(f"argument --align_adapter: nothing moves it in --alignment {args.alignment}: leave it out")
     if args.align_blocks == 0 and not args.align_adapter and args.alignment not in ("head", "none", None):
         parser.error(
             f"argument --align_blocks: 0 leaves nothing for {args.alignment} alignment to move: give --align_adapter, "
@@ -463,19 +476,13 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
         )
 
 
-def check_auto(
-    stage: str, chosen: argparse.Namespace, argv: Sequence[str] | None, parser_class: type[OneLineParser]
-) -> None:
+def check_auto(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[str]) -> None:
     """An error when --align_preset auto is given where it cannot choose, or beside a flag that it chooses."""
-    parser = stage_parser(stage, parser_class)
-    if stage == "predict" and not (chosen.base and chosen.checkpoint):
-        parser.error(
-            "argument --align_preset: auto chooses for a backbone on val episodes of a benchmark, and keeps the table "
-            "beside its checkpoint: give --checkpoint and --base"
-        )
-    if stage != "predict" and chosen.test_split == "val":
+    if not getattr(args, "base", args):
+        parser.error("argument --align_preset: auto chooses on val episodes of a benchmark: name it with --base")
+    if getattr(args, "test_split", "") == "val":
         parser.error("argument --align_preset: auto chooses on val classes, so it is not tested on them: give novel")
-    both = given_flags(stage, CHOSEN_FLAGS, argv, parser_class)
+    both = given_flags(CHOSEN_FLAGS, argv)
     if both:
         parser.error(f"argument --align_preset: auto chooses {', '.join(both)} itself: give only one of the two")
 
@@ -484,17 +491,18 @@ def args_parser(
     stage: str, argv: Sequence[str] | None = None, parser_class: type[OneLineParser] = OneLineParser
 ) -> argparse.Namespace:
     """Parse the command line of a stage; a value out of range ends the process with one line and status 2."""
-    parser = stage_parser(stage, parser_class)
+    parser, argv = stage_parser(stage, parser_class), sys.argv[1:] if argv is None else argv
     chosen, _ = parser.parse_known_args(argv)
     if "preset" in chosen and chosen.preset:
-        preset = PRESETS[chosen.preset]["all"] | PRESETS[chosen.preset].get(stage, {})
+        preset = PRESETS[chosen.preset]
+        preset = preset["all"] | preset.get(stage, {}) | preset.get(chosen.method, {})
         parser.set_defaults(**{name: value for name, value in preset.items() if name in chosen})
     if "align_preset" in chosen and chosen.align_preset == "tuned":
         # predict.py leaves the alignment open until it knows of a base set, with which it is centroid.
         parser.set_defaults(**TUNED["all"], **TUNED.get(chosen.alignment or "centroid", {}))
     if "align_preset" in chosen and chosen.align_preset == "auto":
-        check_auto(stage, chosen, argv, parser_class)
-        parser.set_defaults(**AUTO)
+        check_auto(chosen, parser, argv)
+        parser.set_defaults(align_blocks=0, aug_size=20)  # which it leaves as they are
     chosen, _ = parser.parse_known_args(argv)
     if stage == "predict" and chosen.base and chosen.align_blocks is None:
         # Seconds of back-propagation only where an alignment that takes them is named.
@@ -513,10 +521,15 @@ def args_parser(
         if getattr(args, checkpoint):
             parser.error(f"argument --weights: --{checkpoint} brings its own weights, so give only one of the two")
         if not args.backbone:
-            parser.error(f"argument --weights: name the model too, such as --backbone {TORCHVISION}resnet18")
-        if not args.backbone.startswith(TORCHVISION):
-            parser.error(f"argument --weights: it is for {TORCHVISION}NAME backbones, not for {args.backbone}")
+            parser.error("argument --weights: name the model too, such as --backbone torchvision:resnet18")
+        if not args.backbone.startswith(("torchvision:", "timm:")):
+            parser.error(f"argument --weights: it is for torchvision:NAME and timm:NAME, not for {args.backbone}")
+    if "freeze" in args and args.freeze and args.weights == "none" and not args.init_from:
+        if not args.backbone.startswith("custom:"):
+            parser.error("argument --freeze: of a trained backbone: give --init_from, or --weights DEFAULT or a file")
 
+    if "warm_up_epochs" in args and not args.init_from:
+        args.warm_up_epochs = 0  # a new backbone has nothing to keep
     args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
     if "align_lr" in args:
         check_feature_space(args, parser)
@@ -526,22 +539,47 @@ def args_parser(
             setattr(args, rate, args.lr if getattr(args, rate) is None else getattr(args, rate))
     if stage == "predict":
         if args.classifier:
-            check_classifier(args, parser, argv, parser_class)
+            check_classifier(args, parser, argv)
         complete_predict(args, parser)
     else:
         args.novel_dataset = args.novel_dataset or args.dataset
-        args.img_size = args.img_size or native_img_size(args.backbone)
+    if not args.img_size and not (stage == "predict" and args.checkpoint):  # which knows its size
+        try:
+            args.img_size = native_img_size(args.backbone)
+        except ValueError as error:
+            parser.error(f"argument --backbone: {error}")
     return args
 
 
+def start_stage(stage: str) -> tuple[argparse.Namespace, Run]:
+    """The flags that a stage is given, and the run that they ask for, of this rank among those of torchrun.
+
+    The flags name the precision that `auto` has become.
+    """
+    ranks = join_ranks()
+    args = args_parser(stage)
+    args.quiet |= not ranks.first
+    run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
+    args.precision = run.precision.name
+    return args, run
+
+
+def start_training(stage: str) -> tuple[argparse.Namespace, Run, RunFiles]:
+    """The same for stage 1 or 2, and its files."""
+    args, run = start_stage(stage)
+    script, name, folders = STAGES[stage][0], from_flags(RunName, args), from_flags(Folders, args)
+    files = training_files(script.removesuffix(".py"), name, folders, vars(args), writes=args.n_epoch > 0)
+    return args, run, files
+
+
 def from_flags(cls: type[T], args: argparse.Namespace) -> T:
-    """A dataclass, and those in its fields, filled from flags of the same names; other fields keep their default."""
+    """A dataclass, and those in its fields, filled from flags of the same names. Every field must be one."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind = get_type_hints(cls)[field.name]
         if dataclasses.is_dataclass(kind):
             values[field.name] = from_flags(kind, args)  # type: ignore[arg-type]
-        elif field.name in args:
+        else:
             value = getattr(args, field.name)
             values[field.name] = tuple(value) if get_origin(kind) is tuple else value
     return cls(**values)

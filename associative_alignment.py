@@ -1,21 +1,19 @@
 """Stage 3: for every novel episode find the related base classes, then align the backbone with them.
 
 python associative_alignment.py --dataset miniImagenet --method arcMax --n_shot 5      # the published protocol
-python associative_alignment.py --preset laptop                                        # after stage 1's laptop preset
-python associative_alignment.py --preset laptop --align_preset auto                    # the setting chosen on val
+python associative_alignment.py --preset laptop --align_preset auto                    # chosen on val, after stage 1's
 """
 
 from functools import partial
 
 import torch
 
-from args_parser import args_parser, from_flags
+from args_parser import from_flags, start_stage
 from data.benchmarks import DataOptions, load_split
 from data.episodes import EpisodeShape, fixed_episodes
-from engine.distributed import join_ranks, rank_0_first
+from engine.distributed import rank_0_first
 from engine.errors import UserError
 from engine.files import weights_digest
-from engine.run import start_run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
 from methods.feature_alignment import align_episodes, n_together
@@ -31,21 +29,20 @@ SAVE_EVERY = 5  # episodes
 
 
 def main() -> None:
-    ranks = join_ranks()
-    args = args_parser("alignment")
-    args.quiet |= not ranks.first
-    run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
+    args, run = start_stage("alignment")
+    ranks = run.ranks
     variant = {"paper": args.alignment, "tuned": f"{args.alignment}_tuned", "auto": "auto"}[args.align_preset]
     files = alignment_files(from_flags(RunName, args), variant, from_flags(Folders, args), vars(args))
     n_test = args.testing_epochs * args.n_episodes
-    if args.save_episode >= n_test:
-        raise UserError(f"--save_episode {args.save_episode}, but the {n_test} episodes are numbered from 0: give less")
+    files.announce(f"{args.align_iters} iterations on each of {n_test} {args.test_split} episodes", run.quiet)
+    if (most := max(args.save_episode)) >= n_test:
+        raise UserError(f"--save_episode {most}, but the {n_test} episodes are numbered from 0: give less")
 
     # Images as uint8 arrays, and episodes as indices into them.
     load = partial(load_split, from_flags(DataOptions, args))
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     with rank_0_first(ranks):
-        files.find_state(LENGTH_FLAGS)
+        files.find_state(LENGTH_FLAGS, ranks)
         base, novel = load(args.dataset, "base"), load(args.novel_dataset, args.test_split)
         episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
 
@@ -62,28 +59,29 @@ def main() -> None:
         with rank_0_first(ranks):
             val = load(args.novel_dataset, "val")
         images |= {"val images": val.fingerprint}
-        setting, chosen = choose_and_keep(path, backbone, val, base_source, cache, shape, setting)
+        setting, chosen, lines = choose_and_keep(path, backbone, val, base_source, cache, shape, setting)
+        print("\n".join(lines))
     for note in exceeding_notes(args.test_n_way, setting.related.n_B, len(base.class_names)):
         print(f"note: {note}")
 
     # Every episode: fit a head, find the related base classes, align. A rank takes consecutive ones.
     files.begin({"weights": weights_digest(backbone)} | images)
     done = AlignedEpisodes(files, run, episodes, novel.class_names, setting)
-    if args.save_episode < len(done) and not files.episode.is_file():
-        print(f"note: episode {args.save_episode} is done and was not saved: only --overwrite runs it again")
+    for i in sorted(i for i in {*args.save_episode} - {*done.drawings} if i < len(done)):
+        print(f"note: episode {i} is done and was not saved: only --overwrite runs it again")
     step = n_together(backbone.feature_dim, args.test_n_way, setting) if blocks.in_feature_space else SAVE_EVERY
     with files.resumable(done.save), done.bar:
         while (first := len(done)) < n_test:
             mine = ranks.share(range(first, min(first + ranks.n * step, n_test)))
             for i, episode in align_episodes(blocks, episodes, novel_source, base_source, setting, run, mine):
                 done.add(i, episode)
-                if i == args.save_episode:
-                    done.keep(gather_episode(episodes, i, episode, novel_source, base_source, blocks, run))
+                if i in args.save_episode:
+                    done.keep(gather_episode(episodes, i, episode, novel_source, base_source, blocks, setting, run))
             done.exchange(first)
             done.save()
         done.save()
     if ranks.first:
-        save_alignment_result(done, novel, checkpoint, path, chosen)
+        save_alignment_result(done, novel_source, checkpoint, path, chosen)
 
 
 if __name__ == "__main__":

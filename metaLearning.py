@@ -7,38 +7,35 @@ python metaLearning.py --preset laptop                                          
 
 from functools import partial
 
-from args_parser import args_parser, from_flags
+from args_parser import from_flags, start_training
 from data.benchmarks import DataOptions, load_split
 from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, training_images
-from engine.distributed import copy_rank_0, join_ranks, rank_0_first
-from engine.run import start_run
+from engine.distributed import copy_rank_0, rank_0_first
 from engine.script import run_script
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
+from methods.evaluation import EpisodeScores
 from methods.features import embed
 from methods.meta_learners import build_meta_learner, uses_maps
 from models import Model, n_parameters
 from persistence.checkpoints import BackboneSpec, initial_backbone, load_state
-from persistence.files import TEST_FLAGS, Folders, RunName, training_files
+from persistence.files import TEST_FLAGS
 from persistence.results import save_result
 from persistence.training import Training
 
 
 def main() -> None:
-    ranks = join_ranks()
-    args = args_parser("meta")
-    args.quiet |= not ranks.first
-    run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
-    name, folders = from_flags(RunName, args), from_flags(Folders, args)
-    files = training_files("metaLearning", name, folders, vars(args), writes=args.n_epoch > 0)
+    args, run, files = start_training("meta")
+    ranks = run.ranks
 
     # Images as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch.
     load = partial(load_split, from_flags(DataOptions, args))
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     train_shape = EpisodeShape(args.train_n_way, args.n_shot, args.train_n_query)
     n_train, n_test = args.episodes_per_epoch, args.testing_epochs * args.n_episodes
+    files.announce(f"{args.n_epoch} epochs of {n_train} episodes, then {n_test} test episodes", run.quiet)
     with rank_0_first(ranks):
-        files.find_state(TEST_FLAGS)
+        files.find_state(TEST_FLAGS, ranks)
         base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
         val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
@@ -49,36 +46,38 @@ def main() -> None:
     maps = uses_maps(args.method)
     backbone, checkpoint = initial_backbone(from_flags(BackboneSpec, args), run, relation=maps)
     with run.seeded("meta-learner"):
-        learner = build_meta_learner(args.method, backbone).to(run.device)
+        learner = build_meta_learner(args.method, backbone, args.temperature).to(run.device)
     if checkpoint and checkpoint.method == args.method:
         load_state(learner, checkpoint.head_state, args.init_from)
     elif not args.n_epoch and n_parameters(learner):
         print(f"note: the module of {args.method} is tested untrained: only a {args.method} checkpoint brings it")
     model = Model(backbone, learner, args.lr)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
-    images = training_images(base, augmentation, run.device)
+    images = training_images(base, augmentation, run.device, backbone.normalisation)
     size = "x".join(map(str, backbone.map_shape)) if maps else backbone.feature_dim
-    print(f"{args.backbone}: {n_parameters(backbone):,} parameters; {args.method}: ", end="")
-    print(f"{n_parameters(learner):,} of its own, on {size} features at {args.img_size} px")
-    print(base.summary, f"{run.device}, {args.precision}", sep="; ")
+    own = f"{args.method}: {n_parameters(learner):,} of its own, on {size} features at {args.img_size} px"
+    print(f"{args.backbone}: {n_parameters(backbone):,} parameters; {own}")
+    print(f"{base.summary}; {run.device}, {args.precision}")
 
     # Episodic training; the model of the best validation accuracy is kept.
-    training, figures = Training(files, model, base, run), (0.0, 0.0)
+    training, figures = Training(files, model, base, run, bool(args.init_from)), (0.0, 0.0)
+
+    def validate() -> EpisodeScores:
+        return evaluate_meta_learner(learner, embed(backbone, val.images, run, maps=maps), val_episodes, run)
+
     with training.begin(val, args.n_epoch):
-        for epoch in training.epochs(args.n_epoch):
+        for epoch in training.epochs(args.n_epoch, validate):
             if ranks.first:  # an episode is one batch, which is not shared out
                 episodes = sample_episodes(base, train_shape, n_train, args.seed, start=epoch * n_train)
-                figures = train_one_epoch(model, images, episodes, epoch, run)
+                figures = train_one_epoch(model, images, episodes, epoch, run, epoch < args.warm_up_epochs)
             copy_rank_0([backbone, learner], ranks)
-            val_scores = evaluate_meta_learner(learner, embed(backbone, val.images, run, maps=maps), val_episodes, run)
-            training.end_epoch(epoch, *figures, val_scores)
+            training.end_epoch(epoch, *figures, validate())
 
     # Novel test of the best model.
     training.load_best()
     features = embed(backbone, novel.images, run, bar="embed novel", maps=maps)
     scores = evaluate_meta_learner(learner, features, novel_episodes, run, bar="novel episodes")
-    if ranks.first:
-        save_result(files, novel, novel_episodes, scores, run)
+    save_result(files, novel, novel_episodes, scores, run)
     print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")
 
 

@@ -12,14 +12,13 @@ from predict import FewShotClassifier; classifier = FewShotClassifier("..._bestM
 """
 
 import argparse
-import contextlib
 import hashlib
-import io
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,7 @@ import torch
 
 from args_parser import args_parser, from_flags
 from data.benchmarks import DataOptions, Split, load_split
-from data.episodes import EpisodeShape
-from data.user_base import is_benchmark, load_base, shared_classes, without_classes
+from data.user_base import load_base, shared_classes, without_classes
 from data.user_images import decode_views, folder_truth, list_queries, list_support, other_files
 from engine.distributed import ALONE
 from engine.errors import RaisingParser, UserError
@@ -41,19 +39,18 @@ from methods.alignment import AlignmentSetting
 from methods.classifier import Classifier, fit_classifier
 from methods.features import FeatureCache, Source, blocks_to_update, feature_source
 from methods.prediction import UNSURE, Predictions, alignment_notes, least_sure_first, user_split
-from models import BACKBONES, native_img_size
+from models import BACKBONES
 from models.backbone import Backbone
 from persistence.checkpoints import Checkpoint, create_backbone, load_backbone
 from persistence.classifier import load_classifier, save_classifier
 from persistence.labelling import Part, Parts, label_all, label_images
-from persistence.setting_choice import choose_and_keep
+from persistence.setting_choice import choose_for_support
 from reporting.contact_sheet import write_sheet
+from reporting.page import write_predictions
 from reporting.prediction_files import PartialTable, confidence_lines, prediction_record, summary_lines, write_csv
 
 # Numbers of base features above which they are kept in half precision and mapped from disk: 256 MB of them.
 MAPPED = 2**26
-# Query images a class of the val episodes by which --align_preset auto chooses.
-N_QUERY = 15
 
 
 @dataclass
@@ -86,9 +83,8 @@ def few_shot_predict(
     """
     given = {"support": support, "query": query, "checkpoint": checkpoint, "base": base, "alignment": alignment}
     args = arguments(given | flags)
-    with contextlib.redirect_stdout(io.StringIO()):
-        fitted, run = fitted_or_kept(args)
-        return predict(args, fitted, run)
+    fitted, run = fitted_or_kept(args)
+    return predict(args, fitted, run)
 
 
 def arguments(given: dict[str, Any]) -> argparse.Namespace:
@@ -148,7 +144,10 @@ def fit(
             )
         facts |= {"base": split.benchmark, "base_fingerprint": split.fingerprint}
         if args.align_preset == "auto":
-            setting = chosen_setting(args, backbone, base, cache, labels, setting)
+            load_val = partial(load_split, options, split.benchmark, "val")
+            n_support = torch.bincount(torch.tensor(labels)).tolist()
+            choice = choose_for_support(load_val, backbone, base, cache, n_support, setting)
+            setting, notes = choice.setting, notes + [line.removeprefix("note: ") for line in choice.lines]
     classifier, episode = fit_classifier(backbone, blocks, user, base, setting, run)
     related: dict[str, list[str]] = {}
     if base is not None:
@@ -166,7 +165,7 @@ def fit(
 def trained_backbone(args: argparse.Namespace) -> tuple[Backbone, Checkpoint | None, int, dict[str, Any]]:
     """The backbone, its checkpoint if it is of one, its image size, and what a record says of it."""
     if not args.checkpoint:
-        name, img_size = args.backbone, args.img_size or native_img_size(args.backbone)
+        name, img_size = args.backbone, args.img_size
         backbone = create_backbone(name, img_size, args.seed, weights=args.weights)
         return backbone, None, img_size, {"backbone": name, "img_size": img_size}
     if not args.checkpoint.is_file():
@@ -194,27 +193,6 @@ def source_without(
     if align_blocks == 0 and len(split.labels) * backbone.feature_dim > MAPPED:
         return feature_source(cache.half_features(backbone, split), counted)
     return cache.source(backbone, blocks_to_update(backbone, align_blocks), counted)
-
-
-def chosen_setting(
-    args: argparse.Namespace,
-    backbone: Backbone,
-    base: Source,
-    cache: FeatureCache,
-    labels: list[int],
-    setting: AlignmentSetting,
-) -> AlignmentSetting:
-    """What --align_preset auto chooses on val episodes of the base benchmark, of as many examples as the user's."""
-    root = Path(os.path.abspath(args.base))
-    if root.name != "glyphs" and not is_benchmark(root, "val"):
-        raise UserError(
-            f"--align_preset auto chooses on val classes, and --base {args.base} has no val split: leave it out"
-        )
-    val = load_split(base_options(args, base.split.images.shape[-1]), root.name, "val")
-    n_way = max(labels) + 1
-    n_shot, smallest = max(1, len(labels) // n_way), int(torch.bincount(val.labels).min())
-    shape = EpisodeShape(n_way, n_shot, max(1, min(N_QUERY, smallest - n_shot)))
-    return choose_and_keep(args.checkpoint, backbone, val, base, cache, shape, setting)[0]
 
 
 def predict(
@@ -323,8 +301,7 @@ class FewShotClassifier:
             raise UserError(f"the labels are of {len(classes)} class: give images of 2 or more")
         run = self._run(args)
         names = [str(image) if isinstance(image, str | Path) else f"{i}" for i, image in enumerate(images)]
-        with contextlib.redirect_stdout(io.StringIO()):
-            fitted = fit(args, run, [str(c) for c in classes], images, names, y.tolist(), [])
+        fitted = fit(args, run, [str(c) for c in classes], images, names, y.tolist(), [])
         return self._take(fitted, classes)
 
     def predict_proba(self, images: Sequence[Any]) -> np.ndarray:
@@ -463,6 +440,8 @@ def write_outputs(args: argparse.Namespace, fitted: Fitted, run: Run, parts: Pat
     record |= {"seconds": round(time.time() - began, 2), **provenance(vars(args), run)}
     write_json(out / "predictions.json", record)
     write_csv(table, predictions)
+    if args.support:
+        write_predictions(out / "predictions.html", predictions, args.support)
     if args.copy_to:
         copy_images(predictions, args.copy_to, run)
     partial.path.unlink(missing_ok=True)
@@ -473,6 +452,8 @@ def write_outputs(args: argparse.Namespace, fitted: Fitted, run: Run, parts: Pat
     print(f"predictions {table}")
     first = f", the first {n_sheet} images (--max_sheet)" if n_sheet < len(predictions.files) else ""
     print(f"contact sheet {sheet}{first}")
+    if args.support:
+        print(f"page {out / 'predictions.html'}")
     if args.copy_to:
         print(f"copies {args.copy_to}, in a folder a label")
 

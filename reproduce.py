@@ -1,6 +1,6 @@
 """Run, or resume, every row of one of the paper's tables, and write it with the paper's numbers beside ours.
 
-python reproduce.py --table main --dataset miniImagenet          # the published protocol, 54 rows: long
+python reproduce.py --table main --dataset miniImagenet          # the published protocol, 66 rows: long
 python reproduce.py --table main --scale laptop                  # the built-in benchmark: below an hour on 2 CPU cores
 python reproduce.py --table crossdomain --dataset miniImagenet --novel_dataset CUB --dry_run     # only the commands
 

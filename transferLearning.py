@@ -4,42 +4,41 @@ python transferLearning.py --dataset miniImagenet --method arcMax --n_shot 5    
 python transferLearning.py --preset laptop                                        # about 3 minutes on 2 CPU cores
 """
 
-from functools import partial
+from functools import cache, partial
 
-from args_parser import args_parser, from_flags
-from data.benchmarks import DataOptions, load_split
+from torch import nn
+
+from args_parser import from_flags, start_training
+from data.benchmarks import DataOptions, Split, load_split
 from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, training_images
-from engine.distributed import copy_rank_0, data_parallel, join_ranks, rank_0_first
+from engine.distributed import copy_rank_0, data_parallel, rank_0_first
 from engine.errors import UserError
-from engine.run import start_run
 from engine.script import run_script
-from methods.base_training import train_one_epoch
-from methods.evaluation import evaluate_heads
-from methods.features import embed
+from methods.base_training import TrainingFeatures, train_one_epoch
+from methods.evaluation import EpisodeScores, evaluate_heads
+from methods.features import FeatureCache, embed
 from methods.novel_finetune import HeadFit
 from models import Model, build_head, n_parameters
+from models.backbone import Backbone
 from models.global_batch_norm import use_global_batch_norm
 from persistence.checkpoints import BackboneSpec, initial_backbone
-from persistence.files import TEST_FLAGS, Folders, RunName, training_files
+from persistence.files import TEST_FLAGS
 from persistence.results import save_result
 from persistence.training import Training
 
 
 def main() -> None:
-    ranks = join_ranks()
-    args = args_parser("transfer")
-    args.quiet |= not ranks.first
-    run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
-    name, folders = from_flags(RunName, args), from_flags(Folders, args)
-    files = training_files("transferLearning", name, folders, vars(args), writes=args.n_epoch > 0)
+    args, run, files = start_training("transfer")
+    ranks = run.ranks
 
     # Images as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch.
     load = partial(load_split, from_flags(DataOptions, args))
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     n_test = args.testing_epochs * args.n_episodes
+    files.announce(f"{args.n_epoch} epochs, then {n_test} test episodes", run.quiet)
     with rank_0_first(ranks):
-        files.find_state(TEST_FLAGS)
+        files.find_state(TEST_FLAGS, ranks)
         base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
         val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
@@ -56,28 +55,39 @@ def main() -> None:
         use_global_batch_norm(backbone)
     model = Model(backbone, head.to(run.device), args.lr)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
-    images = training_images(base, augmentation, run.device)
+    images = training_images(base, augmentation, run.device, backbone.normalisation)
     size = f"{n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
     print(f"{args.backbone}: {size}")
     print(base.summary, f"{run.device}, {args.precision}", sep="; ")
 
-    # Base training; the model of the best validation accuracy is kept.
-    fit, training = from_flags(HeadFit, args), Training(files, model, base, run)
+    # Base training; the model of the best validation accuracy is kept. A frozen backbone embeds once.
+    fit, training = from_flags(HeadFit, args), Training(files, model, base, run, bool(args.init_from))
+
+    def validate() -> EpisodeScores:
+        return evaluate_heads(embed(backbone, val.images, run), val_episodes, fit, run)
+
     with training.begin(val, args.n_epoch):
         model.net, model.classifier = data_parallel(backbone, ranks), data_parallel(head, ranks)
-        for epoch in training.epochs(args.n_epoch):
+        if args.freeze:
+            model.net, images = nn.Identity(), frozen(backbone, base, FeatureCache(args.cache_dir, run))
+        validated = cache(validate) if args.freeze else validate
+        for epoch in training.epochs(args.n_epoch, validated):
             loss, accuracy = train_one_epoch(model, images, args.batch_size, epoch, run)
             copy_rank_0([backbone], ranks)
-            val_scores = evaluate_heads(embed(backbone, val.images, run), val_episodes, fit, run)
-            training.end_epoch(epoch, loss, accuracy, val_scores)
+            training.end_epoch(epoch, loss, accuracy, validated())
 
     # Novel test of the best model.
     training.load_best()
     features = embed(backbone, novel.images, run, bar="embed novel")
     scores = evaluate_heads(features, novel_episodes, fit, run, bar="novel episodes")
-    if ranks.first:
-        save_result(files, novel, novel_episodes, scores, run)
+    save_result(files, novel, novel_episodes, scores, run)
     print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")
+
+
+def frozen(backbone: Backbone, base: Split, features: FeatureCache) -> TrainingFeatures:
+    """The features of the base images, which the head trains on while the backbone stands still."""
+    backbone.requires_grad_(False)
+    return TrainingFeatures(features.features(backbone, base), base.labels)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ fs_benchmarks/<dataset>/{base,val,novel}.json      with label_names, image_names
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from data.converters import CONVERTERS
-from data.glyphs import render_glyphs
-from data.image_cache import ImageFiles, load_images
+from data.glyphs import provide_glyphs
+from data.image_cache import ImageFiles, UnequalImages, load_images
 from data.listing import list_folder, list_json
 from engine.errors import UserError
+from engine.files import folder_name
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,17 @@ class DataOptions:
     image_root: Path | None = None
     num_workers: int = 2
     quiet: bool = True
+    crop_scale: Sequence[float] | None = None  # None: nothing is to be augmented
 
 
 @dataclass(frozen=True)
 class Split:
     """One split: N images of len(class_names) classes.
 
-    labels (N,), images (N, 3, s, s) uint8 in the evaluation view; train_images (N, 3, H, W) uint8, what
-    augmentation crops from, and train_sizes (N, 2), their original (height, width): the base split alone has them.
-    image_names are `class/file`; fingerprint is a hash of the names and bytes of all images. Images that do not count
-    have the label len(class_names).
+    labels (N,), images (N, 3, s, s) uint8 in the evaluation view; train_images, uint8, what augmentation crops from,
+    (N, 3, H, W) or unequal: the base split alone has them, where it is trained on; train_sizes (N, 2), the original
+    (height, width) of the images. Images that do not count have the label len(class_names).
+    image_names are `class/file`; fingerprint is a hash of the names and bytes of all images.
     """
 
     benchmark: str
@@ -47,7 +50,7 @@ class Split:
     image_names: list[str]
     labels: Tensor
     images: Tensor
-    train_images: Tensor | None
+    train_images: Tensor | UnequalImages | None
     train_sizes: Tensor
     fingerprint: str
 
@@ -68,18 +71,18 @@ Listing = tuple[list[str], list[Path], list[int]]  # class names; the path and t
 def load_split(options: DataOptions, dataset: str, split: str) -> Split:
     """Load one split (`base`, `val` or `novel`) of a benchmark; images are decoded once and cached.
 
-    The built-in benchmark `glyphs` is rendered when it is missing. Raises UserError when the data is missing,
-    malformed or cannot be decoded.
+    The built-in benchmark `glyphs` is rendered when it is missing or of an older version. Raises UserError when the
+    data is missing, malformed or cannot be decoded.
     """
     return load_listed(options, dataset, split, list_split(options, dataset, split))
 
 
 def list_split(options: DataOptions, dataset: str, split: str) -> Listing:
     """The images of one split of a benchmark. Raises UserError when they are missing or badly listed."""
-    root = options.benchmarks_dir / dataset
+    root = options.benchmarks_dir / folder_name(dataset)
     folder, file = root / split, root / f"{split}.json"
-    if dataset == "glyphs" and not root.exists():
-        render_glyphs(root, quiet=options.quiet)
+    if dataset == "glyphs":
+        provide_glyphs(root, quiet=options.quiet)
     if folder.is_dir():
         return list_folder(folder)
     if file.is_file():
@@ -101,9 +104,10 @@ def load_listed(options: DataOptions, dataset: str, split: str, listing: Listing
     names = [f"{class_names[label]}/{path.name}" for label, path in zip(labels, paths, strict=True)]
     if len(set(names)) < len(names):  # an image in the support and in the query; two images of one name in a file
         twice = next(name for name, count in Counter(names).items() if count > 1)
-        file = options.benchmarks_dir / dataset / f"{split}.json"
+        file = options.benchmarks_dir / folder_name(dataset) / f"{split}.json"
         raise UserError(f"{file} lists image {twice!r} twice: give each image of a class once, by a name of its own")
-    files = ImageFiles(f"{dataset}_{split}", paths, names, with_train=split == "base")
+    min_crop = options.crop_scale[0] if options.crop_scale and split == "base" else None
+    files = ImageFiles(f"{dataset}_{split}", paths, names, min_crop)
     arrays = load_images(files, options.img_size, options.cache_dir, options.num_workers, options.quiet)
     return Split(
         benchmark=dataset,

@@ -1,14 +1,17 @@
 """The built-in benchmark: images of characters, rendered offline from the typefaces that come with the install.
 
-A class is one character. An image is that character in one of the typefaces that Pillow and matplotlib ship, with
-its own colours, background, clutter, noise, position, scale, slant and rotation. The characters are chosen so that
-no two have the same shape at another size (no Latin A and Greek Alpha, no o and O). A mirrored character may well be
-another one, so train without horizontal flips.
+A class is one character. An image is that character in one of the typefaces that Pillow and matplotlib ship, dark on
+a lighter ground, scratched and cluttered, with its own colours, noise, position, scale, slant and rotation. Colours
+and geometry are moderate, so that every method learns within minutes; scratches leave the best something to miss.
+The characters are chosen so that no two have the same shape at another size (no Latin A and Greek Alpha, no o and O).
+A mirrored character may well be another one, so train without horizontal flips.
 """
 
+import json
 import math
 import os
 import tempfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +21,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
+from data.converters.writing import SETTINGS
 from engine.errors import UserError
 
+# Of the rendering. Raise it with any change of the images: older ones are rendered anew, older checkpoints refused.
+VERSION = 2
 # In a fixed mixed order: the first n_base are the base classes, the next n_val the val classes, then n_novel novel.
 CHARACTERS = "ΣyωΞEVæKL&7t+Δ÷£БR%mZΠ€∫σFδЫ2$Y∞gЭa√h8U>5Ж±WHД9?MG4<§ЦT#Чε6λXPr¶Ωe∂Φd©BИЮC=3OЯfn¥A!Ψ{DμNb~@ζβξQiJ∀ШS"
 SIZE = 84  # side of an image, in pixels
@@ -34,6 +40,37 @@ DEJAVU_AND_STIX = (
 COMPUTER_MODERN = "cmr10 cmb10 cmss10 cmti10 cmtt10".split()
 
 
+def class_name(character: str) -> str:
+    """The class folder of a character, from its Unicode name: `at-sign`, `digit-seven`, `greek-beta`."""
+    name = unicodedata.name(character).lower()
+    for long, short in (" letter", ""), ("greek small", "greek"), ("lamda", "lambda"), ("commercial at", "at sign"):
+        name = name.replace(long, short)
+    return name.replace(" ", "-")
+
+
+def outdated_seed(folder: Path) -> int | None:
+    """The seed of an older rendering in `folder`; None when there is none, or what is there was not rendered here."""
+    if (folder / "base" / f"u{ord(CHARACTERS[0]):04x}").is_dir():  # version 1, which wrote no file
+        return 0
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+        ours, version, seed = settings["benchmark"] == "glyphs", settings["version"], settings["seed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return int(seed) if ours and version != VERSION else None
+
+
+def provide_glyphs(folder: Path, seed: int = 0, quiet: bool = False) -> bool:
+    """Render the benchmark where it is missing, or anew (with its own seed) where it is older; whether it did."""
+    old_seed = outdated_seed(folder)
+    if folder.exists() and old_seed is None:
+        return False
+    if old_seed is not None and not quiet:
+        print(f"'{folder}' is of an older rendering of glyphs: rendering it anew")
+    render_glyphs(folder, seed if old_seed is None else old_seed, quiet=quiet)
+    return True
+
+
 def render_glyphs(
     out: Path,
     seed: int = 0,
@@ -43,19 +80,19 @@ def render_glyphs(
     n_novel: int = 20,
     quiet: bool = False,
 ) -> None:
-    """Render `out/{base,val,novel}/<class>/<i>.jpg`: 84x84 images, `n_images` a class; a class folder is like `u0041`.
+    """Render `out/{base,val,novel}/<class>/<i>.jpg`: 84x84 images, `n_images` a class, and SETTINGS, the version.
 
     A class's images depend on (seed, character) alone, so fewer images or classes are the first of the full benchmark.
-    Everything is rendered beside `out` and moved there at the end: `out` is never a half-finished benchmark. `quiet`
-    shows no progress bar.
-    Raises UserError when `out` exists already or more than 100 classes are asked for.
+    Everything is rendered beside `out` and moved there at the end: `out` is never a half-finished benchmark. An older
+    rendering there is replaced. `quiet` shows no progress bar.
+    Raises UserError when `out` is anything else, or more than 100 classes are asked for.
     """
     if n_base + n_val + n_novel > len(CHARACTERS):
         raise UserError(
             f"glyphs has {len(CHARACTERS)} classes, but {n_base} base + {n_val} val + {n_novel} novel were asked for; "
             "ask for fewer"
         )
-    if out.exists():
+    if out.exists() and outdated_seed(out) is None:
         raise UserError(f"'{out}' exists already; delete it to render it again, or give another folder")
     splits = ["base"] * n_base + ["val"] * n_val + ["novel"] * n_novel
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -63,16 +100,19 @@ def render_glyphs(
         unfinished = Path(temporary) / out.name
         bar = tqdm(splits, desc=f"rendering {out.name}", disable=quiet)
         for split, character in zip(bar, CHARACTERS, strict=False):
-            folder = unfinished / split / f"u{ord(character):04x}"
+            folder = unfinished / split / class_name(character)
             folder.mkdir(parents=True)
             tiles = character_tiles(character)
             generator = torch.Generator().manual_seed(seed * 0x110000 + ord(character))
             for i in range(n_images):
                 render_image(tiles, generator).save(folder / f"{i:04d}.jpg", quality=90)
+        (unfinished / SETTINGS).write_text(json.dumps({"benchmark": "glyphs", "seed": seed, "version": VERSION}))
         try:
+            if outdated_seed(out) is not None:
+                os.rename(out, Path(temporary) / "older")
             os.rename(unfinished, out)
         except OSError:
-            if not out.is_dir():
+            if not (out / SETTINGS).is_file():
                 raise  # otherwise another process has just finished the same benchmark: its folder serves
 
 
@@ -110,29 +150,26 @@ def render_image(tiles: list[Image.Image], generator: torch.Generator) -> Image.
         return low + (high - low) * float(torch.rand((), generator=generator))
 
     tile = tiles[int(torch.randint(len(tiles), (), generator=generator))]
-    glyph = np.asarray(_place(tile, uniform), dtype=np.float32)[..., None] / 255
+    glyph = _shares(_place(tile, uniform))
+    # Scratches: stripes in which the character is missing, so that no image shows the whole of it.
+    glyph *= 1 - _shares(_strokes(uniform, count=(3, 6), width=(6, 18)))
 
-    # Two background colours, and the character's: lighter than both or darker than both, by 40/255 at least.
-    lightness = torch.tensor([0.3, 0.59, 0.11])
-    while True:
-        colours = torch.rand((3, 3), generator=generator)
-        first, second, own = (colours @ lightness * 255).tolist()
-        if own < min(first, second) - 40 or own > max(first, second) + 40:
-            break
-    start, end, ink = (colour.numpy() * 255 for colour in colours)
+    def tint(level: float) -> np.ndarray:
+        return level + 30 * (2 * torch.rand(3, generator=generator).numpy() - 1)
 
+    ink, start = tint(uniform(0, 70)), tint(uniform(180, 255))
+    end = start + 10 * (2 * torch.rand(3, generator=generator).numpy() - 1)
     angle = uniform(0, 2 * math.pi)
-    y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j].astype(np.float32)
-    ramp = (np.clip(x * math.cos(angle) + y * math.sin(angle), -1, 1)[..., None] + 1) / 2
+    along = np.linspace(-1, 1, SIZE, dtype=np.float32)
+    ramp = (np.clip(along * math.cos(angle) + along[:, None] * math.sin(angle), -1, 1)[..., None] + 1) / 2
     pixels = start + (end - start) * ramp
-    # Clutter: strokes of the character's own colour, half transparent, behind it and across it.
-    strokes = np.asarray(_strokes(uniform), dtype=np.float32)[..., None] / 255
-    pixels += (ink - pixels) * strokes * uniform(0.2, 0.5)
+    # Clutter: strokes of the character's own colour, more or less transparent, behind it and across it.
+    pixels += (ink - pixels) * _shares(_strokes(uniform, count=(3, 7), width=(2, 7))) * uniform(0.5, 1)
     pixels += (ink - pixels) * glyph
 
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    blurred = image.filter(ImageFilter.GaussianBlur(uniform(0, 1.2)))
-    noise = torch.randn((SIZE, SIZE, 3), generator=generator).numpy() * uniform(0, 20)
+    blurred = image.filter(ImageFilter.GaussianBlur(uniform(0, 1.5)))
+    noise = torch.randn((SIZE, SIZE, 3), generator=generator).numpy() * uniform(0, 40)
     return Image.fromarray(np.clip(np.asarray(blurred, dtype=np.float32) + noise, 0, 255).astype(np.uint8))
 
 
@@ -144,11 +181,11 @@ def _draw(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
 
 
 def _place(tile: Image.Image, uniform: Callable[[float, float], float]) -> Image.Image:
-    """The tile's character at a random place of a SIZE x SIZE image, scaled, slanted, stretched and turned."""
-    length = uniform(34, 66)  # longer side, in pixels, before the slant
+    """The tile's character near the middle of a SIZE x SIZE image, scaled, slanted, stretched and turned."""
+    length = uniform(56, 66)  # longer side, in pixels, before the slant
     scale_x, scale_y = length / EXTENT * uniform(0.8, 1.0), length / EXTENT
-    slant, turn = uniform(-0.3, 0.3), math.radians(uniform(-25, 25))
-    free = (SIZE - length) / 2
+    slant, turn = uniform(-0.25, 0.25), math.radians(uniform(-15, 15))
+    free = 0.1 * (SIZE - length) / 2
     centre_x, centre_y = SIZE / 2 + uniform(-free, free), SIZE / 2 + uniform(-free, free)
     rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     # Drawn at twice the size and averaged: Pillow maps an image pixel to one tile point, which alone would alias.
@@ -159,17 +196,22 @@ def _place(tile: Image.Image, uniform: Callable[[float, float], float]) -> Image
     return doubled.reduce(2)
 
 
-def _strokes(uniform: Callable[[float, float], float]) -> Image.Image:
-    """Random lines and arcs, white on black, SIZE x SIZE (mode L)."""
+def _shares(image: Image.Image) -> np.ndarray:
+    """A greyscale image as float32 (h, w, 1) in 0..1."""
+    return np.asarray(image, dtype=np.float32)[..., None] / 255
+
+
+def _strokes(uniform: Callable[[float, float], float], count: tuple[int, int], width: tuple[int, int]) -> Image.Image:
+    """Random lines and arcs, white on black, SIZE x SIZE (mode L); how many, and how wide in half pixels."""
     canvas = Image.new("L", (2 * SIZE, 2 * SIZE))
     draw = ImageDraw.Draw(canvas)
-    for _ in range(int(uniform(1, 6))):
+    for _ in range(int(uniform(count[0], count[1] + 1))):
         x, y = uniform(0, 2 * SIZE), uniform(0, 2 * SIZE)
-        width = int(uniform(2, 9))
+        thick = int(uniform(*width))
         if uniform(0, 1) < 0.5:
-            draw.line((x, y, uniform(0, 2 * SIZE), uniform(0, 2 * SIZE)), fill=255, width=width)
+            draw.line((x, y, uniform(0, 2 * SIZE), uniform(0, 2 * SIZE)), fill=255, width=thick)
         else:
             radius, start = uniform(10, 60), uniform(0, 360)
             box = (x - radius, y - radius, x + radius, y + radius)
-            draw.arc(box, start, start + uniform(60, 300), fill=255, width=width)
+            draw.arc(box, start, start + uniform(60, 300), fill=255, width=thick)
     return canvas.reduce(2)

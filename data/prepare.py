@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 from data.converters import CONVERTERS
-from data.converters.converter import SPLITS
 from data.converters.writing import count_images, write_benchmark
-from data.glyphs import render_glyphs
+from data.glyphs import provide_glyphs
 from engine.errors import OneLineParser, UserError
+from engine.files import folder_name
 
 
 def prepare_parser() -> argparse.ArgumentParser:
@@ -51,28 +51,14 @@ def _size(text: str) -> int:
     return int(text)
 
 
-def prepare_glyphs(folder: Path, seed: int) -> None:
-    """Render the built-in benchmark, unless it is there."""
-    if folder.exists():
-        print(f"'{folder}' is there already; delete it to render it again")
-    else:
-        render_glyphs(folder, seed)
-
-
-def print_counts(folder: Path) -> None:
-    """One line: the classes and images of each split."""
-    counts = count_images(folder)
-    parts = [f"{split} {len(counts[split])} classes, {sum(counts[split].values())} images" for split in SPLITS]
-    print(f"{folder}: {'; '.join(parts)}")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; what the user can mend ends it with one line and exit status 2."""
     try:
         args = prepare_parser().parse_args(argv)
         if args.benchmark == "glyphs":
             folder = args.out / "glyphs"
-            prepare_glyphs(folder, args.seed)
+            if not provide_glyphs(folder, args.seed):
+                print(f"'{folder}' is there already; delete it to render it again")
         else:
             converter = CONVERTERS[args.benchmark]
             flags = {flag: getattr(args, flag) for flag in converter.flags}
@@ -81,9 +67,11 @@ def main(argv: list[str] | None = None) -> None:
             elif not args.source.exists():
                 raise UserError(f"--source '{args.source}' does not exist")
             conversion = converter.convert(**flags)
-            folder = args.out / (conversion.title or args.benchmark)
+            folder = args.out / folder_name(conversion.title or args.benchmark)
             write_benchmark(conversion, folder, args.benchmark, args.img_size, args.skip_bad, args.allow_incomplete)
-        print_counts(folder)
+        counts = {split: classes.values() for split, classes in count_images(folder).items()}
+        parts = [f"{split} {len(classes)} classes, {sum(classes)} images" for split, classes in counts.items()]
+        print(f"{folder}: {'; '.join(parts)}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,18 +6,22 @@ crop is a separable linear map: for a batch, two batched matrix products, rows (
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Generator, Tensor
 
 from data.benchmarks import Split
+from data.image_cache import UnequalImages
+from engine.normalisation import IMAGENET, Normalisation
 from engine.run import on_device
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # PIL's integer weights of RGB -> L (ITU-R 601-2), over 65536.
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+
+# Unequal images that are padded to one size: bounds the memory.
+CUT_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,10 @@ class Augmentation:
     flip: bool = True
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 (b, 3, h, w) -> float32 with ImageNet mean and standard deviation."""
-    scale = 1.0 / (255.0 * torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1))
-    shift = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1) * 255.0
+def normalise(images: Tensor, by: Normalisation = IMAGENET) -> Tensor:
+    """uint8 (b, 3, h, w) -> float32 with this mean and standard deviation taken out."""
+    scale = 1.0 / (255.0 * torch.tensor(by.std, device=images.device).view(3, 1, 1))
+    shift = torch.tensor(by.mean, device=images.device).view(3, 1, 1) * 255.0
     return (images.float() - shift) * scale
 
 
@@ -90,6 +94,19 @@ def resized_crop(images: Tensor, boxes: Tensor, img_size: int) -> Tensor:
     return torch.matmul(rows.unsqueeze(1), narrow.view(b, c, height, img_size))
 
 
+def cut(images: UnequalImages, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """The pixels of boxes (b, 4), each from the corner of its image of (b, 3, H, W) on, and the boxes in them."""
+    corners = boxes[:, :2].floor()
+    ends = (boxes[:, :2] + boxes[:, 2:]).ceil().long().minimum(images.sizes)
+    height, width = torch.cat([ends - corners.long(), ends.new_ones(1, 2)]).amax(0).tolist()
+    out = torch.zeros(len(boxes), 3, height, width, dtype=torch.uint8, device=images.pixels.device)
+    for image, (top, left), (bottom, right), kept in zip(
+        images, corners.long().tolist(), ends.tolist(), out, strict=True
+    ):
+        kept[:, : bottom - top, : right - left] = image[:, top:bottom, left:right]
+    return out.to(images.device), torch.cat([boxes[:, :2] - corners, boxes[:, 2:]], 1)
+
+
 def luma(images: Tensor) -> Tensor:
     """Greyscale of RGB images as PIL converts: (b, 3, h, w) -> (b, 1, h, w)."""
     red, green, blue = images.unbind(1)
@@ -110,48 +127,56 @@ def colour_jitter(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def augment(
-    images: Tensor,
+    images: Tensor | UnequalImages,
     sizes: Tensor,
     img_size: int,
     augmentation: Augmentation,
     generator: Generator,
     part: slice = slice(None),
+    by: Normalisation = IMAGENET,
 ) -> Tensor:
-    """The published training transform of a batch: uint8 (b, 3, H, W) -> normalised float32 (b, 3, s, s).
+    """The published training transform of a batch: uint8 (b, 3, H, W) or unequal -> normalised float32 (b, 3, s, s).
 
     sizes (B, 2): the original (height, width), in which the crops are drawn, of the batch of which the images are
     `part`, all of it by default: the draws for an image are the same in any part.
     """
     n = len(sizes)
-    boxes = draw_crops(sizes, augmentation.crop_scale, augmentation.crop_ratio, generator)
-    stored = torch.tensor(images.shape[2:], dtype=torch.float64) / sizes.double()
-    boxes = boxes * torch.cat([stored, stored], 1)
+    boxes = draw_crops(sizes, augmentation.crop_scale, augmentation.crop_ratio, generator)[part]
+    stored = torch.tensor(images.shape[2:]) if isinstance(images, Tensor) else images.sizes
+    boxes = boxes * (stored / sizes[part].double()).repeat(1, 2)
     factors = 1.0 + augmentation.jitter * (2.0 * torch.rand(n, 3, generator=generator) - 1.0)
     flips = torch.rand(n, generator=generator) < 0.5
-    out = colour_jitter(resized_crop(images, boxes[part], img_size), factors[part])
+    if isinstance(images, Tensor):
+        crops = resized_crop(images, boxes, img_size)
+    else:
+        few = torch.arange(len(boxes)).split(CUT_TOGETHER)
+        crops = torch.cat([resized_crop(*cut(images[k], boxes[k]), img_size) for k in few])
+    out = colour_jitter(crops, factors[part])
     if augmentation.flip:
         out = torch.where(flips[part].view(-1, 1, 1, 1).to(out.device), out.flip(3), out)
-    return normalise(out)
+    return normalise(out, by)
 
 
-def network_input(images: Tensor, device: torch.device) -> Tensor:
+def network_input(images: Tensor, device: torch.device, by: Normalisation = IMAGENET) -> Tensor:
     """uint8 images (b, 3, s, s) as a network takes them: normalised, float32, channels-last, on `device`."""
-    return normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
+    return normalise(images.to(device), by).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """What a stage trains on: uint8 images (N, 3, H, W), their labels (N,), and how they are augmented, if at all.
+    """What a stage trains on: uint8 images, (N, 3, H, W) or unequal, their labels (N,), and how they are augmented.
 
-    sizes (N, 2): their original (height, width). Without augmentation the images must be of img_size.
+    sizes (N, 2): their original (height, width). Without augmentation the images must be (N, 3, img_size, img_size).
+    normalisation: that of the network which they are for.
     """
 
-    images: Tensor
+    images: Tensor | UnequalImages
     sizes: Tensor
     labels: Tensor
     img_size: int
     augmentation: Augmentation | None
     device: torch.device
+    normalisation: Normalisation = IMAGENET
 
     def batch(self, index: Tensor, generator: Generator, part: slice = slice(None)) -> Tensor:
         """The images at `index` (b,), augmented if asked: channels-last input (b, 3, s, s) on the device.
@@ -160,13 +185,18 @@ class TrainingImages:
         """
         images = self.images[index[part].to(self.images.device)].to(self.device)
         if self.augmentation is None:
-            return network_input(images, self.device)
-        x = augment(images, self.sizes[index], self.img_size, self.augmentation, generator, part)
+            return network_input(cast(Tensor, images), self.device, self.normalisation)
+        x = augment(images, self.sizes[index], self.img_size, self.augmentation, generator, part, self.normalisation)
         return x.contiguous(memory_format=torch.channels_last)
 
 
-def training_images(base: Split, augmentation: Augmentation | None, device: torch.device) -> TrainingImages:
+def training_images(
+    base: Split, augmentation: Augmentation | None, device: torch.device, by: Normalisation = IMAGENET
+) -> TrainingImages:
     """What a stage trains on: the images of a base split, on the device for good where they have room there."""
     images = base.images if augmentation is None or base.train_images is None else base.train_images
-    images, img_size = on_device(images, device), base.images.shape[-1]
-    return TrainingImages(images, base.train_sizes, base.labels, img_size, augmentation, device)
+    if isinstance(images, UnequalImages):
+        images = replace(images, pixels=on_device(images.pixels, device))
+    else:
+        images = on_device(images, device)
+    return TrainingImages(images, base.train_sizes, base.labels, base.images.shape[-1], augmentation, device, by)

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from data.image_cache import IMAGE_SUFFIXES, eval_view, map_in_chunks, open_rgb, to_rgb
 from data.listing import list_folder
 from engine.errors import UserError
+from engine.run import progress_bar
 
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
@@ -121,7 +121,7 @@ def decode_views(
     views = np.empty((len(paths), 3, img_size, img_size), dtype=np.uint8)
     kept: list[int] = []
     reasons: list[str] = []
-    bar = tqdm(total=len(paths), desc="decode", unit="img", disable=quiet)
+    bar = progress_bar(None, "decode", "img", quiet, total=len(paths))
     with bar, ThreadPoolExecutor(max(1, num_workers)) as pool:
         for i, view in enumerate(map_in_chunks(pool, decode, paths)):
             if not isinstance(view, UserError):

@@ -1,13 +1,15 @@
-"""Files that are either the old one or the new one, never half of one; tensors in them; a hash of weights."""
+"""Files that are either the old one or the new one, never half of one; reading them, running nothing; hashes."""
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from types import UnionType
+from typing import IO, Any, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,10 @@ from engine.errors import UserError
 # How a file of torch.save begins, by which torch.load tells the formats apart: a zip since torch 1.6, pickles before.
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+
+Schema = dict[str, Any]  # the keys that a record must have, and the type of each value as an annotation or a Schema
+# What flags become in a file.
+FLAGS = dict[str, str | float | bool | None | list[str | float]]
 
 
 @contextlib.contextmanager
@@ -56,6 +62,7 @@ def load_tensors(path: Path, device: torch.device | str) -> Any:
     Raises ValueError, with the reason in one line, when the file is damaged, holds more than tensors and plain values,
     or is of the format of torch before 1.6; OSError when it cannot be opened.
     """
+    check_regular(path)
     with open(path, "rb") as file:
         start = file.read(len(LEGACY_START))
         if start == LEGACY_START:
@@ -83,9 +90,82 @@ def read_tensors(file: IO[bytes], device: torch.device | str) -> Any:
         text = " ".join(str(error).split()) or type(error).__name__
         asked = re.search(r"GLOBAL (\S+)", text)
         if asked:  # torch's own words go on to how one would run it
-            raise ValueError(f"it asks for {asked[1][:80]!r}, and only tensors and plain values are read") from error
+            raise ValueError(f"it asks for {asked[1][:80]}; only tensors and plain values are read") from error
         text = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation of torch.load")[0]
         raise ValueError(text[:120]) from error
+
+
+def read_json(path: Path, lines: bool = False) -> Any:
+    """What a JSON file holds, or with `lines` a list of what each of its lines does.
+
+    Raises ValueError, with the reason in one line, when it is damaged; OSError when it cannot be opened.
+    """
+    check_regular(path)
+    text = path.read_text()
+    try:
+        return [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def check_regular(path: Path) -> None:
+    """Raise ValueError when there is something else than a file, such as a pipe, on which reading would wait."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+
+
+def read_record(path: Path, form: str, schema: Schema, what: str, remedy: str) -> dict[str, Any]:
+    """A dictionary of tensors and plain values that save_atomically wrote, on the CPU, running nothing of it.
+
+    Raises UserError, in one line with the remedy, when the file is missing or damaged, when its `format` is not `form`,
+    or when it lacks a key of the schema or has one of another type.
+    """
+    try:
+        record = load_tensors(path, "cpu")
+        if not fits(record, {"format": str}) or record["format"] != form:
+            raise ValueError(f"it has no format {form!r}")
+        if wrong := misfit(record, schema):
+            raise ValueError(wrong)
+    except FileNotFoundError:
+        raise UserError(f"no {what} {path}: {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a {what} of this project, or is damaged ({error}): {remedy}") from error
+    return dict(record)
+
+
+def misfit(record: dict[str, Any], schema: Schema) -> str:
+    """The first key of the schema that a record lacks, or has of another type, in words; empty when there is none."""
+    for key, kind in schema.items():
+        if key not in record:
+            return f"it lacks {key!r}"
+        if not fits(record[key], kind):
+            return f"its {key!r} is of another type"
+    return ""
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type: a class, a union, list[...], dict[...] or a Schema; an int will do for a float."""
+    if kind is Any:
+        return True
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], part) for key, part in kind.items())
+    parts = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(fits(value, part) for part in parts)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def folder_name(name: str) -> str:
+    """A name that becomes a part of a path. Raises UserError when it is not the name of one folder."""
+    if name in ("", ".", "..") or not name.isprintable() or set(name) & {"/", "\\"}:
+        raise UserError(f"{name!r} is not the name of one folder: give one without separators and control characters")
+    return name
 
 
 def weights_digest(module: nn.Module, *facts: object) -> str:

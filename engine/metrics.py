@@ -30,13 +30,13 @@ class MetricsLog:
     writer_class: Any = None
     writer: Any = None
 
-    def write(self, step: int, row: dict[str, Any]) -> None:
-        """Append the row of an epoch or episode `step`; step 0 starts the files anew.
+    def write(self, step: int, row: dict[str, Any], first: int = 0) -> None:
+        """Append the row of an epoch or episode `step`; that of `first` starts the files anew.
 
         TensorBoard shows nothing of an earlier run from the first step that is written here on. Raises UserError when
         the folder cannot be written.
         """
-        if step == 0:
+        if step == first:
             for old in (self.path, *self.path.parent.glob(EVENTS)):
                 old.unlink(missing_ok=True)
         append_jsonl(self.path, row)

@@ -3,12 +3,30 @@
 import contextlib
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
+
+CPUINFO = Path("/proc/cpuinfo")
+BF16_UNITS = {"amx_bf16", "avx512_bf16", "bf16"}  # as x86 and Arm call what multiplies bf16 numbers
+
+
+def has_bf16(device_type: str) -> bool:
+    """Whether a device computes in bf16 itself; emulated, it would be slower than fp32. False where nothing tells."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu" or not CPUINFO.is_file():
+        return False
+    return not BF16_UNITS.isdisjoint(CPUINFO.read_text().split())
+
+
+def choose_precision(name: str, device_type: str) -> str:
+    """The precision of this name; `auto` is bf16 where the device has it, else fp32."""
+    return ("bf16" if has_bf16(device_type) else "fp32") if name == "auto" else name
 
 
 @dataclass

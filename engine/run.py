@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,7 +15,35 @@ from tqdm import tqdm
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
 from engine.generators import make_generator, seeded
-from engine.precision import Precision
+from engine.precision import Precision, choose_precision
+
+# How often a bar writes a line where it cannot write over its last one, such as into a file, in seconds.
+LOG_SECONDS = 30.0
+LOG_FORMAT = "{desc}: {n_fmt} of {total_fmt} ({unit}), {elapsed} gone, {remaining} to go{postfix}"
+
+
+class Log:
+    """What a bar writes, on stderr, as lines of their own."""
+
+    def write(self, text: str) -> None:
+        """Write the text without what moves a cursor, if anything is left."""
+        if line := text.strip():
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress_bar(items: Iterable[Any] | None, name: str, unit: str, quiet: bool = False, **options: Any) -> tqdm:
+    """A bar of tqdm over items, unless quiet or without a name; off a terminal a line every LOG_SECONDS.
+
+    There a bar that does not stay (leave=False) is left out.
+    """
+    options |= {"desc": name, "unit": unit, "disable": quiet or not name}
+    if not sys.stderr.isatty():
+        options |= {"file": Log(), "bar_format": LOG_FORMAT, "delay": LOG_SECONDS, "mininterval": LOG_SECONDS}
+        options |= {"miniters": 1, "disable": options["disable"] or not options.get("leave", True)}
+    return tqdm(items, **options)
 
 
 @dataclass(frozen=True)
@@ -36,8 +65,8 @@ class Run:
         return seeded(self.seed, *keys)
 
     def bar(self, items: Iterable[Any] | None, name: str, unit: str, **options: Any) -> tqdm:
-        """A progress bar of tqdm over items, unless the run is quiet or the bar has no name."""
-        return tqdm(items, desc=name, unit=unit, disable=self.quiet or not name, **options)
+        """A progress bar over items, unless the run is quiet or the bar has no name: see progress_bar."""
+        return progress_bar(items, name, unit, self.quiet, **options)
 
 
 def select_device(name: str) -> torch.device:
@@ -89,7 +118,7 @@ def start_run(ranks: Ranks, device: str, precision: str, seed: int, quiet: bool,
         chosen = device_of_rank(chosen, ranks)
     if chosen.type == "cpu" and not no_keep_memory:
         keep_memory()
-    return Run(chosen, Precision(precision, chosen.type), ranks, seed, quiet)
+    return Run(chosen, Precision(choose_precision(precision, chosen.type), chosen.type), ranks, seed, quiet)
 
 
 def on_device(images: Tensor, device: torch.device) -> Tensor:

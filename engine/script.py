@@ -5,8 +5,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from engine.distributed import first_to_fail, leave_ranks
 from engine.errors import UserError
@@ -16,14 +17,15 @@ SECONDS_TO_SAVE = 10.0  # what a command has after Ctrl-C, before it is told aga
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C a line and 130.
+    """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C or SIGTERM a line and 130.
 
     So does a file or folder that the system refuses, wherever that happens. Several ranks say it once, and a bug, too,
     keeps its traceback but once: the other ranks fail as they lose the one that has it.
     """
     try:
-        main()
-        leave_ranks()
+        with interruptible():
+            main()
+            leave_ranks()
         return
     except UserError as error:
         line, status = f"error: {error}", 2
@@ -36,8 +38,36 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         sys.exit(1)
     if first_to_fail():
-        print(line, file=sys.stderr)
+        print(escaped(line), file=sys.stderr)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A block in which SIGTERM does what Ctrl-C does, and neither interrupts what saves the state after the first.
+
+    torchrun hands a Ctrl-C on to processes that have met it already. What is ignored from outside stays ignored.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def escaped(line: str) -> str:
+    """A line in which control characters, of a path or a name, are shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
 
 
 def script_command(script: str, flags: Sequence[str], nproc_per_node: int | None = None) -> list[str]:

@@ -1,8 +1,10 @@
 """Stage 1: batch training of a backbone and a head on the base classes; one epoch of it."""
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import Generator, Tensor
 
 from data.transforms import TrainingImages
 from engine.distributed import gather_objects
@@ -12,7 +14,21 @@ from models import Model
 from models.heads import Head
 
 
-def train_one_epoch(model: Model, images: TrainingImages, batch_size: int, epoch: int, run: Run) -> tuple[float, float]:
+@dataclass(frozen=True)
+class TrainingFeatures:
+    """What the head of a frozen backbone trains on in the place of images: features (N, d) and labels (N,)."""
+
+    features: Tensor
+    labels: Tensor
+
+    def batch(self, index: Tensor, generator: Generator, part: slice = slice(None)) -> Tensor:
+        """The features at `index` (b,), of which `part` gives the rows: (b, d)."""
+        return self.features[index[part].to(self.features.device)]
+
+
+def train_one_epoch(
+    model: Model, images: TrainingImages | TrainingFeatures, batch_size: int, epoch: int, run: Run
+) -> tuple[float, float]:
     """One shuffled pass over the base images, the last batch kept; returns the mean loss and accuracy in 0..1.
 
     The order, the augmentation and dropout depend on (seed, epoch) alone; dropout on the rank as well. Each rank takes
@@ -39,6 +55,6 @@ def train_one_epoch(model: Model, images: TrainingImages, batch_size: int, epoch
         run.precision.step(loss * (len(y) * ranks.n / len(index)), model.optimizer)
         loss_sum += loss.item() * len(y)
         right += int((scores.argmax(1) == y).sum())
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     loss_sum, right = (sum(figures) for figures in zip(*gather_objects((loss_sum, right), ranks), strict=True))
     return loss_sum / len(order), right / len(order)

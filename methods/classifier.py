@@ -71,7 +71,9 @@ class Classifier:
             [self.aligned, self.finetuned, self.head, *([self.adapter] if self.adapter else [])]
         )
         scales = [getattr(head, "s", None) for head in (self.finetuned, self.head)]
-        return weights_digest(parts, self.class_names, self.temperature, self.least_cosine, scales)
+        return weights_digest(
+            parts, self.aligned.normalisation, self.class_names, self.temperature, self.least_cosine, scales
+        )
 
 
 @dataclass(frozen=True)

@@ -16,25 +16,29 @@ from torch import Tensor
 from data.episodes import Episodes, class_major_labels
 from data.transforms import TrainingImages
 from engine.distributed import gather_rows
+from engine.errors import UserError
 from engine.precision import check_finite
 from engine.run import Run
 from methods.evaluation import EpisodeScores, count_predictions, share_right
 from methods.meta_learner import MetaLearner
-from models import Model
+from models import Model, n_parameters
 
 # Episodes evaluated together: as many as keep their largest tensor, of which a few live at a time, at 64 MiB.
 CHUNK_NUMBERS = 2**24
 
 
 def train_one_epoch(
-    model: Model, images: TrainingImages, episodes: Episodes, epoch: int, run: Run
+    model: Model, images: TrainingImages, episodes: Episodes, epoch: int, run: Run, warm_up: bool = False
 ) -> tuple[float, float]:
     """One optimiser step an episode; returns the mean loss and the mean query accuracy in 0..1.
 
-    `episodes` index the images. The augmentation and dropout of episode k depend on (seed, epoch, k) alone. Raises
-    UserError when the loss is no longer finite.
+    In a warm-up the backbone stands still, in eval mode, and only the learner's own parameters learn. `episodes` index
+    the images. The augmentation and dropout of episode k depend on (seed, epoch, k) alone. Raises
+    UserError when the loss is no longer finite, or a learner without parameters is to warm up.
     """
-    backbone, learner = model.backbone.train(), cast(MetaLearner, model.head).train()
+    if warm_up and not n_parameters(model.head):
+        raise UserError(f"{type(model.head).__name__} has no module of its own to warm up: give --warm_up_epochs 0")
+    backbone, learner = model.backbone.train(not warm_up), cast(MetaLearner, model.head).train()
     network = backbone.feature_map if learner.uses_maps else backbone
     y_query = class_major_labels(episodes.n_way, episodes.query.shape[2], run.device)
     loss_sum = accuracy_sum = 0.0
@@ -42,7 +46,7 @@ def train_one_epoch(
     for k in bar:
         index = episodes.index[k]
         x = images.batch(index.flatten(), run.generator("episodic training", epoch, k))
-        with run.precision.autocast(), run.seeded("dropout", epoch, k):
+        with run.precision.autocast(), run.seeded("dropout", epoch, k), torch.set_grad_enabled(not warm_up):
             z = network(x)
         z = z.float().unflatten(0, tuple(index.shape))
         scores = learner(z[:, : episodes.n_shot], z[:, episodes.n_shot :].flatten(0, 1))
@@ -50,7 +54,9 @@ def train_one_epoch(
         check_finite(loss, f"epoch {epoch}, episode {k}")
         loss_sum += run.precision.step(loss, model.optimizer)
         accuracy_sum += share_right(count_predictions(scores, episodes.n_way)).mean().item()
-        bar.set_postfix(loss=f"{loss_sum / (k + 1):.3f}", accuracy=f"{100 * accuracy_sum / (k + 1):.1f}")
+        bar.set_postfix_str(
+            f"loss {loss_sum / (k + 1):.3f}, accuracy {100 * accuracy_sum / (k + 1):.1f}", refresh=False
+        )
     return loss_sum / len(episodes), accuracy_sum / len(episodes)
 
 
@@ -81,5 +87,6 @@ def evaluate_meta_learner(
             query = features[part.query.flatten(1).to(features.device)]
             counts.append(count_predictions(learner(support, query), part.n_way).cpu())
             progress.update(len(part))
-            progress.set_postfix_str(f"accuracy {100 * EpisodeScores(torch.cat(counts)).accuracy.mean().item():.2f}")
+            accuracy = EpisodeScores(torch.cat(counts)).accuracy.mean().item()
+            progress.set_postfix_str(f"accuracy {100 * accuracy:.2f}", refresh=False)
     return EpisodeScores(gather_rows(counts, run.ranks))

@@ -11,6 +11,8 @@ from data.episodes import Episodes, class_major_labels
 from engine.distributed import gather_rows
 from engine.run import Run
 from methods.novel_finetune import HeadFit, fit_heads
+from methods.protonet import protonet_scores
+from models.heads import unit
 
 # Heads fitted together: more of them spend less time between operations, fewer stay in a nearer cache.
 HEAD_CHUNK = 32
@@ -86,6 +88,22 @@ def evaluate_heads(features: Tensor, episodes: Episodes, fit: HeadFit, run: Run,
         with torch.no_grad():
             counts.append(count_predictions(head(z_query), part.n_way).cpu())
     return EpisodeScores(gather_rows(counts, run.ranks))
+
+
+def nearest_mean(features: Tensor, episodes: Episodes) -> dict[str, EpisodeScores]:
+    """Scores of what fits nothing, by name: the class whose mean of support features is nearest, Euclidean and cosine.
+
+    features (N, d): the embedded split that `episodes` index.
+    """
+    counts: dict[str, list[Tensor]] = {"Euclidean": [], "cosine": []}
+    for first in range(0, len(episodes), HEAD_CHUNK):
+        part = episodes.slice(first, first + HEAD_CHUNK)
+        z_support = features[part.support.to(features.device)]
+        z_query = features[part.query.flatten(1).to(features.device)]
+        cosine = unit(z_query) @ unit(z_support.mean(2)).mT
+        for name, scores in (("Euclidean", protonet_scores(z_support, z_query)), ("cosine", cosine)):
+            counts[name].append(count_predictions(scores, part.n_way).cpu())
+    return {name: EpisodeScores(torch.cat(parts)) for name, parts in counts.items()}
 
 
 def accuracy_per_class(scores: EpisodeScores, episodes: Episodes, class_names: list[str]) -> dict[str, float]:

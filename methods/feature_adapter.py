@@ -142,8 +142,8 @@ def same_label(first: Samples, second: Samples) -> Tensor:
 
 def feature_loss(
     d: int, n_way: int, setting: AlignmentSetting, generators: Sequence[Generator], device: torch.device
-) -> FeatureLoss | None:
-    """The alignment loss that a setting names, of as many episodes as generators; None in the ablation without one."""
+) -> FeatureLoss:
+    """The alignment loss that a setting names, of as many episodes as generators."""
     if setting.alignment == "adversarial":
         return Critics(d, n_way, setting.critic, generators, device)
-    return centroid_loss if setting.alignment == "centroid" else None
+    return centroid_loss

@@ -1,9 +1,9 @@
 """Alignment in feature space: Algorithms 1 and 2 with a backbone that stands still, E episodes together.
 
 On features that are computed once, an iteration is update (1) of the adapter, if there is one, (2) of the head on
-related samples, by the optimiser that fitted it, and (3) of both on the support. The heads of E episodes are one weight
-(E, n_way, d), as in `fit_heads`, and their gradients are written out. Each episode draws its own number of related
-samples, padded to the same width with samples of weight 0, so that it does not depend on those beside it.
+related samples, by the optimiser that fitted it, and (3) of the head on the support. The heads of E episodes are one
+weight (E, n_way, d), as in `fit_heads`, and their gradients are written out. Each episode draws its own number of
+related samples, padded to the same width with samples of weight 0, so that it does not depend on those beside it.
 """
 
 from collections.abc import Iterator
@@ -59,8 +59,8 @@ class AlignedFeatures:
 def n_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
     """How many episodes of features of size d to align together: HEAD_CHUNK, or as few as keep within MEMORY."""
     held = 4 * n_way * setting.related.aug_size * d  # related samples, their copies on the way
-    if setting.align_adapter:  # parameters, gradient, and the moments of two optimisers; a critic's, of one
-        held += 6 * d * (d if setting.align_adapter == FULL else 2 * int(setting.align_adapter))
+    if setting.align_adapter:  # parameters, gradient and two moments, and as many of a critic
+        held += 4 * d * (d if setting.align_adapter == FULL else 2 * int(setting.align_adapter))
         held += 4 * d * setting.critic.critic_hidden * (setting.alignment == "adversarial")
     return max(1, min(HEAD_CHUNK, MEMORY // held))
 
@@ -89,9 +89,9 @@ def padded(index: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
 class FeatureUpdates:
     """The three updates of an iteration, of E episodes together, each with an optimiser of its own.
 
-    fitted: the optimiser that fitted the heads. adapter: None to leave the features as they are; update (1) needs one,
-    and an alignment loss. An update whose rate is 0 is left out. idle (E,): the episodes without related samples, which
-    (1) and (2) leave as they are.
+    fitted: the optimiser that fitted the heads. adapter and alignment_loss: both None to leave the features as they
+    are. An update whose rate is 0 is left out. idle (E,): the episodes without related samples, which (1) and (2) leave
+    as they are.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class FeatureUpdates:
         idle: Tensor,
     ):
         self.head, self.adapter, self.alignment_loss, self.setting = head, adapter, alignment_loss, setting
-        adapted = list(adapter.parameters()) if adapter else []
-        # (1) the adapter; (2) the heads, by the optimiser that fitted them, moments included; (3) both.
+        # (1) the adapter; (2) the heads, by the optimiser that fitted them, moments included; (3) the heads alone.
+        adapted = adapter.parameters() if adapter else None
         self.align_optimizer = torch.optim.Adam(adapted, lr=setting.align_lr, fused=True) if adapted else None
         self.related_optimizer = with_rate(fitted, setting.related_lr)
-        self.support_optimizer = torch.optim.Adam([*adapted, *head.parameters()], lr=setting.support_lr, fused=True)
+        self.support_optimizer = torch.optim.Adam(head.parameters(), lr=setting.support_lr, fused=True)
         # In (2) an idle head has no gradient; without the momentum of the fit it stands still.
         for moments in fitted.state.values():
             moments["exp_avg"][idle] = 0.0
@@ -126,28 +126,23 @@ class FeatureUpdates:
                 loss = self.alignment_loss(replace(support, z=z_support), replace(related, z=z_related))
             FP32.step(loss, self.align_optimizer)
 
-    @torch.no_grad()
     def train_head(self, related: Samples) -> None:
         """(2): one step of the heads on related samples."""
         if self.setting.related_lr:
-            self.set_head_gradients(self.adapted(related.z), related)
-            self.related_optimizer.step()
+            self.step(related, self.related_optimizer)
 
     def train_on_support(self, support: Samples) -> None:
-        """(3): one step of adapter and heads on the support."""
-        if self.setting.support_lr and self.adapter:
-            with torch.enable_grad():
-                loss = self.head.loss(self.head(self.adapter(support.z)), support.y, support.weight)
-            FP32.step(loss, self.support_optimizer)
-        elif self.setting.support_lr:
-            self.set_head_gradients(support.z, support)
-            self.support_optimizer.step()
+        """(3): one step of the heads on the support."""
+        if self.setting.support_lr:
+            self.step(support, self.support_optimizer)
 
     @torch.no_grad()
-    def set_head_gradients(self, z: Tensor, samples: Samples) -> None:
-        """Give the heads the gradient of their loss, written out, on adapted features z of the samples."""
-        one_hot = F.one_hot(samples.y, self.head.weight.shape[-2]).to(z)
-        self.head.set_gradients(self.head.project(z), samples.y, one_hot, samples.weight)
+    def step(self, samples: Samples, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the heads, by the gradient of their loss on adapted features of the samples, written out."""
+        projected = self.head.project(self.adapted(samples.z))
+        one_hot = F.one_hot(samples.y, self.head.weight.shape[-2]).to(projected)
+        self.head.set_gradients(projected, samples.y, one_hot, samples.weight)
+        optimizer.step()
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from data.transforms import network_input
 from engine.distributed import gather_objects, gather_rows, rank_0_first
 from engine.errors import UserError
 from engine.files import atomic_file, load_tensors, save_atomically, weights_digest
+from engine.normalisation import IMAGENET, Normalisation
 from engine.precision import Precision
 from engine.run import Run, on_device
 from models.backbone import Backbone, split_backbone
@@ -46,7 +47,7 @@ def embed(backbone: Backbone, images: Tensor, run: Run, bar: str = "", maps: boo
     """
     backbone.eval()
     starts = run.bar(run.ranks.share(range(0, len(images), BATCH)), bar, "batch")
-    batches = (network_input(images[start : start + BATCH], run.device) for start in starts)
+    batches = (network_input(images[start : start + BATCH], run.device, backbone.normalisation) for start in starts)
     network = backbone.feature_map if maps else backbone
     return gather_rows(list(outputs(network, batches, run.precision)), run.ranks, run.device)
 
@@ -106,7 +107,8 @@ def image_source(backbone: Backbone, blocks: UpdatedBlocks, split: Split, run: R
     """The source of a split of which nothing is kept on disk; what the blocks take is made when it is asked for."""
 
     def enter(index: Tensor) -> Tensor:
-        batches = (network_input(split.images[part], run.device) for part in index.cpu().split(BATCH))
+        parts = (split.images[part] for part in index.cpu().split(BATCH))
+        batches = (network_input(part, run.device, backbone.normalisation) for part in parts)
         if blocks.below is None:
             return torch.cat(list(batches))
         blocks.below.eval()
@@ -140,14 +142,14 @@ class FeatureCache:
 
     def source(self, backbone: Backbone, blocks: UpdatedBlocks, split: Split) -> Source:
         """The source of a split, its features, and what enters the updated blocks if others are below, kept here."""
-        run, features = self.run, self.features(backbone, split)
+        run, features, by = self.run, self.features(backbone, split), backbone.normalisation
         if blocks.in_feature_space:
             return feature_source(features, split)
         if blocks.below is None:
             images = on_device(split.images, run.device)
-            return Source(features, lambda index: network_input(images[index.to(images.device)], run.device), split)
+            return Source(features, lambda index: network_input(images[index.to(images.device)], run.device, by), split)
         with rank_0_first(run.ranks):
-            activations = on_device(self.activations(blocks.below, split), run.device)
+            activations = on_device(self.activations(blocks.below, split, by), run.device)
 
         def enter(index: Tensor) -> Tensor:
             x = activations[index.to(activations.device)].to(run.device)
@@ -158,7 +160,8 @@ class FeatureCache:
     def features(self, backbone: Backbone, split: Split) -> Tensor:
         """Features of a whole split (N, d)."""
         features: Tensor | None = None
-        path = self.path(f"features{backbone.feature_dim}", backbone, split).with_suffix(".pt")
+        kind = f"features{backbone.feature_dim}"
+        path = self.path(kind, backbone, split, backbone.normalisation).with_suffix(".pt")
         if path.is_file():
             with contextlib.suppress(Exception):  # damaged: embed anew
                 features = load_tensors(path, self.run.device)
@@ -172,36 +175,43 @@ class FeatureCache:
 
     def half_features(self, backbone: Backbone, split: Split) -> Tensor:
         """Features of a whole split (N, d) in half precision, mapped from their file: there may be more than memory."""
-        path = self.path(f"half{backbone.feature_dim}", backbone, split).with_suffix(".npy")
-        return self.mapped(path, backbone, split, f"embed {split.split}", torch.float16)
+        by = backbone.normalisation
+        path = self.path(f"half{backbone.feature_dim}", backbone, split, by).with_suffix(".npy")
+        batches = self.batches(split, by, f"embed {split.split}")
+        return self.mapped(path, backbone, batches, len(split.images), torch.float16)
 
-    def activations(self, below: nn.Sequential, split: Split) -> Tensor:
+    def activations(self, below: nn.Sequential, split: Split, by: Normalisation = IMAGENET) -> Tensor:
         """What the blocks `below`, in eval mode, make of a whole split: (N, c, h, w) float32, mapped from its file."""
-        path = self.path(f"activations{len(below)}", below, split).with_suffix(".npy")
-        return self.mapped(path, below, split, f"activations {split.split}", torch.float32)
+        path = self.path(f"activations{len(below)}", below, split, by).with_suffix(".npy")
+        batches = self.batches(split, by, f"activations {split.split}")
+        return self.mapped(path, below, batches, len(split.images), torch.float32)
+
+    def batches(self, split: Split, by: Normalisation, bar: str) -> Iterator[Tensor]:
+        """The images of a split as a network takes them, under a bar."""
+        for start in self.run.bar(range(0, len(split.images), BATCH), bar, "batch"):
+            yield network_input(split.images[start : start + BATCH], self.run.device, by)
 
     @torch.no_grad()
-    def mapped(self, path: Path, network: nn.Module, split: Split, bar: str, dtype: torch.dtype) -> Tensor:
-        """What a network, in eval mode, makes of a whole split, mapped from its file, which is written batch by batch,
-        for it may be larger than memory."""
+    def mapped(self, path: Path, network: nn.Module, batches: Iterator[Tensor], n: int, dtype: torch.dtype) -> Tensor:
+        """What a network, in eval mode, makes of batches of n images, mapped from its file, which is written batch by
+        batch, for it may be larger than memory."""
         with contextlib.suppress(OSError, ValueError):  # not there or damaged: compute it
             return torch.from_numpy(np.load(path, mmap_mode="c"))
         network.eval()
-        starts = self.run.bar(range(0, len(split.images), BATCH), bar, "batch")
-        batches = (network_input(split.images[start : start + BATCH], self.run.device) for start in starts)
         largest = torch.finfo(dtype).max
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
             for i, a in enumerate(outputs(network, batches, self.run.precision)):
                 array = a.clamp(-largest, largest).to(dtype).cpu().contiguous().numpy()
                 if i == 0:
-                    shape = (len(split.images), *array.shape[1:])
+                    shape = (n, *array.shape[1:])
                     header = {"descr": array.dtype.str, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_2_0(file, header)
                 array.tofile(file)
         return torch.from_numpy(np.load(path, mmap_mode="c"))
 
-    def path(self, kind: str, module: nn.Module, split: Split) -> Path:
+    def path(self, kind: str, module: nn.Module, split: Split, by: Normalisation) -> Path:
         """Where what this module made of this split is kept, its suffix left open: another weight, another name."""
         run, shape = self.run, tuple(split.images.shape)
-        digest = weights_digest(module, split.fingerprint, shape, run.precision.name, run.device.type)
+        unusual = [by] if by != IMAGENET else []
+        digest = weights_digest(module, split.fingerprint, shape, run.precision.name, run.device.type, *unusual)
         return self.folder / f"{kind}_{split.benchmark}_{split.split}_{digest}"

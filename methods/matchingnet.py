@@ -26,7 +26,7 @@ PROBABILITY_EPS = 1e-6
 
 
 class MatchingNet(MetaLearner):
-    """MatchingNet on features. Its scores are log-probabilities."""
+    """MatchingNet on features. Its scores are log-probabilities; the temperature divides its similarities."""
 
     def __init__(self, feature_dim: int, map_shape: tuple[int, int, int]):
         super().__init__(feature_dim, map_shape)
@@ -67,7 +67,7 @@ class MatchingNet(MetaLearner):
             support, query = support.float(), query.float()
             support = support / (support.norm(dim=-1, keepdim=True) + NORM_EPS)
             query = query / (query.norm(dim=-1, keepdim=True) + NORM_EPS)
-            similarity = SIMILARITY_SCALE * F.relu(query @ support.transpose(1, 2))
+            similarity = SIMILARITY_SCALE / self.temperature * F.relu(query @ support.transpose(1, 2))
             by_class = similarity.softmax(-1).unflatten(-1, (n_way, n_shot)).sum(-1)
             log_probs = (by_class + PROBABILITY_EPS).log()
         return log_probs.reshape(*z_query.shape[:-1], n_way)

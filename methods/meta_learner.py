@@ -10,10 +10,12 @@ from torch import Tensor, nn
 class MetaLearner(nn.Module):
     """Scores of query samples, given the support: made as MetaLearner(feature_dim, map_shape) for one backbone.
 
-    It works on the backbone's maps where uses_maps, and on its features otherwise.
+    It works on the backbone's maps where uses_maps, and on its features otherwise. temperature: what its logits are
+    divided by, 1 as published.
     """
 
     uses_maps: ClassVar[bool] = False
+    temperature: float = 1.0
 
     def __init__(self, feature_dim: int, map_shape: tuple[int, int, int]):
         super().__init__()

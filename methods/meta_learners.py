@@ -21,9 +21,11 @@ def uses_maps(method: str) -> bool:
     return META_LEARNERS[method][0].uses_maps
 
 
-def build_meta_learner(method: str, backbone: Backbone) -> MetaLearner:
+def build_meta_learner(method: str, backbone: Backbone, temperature: float = 1.0) -> MetaLearner:
     """A fresh meta-learner for the features, or the maps, of a backbone. Raises ValueError if unknown."""
     if method not in META_LEARNERS:
         raise ValueError(f"unknown meta-learner {method!r}: choose one of {', '.join(META_LEARNERS)}")
-    learner, options = META_LEARNERS[method]
-    return learner(backbone.feature_dim, backbone.map_shape, **options)
+    cls, options = META_LEARNERS[method]
+    learner = cls(backbone.feature_dim, backbone.map_shape, **options)
+    learner.temperature = temperature
+    return learner

@@ -29,8 +29,8 @@ def protonet_scores(z_support: Tensor, z_query: Tensor) -> Tensor:
 
 
 class ProtoNet(MetaLearner):
-    """ProtoNet on features; its loss is the cross-entropy of its scores."""
+    """ProtoNet on features; its loss is the cross-entropy of its scores, which the temperature divides."""
 
     def forward(self, z_support: Tensor, z_query: Tensor) -> Tensor:
         """z_support (..., n_way, n_shot, d), z_query (..., n, d) -> scores (..., n, n_way)."""
-        return protonet_scores(z_support, z_query)
+        return protonet_scores(z_support, z_query) / self.temperature

@@ -36,17 +36,6 @@ class RelatedBase:
     samples: list[Tensor]
 
 
-def related_base_score(prediction: Tensor, y_base: Tensor, n_base_class: int) -> Tensor:
-    """Mean over the samples of each base class: (n_base_class, n_way).
-
-    prediction (N, n_way): one-hot votes or probabilities; y_base (N,), n_base_class for samples that do not count.
-    """
-    total = torch.zeros(n_base_class + 1, prediction.shape[1], device=prediction.device)
-    total.index_add_(0, y_base, prediction)
-    count = torch.bincount(y_base, minlength=n_base_class + 1).clamp_min(1)
-    return (total / count.unsqueeze(1))[:n_base_class]
-
-
 def choose_related_base(score: Tensor, n_B: int) -> list[list[int]]:
     """Disjoint base classes of each novel class, best first: n_way lists of n_B indices; ties keep the lower index.
 
@@ -64,24 +53,6 @@ def choose_related_base(score: Tensor, n_B: int) -> list[list[int]]:
     return chosen
 
 
-def find_related_base(
-    logits: Tensor, y_base: Tensor, members: list[Tensor], n_B: int, related_score: str = "vote"
-) -> RelatedBase:
-    """Related base classes and samples of one episode.
-
-    logits (N, n_way): the episode's head on all base features; y_base (N,); members: for each base class the indices
-    of its samples; related_score: `vote` or `soft`. A samples tensor lists its base classes best first, the
-    samples of each in order; it is empty when no sample of the chosen classes is predicted as w.
-    """
-    n_way = logits.shape[1]
-    predicted = logits.argmax(1)
-    if related_score == "vote":
-        prediction = torch.nn.functional.one_hot(predicted, n_way).float()
-    else:
-        prediction = logits.softmax(1)
-    return related_samples(related_base_score(prediction, y_base, len(members)), predicted, members, n_B)
-
-
 def related_samples(score: Tensor, predicted: Tensor, members: list[Tensor], n_B: int) -> RelatedBase:
     """Choose by a score (n_base_class, n_way), and keep the samples whose prediction (N,) is the class chosen for."""
     classes = choose_related_base(score, n_B)
@@ -94,29 +65,20 @@ def related_samples(score: Tensor, predicted: Tensor, members: list[Tensor], n_B
 
 
 @torch.no_grad()
-def related_base_of_head(head: Head, base: Source | None, setting: RelatedSetting) -> RelatedBase:
-    """Related base classes and samples by a fitted head; none without a base set."""
-    n_way = head.weight.shape[-2]
-    if base is None:
-        return RelatedBase(torch.empty(0, n_way), [[]] * n_way, [torch.empty(0, dtype=torch.long)] * n_way)
-    logits = torch.cat([head.logits(head(z)) for z in base.features.split(BASE_ROWS)])
-    y_base = base.split.labels.to(logits.device)
-    return find_related_base(logits, y_base, base.split.members, setting.n_B, setting.related_score)
-
-
-@torch.no_grad()
 def related_base_of_heads(head: Head, base: Source, setting: RelatedSetting) -> list[RelatedBase]:
-    """Related base classes and samples by each of E heads fitted together, weight (E, n_way, d).
+    """Related base classes and samples by each of E heads fitted together, weight (E, n_way, d), or by one (n_way, d).
 
-    The base features may be of half precision and mapped from disk: a block of them at a time is read.
+    A samples tensor lists its base classes best first, the samples of each in order; it is empty when no sample of the
+    chosen classes is predicted as w. The base features may be of half precision and mapped from disk: a block of them
+    at a time is read.
     """
     n_way, members = head.weight.shape[-2], base.split.members
     y_base = base.split.labels.to(base.features.device)
     # The last row is of samples that do not count.
-    total = torch.zeros(len(head.weight), len(members) + 1, n_way, device=y_base.device)
+    total = torch.zeros(head.weight.shape[:-2].numel(), len(members) + 1, n_way, device=y_base.device)
     predicted = []
     for z, y in zip(base.features.split(BASE_ROWS), y_base.split(BASE_ROWS), strict=True):
-        logits = head.logits(head(z))
+        logits = head.logits(head(z)).view(-1, len(z), n_way)
         best = logits.argmax(-1)
         vote = setting.related_score == "vote"
         total.index_add_(1, y, torch.nn.functional.one_hot(best, n_way).to(total) if vote else logits.softmax(-1))
@@ -124,6 +86,14 @@ def related_base_of_heads(head: Head, base: Source, setting: RelatedSetting) -> 
     score = total / torch.bincount(y_base, minlength=len(members) + 1).clamp_min(1).unsqueeze(1)
     heads = zip(score[:, : len(members)], torch.cat(predicted, 1), strict=True)
     return [related_samples(of_head, predicted_by, members, setting.n_B) for of_head, predicted_by in heads]
+
+
+def related_base_of_head(head: Head, base: Source | None, setting: RelatedSetting) -> RelatedBase:
+    """Related base classes and samples by a fitted head, weight (n_way, d); none without a base set."""
+    if base is None:
+        n_way = len(head.weight)
+        return RelatedBase(torch.empty(0, n_way), [[]] * n_way, [torch.empty(0, dtype=torch.long)] * n_way)
+    return related_base_of_heads(head, base, setting)[0]
 
 
 def drawn_per_class(samples: list[Tensor], aug_size: int) -> int:
@@ -139,10 +109,8 @@ def draw_related(samples: list[Tensor], aug_size: int, generator: Generator) -> 
 
     samples: n_way index tensors. Returns indices and labels (n,), class-major.
     """
-    a = drawn_per_class(samples, aug_size)
-    filled = [(w, s) for w, s in enumerate(samples) if len(s)]
-    picks = [s[torch.randperm(len(s), generator=generator)[:a].to(s.device)] for _, s in filled]
-    return torch.cat(picks), torch.tensor([w for w, _ in filled]).repeat_interleave(a)
+    picks = draw_iterations(samples, aug_size, 1, generator)[0]
+    return picks[picks >= 0], (picks >= 0).nonzero()[:, 0]
 
 
 def exceeding_notes(n_way: int, n_B: int, n_base_class: int) -> list[str]:
@@ -159,7 +127,7 @@ def empty_notes(related: RelatedBase, class_names: list[str]) -> list[str]:
 
 
 def draw_iterations(samples: list[Tensor], aug_size: int, n_iterations: int, generator: Generator) -> Tensor:
-    """What draw_related draws, iteration after iteration: (n_iterations, n_way, aug_size), padded with -1."""
+    """What draw_related draws in each of so many iterations: (n_iterations, n_way, aug_size), padded with -1."""
     a = drawn_per_class(samples, aug_size)
     filled = [w for w, s in enumerate(samples) if len(s)]
     orders = [[torch.randperm(len(samples[w]), generator=generator)[:a] for w in filled] for _ in range(n_iterations)]

@@ -29,6 +29,7 @@ KINDS = ("mse", "softmax")
 class RelationNet(MetaLearner):
     """The relation module on maps of shape (c, h, w); `hidden` is the width of its linear layers.
 
+    The temperature divides what the sigmoid or the softmax takes.
     Raises ValueError for a kind other than 'mse' and 'softmax'.
     """
 
@@ -73,7 +74,7 @@ class RelationNet(MetaLearner):
         x = self.pool(F.relu(self.norm1(pairs)))
         x = self.pool(F.relu(self.norm2(self.conv2(x))))
         scores = self.fc2(F.relu(self.fc1(x.flatten(1)))).float()
-        scores = scores.reshape(*map_query.shape[:-3], n_way)
+        scores = scores.reshape(*map_query.shape[:-3], n_way) / self.temperature
         return scores.sigmoid() if self.kind == "mse" else scores
 
     def loss(self, scores: Tensor, y_query: Tensor) -> Tensor:

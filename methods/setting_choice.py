@@ -1,10 +1,11 @@
 """Choose the setting of alignment for a backbone and a protocol on episodes of val classes, never of novel ones.
 
 The choice is among fine-tuning and a few settings in feature space: heads of either scale and number of related
-classes, few iterations or many, an adapter of the features, only update (2). The last block is left out: 100 episodes
-of it take far more than the minute that a choice may take on two CPU cores. A setting is taken only if its paired gain
-over fine-tuning is clear; the interval is not widened for there being several settings to choose among. Where the head
-is not fitted to the end, more steps on the support, update (3), are part of that gain, whatever the base classes are.
+classes, few iterations or many, an adapter of the features, only update (2), and only update (3), which takes nothing
+of the base classes: where a head is not fitted to the end, more steps on the support are a gain, and this candidate
+shows how much of it. The last block is left out: the minute that a choice may take on two CPU cores is about 20
+episodes of it, whose paired interval is several times its difference from the others. A setting is taken only if its
+paired gain over fine-tuning is clear; the interval is not widened for there being several settings to choose among.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ SETTINGS: list[dict[str, Any]] = [
     *({**numbers, "align_iters": n} for numbers in (PUBLISHED, SMALL) for n in (50, 150)),
     PUBLISHED | ADAPTER,
     PUBLISHED | {"support_lr": 0.0},
+    PUBLISHED | {"related_lr": 0.0},
 ]
 # The flags which the choice takes from the user.
 CHOSEN_FLAGS = ["align_blocks", *dict.fromkeys(name for flags in (FINE_TUNING, *SETTINGS) for name in flags)]

@@ -3,6 +3,7 @@
 A new backbone or head is one class of the contract, `Backbone` or `Head`, and one entry.
 """
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -11,9 +12,9 @@ from torch import nn
 from models.backbone import Backbone
 from models.conv4 import Conv4
 from models.heads import Generators, Head, arcMax, cosMax, softMax
+from models.pretrained import INPUTS, PretrainedBackbone
 from models.resnet12 import ResNet12
 from models.resnet18 import ResNet18
-from models.torchvision_backbone import TorchvisionBackbone
 from models.wide_resnet import WideResNet
 
 BACKBONES: dict[str, type[Backbone]] = {
@@ -23,7 +24,9 @@ BACKBONES: dict[str, type[Backbone]] = {
     "WideResNet": WideResNet,
 }
 HEADS: dict[str, type[Head]] = {"softMax": softMax, "cosMax": cosMax, "arcMax": arcMax}
-TORCHVISION = "torchvision:"  # followed by the name of a classification model of torchvision
+# A network of others: of torchvision, of timm, or what a function of the user's own module makes.
+OTHERS = re.compile(r"(torchvision|timm):[\w.]+|custom:[\w.]+:\w+", re.ASCII)
+OTHERS_USAGE = "torchvision:NAME, timm:NAME or custom:MODULE:FUNCTION"
 
 
 @dataclass
@@ -46,34 +49,33 @@ class Model:
 
 
 def native_img_size(name: str) -> int:
-    """The image side, in pixels, that a backbone is published with."""
-    return TorchvisionBackbone.native_img_size if name.startswith(TORCHVISION) else BACKBONES[name].native_img_size
+    """The image side, in pixels, that a backbone is published with; custom:... is made, to ask it.
+
+    Raises ValueError for an unknown model of a library.
+    """
+    library, _, model = name.partition(":")
+    return INPUTS[library](model).img_size if model else BACKBONES[name].native_img_size
 
 
 def build_backbone(name: str, img_size: int, relation: bool = False, weights: str = "none") -> Backbone:
     """A backbone for square images of `img_size` pixels; its output has `.feature_dim` features.
 
     `relation` gives Conv4 the larger maps of RelationNet, with the same parameters; others have but one form.
-    `weights` is 'none', or, for torchvision:NAME, 'DEFAULT' (torchvision's, downloaded) or the path of a state dict.
+    `weights` is 'none', or, for torchvision:NAME and timm:NAME, 'DEFAULT' (downloaded) or the path of a state dict.
     Raises ValueError for an unknown name, an image size that the backbone refuses, or weights that cannot be had.
     """
-    if name.startswith(TORCHVISION):
-        return TorchvisionBackbone(name.removeprefix(TORCHVISION), img_size, weights)
+    if weights != "none" and not name.startswith(("torchvision:", "timm:")):
+        raise ValueError(f"weights are for backbones torchvision:NAME and timm:NAME, not for {name}: give 'none'")
+    if OTHERS.fullmatch(name):
+        return PretrainedBackbone(name, img_size, weights)
     if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)} or {TORCHVISION}NAME")
-    if weights != "none":
-        raise ValueError(f"weights are for {TORCHVISION}NAME backbones, not for {name}: give 'none'")
+        raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}, {OTHERS_USAGE}")
     make = BACKBONES[name].for_relation if relation else BACKBONES[name]
     return make(img_size)
 
 
 def build_head(method: str, d: int, n_class: int, s: float, m: float, generators: Generators = None) -> Head:
-    """A head of `n_class` classes on d features; of a list of generators, as many heads, fitted together.
-
-    Raises ValueError for an unknown name.
-    """
-    if method not in HEADS:
-        raise ValueError(f"unknown head {method!r}: choose one of {', '.join(HEADS)}")
+    """A head of `n_class` classes on d features; of a list of generators, as many heads, fitted together."""
     return HEADS[method](d, n_class, s, m, generators)
 
 

@@ -4,31 +4,35 @@ Alignment may update the last blocks alone; what the others make of an image is 
 which updates all blocks.
 """
 
-from abc import abstractmethod
 from typing import ClassVar
 
 from torch import Tensor, nn
+
+from engine.normalisation import IMAGENET, Normalisation
 
 
 class Backbone(nn.Module):
     """A network for square images: a list of blocks, and what is done with the map that the last one makes.
 
     native_img_size: the side, in pixels, that it is published with; map_shape (c, h', w') and feature_dim d: of one
-    image. Made as Backbone(img_size), which raises ValueError for a size that it cannot take.
+    image; layers: its blocks, unless `blocks` says otherwise; normalisation: of the images that it takes. Made as
+    Backbone(img_size), which raises ValueError for a size that it cannot take.
     """
 
     native_img_size: ClassVar[int]
+    normalisation: Normalisation = IMAGENET
     feature_dim: int
     map_shape: tuple[int, int, int]
+    layers: nn.ModuleList
 
     @classmethod
     def for_relation(cls, img_size: int) -> "Backbone":
         """The form of it that RelationNet compares maps of, with the same parameters: itself, for most."""
         return cls(img_size)
 
-    @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The blocks from input to output: (b, 3, h, w) -> (b, c, h', w') by one after another."""
+        return list(self.layers)
 
     def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
         """(b, c, h', w') -> (b, d): the mean over the map, unless a backbone says otherwise."""
@@ -58,11 +62,5 @@ class LastBlocks(nn.Module):
 
 
 def split_backbone(backbone: Backbone, n_last: int) -> tuple[nn.Sequential, LastBlocks]:
-    """The blocks below the last n_last, (b, 3, h, w) -> (b, c, h', w'), and those: one after the other, the backbone.
-
-    Raises ValueError when fewer than 1 or all blocks would be the last.
-    """
-    blocks = backbone.blocks()
-    if not 1 <= n_last < len(blocks):
-        raise ValueError(f"{n_last} last blocks of a backbone of {len(blocks)}: expected 1 to {len(blocks) - 1}")
-    return nn.Sequential(*blocks[:-n_last]), LastBlocks(backbone, n_last)
+    """The blocks below the last n_last (1 to all but one), and those: one after the other, the backbone."""
+    return nn.Sequential(*backbone.blocks()[:-n_last]), LastBlocks(backbone, n_last)

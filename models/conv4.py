@@ -64,10 +64,6 @@ class Conv4(Backbone):
         """With the larger maps of RelationNet."""
         return cls(img_size, relation=True)
 
-    def blocks(self) -> list[nn.Module]:
-        """Four blocks."""
-        return list(self.layers)
-
     def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
         """(b, c, h', w') -> (b, d): Conv4 only flattens."""
         return feature_map.flatten(1)

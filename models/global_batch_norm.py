@@ -32,10 +32,14 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.Module):
-    """`layer`, whose weights and statistics it shares, over the batches (b_i, c, h, w) of all processes."""
+    """`layer`, whose weights and statistics it shares, over the batches (b_i, c, h, w) of all processes.
+
+    A library's batch norm may have an activation as its child, which follows it.
+    """
 
     def __init__(self, layer: nn.BatchNorm2d):
         super().__init__()
+        self.then = nn.Sequential(*layer.children())
         self.weight, self.bias = layer.weight, layer.bias
         self.eps = layer.eps
         self.momentum = layer.momentum  # None: the plain mean of all batches so far
@@ -47,7 +51,8 @@ class GlobalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return self.then(x)
         full = x.float()
         n = torch.tensor([full.numel() // full.shape[1]], dtype=torch.float32, device=x.device)
         dist.all_reduce(n)
@@ -60,7 +65,7 @@ class GlobalBatchNorm(nn.Module):
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(variance * n / (n - 1).clamp_min(1), share)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
+        return self.then((centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype))
 
 
 def use_global_batch_norm(module: nn.Module) -> None:

@@ -53,7 +53,3 @@ class ResNet12(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
-
-    def blocks(self) -> list[nn.Module]:
-        """Four residual blocks."""
-        return list(self.layers)

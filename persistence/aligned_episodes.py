@@ -1,5 +1,6 @@
 """What stage 3 keeps: a row an episode, its state every few of them, an episode to be drawn, and the result."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.benchmarks import Split
 from data.episodes import Episodes
 from engine.distributed import gather_objects
 from engine.errors import UserError
@@ -16,14 +16,13 @@ from engine.files import save_atomically
 from engine.records import write_json
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting
-from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95, share_right
+from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95, nearest_mean, share_right
+from methods.features import Source
 from methods.related_base import empty_notes
 from persistence.checkpoints import Checkpoint
-from persistence.files import RunFiles
-from persistence.results import accuracy_record, curve_record, paired_difference, percent, run_record
-
-# What is kept of each episode.
-COLUMNS = ("finetuned", "aligned", "curve", "losses", "n_related", "n_empty", "n_drawn")
+from persistence.files import COLUMNS, RunFiles
+from persistence.results import accuracy_record, curve_record, difference_record, paired_difference, percent, run_record
+from persistence.saved_episode import read_episodes
 
 
 class AlignedEpisodes:
@@ -40,11 +39,16 @@ class AlignedEpisodes:
         self.episodes = episodes
         self.class_names = class_names
         self.setting = setting
+        self.digests = [hashlib.sha256(index.numpy().tobytes()).hexdigest()[:16] for index in episodes.index]
         self.rows: list[dict[str, Tensor]] = []
         self.kept: list[dict[str, Any]] = []
+        if run.ranks.first and not files.state:
+            files.episode.unlink(missing_ok=True)  # so that none of an older run is ever taken for one of this
+        saved = read_episodes(files.episode) if files.state and files.episode.is_file() else []
+        self.drawings = {drawing["episode"]: drawing for drawing in saved}
         self.notes: list[str] = []
         if files.state:
-            self.restore(files.state)
+            self.restore()
         name = f"{setting.alignment} alignment"
         self.bar = run.bar(None, name, "episode", total=len(episodes), initial=len(self.rows))
 
@@ -73,15 +77,21 @@ class AlignedEpisodes:
         notes = empty_notes(episode.related, names) if self.setting.alignment != "none" else []
         self.notes += [f"note: episode {i}: {note}" for note in notes]
         means = (100 * share_right(torch.stack([row[k] for row in self.rows])).mean() for k in ("finetuned", "aligned"))
-        self.bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*means))
+        self.bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*means), refresh=False)
         self.bar.update()
 
     def keep(self, drawing: dict[str, Any]) -> None:
         """Write an episode to be drawn, now if this is the first rank, else when the ranks exchange."""
         if self.run.ranks.first:
-            save_atomically(self.files.episode, drawing)
+            self.write(drawing)
         else:
             self.kept.append(drawing)
+
+    def write(self, drawing: dict[str, Any]) -> None:
+        """Write an episode to be drawn beside those that this run has kept before: see read_episodes."""
+        self.drawings[drawing["episode"]] = drawing
+        first, *more = (self.drawings[i] for i in sorted(self.drawings))
+        save_atomically(self.files.episode, {**first, "more": more})
 
     def exchange(self, first: int) -> None:
         """Bring the ranks' rows from the first-th on together, in order, and show what is new."""
@@ -96,7 +106,7 @@ class AlignedEpisodes:
             for i in range(first, len(self.rows)):
                 self.files.metrics.write(i, self.metrics_row(i))
             for drawing in (drawing for _, _, kept in of_ranks for drawing in kept):
-                save_atomically(self.files.episode, drawing)
+                self.write(drawing)
 
     def metrics_row(self, i: int) -> dict[str, Any]:
         """Episode i in numbers: accuracy (%), losses of the last iteration, related base images and drawn of them."""
@@ -114,29 +124,41 @@ class AlignedEpisodes:
     def save(self) -> None:
         """Write the state, if any episode is done and this is the first rank."""
         if self.rows and self.run.ranks.first:
-            self.files.save_state(scaler=self.run.precision.scaler.state_dict(), **self.tensors())
+            kept = {"scaler": self.run.precision.scaler.state_dict(), "episodes": self.digests[: len(self.rows)]}
+            self.files.save_state(**kept, **self.tensors())
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on after the episodes of a state, no more than there are to be. Raises UserError if it does not fit."""
-        try:
+    def restore(self) -> None:
+        """Go on after the episodes of the state, no more than there are to be. Raises UserError if it does not fit."""
+        with self.files.taking_over() as state:
+            every = self.setting.record_curve if self.setting.alignment != "none" else 0
+            n_curve = 1 + (self.setting.align_iters // every if every else 0)
+            counts = (self.episodes.n_way, self.episodes.n_way)
+            shapes = {"finetuned": counts, "aligned": counts, "curve": (n_curve,), "losses": (3,)}
+            if any(state[name].shape[1:] != shapes.get(name, ()) for name in COLUMNS):
+                raise ValueError("its columns are of other episodes")
             columns = [state[name][: len(self.episodes)] for name in COLUMNS]
             self.rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
             self.run.precision.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{self.files.last} does not fit this run: start anew with --overwrite") from error
+            metrics = [self.metrics_row(i) for i in range(len(self.rows))]
+            same = state.get("episodes", self.digests)[: len(self.rows)] == self.digests[: len(self.rows)]
+        if not same:
+            raise UserError(
+                f"{self.files.last} cannot be resumed: the episodes have changed since: start anew with --overwrite"
+            )
         print(f"resumed after {len(self.rows)} episodes: {self.files.last}")
         if self.run.ranks.first:
-            self.files.metrics.keep([self.metrics_row(i) for i in range(len(self.rows))])
+            self.files.metrics.keep(metrics)
 
 
 def save_alignment_result(
-    done: AlignedEpisodes, novel: Split, checkpoint: Checkpoint, path: Path, chosen: dict[str, Any] | None = None
+    done: AlignedEpisodes, novel: Source, checkpoint: Checkpoint, path: Path, chosen: dict[str, Any] | None = None
 ) -> None:
-    """Write the result of all episodes, fine-tuning against alignment, and print it.
+    """Write the result of all episodes, alignment against its controls, fine-tuning and nearest mean, and print it.
 
     checkpoint: that the backbone is of, read from `path`. chosen: what --align_preset auto chose, if it did.
     """
     files, episodes, setting, columns = done.files, done.episodes, done.setting, done.tensors()
+    split, names = novel.split, novel.split.class_names
     n_small = int((columns["n_drawn"] < setting.related.aug_size).sum())
     if n_small and setting.alignment != "none":
         print(
@@ -145,13 +167,18 @@ def save_alignment_result(
         )
     before, after = EpisodeScores(columns["finetuned"]), EpisodeScores(columns["aligned"])
     difference, difference_ci95 = paired_difference(before.accuracy, after.accuracy)
-    record = run_record(files, novel, episodes, done.run) | accuracy_record(after, episodes, novel.class_names)
+    nearest = nearest_mean(novel.features, episodes)
+    record = run_record(files, split, episodes, done.run) | accuracy_record(after, episodes, names)
     record |= {
         "alignment": setting.alignment,
         "checkpoint": path,
         "checkpoint_epoch": checkpoint.epoch,
-        "fine_tuning": accuracy_record(before, episodes, novel.class_names),
-        "difference": {"accuracy": 100 * difference, "ci95": 100 * difference_ci95},
+        "fine_tuning": accuracy_record(before, episodes, names),
+        "difference": difference_record(before, after),
+        "nearest_mean": {
+            name: accuracy_record(scores, episodes, names) | {"difference": difference_record(scores, after)}
+            for name, scores in nearest.items()
+        },
         "curve": curve_record(columns["curve"], setting.record_curve),
         "n_empty_related_sets": int(columns["n_empty"].sum()),
         "n_episodes_below_aug_size": n_small,
@@ -159,9 +186,12 @@ def save_alignment_result(
     if chosen:
         record["align_preset_auto"] = chosen
     write_json(files.table, record)
-    task = f"{episodes.n_way}-way {episodes.n_shot}-shot, {len(done)} {novel.split} episodes"
-    print(f"{files.name.method} on {novel.benchmark}, {task}")
+    task = f"{episodes.n_way}-way {episodes.n_shot}-shot, {len(done)} {split.split} episodes"
+    print(f"{files.name.method} on {split.benchmark}, {task}")
     print(f"  fine-tuning         {percent(*mean_and_ci95(before.accuracy))} %")
     print(f"  {setting.alignment} alignment  {percent(*mean_and_ci95(after.accuracy))} %")
     print(f"  paired difference   {percent(difference, difference_ci95)} points")
+    for name, scores in nearest.items():
+        above = percent(*paired_difference(scores.accuracy, after.accuracy))
+        print(f"  nearest mean, {name:<9} {percent(*mean_and_ci95(scores.accuracy))} %, alignment minus it {above}")
     print(f"result {files.table}")

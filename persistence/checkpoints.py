@@ -3,27 +3,38 @@
 A checkpoint describes itself: backbone and head can be rebuilt from it alone. Its keys are those of `Checkpoint`.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.errors import UserError
-from engine.files import load_tensors, save_atomically
+from engine.files import FLAGS, read_record, save_atomically
 from engine.generators import seeded
+from engine.normalisation import IMAGENET, Normalisation
 from engine.records import plain
 from engine.run import Run
 from models import build_backbone
 from models.backbone import Backbone
 
 FORMAT = "associative-alignment/1"
+REMEDY = (
+    "train one with 'python transferLearning.py' and the same --dataset, --method, --backbone, --n_shot and "
+    "--test_n_way, or name one with --init_from"
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained backbone and its head, with what is needed to use them and to know where they come from."""
+    """A trained backbone and its head, with what is needed to use them and to know where they come from.
+
+    normalisation: of the images that the backbone takes; older files have none, and were trained with ImageNet's.
+    glyphs_version: of the rendering of the built-in benchmark then; 1 in files that do not say.
+    """
 
     stage: str
     dataset: str
@@ -35,8 +46,10 @@ class Checkpoint:
     head_state: dict[str, Tensor]
     epoch: int
     val_accuracy: float
-    config: dict[str, Any]
+    config: FLAGS
     format: str = FORMAT
+    normalisation: Sequence[Sequence[float]] = IMAGENET
+    glyphs_version: int = 1
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -45,32 +58,22 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     for states in ("backbone_state", "head_state"):
         content[states] = {k: v.detach().cpu().contiguous() for k, v in content[states].items()}
     content["config"] = plain(content["config"])
+    content["normalisation"] = [list(part) for part in content["normalisation"]]
     save_atomically(path, content)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of ours, running nothing of it. Raises UserError when it is missing or is not one."""
-    if not path.is_file():
-        raise UserError(
-            f"no checkpoint {path}: train one with 'python transferLearning.py' and the same --dataset, --method, "
-            f"--backbone, --n_shot and --test_n_way, or name one with --init_from"
-        )
-    try:
-        content = load_tensors(path, "cpu")
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"it has no format {FORMAT!r}")
-        return Checkpoint(**content)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{path} is not a checkpoint of this project, or is damaged ({reason}): train one with transferLearning.py"
-        ) from error
+    kinds = get_type_hints(Checkpoint)
+    schema = {field.name: kinds[field.name] for field in fields(Checkpoint) if field.default is MISSING}
+    content = read_record(path, FORMAT, schema, "checkpoint", REMEDY)
+    return Checkpoint(**{name: content[name] for name in kinds if name in content})
 
 
 def create_backbone(name: str, img_size: int, seed: int, relation: bool = False, weights: str = "none") -> Backbone:
     """A new backbone (see build_backbone), its initial weights drawn from `seed` where none are given.
 
-    Raises UserError when the image size is too small, the weights cannot be had or torchvision has no such model.
+    Raises UserError when the backbone or the weights cannot be had, or the image size is not one that it takes.
     """
     try:
         with seeded(seed, "backbone"):
@@ -85,8 +88,14 @@ def load_backbone(
     """The backbone of a checkpoint. Raises UserError when it is not of the name and image size asked for, if any.
 
     `relation` makes a Conv4 the one of RelationNet, whose parameters are the same: a checkpoint of either is taken.
+    Code of the user's own, custom:..., is run only when asked for by name: no file has it imported.
     """
     checkpoint = load_checkpoint(path)
+    if str(checkpoint.backbone).startswith("custom:") and backbone is None:
+        raise UserError(
+            f"checkpoint {path} is of {checkpoint.backbone}, code that no file runs by itself: if you trust that code, "
+            f"give --backbone {checkpoint.backbone}"
+        )
     found = {"backbone": checkpoint.backbone, "img_size": checkpoint.img_size}
     for flag, asked in (("backbone", backbone), ("img_size", img_size)):
         if asked not in (None, found[flag]):
@@ -96,11 +105,21 @@ def load_backbone(
             )
     net = create_backbone(checkpoint.backbone, checkpoint.img_size, seed=0, relation=relation)
     load_state(net, checkpoint.backbone_state, path)
+    try:
+        net.normalisation = Normalisation.of(*checkpoint.normalisation)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} has no usable normalisation ({error}): give another") from error
     return net, checkpoint
 
 
 def check_base_classes(path: Path, checkpoint: Checkpoint, dataset: str, class_names: list[str]) -> None:
-    """Raise UserError when a checkpoint was trained on other base classes than those of a benchmark."""
+    """Raise UserError when a checkpoint was trained on other base classes than those of a benchmark, or on an older
+    rendering of glyphs."""
+    if checkpoint.dataset == "glyphs" and checkpoint.glyphs_version != GLYPHS_VERSION:
+        raise UserError(
+            f"checkpoint {path} was trained on version {checkpoint.glyphs_version} of the rendering of 'glyphs', now "
+            f"{GLYPHS_VERSION}: the images have changed, so train it anew with --overwrite"
+        )
     if set(checkpoint.class_names) != set(class_names):
         raise UserError(
             f"checkpoint {path} was trained on {len(checkpoint.class_names)} base classes of {checkpoint.dataset!r} "

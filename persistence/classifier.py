@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from engine.errors import UserError
 from engine.files import load_tensors, save_atomically, weights_digest
+from engine.normalisation import Normalisation
 from engine.records import plain
 from methods.classifier import Classifier
 from methods.confidence import Confidence
@@ -24,7 +24,6 @@ from models.heads import Head
 from persistence.checkpoints import create_backbone, load_state
 
 FORMAT = "associative-alignment/classifier/1"
-NORMALISATION = [list(IMAGENET_MEAN), list(IMAGENET_STD)]
 CUSTOM = "custom:"  # a backbone of a user's own code, which a file must not have run
 
 
@@ -55,7 +54,7 @@ def save_classifier(path: Path, classifier: Classifier, facts: dict[str, Any]) -
         "backbone_digest": weights_digest(backbone),
         "backbone_state": {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()},
         "aligned_state": moved(backbone, classifier.aligned),
-        "normalisation": NORMALISATION,
+        "normalisation": [list(part) for part in backbone.normalisation],
         "adapter": {name: value.detach().cpu() for name, value in adapter.state_dict().items()} if adapter else None,
         "finetuned": head_record(classifier.finetuned),
         "head": head_record(classifier.head),
@@ -92,12 +91,12 @@ def load_networks(content: dict[str, Any], path: Path, asked: str | None) -> tup
     load_state(backbone, content["backbone_state"], path)
     if weights_digest(backbone) != content["backbone_digest"]:
         raise ValueError("the weights of its backbone are not those that it was saved with")
-    if content["normalisation"] != NORMALISATION:
-        raise ValueError("its images are normalised otherwise")
+    backbone.normalisation = Normalisation.of(*content["normalisation"])
     if not content["aligned_state"]:
         return backbone, backbone
     aligned = create_backbone(name, int(facts["img_size"]), seed=0)
     load_state(aligned, content["backbone_state"] | content["aligned_state"], path)
+    aligned.normalisation = backbone.normalisation
     return backbone, aligned
 
 

@@ -6,20 +6,33 @@ a run that was never interrupted.
 """
 
 import contextlib
-import json
+import glob
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
-from engine.files import load_tensors, save_atomically
+from engine.files import FLAGS, Schema, fits, folder_name, read_json, read_record, save_atomically
+from engine.lock import hold
 from engine.metrics import MetricsLog, open_metrics
 from engine.records import plain
 from persistence.checkpoints import load_checkpoint
 
 STATE_FORMAT = "associative-alignment-state/1"
+# What every state holds, those of stages 1 and 2, and that of stage 3, whose columns have a row an episode.
+EVERY_STATE: Schema = {"config": FLAGS, "made_from": dict[str, str], "seconds": float, "scaler": dict[str, float]}
+TRAINING_STATE: Schema = EVERY_STATE | {
+    **{"n_done": int, "best": float, "backbone": dict[str, Tensor], "head": dict[str, Tensor]},
+    "optimizer": {"state": dict[int, dict[str, Tensor]]},
+}
+COLUMNS = ("finetuned", "aligned", "curve", "losses", "n_related", "n_empty", "n_drawn")
+ALIGNMENT_STATE: Schema = EVERY_STATE | dict.fromkeys(COLUMNS, Tensor)
+ANOTHER_PLACE = "replace it with --overwrite, or give another --results_dir and --checkpoint_dir"
 # Flags that change no number, but for the rounding of another device.
 IRRELEVANT = {
     *("num_workers", "quiet", "device", "no_keep_memory", "preset", "resume", "overwrite", "n_base_class"),
@@ -42,6 +55,10 @@ class RunName:
     novel_dataset: str
     method: str
     backbone: str
+
+    def __post_init__(self) -> None:
+        for name in (self.dataset, self.novel_dataset, self.backbone):
+            folder_name(name)
 
     def best_model(self, folder: Path) -> Path:
         """The published file name of a best model; a dash for the colon of torchvision:NAME, which not all systems
@@ -71,8 +88,8 @@ class Folders:
 class RunFiles:
     """The files of a run of a stage: best model, last state, metrics, result; and the state that it goes on from.
 
-    config: all its flags. writes_best, writes_state: whether it writes the first two. made_from: hashes, by name, of
-    what it follows from besides its flags. began: when it would have begun had it never been stopped.
+    config: all its flags. schema: of its state, if it writes one; so does one that writes_best. made_from: hashes, by
+    name, of what it follows from besides its flags. began: when it would have begun had it never been stopped.
     """
 
     stage: str
@@ -84,7 +101,7 @@ class RunFiles:
     table: Path
     metrics: MetricsLog
     writes_best: bool
-    writes_state: bool
+    schema: Schema | None
     state: dict[str, Any] | None = None
     made_from: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.time)
@@ -94,26 +111,81 @@ class RunFiles:
         """Where stage 3 keeps an episode to be drawn."""
         return self.folders.results_dir / "episodes" / f"{self.table.stem}.pt"
 
-    def find_state(self, may_differ: set[str]) -> None:
-        """Find the state to go on from, if there is one and --resume was given.
+    def announce(self, what: str, quiet: bool) -> None:
+        """Print what the run will do, how long the last of its name took, if that is known, and where its result goes.
 
-        may_differ: flags that need not be those of the state. A run of the same flags that has finished may be run
-        again, as it gives the same numbers. Raises UserError when a folder cannot be made, or when starting anew would
-        replace a run that is unfinished or of other flags, unless told to overwrite.
+        Quiet, it prints nothing.
         """
-        last = self.last if self.writes_state else None
-        best = self.best if self.writes_best else None
-        make_folders(last, best, self.table)
-        if self.folders.resume and last and last.is_file():
-            state = read_state(last)
-            if differ := differences(self.config, state["config"], but=may_differ):
+        took = ""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
+            took = f"; it took {read_json(self.table)['seconds'] / 60:.1f} min last time"
+        if not quiet:
+            name = self.name
+            print(f"{self.stage}: {name.method}, {name.backbone}, {name.dataset}: {what}{took}; result: {self.table}")
+
+    def find_state(self, may_differ: set[str], ranks: Ranks = ALONE) -> None:
+        """Find the state to go on from: with --resume, and without when a run of the same flags has finished.
+
+        may_differ: flags that need not be those of the state of --resume. Raises UserError when a folder cannot be
+        made, when another run is at work on the files, or when starting anew would replace a run that is unfinished or
+        of other flags, unless told to overwrite.
+        """
+        if ranks.first:
+            self.take()
+        if self.folders.overwrite:
+            return
+        state = None
+        if self.schema and self.last.is_file():
+            state = read_record(self.last, STATE_FORMAT, self.schema, "state", "start anew with --overwrite")
+        resumed = state if self.folders.resume else None
+        for path, earlier in [(self.last, resumed["config"])] if resumed else self.earlier_flags(state):
+            if differ := differences(self.config, earlier, but=may_differ if resumed else set()):
                 raise UserError(
-                    f"{last} is of a run of other flags, {differ}: give --resume with the flags of that run, or start "
-                    f"anew with --overwrite"
+                    f"{path} is of a run of other flags, {differ}: continue that run with its flags and --resume, "
+                    f"{ANOTHER_PLACE}"
                 )
-            self.state = state
-        elif not self.folders.overwrite:
-            refuse_to_replace(last, best, self.table, self.config)
+        finished = self.schema is not None and self.table.is_file()
+        if finished and not state:
+            raise UserError(f"{self.table} is of a finished run without its state {self.last}: {ANOTHER_PLACE}")
+        if state and not resumed and not finished:
+            raise UserError(
+                f"{self.last} is of an unfinished run of the same flags: continue it with --resume, or start anew with "
+                f"--overwrite"
+            )
+        if state and not resumed:
+            print(f"this run has finished: its result is computed again from {self.last}; --overwrite starts anew")
+        self.state = state
+
+    def take(self) -> None:
+        """Make the folders, lock the files, and remove from them what a process killed while writing has left.
+
+        Raises UserError when a folder cannot be made, or when another run is at work on the files.
+        """
+        written = [self.table, *([self.last] if self.schema else []), *([self.best] if self.writes_best else [])]
+        for path in written:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{path.parent} cannot be written ({error}): give another folder") from error
+        for path in written[:2]:
+            hold(path.with_name(f".{path.name}.lock"), self)
+        for path in written:
+            for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                stale.unlink(missing_ok=True)
+
+    def earlier_flags(self, state: dict[str, Any] | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The flags of the runs that wrote the files which are there. Raises UserError when one cannot be read."""
+        if state:
+            yield self.last, state["config"]
+        elif self.writes_best and self.best.is_file():
+            yield self.best, load_checkpoint(self.best).config
+        if self.table.is_file():
+            with contextlib.suppress(OSError, ValueError):
+                record = read_json(self.table)
+                if fits(record, {"config": FLAGS}):
+                    yield self.table, record["config"]
+                    return
+            raise UserError(f"{self.table} of an earlier run cannot be read: {ANOTHER_PLACE}")
 
     def begin(self, made_from: dict[str, str]) -> None:
         """Make ready for the first state of the run, or for those after the one found.
@@ -122,7 +194,8 @@ class RunFiles:
         """
         self.made_from = made_from
         if self.state is None:
-            self.last.unlink(missing_ok=True)  # so that no older state is ever taken for this run's
+            for path in (self.table, self.last):  # so that no older state or result is ever taken for this run's
+                path.unlink(missing_ok=True)
             return
         changed = [name for name, digest in made_from.items() if self.state["made_from"].get(name) != digest]
         if changed:
@@ -136,6 +209,14 @@ class RunFiles:
         """Write a state atomically: plain values and tensors, and how long the run has taken."""
         head = {"format": STATE_FORMAT, "config": plain(self.config), "made_from": self.made_from}
         save_atomically(self.last, head | {"seconds": time.time() - self.began} | content)
+
+    @contextlib.contextmanager
+    def taking_over(self) -> Iterator[dict[str, Any]]:
+        """Around what takes over the state that was found: whatever it raises becomes one line (UserError)."""
+        try:
+            yield self.state or {}
+        except Exception as error:
+            raise UserError(f"{self.last} does not fit this run: start anew with --overwrite") from error
 
     @contextlib.contextmanager
     def resumable(self, save: Callable[[], None] | None = None) -> Iterator[None]:
@@ -162,7 +243,9 @@ def training_files(stage: str, name: RunName, folders: Folders, config: dict[str
     last = best.with_name(best.name.replace("_bestModel.tar", "_last.tar"))
     metrics = open_metrics(folders.results_dir / "logs" / best.stem, folders.tensorboard)
     table = name.table(folders.results_dir, stage)
-    return RunFiles(stage, name, folders, config, best, last, table, metrics, writes, writes)
+    return RunFiles(
+        stage, name, folders, config, best, last, table, metrics, writes, TRAINING_STATE if writes else None
+    )
 
 
 def alignment_files(name: RunName, variant: str, folders: Folders, config: dict[str, Any]) -> RunFiles:
@@ -171,7 +254,7 @@ def alignment_files(name: RunName, variant: str, folders: Folders, config: dict[
     table = name.table(folders.results_dir, stage, variant)
     last = folders.results_dir / "logs" / f"{table.stem}_last.tar"
     metrics = open_metrics(folders.results_dir / "logs" / table.stem, folders.tensorboard)
-    return RunFiles(stage, name, folders, config, best, last, table, metrics, False, True)
+    return RunFiles(stage, name, folders, config, best, last, table, metrics, False, ALIGNMENT_STATE)
 
 
 def differences(config: dict[str, Any], earlier: dict[str, Any], but: set[str] | None = None) -> str:
@@ -182,61 +265,3 @@ def differences(config: dict[str, Any], earlier: dict[str, Any], but: set[str] |
     if not set(now) & set(earlier):
         return "all of them"
     return ", ".join(f"--{key} {now[key]} (was {earlier[key]})" for key in keys)
-
-
-def read_state(last: Path) -> dict[str, Any]:
-    """The content of a file of save_state, running nothing of it. Raises UserError when it is no such file."""
-    try:
-        state = load_tensors(last, "cpu")
-        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-            raise ValueError(f"it has no format {STATE_FORMAT!r}")
-    except Exception as error:  # a damaged file makes the unpickler raise nearly any exception
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{last} is no state to resume ({reason}): start anew with --overwrite") from error
-    return dict(state)
-
-
-def make_folders(last: Path | None, best: Path | None, table: Path) -> None:
-    """Make the folders of these files, and remove from them what a process that was killed while writing has left.
-
-    Raises UserError when a folder cannot be made.
-    """
-    for path in filter(None, (last, table)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path.parent} cannot be written ({error}): give another folder") from error
-    for path in filter(None, (last, best, table)):
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):
-            stale.unlink(missing_ok=True)
-
-
-def earlier_configs(last: Path | None, best: Path | None, table: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The flags of the runs that wrote the files which are there. Raises UserError when one cannot be read."""
-    if last and last.is_file():
-        yield last, read_state(last)["config"]
-    try:
-        if best and best.is_file() and not (last and last.is_file()):
-            yield best, load_checkpoint(best).config
-        if table.is_file():
-            yield table, dict(json.loads(table.read_text())["config"])
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{best if isinstance(error, UserError) else table} of an earlier run cannot be read: "
-            f"replace it with --overwrite, or give another --results_dir and --checkpoint_dir"
-        ) from error
-
-
-def refuse_to_replace(last: Path | None, best: Path | None, table: Path, config: dict[str, Any]) -> None:
-    """Raise UserError when these files are of a run of other flags, or of an unfinished one of the same."""
-    for path, earlier in earlier_configs(last, best, table):
-        if differ := differences(config, earlier):
-            raise UserError(
-                f"{path} is of a run of other flags, {differ}: continue that run with its flags and --resume, "
-                f"replace it with --overwrite, or give another --results_dir and --checkpoint_dir"
-            )
-    if last and last.is_file() and not table.is_file():
-        raise UserError(
-            f"{last} is of an unfinished run of the same flags: continue it with --resume, or start anew with "
-            f"--overwrite"
-        )

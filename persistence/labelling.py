@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data.user_images import decode_views
 from engine.errors import UserError
@@ -93,7 +92,7 @@ def label_images(
 
     Raises UserError for an image that cannot be decoded, unless they are to be skipped.
     """
-    with tqdm(total=len(images), desc="label", unit="img", disable=run.quiet) as bar:
+    with run.bar(None, "label", "img", total=len(images)) as bar:
         for start in range(0, len(images), PART):
             chunk = images[start : start + PART]
             part = parts.load(start)

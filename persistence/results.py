@@ -50,7 +50,9 @@ def run_record(files: RunFiles, novel: Split, episodes: Episodes, run: Run) -> d
 
 
 def save_result(files: RunFiles, novel: Split, episodes: Episodes, scores: EpisodeScores, run: Run) -> None:
-    """Write the result of stage 1 or 2, and print its accuracy."""
+    """Write the result of stage 1 or 2, and print its accuracy; the first rank does."""
+    if not run.ranks.first:
+        return
     record = run_record(files, novel, episodes, run) | accuracy_record(scores, episodes, novel.class_names)
     write_json(files.table, record)
     print(
@@ -62,6 +64,12 @@ def save_result(files: RunFiles, novel: Split, episodes: Episodes, scores: Episo
 def paired_difference(before: Tensor, after: Tensor) -> tuple[float, float]:
     """Mean of after - before over the same episodes, (E,) each, and its paired 95% interval."""
     return mean_and_ci95(after.double() - before.double())
+
+
+def difference_record(before: EpisodeScores, after: EpisodeScores) -> dict[str, float]:
+    """The paired difference of two ways to predict the same queries, and its interval, in points."""
+    difference, ci95 = paired_difference(before.accuracy, after.accuracy)
+    return {"accuracy": 100 * difference, "ci95": 100 * ci95}
 
 
 def curve_record(accuracy: Tensor, every: int) -> list[dict[str, float]]:

@@ -1,4 +1,7 @@
-"""One episode of stage 3 in a file, to be drawn: its features before and after alignment, its related base classes."""
+"""Episodes of stage 3 in a file, to be drawn: features and logits before and after alignment, images, related classes.
+
+The first of them is the file's content, and the others are a list in it, `more`.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +14,29 @@ from torch import Generator, Tensor
 from data.benchmarks import Split
 from data.episodes import Episodes
 from engine.errors import UserError
-from engine.files import load_tensors
+from engine.files import fits, read_record
 from engine.precision import Precision
 from engine.run import Run
-from methods.alignment import AlignedEpisode
+from methods.alignment import AlignedEpisode, AlignmentSetting
 from methods.features import Source, UpdatedBlocks, updated_features
+from methods.prediction import logits_of
 from methods.related_base import draw_related
+from models.heads import unit
 
 EPISODE_FORMAT = "associative-alignment-episode/1"
-N_SAMPLES = 2  # images kept of each related base class
+FEATURES = {"before": Tensor, "after": Tensor, "labels": Tensor}
+RELATED = {"name": str, "score": float, "images": Tensor}
+EPISODE = {
+    **{"episode": int, "class_names": list[str], "support": FEATURES, "query": FEATURES, "related": FEATURES},
+    **{"support_images": Tensor, "related_classes": list[list[Any]]},
+}
+# What an episode that an earlier version saved lacks.
+QUERIES = {
+    **{"method": str, "images": {"support": Tensor, "query": Tensor}, "nearest": Tensor},
+    **{"logits": {"before": Tensor, "after": Tensor}},
+}
+N_SAMPLES = 4  # images kept of each related base class
+N_NEAREST = 3  # of them, those kept as the nearest of each query
 MAX_SIDE = 84  # pixels, of the images kept
 
 
@@ -49,30 +66,43 @@ def thumbnails(images: Tensor) -> Tensor:
     return F.interpolate(images.cpu().float(), MAX_SIDE, mode="area").round().to(torch.uint8)
 
 
-def related_classes(episode: AlignedEpisode, base: Split) -> list[list[dict[str, Any]]]:
+def kept_samples(episode: AlignedEpisode, base: Split) -> list[list[Tensor]]:
+    """For each novel class, for each of its related base classes, best first: the indices (k,) of images to keep."""
+    return [
+        [samples.cpu()[base.labels[samples.cpu()] == b][:N_SAMPLES] for b in chosen]
+        for chosen, samples in zip(episode.related.classes, episode.related.samples, strict=True)
+    ]
+
+
+def related_classes(episode: AlignedEpisode, base: Split, kept: list[list[Tensor]]) -> list[list[dict[str, Any]]]:
     """For each novel class its related base classes, best first: name, score, and images (k, 3, s, s) aligned with."""
-    rows = []
-    for w, (chosen, samples) in enumerate(zip(episode.related.classes, episode.related.samples, strict=True)):
-        samples = samples.cpu()
-        rows.append(
-            [
-                {
-                    "name": base.class_names[b],
-                    "score": episode.related.score[b, w].item(),
-                    "images": thumbnails(base.images[samples[base.labels[samples] == b][:N_SAMPLES]]),
-                }
-                for b in chosen
-            ]
-        )
-    return rows
+    return [
+        [
+            {
+                "name": base.class_names[b],
+                "score": episode.related.score[b, w].item(),
+                "images": thumbnails(base.images[samples]),
+            }
+            for b, samples in zip(chosen, kept[w], strict=True)
+        ]
+        for w, chosen in enumerate(episode.related.classes)
+    ]
 
 
 def gather_episode(
-    episodes: Episodes, i: int, episode: AlignedEpisode, novel: Source, base: Source, blocks: UpdatedBlocks, run: Run
+    episodes: Episodes,
+    i: int,
+    episode: AlignedEpisode,
+    novel: Source,
+    base: Source,
+    blocks: UpdatedBlocks,
+    setting: AlignmentSetting,
+    run: Run,
 ) -> dict[str, Any]:
     """What the figures need of episode i, as tensors and plain values; the blocks are as alignment left them.
 
-    The weights of the blocks stay as they are.
+    nearest (q, N_NEAREST): the images of related_classes, counted through, that are most like each query after
+    alignment, by cosine. The weights of the blocks stay as they are.
     """
     if episode.adapter is not None:
         blocks = replace(blocks, updated=episode.adapter)
@@ -83,6 +113,11 @@ def gather_episode(
         for name, index in (("support", support), ("query", query))
     }
     drawn = first_draw(episode, run.generator("related draws", i))
+    kept = kept_samples(episode, base.split)
+    index = torch.cat([samples for row in kept for samples in row] or [torch.empty(0, dtype=torch.long)])
+    related = before_and_after(base, index, torch.zeros_like(index), blocks, run.precision)["after"]
+    cosine = unit(novel_features["query"]["after"]) @ unit(related).T
+    images = {name: novel.split.images[index.flatten()] for name, index in (("support", support), ("query", query))}
     return {
         "format": EPISODE_FORMAT,
         "episode": i,
@@ -90,20 +125,54 @@ def gather_episode(
         **novel_features,
         "related": before_and_after(base, *drawn, blocks, run.precision),
         "support_images": thumbnails(novel.split.images[support[:, 0]]),
-        "related_classes": related_classes(episode, base.split),
+        "related_classes": related_classes(episode, base.split, kept),
+        "method": setting.fit.method,
+        "images": {name: thumbnails(of_kind) for name, of_kind in images.items()},
+        "logits": dict(zip(("before", "after"), logits_of(episode, setting), strict=True)),
+        "nearest": cosine.topk(min(N_NEAREST, len(index)), 1).indices,
     }
 
 
-def read_episode(path: Path) -> dict[str, Any]:
-    """The content of a file of gather_episode, and the file's name as `result`, running nothing of it.
+def sound(record: dict[str, Any]) -> bool:
+    """Whether what a saved episode holds fits together."""
+    n_way, labels = len(record["class_names"]), record["query"]["labels"]
+    kinds = [record[kind] for kind in ("support", "query", "related")]
+    d = record["support"]["before"].shape[-1:]
+    n_images = sum(len(related["images"]) for row in record["related_classes"] for related in row)
+    return (
+        all(
+            z.is_floating_point() and z.shape == k["labels"].shape + d for k in kinds for z in (k["before"], k["after"])
+        )
+        and all(
+            not k["labels"].is_floating_point() and ((0 <= k["labels"]) & (k["labels"] < n_way)).all() for k in kinds
+        )
+        and record["support_images"].shape[:2] == (n_way, 3)
+        and len(record["related_classes"]) == n_way
+        and all(fits(related, RELATED) for row in record["related_classes"] for related in row)
+        and (
+            "logits" not in record
+            or fits(record, QUERIES)
+            and all(logits.shape == (len(labels), n_way) for logits in record["logits"].values())
+            and all(x.shape[:2] == (len(record[kind]["labels"]), 3) for kind, x in record["images"].items())
+            and len(record["nearest"]) == len(labels)
+            and ((0 <= record["nearest"]) & (record["nearest"] < n_images)).all()
+        )
+    )
+
+
+def read_episodes(path: Path) -> list[dict[str, Any]]:
+    """The episodes of a file, as gather_episode made them, and the file's name as `result` of each, running nothing.
 
     Raises UserError when it is no such file.
     """
-    try:
-        record = load_tensors(path, "cpu")
-        if not isinstance(record, dict) or record.get("format") != EPISODE_FORMAT:
-            raise ValueError(f"it has no format {EPISODE_FORMAT!r}")
-    except Exception as error:  # a damaged file makes the unpickler raise nearly any exception
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no saved episode ({reason}): delete it and run its stage again") from error
-    return record | {"result": path.stem}
+    remedy = "delete it and run its stage again"
+    first = read_record(path, EPISODE_FORMAT, EPISODE, "saved episode", remedy)
+    records = [first, *first.pop("more", [])]
+    if not all(fits(record, EPISODE) and sound(record) for record in records):
+        raise UserError(f"{path} is a damaged saved episode: {remedy}")
+    return [record | {"result": path.stem} for record in records]
+
+
+def read_episode(path: Path) -> dict[str, Any]:
+    """The first of read_episodes."""
+    return read_episodes(path)[0]

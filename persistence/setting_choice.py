@@ -1,17 +1,17 @@
 """What --align_preset auto chose by: a table beside the checkpoint, under a hash of all that it follows from."""
 
-import json
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.benchmarks import Split
 from data.episodes import EpisodeShape, sample_episodes
 from engine.distributed import gather_objects
 from engine.errors import UserError
-from engine.files import weights_digest
+from engine.files import read_json, weights_digest
 from engine.records import provenance, write_json
 from engine.run import Run
 from methods.alignment import AlignmentSetting
@@ -19,28 +19,36 @@ from methods.features import FeatureCache, Source, blocks_to_update
 from methods.setting_choice import FINE_TUNING, N_EPISODES, Row, candidates, choose_setting, flags_text, winner
 from models.backbone import Backbone
 
+N_QUERY = 15  # queries a class of the val episodes that a setting is chosen on where there is no protocol
+
+
+class Choice(NamedTuple):
+    """What was chosen, what a result records of it, its flags and the table they were chosen by, and what to say."""
+
+    setting: AlignmentSetting
+    record: dict[str, Any]
+    lines: list[str]
+
 
 def choose_and_keep(
-    checkpoint: Path,
+    stem: Path,
     backbone: Backbone,
     val: Split,
     base: Source,
     cache: FeatureCache,
     shape: EpisodeShape,
     setting: AlignmentSetting,
-) -> tuple[AlignmentSetting, dict[str, Any]]:
-    """The setting chosen on val episodes of this shape, and its record: its flags, and the table they were chosen by.
+) -> Choice:
+    """The setting chosen on val episodes of this shape; fine-tuning when val is too small for them.
 
-    The table is kept beside the checkpoint and read when it is there. Fine-tuning, and a line, when val is too small.
+    stem: a path, such as that of the checkpoint, beside which the table is kept, and read when it is there.
     """
     run, settings = cache.run, candidates(setting)
     try:
         episodes = sample_episodes(val, shape, N_EPISODES, run.seed)
     except UserError as error:
-        print(f"note: --align_preset auto cannot choose on val, so it is fine-tuning: {error}")
-        flags = flags_text(FINE_TUNING)
-        return settings[flags], {"flags": flags, "table": None}
-    path = kept_path(checkpoint, backbone, val, base, shape, setting, run)
+        return no_choice(setting, error)
+    path = kept_path(stem, backbone, val, base, shape, setting, run)
     rows = read_rows(path, list(settings))
     if not all(gather_objects(rows is not None, run.ranks)) or rows is None:
         source = cache.source(backbone, blocks_to_update(backbone, 0), val)
@@ -49,21 +57,51 @@ def choose_and_keep(
             write_json(path, {"n_episodes": N_EPISODES, "chosen": winner(rows), "rows": [asdict(row) for row in rows]})
     flags = winner(rows)
     task = f"{shape.n_way}-way {shape.n_shot}-shot, {N_EPISODES} val episodes"
-    print(f"--align_preset auto, {task}: accuracy, and gain over fine-tuning")
-    for row in rows:
-        print(f"  {row.flags:<80} {row.accuracy:6.2f} %  {row.gain:+.2f} ± {row.gain_ci95:.2f}")
-    print(f"chosen: {command(flags, setting, run)}\ntable {path}")
-    return settings[flags], {"flags": flags, "table": path}
+    lines = [f"--align_preset auto, {task}: accuracy, and gain over fine-tuning"]
+    lines += [f"  {row.flags:<80} {row.accuracy:6.2f} %  {row.gain:+.2f} ± {row.gain_ci95:.2f}" for row in rows]
+    lines += [f"chosen: {command(flags, setting, run)}", f"table {path}"]
+    return Choice(settings[flags], {"flags": flags, "table": path}, lines)
+
+
+def choose_for_support(
+    load_val: Callable[[], Split],
+    backbone: Backbone,
+    base: Source,
+    cache: FeatureCache,
+    n_support: Sequence[int],
+    setting: AlignmentSetting,
+) -> Choice:
+    """The setting chosen for images of no benchmark, of which n_support are labelled in each class.
+
+    It is chosen on val episodes of as many classes, and of the mean number of support images; the table is kept in the
+    cache's folder. Fine-tuning when there are no val classes, or too few.
+    """
+    try:
+        val = load_val()
+    except UserError as error:
+        return no_choice(setting, error)
+    shape = EpisodeShape(len(n_support), round(sum(n_support) / len(n_support)), N_QUERY)
+    return choose_and_keep(cache.folder / "predict", backbone, val, base, cache, shape, setting)
+
+
+def no_choice(setting: AlignmentSetting, error: UserError) -> Choice:
+    """Fine-tuning, because of an error that a choice has met."""
+    flags = flags_text(FINE_TUNING)
+    line = f"note: --align_preset auto cannot choose on val, so it is fine-tuning: {error}"
+    return Choice(candidates(setting)[flags], {"flags": flags, "table": None}, [line])
 
 
 def command(flags: str, setting: AlignmentSetting, run: Run) -> str:
-    """The command of this process with the flags of the chosen setting in place of --align_preset auto."""
-    chosen = f"--align_blocks 0 --aug_size {setting.related.aug_size} {flags}"
-    return re.sub("--align_preset[ =]auto", chosen, str(provenance({}, run)["command"]))
+    """The command of this process with these flags in place of --align_preset auto; in a notebook, the flags alone."""
+    given = str(provenance({}, run)["command"])
+    aug_size = "" if "--aug_size" in given else f" --aug_size {setting.related.aug_size}"
+    chosen = f"--align_blocks 0{aug_size} {flags}"
+    by_flags, n = re.subn("--align_preset[ =]auto", chosen, given)
+    return by_flags if n else chosen
 
 
 def kept_path(
-    checkpoint: Path,
+    stem: Path,
     backbone: Backbone,
     val: Split,
     base: Source,
@@ -74,13 +112,13 @@ def kept_path(
     """Where the table is kept: another weight, image, protocol or candidate, another name."""
     facts = (val.fingerprint, base.split.fingerprint, shape, run.seed, run.precision.name, N_EPISODES)
     settings = {flags: replace(each, record_curve=0) for flags, each in candidates(setting).items()}
-    return checkpoint.with_name(f"{checkpoint.stem}_auto_{weights_digest(backbone, *facts, settings)}.json")
+    return stem.with_name(f"{stem.stem}_auto_{weights_digest(backbone, *facts, settings)}.json")
 
 
 def read_rows(path: Path, flags: list[str]) -> list[Row] | None:
     """The rows of a kept table, one for each of these flags in order; None when it is not there or damaged."""
     try:
-        rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
+        rows = [Row(**row) for row in read_json(path)["rows"]]
         numbers = [value for row in rows for value in (row.accuracy, row.gain, row.gain_ci95)]
         return rows if [row.flags for row in rows] == flags and all(map(math.isfinite, numbers)) else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,17 +1,23 @@
 """What stages 1 and 2 keep of a training: its state after every epoch, the best model, a row of metrics."""
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
 from data.benchmarks import Split
+from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.distributed import rank_0_first
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.run import Run
 from methods.evaluation import EpisodeScores, mean_and_ci95
-from models import Model
+from models import Model, n_parameters
 from persistence.checkpoints import Checkpoint, load_checkpoint, load_state, save_checkpoint
 from persistence.files import RunFiles
 from persistence.results import percent
@@ -21,13 +27,15 @@ from persistence.results import percent
 class Training:
     """A model that is trained on a base split, and how far that has come.
 
-    n_done: epochs; best: the highest validation accuracy so far, share of 1; epoch_began: when the last epoch did.
+    competes: whether the model that it begins with may be the best one. n_done: epochs; best: the highest validation
+    accuracy so far, share of 1; epoch_began: when the last epoch did.
     """
 
     files: RunFiles
     model: Model
     base: Split
     run: Run
+    competes: bool = False
     n_done: int = 0
     best: float = -1.0
     epoch_began: float = 0.0
@@ -42,11 +50,19 @@ class Training:
         with self.files.resumable():
             yield
 
-    def epochs(self, n_epoch: int) -> Iterator[int]:
-        """The epochs that are still to be done."""
-        for epoch in range(self.n_done, n_epoch):
+    @property
+    def first(self) -> int:
+        """The epoch of the first row: -1 is the model that training begins with, if that competes."""
+        return -1 if self.competes else 0
+
+    def epochs(self, n_epoch: int, validate: Callable[[], EpisodeScores]) -> Iterator[int]:
+        """The epochs that are still to be done; before all others a model that competes is validated."""
+        for epoch in range(self.n_done or self.first, n_epoch if n_epoch else self.first):
             self.epoch_began = time.time()
-            yield epoch
+            if epoch < 0:
+                self.keep_best(epoch, validate())
+            else:
+                yield epoch
 
     def end_epoch(self, epoch: int, loss: float, base_accuracy: float, val: EpisodeScores) -> None:
         """Keep the model if it is the best so far, log the epoch and write the state; the first rank does.
@@ -54,20 +70,9 @@ class Training:
         base_accuracy: share of 1. Raises UserError when a file cannot be written; the previous one is then intact.
         """
         self.n_done = epoch + 1
+        self.keep_best(epoch, val, loss, base_accuracy)
         if not self.run.ranks.first:
             return
-        accuracy, ci95 = mean_and_ci95(val.accuracy)
-        if accuracy > self.best:
-            self.best = accuracy
-            save_checkpoint(self.files.best, self.checkpoint(epoch))
-        seconds = time.time() - self.epoch_began
-        print(
-            f"epoch {epoch:3d}  loss {loss:.3f}  base accuracy {100 * base_accuracy:.1f}  "
-            f"val {percent(accuracy, ci95)}  best {100 * self.best:.2f}  {seconds:.1f} s"
-        )
-        row = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
-        row |= {"val_accuracy": 100 * accuracy, "val_ci95": 100 * ci95, "seconds": seconds}
-        self.files.metrics.write(epoch, row)
         self.files.save_state(
             n_done=self.n_done,
             best=self.best,
@@ -76,6 +81,27 @@ class Training:
             optimizer=self.model.optimizer.state_dict(),
             scaler=self.run.precision.scaler.state_dict(),
         )
+
+    def keep_best(
+        self, epoch: int, val: EpisodeScores, loss: float = math.nan, base_accuracy: float = math.nan
+    ) -> None:
+        """Keep the model if it is the best so far and log the epoch, -1 before training; the first rank does."""
+        if not self.run.ranks.first:
+            return
+        accuracy, ci95 = mean_and_ci95(val.accuracy)
+        # Frozen, a backbone is as good on val after every epoch: the last head is kept.
+        if accuracy > self.best or not n_parameters(self.model.backbone):
+            self.best = accuracy
+            save_checkpoint(self.files.best, self.checkpoint(epoch))
+        seconds = time.time() - self.epoch_began
+        trained = f"epoch {epoch:3d}  loss {loss:.3f}  base accuracy {100 * base_accuracy:.1f}"
+        print(
+            f"{trained if epoch >= 0 else 'before training'}  "
+            f"val {percent(accuracy, ci95)}  best {100 * self.best:.2f}  {seconds:.1f} s"
+        )
+        row = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
+        row |= {"val_accuracy": 100 * accuracy, "val_ci95": 100 * ci95, "seconds": seconds}
+        self.files.metrics.write(epoch, row, self.first)
 
     def checkpoint(self, epoch: int) -> Checkpoint:
         """The model as it is after an epoch, the best one so far."""
@@ -92,6 +118,8 @@ class Training:
             epoch=epoch,
             val_accuracy=100 * self.best,
             config=self.files.config,
+            normalisation=self.model.backbone.normalisation,
+            glyphs_version=GLYPHS_VERSION,
         )
 
     def restore(self, n_epoch: int) -> None:
@@ -99,21 +127,17 @@ class Training:
 
         Raises UserError if it does not fit.
         """
-        state, last, metrics = self.files.state or {}, self.files.last, self.files.metrics.path
-        if state["n_done"] > n_epoch:
-            raise UserError(
-                f"{last} has done {state['n_done']} epochs, more than --n_epoch {n_epoch}: give at least that"
-            )
-        try:
+        last, metrics = self.files.last, self.files.metrics.path
+        with self.files.taking_over() as state:
             self.model.backbone.load_state_dict(state["backbone"])
             self.model.head.load_state_dict(state["head"])
-            self.model.optimizer.load_state_dict(state["optimizer"])
+            load_moments(self.model.optimizer, state["optimizer"]["state"])
             self.run.precision.scaler.load_state_dict(state["scaler"])
-            self.n_done, self.best = int(state["n_done"]), float(state["best"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{last} does not fit this run: start anew with --overwrite") from error
+            self.n_done, self.best = state["n_done"], state["best"]
+        if self.n_done > n_epoch:
+            raise UserError(f"{last} has done {self.n_done} epochs, more than --n_epoch {n_epoch}: give at least that")
         if self.run.ranks.first and metrics.is_file():
-            rows = metrics.read_text().splitlines(keepends=True)[: self.n_done]
+            rows = metrics.read_text().splitlines(keepends=True)[: self.n_done - self.first]
             with atomic_file(metrics) as temporary:
                 temporary.write_text("".join(rows))
         print(f"resumed after epoch {self.n_done - 1}: {last}")
@@ -125,3 +149,12 @@ class Training:
                 checkpoint = load_checkpoint(self.files.best)
                 load_state(self.model.backbone, checkpoint.backbone_state, self.files.best)
                 load_state(self.model.head, checkpoint.head_state, self.files.best)
+
+
+def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
+    """Give an Adam the moments of every parameter in a state; its rates stay. Raises ValueError if they do not fit."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = {i: {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(parameters)}
+    if {i: {name: value.shape for name, value in moments.items()} for i, moments in state.items()} != shapes:
+        raise ValueError("the moments are of other parameters")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

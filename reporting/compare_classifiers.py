@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="typefaces")
     parser.add_argument("--benchmarks_dir", type=Path, default=Path("fs_benchmarks"))
     parser.add_argument("--cache_dir", type=Path, default=Path("fs_benchmarks/.cache"))
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--n_shot", type=int, nargs="+", default=[1, 5], help="images a class (default: 1 5)")
     for name, default, text in NUMBERS:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
@@ -174,7 +175,7 @@ def main() -> None:
         parser.error("the numbers are to be at least 1, and --n_way 2")
     related = RelatedSetting(args.n_B, args.aug_size)
     on = Comparison(args.n_way, args.n_query, args.n_episodes, args.n_calibrated, args.n_val, related)
-    run = Run(quiet=False)
+    run = Run(quiet=args.quiet)
     backbone, checkpoint = load_backbone(args.checkpoint, None, None)
     backbone = backbone.to(memory_format=torch.channels_last)
     options, cache = (

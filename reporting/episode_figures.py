@@ -1,4 +1,4 @@
-"""Pictures of a saved episode: its features in two dimensions before and after alignment, its related base classes."""
+"""Pictures of a saved episode: features in two dimensions before and after alignment, margins, related base classes."""
 
 import importlib
 import textwrap
@@ -11,12 +11,13 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from engine.errors import UserError
-from reporting.figure_style import GREY, INK, PALE, colour, label_text
+from models.heads import unit
+from reporting.figure_style import GREY, INK, colour, label_text
 
 # Marker, size and z-order of each kind of sample; related ones lie below, the few support ones on top.
 KINDS = {"related": ("x", 26, 1), "query": ("o", 20, 2), "support": ("*", 260, 3)}
 MAX_RELATED = 10  # related base classes drawn of each novel class
-COLUMN, ROW = 1.16, 3.1  # image sides: from one related class to the next, from one novel class to the next
+N_SAMPLES = 2  # images drawn of each of them
 
 
 def pca(z: Tensor) -> tuple[Tensor, list[float]]:
@@ -58,15 +59,49 @@ def draw_projection(axes: Axes, y: Tensor, kinds: dict[str, Tensor]) -> None:
     axes.set(xticks=[], yticks=[])
 
 
+def seen_by_head(z: Tensor, record: dict[str, Any]) -> Tensor:
+    """Features (n, d) as the head of the episode takes them: unit ones, if it compares by cosine."""
+    return unit(z) if record.get("method") in ("cosMax", "arcMax") else z
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logit of a query's own class minus the largest other, (n, n_way) and (n,) -> (n,): above 0 it is right."""
+    own = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
+    return logits[own] - logits.masked_fill(own, -torch.inf).amax(1)
+
+
+def draw_margins(axes: Axes, record: dict[str, Any]) -> None:
+    """Each query's margin before alignment and after; those that alignment put right or wrong have larger marks."""
+    labels = record["query"]["labels"]
+    before, after = (margins(record["logits"][when].float(), labels) for when in ("before", "after"))
+    changed = (before > 0) != (after > 0)
+    for part, size in ((~changed, 14), (changed, 44)):
+        colours = [colour(label) for label in labels[part].tolist()]
+        edge: dict[str, Any] = {"edgecolors": INK, "linewidths": 0.9 if size > 14 else 0.0}
+        axes.scatter(before[part], after[part], s=size, c=colours, zorder=2, **edge)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    right, wrong = int(((before <= 0) & (after > 0)).sum()), int(((before > 0) & (after <= 0)).sum())
+    corner: dict[str, Any] = {"transform": axes.transAxes, "fontsize": 9, "color": INK}
+    axes.text(0.02, 0.98, f"{right} put right", ha="left", va="top", **corner)
+    axes.text(0.98, 0.02, f"{wrong} put wrong", ha="right", va="bottom", **corner)
+    axes.set(title="margin of each query", xlabel="logit of its class minus the best other, before", ylabel="after")
+
+
 def projection_figure(record: dict[str, Any], projection: str) -> Figure:
     """Support, query and related base samples before and after alignment, each panel a projection of its own.
 
     record: see gather_episode. projection: pca or tsne. The feature spaces before and after differ, and so do the axes.
+    A third panel has the margins of the queries, if the record has their logits.
     """
     kinds = {kind: record[kind]["labels"] for kind in KINDS}
-    figure = Figure(figsize=(10, 5.4), layout="constrained")
-    for axes, when in zip(figure.subplots(1, 2), ("before", "after"), strict=True):
-        z = torch.cat([record[kind][when] for kind in KINDS])
+    panels = 3 if "logits" in record else 2
+    figure = Figure(figsize=(5 * panels, 5.4), layout="constrained")
+    subplots = figure.subplots(1, panels)
+    if "logits" in record:
+        draw_margins(subplots[2], record)
+    for axes, when in zip(subplots, ("before", "after"), strict=False):
+        z = seen_by_head(torch.cat([record[kind][when] for kind in KINDS]), record)
         if projection == "pca":
             y, share = pca(z)
             axes.set(xlabel=f"PC 1, {100 * share[0]:.0f} % of variance", ylabel=f"PC 2, {100 * share[-1]:.0f} %")
@@ -84,15 +119,10 @@ def projection_figure(record: dict[str, Any], projection: str) -> Figure:
         for (kind, (marker, size, _)), n in zip(KINDS.items(), map(len, kinds.values()), strict=True)
     ]
     longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = min(len(handles), 8, int(9.5 / (0.6 + 0.085 * longest)))  # inches
+    columns = min(len(handles), 8, int((5 * panels - 0.5) / (0.6 + 0.085 * longest)))  # inches
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     figure.suptitle(f"episode {record['episode']}: {label_text(record['result'], 90)}", fontsize=10)
     return figure
-
-
-def place_image(axes: Axes, image: Tensor, x: float, y: float, side: float) -> None:
-    """A uint8 image (3, s, s), its top left corner at (x, y), `side` wide."""
-    axes.imshow(image.permute(1, 2, 0).numpy(), extent=(x, x + side, y + side, y), interpolation="nearest", zorder=2)
 
 
 def two_lines(name: str, width: int) -> str:
@@ -103,34 +133,29 @@ def two_lines(name: str, width: int) -> str:
     return "\n".join(label_text(line) for line in lines)
 
 
-def place_related(axes: Axes, related: dict[str, Any], x: float, y: float) -> None:
-    """One related base class: its samples below each other, then its name and score."""
-    for k in range(2):
-        if k < len(related["images"]):
-            place_image(axes, related["images"][k], x, y + 1.04 * k, 1.0)
-        else:
-            axes.fill([x, x + 1, x + 1, x], [y + 1.04 * k] * 2 + [y + 1.04 * k + 1] * 2, color=PALE, zorder=1)
-    axes.text(x + 0.5, y + 2.1, f"{related['score']:.2f}", ha="center", va="top", fontsize=6.5, color=GREY)
-    axes.text(x + 0.5, y + 2.36, two_lines(related["name"], 11), ha="center", va="top", fontsize=6.5, color=INK)
+def draw_images(axes: Axes, images: list[Tensor], name: str, **style: Any) -> None:
+    """uint8 images (3, s, s) below each other, and a name below them; nothing but the name without images."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(name, **style)
+    if images:
+        axes.imshow(torch.cat(images, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
 
 
 def related_base_figure(record: dict[str, Any]) -> Figure:
     """A row for each novel class: a support image, then samples of its related base classes with their scores."""
     rows = record["related_classes"]
     n_B = max(1, min(MAX_RELATED, max(len(row) for row in rows)))
-    width, height = max(7.0, 2.6 + COLUMN * n_B), ROW * len(rows)
-    figure = Figure(figsize=(0.62 * width, 0.62 * height + 0.3), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(0.8 * n_B + 1.8, 2.0 * len(rows) + 0.4), layout="constrained")
+    grid = figure.subplots(len(rows), n_B + 1, squeeze=False, width_ratios=[2, *[1] * n_B])
     for w, (name, row) in enumerate(zip(record["class_names"], rows, strict=True)):
-        y = ROW * w
-        place_image(axes, record["support_images"][w], 0.0, y, 2.04)
-        axes.text(
-            1.02, y + 2.14, two_lines(name, 15), ha="center", va="top", fontsize=8.5, color=colour(w), weight="bold"
-        )
-        for b, related in enumerate(row[:n_B]):
-            place_related(axes, related, 2.6 + COLUMN * b, y)
-    axes.set(xlim=(-0.05, width), ylim=(height - 0.25, -0.05), aspect="equal")
-    axes.set_axis_off()
+        support = {"fontsize": 8.5, "color": colour(w), "weight": "bold"}
+        draw_images(grid[w, 0], [record["support_images"][w]], two_lines(name, 15), **support)
+        for b, axes in enumerate(grid[w, 1:]):
+            related = row[b] if b < len(row) else {"images": [], "name": "", "score": None}
+            score = f"{related['score']:.2f}\n" if b < len(row) else ""
+            images = list(related["images"][:N_SAMPLES])
+            draw_images(axes, images, score + two_lines(related["name"], 11), fontsize=6.5, color=INK)
     first = f", the first {n_B} of {len(rows[0])}" if len(rows[0]) > n_B else ""
-    axes.set_title(f"support image, then its related base classes\nby score{first}", fontsize=9)
+    figure.suptitle(f"support image, then its related base classes\nby score{first}", fontsize=9)
     return figure

@@ -5,59 +5,48 @@ finds the checkpoint that it starts from. All rows of the same novel classes, wa
 that methods are compared on the same ones.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import atomic_file
+import torch
+
+from engine.files import atomic_file, read_json
 from engine.records import write_json
 from methods.meta_learners import META_LEARNERS
 from models import HEADS
 from persistence.files import RunName, differences
-from reporting.report import interval
+from persistence.results import paired_difference
+from reporting.report import interval, markdown_table, signed
 
 TABLES = ("main", "ablation", "crossdomain", "ways")
 SCRIPTS = {"transfer": "transferLearning", "meta": "metaLearning", "alignment": "associative_alignment"}
 
 Number = tuple[float, float]  # accuracy % and its 95% interval
-# 5-way numbers of the paper at 1 and 5 shots, as public leaderboards copy them. No other is known here for sure.
-PAPER: dict[tuple[str, str], dict[str, tuple[Number, Number]]] = {
-    ("arcMax, centroid alignment", "Conv4"): {
-        "miniImagenet": ((53.14, 1.06), (71.45, 0.72)),
-        "CUB": ((62.71, 0.88), (80.48, 0.81)),
-    },
-    ("arcMax, centroid alignment", "ResNet18"): {
-        "miniImagenet": ((59.88, 0.67), (80.35, 0.73)),
-        "tieredImageNet": ((69.29, 0.56), (85.97, 0.49)),
-        "FC100": ((45.83, 0.48), (59.74, 0.56)),
-        "CUB": ((74.22, 1.09), (88.65, 0.55)),
-    },
-    ("arcMax, centroid alignment", "WideResNet"): {
-        "miniImagenet": ((65.92, 0.60), (82.85, 0.55)),
-        "tieredImageNet": ((74.40, 0.68), (86.61, 0.59)),
-    },
-    ("arcMax, adversarial alignment", "Conv4"): {
-        "miniImagenet": ((52.13, 0.99), (70.78, 0.60)),
-        "CUB": ((63.30, 0.94), (81.35, 0.67)),
-    },
-    ("arcMax, adversarial alignment", "ResNet18"): {
-        "miniImagenet": ((58.84, 0.77), (77.92, 0.82)),
-        "tieredImageNet": ((66.44, 0.61), (85.12, 0.53)),
-        "FC100": ((43.44, 0.71), (58.69, 0.56)),
-        "CUB": ((70.80, 1.12), (88.04, 0.54)),
-    },
-    ("arcMax, adversarial alignment", "WideResNet"): {
-        "miniImagenet": ((64.79, 0.93), (82.02, 0.88)),
-        "tieredImageNet": ((73.87, 0.76), (84.95, 0.59)),
-    },
+# 5-way numbers of the paper at 1 and 5 shots, as public leaderboards copy them, by row, backbone and benchmark. No
+# other is known here for sure.
+PAPER: dict[tuple[str, str, str], tuple[Number, Number]] = {
+    ("arcMax, centroid alignment", "Conv4", "miniImagenet"): ((53.14, 1.06), (71.45, 0.72)),
+    ("arcMax, centroid alignment", "Conv4", "CUB"): ((62.71, 0.88), (80.48, 0.81)),
+    ("arcMax, centroid alignment", "ResNet18", "miniImagenet"): ((59.88, 0.67), (80.35, 0.73)),
+    ("arcMax, centroid alignment", "ResNet18", "tieredImageNet"): ((69.29, 0.56), (85.97, 0.49)),
+    ("arcMax, centroid alignment", "ResNet18", "FC100"): ((45.83, 0.48), (59.74, 0.56)),
+    ("arcMax, centroid alignment", "ResNet18", "CUB"): ((74.22, 1.09), (88.65, 0.55)),
+    ("arcMax, centroid alignment", "WideResNet", "miniImagenet"): ((65.92, 0.60), (82.85, 0.55)),
+    ("arcMax, centroid alignment", "WideResNet", "tieredImageNet"): ((74.40, 0.68), (86.61, 0.59)),
+    ("arcMax, adversarial alignment", "Conv4", "miniImagenet"): ((52.13, 0.99), (70.78, 0.60)),
+    ("arcMax, adversarial alignment", "Conv4", "CUB"): ((63.30, 0.94), (81.35, 0.67)),
+    ("arcMax, adversarial alignment", "ResNet18", "miniImagenet"): ((58.84, 0.77), (77.92, 0.82)),
+    ("arcMax, adversarial alignment", "ResNet18", "tieredImageNet"): ((66.44, 0.61), (85.12, 0.53)),
+    ("arcMax, adversarial alignment", "ResNet18", "FC100"): ((43.44, 0.71), (58.69, 0.56)),
+    ("arcMax, adversarial alignment", "ResNet18", "CUB"): ((70.80, 1.12), (88.04, 0.54)),
+    ("arcMax, adversarial alignment", "WideResNet", "miniImagenet"): ((64.79, 0.93), (82.02, 0.88)),
+    ("arcMax, adversarial alignment", "WideResNet", "tieredImageNet"): ((73.87, 0.76), (84.95, 0.59)),
 }
 # The same of runs of the paper's published code, which its checkpoints record.
-PUBLISHED_CODE: dict[tuple[str, str], dict[str, tuple[Number, Number]]] = {
-    ("arcMax, fine-tuning", "Conv4"): {"miniImagenet": ((51.37, 0.69), (69.13, 0.59))},
-}
+PUBLISHED_CODE = {("arcMax, fine-tuning", "Conv4", "miniImagenet"): ((51.37, 0.69), (69.13, 0.59))}
 PAPER_SHOTS = (1, 5)
 # The smallest classes of these benchmarks have too few images for the default of 50 queries.
 FEWER_QUERIES = {"CUB": 15}
@@ -65,7 +54,10 @@ FEWER_QUERIES = {"CUB": 15}
 META_EPOCHS_1_SHOT = 600
 # Stage 1's margin on a support set, for the fine-tuning that stage 3 does in its place.
 EVALUATION_MARGIN = 0.01
-HEADER = "method,backbone,novel classes,task,ours %,paper %,ours - paper,gain of alignment,epochs,episodes,seconds"
+# What an alignment is compared with, beside fine-tuning, and the alignments.
+CONTROLS, ALIGNMENTS = ("head", "naive"), ("centroid", "adversarial")
+HEADER = ["method", "backbone", "novel classes", "task", "ours %", "paper %", "ours - paper", "gain of alignment"]
+HEADER += ["over head", "over naive", "over nearest mean", "epochs", "episodes", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +74,11 @@ class Row:
     flags: tuple[str, ...]
     result: Path
     checkpoint: Path
+
+    @property
+    def task(self) -> tuple[str, str, str, int, int]:
+        """The name of the row and the task that it is of."""
+        return self.name, self.backbone, self.novel, self.n_way, self.n_shot
 
     def __str__(self) -> str:
         return f"{self.name}, {self.backbone}, {self.n_way}-way {self.n_shot}-shot on {self.novel}"
@@ -124,6 +121,8 @@ class Plan:
         flags += self.flags[stage]
         if alignment:
             flags += ["--alignment", alignment]
+        if alignment == "head":
+            flags += ["--align_blocks", "0", "--align_adapter", "0"]
         if init_from and stage == "transfer":
             flags += ["--n_epoch", "0"]
         if init_from:
@@ -135,22 +134,23 @@ class Plan:
 
 
 def main_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list[Row]:
-    """The heads without alignment, the meta-learners, and arcMax with both alignments."""
+    """The heads without alignment, the meta-learners, and arcMax with both alignments and their controls."""
     task = (backbone, n_way, n_shot)
     return [
         *(plan.row("transfer", head, *task) for head in HEADS),
         *(plan.row("meta", learner, *task) for learner in META_LEARNERS),
-        *(plan.row("alignment", "arcMax", *task, alignment) for alignment in ("centroid", "adversarial")),
+        *(plan.row("alignment", "arcMax", *task, alignment) for alignment in (*CONTROLS, *ALIGNMENTS)),
     ]
 
 
 def ablation_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list[Row]:
-    """arcMax without, with naive and with both alignments; the other heads without and with centroid alignment."""
+    """arcMax without and with both alignments and their controls; the other heads without and with centroid's."""
     task = (backbone, n_way, n_shot)
     rows = [plan.row("transfer", "arcMax", *task)]
-    rows += [plan.row("alignment", "arcMax", *task, alignment) for alignment in ("naive", "centroid", "adversarial")]
+    rows += [plan.row("alignment", "arcMax", *task, alignment) for alignment in (*CONTROLS, *ALIGNMENTS)]
     for head in ("softMax", "cosMax"):
-        rows += [plan.row("transfer", head, *task), plan.row("alignment", head, *task, "centroid")]
+        rows.append(plan.row("transfer", head, *task))
+        rows += [plan.row("alignment", head, *task, alignment) for alignment in ("head", "centroid")]
     return rows
 
 
@@ -161,21 +161,22 @@ def crossdomain_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list
     return [
         trained,
         plan.row("transfer", "arcMax", *task, novel=novel, init_from=trained.checkpoint),
-        *(plan.row("alignment", "arcMax", *task, alignment, novel) for alignment in ("centroid", "adversarial")),
+        *(plan.row("alignment", "arcMax", *task, alignment, novel) for alignment in (*CONTROLS, *ALIGNMENTS)),
     ]
 
 
 def ways_rows(plan: Plan, backbone: str, ways: Sequence[int], n_shot: int) -> list[Row]:
-    """Fine-tuning and centroid alignment at each way, of the model that stage 1 validates at the first of them.
+    """Fine-tuning, the head alone and centroid alignment at each way, of the model that stage 1 validates at the first.
 
     At the other ways fine-tuning is stage 3's, which, unlike stage 1, asks nothing of the number of val classes.
     """
     trained = plan.row("transfer", "arcMax", backbone, ways[0], n_shot)
-    rows = [trained, plan.row("alignment", "arcMax", backbone, ways[0], n_shot, "centroid")]
-    for n_way in ways[1:]:
-        for alignment in ("none", "centroid"):
-            task = (backbone, n_way, n_shot, alignment)
-            rows.append(plan.row("alignment", "arcMax", *task, init_from=trained.checkpoint))
+    rows = [trained]
+    for n_way in ways:
+        own = n_way == ways[0]
+        for alignment in ("head", "centroid") if own else ("none", "head", "centroid"):
+            init_from = None if own else trained.checkpoint
+            rows.append(plan.row("alignment", "arcMax", backbone, n_way, n_shot, alignment, init_from=init_from))
     return rows
 
 
@@ -192,7 +193,7 @@ def table_rows(
 def finished(row: Row, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result of a row that was run with these flags and has its checkpoint's last word; else None."""
     try:
-        record = dict(json.loads(row.result.read_text()))
+        record = dict(read_json(row.result))
         if differences(dict(config), record["config"]):
             return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -203,10 +204,10 @@ def finished(row: Row, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def paper_number(row: Row, dataset: str) -> tuple[Number | None, str]:
     """The number to compare a row with, and where it is from: `paper`, `published code`, or nowhere."""
+    known = row.novel == dataset and row.n_way == 5 and row.n_shot in PAPER_SHOTS
     for source, numbers in (("paper", PAPER), ("published code", PUBLISHED_CODE)):
-        of_method = numbers.get((row.name, row.backbone), {})
-        if row.novel == dataset and row.n_way == 5 and row.n_shot in PAPER_SHOTS and dataset in of_method:
-            return of_method[dataset][PAPER_SHOTS.index(row.n_shot)], source
+        if known and (row.name, row.backbone, dataset) in numbers:
+            return numbers[row.name, row.backbone, dataset][PAPER_SHOTS.index(row.n_shot)], source
     return None, ""
 
 
@@ -221,9 +222,20 @@ def minus_paper(result: Mapping[str, Any], number: Number | None) -> tuple[float
     return round(result["accuracy"] - number[0], 3), ci95
 
 
-def signed(difference: float, ci95: float | None) -> str:
-    """`+0.12 ± 0.98`; the interval of a single episode is nan."""
-    return f"{difference:+.2f} ± {math.nan if ci95 is None else ci95:.2f}"
+def over_controls(row: Row, found: Mapping[tuple[Any, ...], dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By control, the paired difference of an alignment from it, in points: head alone, naive, nearest mean.
+
+    found: results by task and name. A control that has not been run yet is left out.
+    """
+    result, over = found[row.task], {}
+    for control in CONTROLS:
+        other = found.get((f"{row.method}, {control} alignment", *row.task[1:]))
+        if other and not row.name.startswith(f"{row.method}, {control} "):
+            mean, ci95 = paired_difference(*(torch.tensor(r["accuracy_per_episode"]) for r in (other, result)))
+            over[control] = {"accuracy": mean, "ci95": ci95}
+    if nearest := result.get("nearest_mean"):
+        over["nearest mean"] = max(nearest.values(), key=lambda control: control["accuracy"])["difference"]
+    return over
 
 
 def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
@@ -233,6 +245,7 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
     the checkpoint it tests.
     """
     epochs: dict[Path, int] = {}
+    found = {row.task: result for row, result in zip(rows, results, strict=True) if result}
     records = []
     for row, result in zip(rows, results, strict=True):
         number, source = paper_number(row, dataset)
@@ -252,6 +265,7 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
             record["ours"] = {key: result[key] for key in keys} | {"n_epoch": epochs[row.checkpoint]}
             record["ours_minus_paper"], record["ours_minus_paper_ci95"] = minus_paper(result, number)
             record["gain"] = result["difference"] if result.get("alignment", "none") != "none" else None
+            record["over"] = over_controls(row, found) if record["gain"] else {}
             record["result"] = row.result
         records.append(record)
     return records
@@ -259,19 +273,20 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     """The records of `compare` as a Markdown table."""
-    lines = [HEADER.split(","), ["---"] * len(HEADER.split(","))]
+    rows = []
     for record in records:
-        ours, paper, gain = record["ours"], record["paper"], record.get("gain")
+        ours, paper = record["ours"], record["paper"]
+        gains = [record.get("gain"), *map(record.get("over", {}).get, (*CONTROLS, "nearest mean"))]
         theirs = "not known here" if paper is None else interval(paper)
         if paper and paper["source"] != "paper":
             theirs += f" ({paper['source']})"
         cells = [record["name"], record["backbone"], record["novel_dataset"]]
         cells += [f"{record['n_way']}-way {record['n_shot']}-shot", interval(ours) if ours else "not run yet", theirs]
         cells.append(signed(record["ours_minus_paper"], record["ours_minus_paper_ci95"]) if ours and paper else "")
-        cells.append(signed(gain["accuracy"], gain["ci95"]) if gain else "")
+        cells += [signed(**gain) if gain else "" for gain in gains]
         cells += [str(ours["n_epoch"]), str(ours["n_episodes"]), f"{ours['seconds']:.0f}"] if ours else ["", "", ""]
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows.append(cells)
+    return markdown_table(HEADER, rows)
 
 
 def write_table(stem: Path, about: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:

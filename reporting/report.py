@@ -4,20 +4,31 @@ python -m reporting.report results
 python -m reporting.report --pair fp32.json bf16.json
 """
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.errors import OneLineParser, UserError
+from engine.files import FLAGS, Schema, misfit, read_json
 from engine.script import run_script
 from methods.evaluation import mean_and_ci95
 from persistence.results import paired_difference, percent
 
 # What a result holds that is reported or drawn; of stage 3 also the second row.
-KEYS = "dataset method backbone img_size n_way n_shot n_episodes seconds accuracy ci95 accuracy_per_episode".split()
-ALIGNMENT_KEYS = ("fine_tuning", "difference")
+ACCURACY: Schema = {"accuracy": float, "ci95": float | None, "accuracy_per_episode": list[float]}
+RESULT: Schema = ACCURACY | {
+    **{"stage": str, "dataset": str, "method": str, "backbone": str, "img_size": int, "n_way": int, "n_shot": int},
+    **{"n_episodes": int, "seconds": float, "seed": int, "config": FLAGS},
+}
+ALIGNMENT: Schema = RESULT | {
+    **{"alignment": str, "fine_tuning": ACCURACY, "difference": {"accuracy": float, "ci95": float | None}},
+}
+# Of stage 3's controls that fit nothing; older results have none.
+CONTROL = ACCURACY | {"difference": {"accuracy": float, "ci95": float | None}}
+NEAREST_MEAN: Schema = {"nearest_mean": {"Euclidean": CONTROL, "cosine": CONTROL}}
+HEADER = "dataset,backbone,task,method,accuracy %,paired gain,over nearest mean,episodes,seconds".split(",")
 # What two results of the same episodes have in common.
 PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query")
 
@@ -25,7 +36,7 @@ PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query")
 def read_record(file: Path) -> Any:
     """What a JSON file holds. Raises UserError when it is missing or damaged."""
     try:
-        return json.loads(file.read_text())
+        return read_json(file)
     except FileNotFoundError as error:
         raise UserError(f"no result file {file}: run its stage first, or name a file of results/tables") from error
     except ValueError as error:
@@ -36,9 +47,9 @@ def is_result(file: Path, record: Any) -> bool:
     """Whether a record is a stage's result. Raises UserError when it is one, and lacks something."""
     if not (isinstance(record, dict) and "stage" in record):
         return False
-    missing = [key for key in (*KEYS, *(ALIGNMENT_KEYS if "alignment" in record else ())) if key not in record]
-    if missing:
-        raise UserError(f"result file {file} lacks {missing[0]!r}: delete it and run its stage again")
+    schema = ALIGNMENT if "alignment" in record else RESULT
+    if wrong := misfit(record, schema | (NEAREST_MEAN if "nearest_mean" in record else {})):
+        raise UserError(f"result file {file} is damaged ({wrong}): delete it and run its stage again")
     return True
 
 
@@ -54,10 +65,30 @@ def read_results(results_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of metrics.jsonl of each training, by the run's name. Raises UserError when a metrics file is damaged."""
+    logs = {}
+    for file in sorted((results_dir / "logs").glob("*/metrics.jsonl")):
+        try:
+            rows = read_json(file, lines=True)
+            if rows and "episode" not in rows[0]:  # those of stage 3 are of episodes
+                keys = ("epoch", "loss", "base_accuracy", "val_accuracy", "val_ci95")
+                name = file.parent.name.removesuffix("_bestModel").replace("_", " ")
+                logs[name] = [{key: row[key] for key in keys} for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"metrics file {file} is damaged ({error}): delete it or run its stage again") from error
+    return logs
+
+
 def interval(record: dict[str, Any]) -> str:
     """`71.45 ± 0.72`, or the mean alone when one episode gives no interval."""
     mean, ci95 = record["accuracy"], record["ci95"]
     return f"{mean:.2f}" if ci95 is None else f"{mean:.2f} ± {ci95:.2f}"
+
+
+def signed(accuracy: float, ci95: float | None) -> str:
+    """`+0.12 ± 0.98`; the interval of a single episode is nan."""
+    return f"{accuracy:+.2f} ± {math.nan if ci95 is None else ci95:.2f}"
 
 
 def variant(record: dict[str, Any]) -> str:
@@ -70,7 +101,11 @@ def variant(record: dict[str, Any]) -> str:
 
 
 def table_rows(record: dict[str, Any]) -> list[list[str]]:
-    """The rows of one result: fine-tuning and alignment of the same episodes are two."""
+    """The rows of one result: of alignment, its controls of the same episodes too.
+
+    They are fine-tuning and, unless the result is older, the nearest mean; alignment is compared with the better of
+    the two distances.
+    """
     protocol = [
         record["dataset"],
         f"{record['backbone']}, {record['img_size']} px",
@@ -78,27 +113,37 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
     ]
     cost = [str(record["n_episodes"]), f"{record['seconds']:.0f}"]
     if "alignment" not in record:
-        return [[*protocol, record["method"], interval(record), "", *cost]]
+        return [[*protocol, record["method"], interval(record), "", "", *cost]]
+    nearest: dict[str, Any] = record.get("nearest_mean", {})
+    best = max(nearest.values(), key=lambda control: control["accuracy"], default=None)
+    controls = {"fine-tuning": record["fine_tuning"]}
+    controls |= {f"nearest mean, {name}": control for name, control in nearest.items()}
     return [
-        [*protocol, f"{record['method']}, fine-tuning", interval(record["fine_tuning"]), "", cost[0], ""],
+        *(
+            [*protocol, f"{record['method']}, {name}", interval(control), "", "", cost[0], ""]
+            for name, control in controls.items()
+        ),
         [
             *protocol,
             f"{record['method']}, {record['alignment']} alignment{variant(record)}",
             interval(record),
-            f"{record['difference']['accuracy']:+.2f} ± {record['difference']['ci95'] or float('nan'):.2f}",
+            signed(**record["difference"]),
+            signed(**best["difference"]) if best else "",
             *cost,
         ],
     ]
 
 
-def markdown_table(records: list[dict[str, Any]]) -> str:
-    """Method by shots: accuracy % and paired difference with 95% intervals, episodes, seconds of the whole run."""
-    header = ["dataset", "backbone", "task", "method", "accuracy %", "paired gain", "episodes", "seconds"]
-    order = sorted(
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Rows of cells below a header, as Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results by dataset, backbone, way and shots, those of stage 1 first."""
+    return sorted(
         records, key=lambda r: (r["dataset"], r["backbone"], r["n_way"], r["n_shot"], r["stage"] != "transferLearning")
     )
-    rows = [header, ["---"] * len(header)] + [row for record in order for row in table_rows(record)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def paired_line(before: Path, after: Path) -> str:
@@ -147,7 +192,11 @@ def main() -> None:
         help="print the paired difference AFTER - BEFORE of two results of the same episodes instead",
     )
     args = parser.parse_args()
-    print(paired_line(*args.pair) if args.pair else markdown_table(read_results(args.results_dir)))
+    if args.pair:
+        print(paired_line(*args.pair))
+    else:
+        rows = [tuple(row) for record in in_order(read_results(args.results_dir)) for row in table_rows(record)]
+        print(markdown_table(HEADER, [list(row) for row in dict.fromkeys(rows)]))  # a control of several, once
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.benchmarks import DataOptions, load_split
+from data.benchmarks import DataOptions, Split, load_split
 from data.transforms import Augmentation, training_images
 
 N_CLASS, DISTINCT = 50, 500
@@ -47,15 +47,21 @@ def memory_mib() -> dict[str, float]:
     return {name: int(fields[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile", "VmRSS", "VmHWM")}
 
 
+def load_base(root: str, cache_dir: str) -> Split:
+    """The base split, to be augmented."""
+    options = DataOptions(Path(root).parent, 84, Path(cache_dir), crop_scale=Augmentation().crop_scale)
+    return load_split(options, Path(root).name, "base")
+
+
 def cache(root: str, cache_dir: str) -> dict[str, float]:
     """Decode and cache the split; memory afterwards."""
-    load_split(DataOptions(Path(root).parent, 84, Path(cache_dir)), Path(root).name, "base")
+    load_base(root, cache_dir)
     return memory_mib()
 
 
 def read(root: str, cache_dir: str) -> dict[str, float]:
     """Draw 200 shuffled and augmented training batches from the cached split; memory afterwards."""
-    split = load_split(DataOptions(Path(root).parent, 84, Path(cache_dir)), Path(root).name, "base")
+    split = load_base(root, cache_dir)
     generator = torch.Generator().manual_seed(0)
     images = training_images(split, Augmentation(), torch.device("cpu"))
     for _ in range(200):

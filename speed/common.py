@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.benchmarks import DataOptions, Split, load_split
 from data.glyphs import render_glyphs
-from data.transforms import normalise
+from data.transforms import Augmentation, normalise
 from engine.errors import UserError
 from engine.files import load_tensors, save_atomically
 from engine.precision import Precision
@@ -107,7 +107,8 @@ def dataset(setting: Setting) -> Path:
 def load(setting: Setting, split: str) -> tuple[Split, list[Path]]:
     """A split as the scripts load it, decoded once, and the files of its images, which the reference decodes."""
     root = dataset(setting)
-    loaded = load_split(DataOptions(root.parent, setting.img_size, setting.folder / "cache"), root.name, split)
+    options = DataOptions(root.parent, setting.img_size, setting.folder / "cache", crop_scale=Augmentation().crop_scale)
+    loaded = load_split(options, root.name, split)
     return loaded, [root / split / name for name in loaded.image_names]
 
 

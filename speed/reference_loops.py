@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation, draw_crops
+from data.transforms import Augmentation, draw_crops
+from engine.normalisation import IMAGENET
 from methods.matchingnet import MatchingNet
 from methods.meta_learner import MetaLearner
 from methods.relationnet import RelationNet
@@ -27,7 +28,7 @@ from models.backbone import Backbone
 
 Batch = tuple[Tensor, Tensor]
 Draw = tuple[list[int], list[float], bool]  # the crop's box; brightness, contrast, colour; whether to flip
-TO_INPUT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+TO_INPUT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*IMAGENET)])
 
 
 # Images.

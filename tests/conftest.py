@@ -6,13 +6,33 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.helpers import CURVE, TRAIN, call, folders, make_benchmark
+from engine.errors import UserError
+from engine.run import select_device
+from tests.helpers import CURVE, DEVICE, TRAIN, call, folders, make_benchmark
 
 # One thread a test: the tensors are tiny, and threads that wait for each other on a busy machine are far slower.
 torch.set_num_threads(1)
 # The same examples in every run; no files.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("fixed")
+
+
+def pytest_configure(config):
+    """End with one line when AA_DEVICE names a device that is not there."""
+    try:
+        select_device(DEVICE.type)
+    except UserError as error:
+        pytest.exit(str(error).replace("--device ", "AA_DEVICE="), returncode=2)
+
+
+@pytest.fixture
+def default_device():
+    """Tensors that the test makes without naming a device are on DEVICE, and products there are exact float32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with DEVICE:
+        yield
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,15 @@ from PIL import Image
 
 from data.benchmarks import Split
 from engine.script import run_script
+from methods.features import Source
+from methods.related_base import RelatedBase, RelatedSetting, related_base_of_head
+from models import build_head
 from persistence.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What the tests marked `device` run on: AA_DEVICE=cuda python -m pytest -m device.
+DEVICE = torch.device(os.environ.get("AA_DEVICE", "cpu"))
 
 # The flags of a run on a tiny benchmark, and those of its stages 1 and 3.
 TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
@@ -33,9 +39,9 @@ CHECKPOINT = f"{RUN}_bestModel.tar"
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
-    """The arrays of tests/golden/<name>.npz as tensors."""
+    """The arrays of tests/golden/<name>.npz as tensors on DEVICE."""
     with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
+        return {key: torch.from_numpy(np.array(arrays[key])).to(DEVICE) for key in arrays.files}
 
 
 def make_benchmark(root: Path, n_class=(6, 6, 6), n_images=8, side=20, seed=0) -> Path:
@@ -72,6 +78,14 @@ def make_split(counts=(8,) * 6, side=16, seed=0, split="novel") -> Split:
         train_sizes=torch.full((len(labels), 2), side),
         fingerprint=f"toy{seed}",
     )
+
+
+def related_by_logits(logits, labels, n_base_class: int, setting: RelatedSetting) -> RelatedBase:
+    """The related base of base samples with these labels (N,), by a head whose logits (N, n_way) are these."""
+    head = build_head("softMax", logits.shape[1], logits.shape[1], 1.0, 0.0)
+    head.weight.data, head.bias.data = torch.eye(logits.shape[1]), torch.zeros(logits.shape[1])
+    split = replace(make_split((1,) * n_base_class, side=1, split="base"), labels=labels)
+    return related_base_of_head(head, Source(logits, None, split), setting)
 
 
 def run(script: str, *flags: object, check: bool = True) -> subprocess.CompletedProcess:
@@ -143,6 +157,7 @@ def numbers(root: Path, script: str) -> dict:
     record = json.loads(table.read_text())
     found = {key: value for key, value in record.items() if key not in ("seconds", "config", "command", "commit")}
     found.pop("checkpoint", None)
+    found.get("align_preset_auto", {}).pop("table", None)
     if script == "associative_alignment":
         found["metrics"] = (results / "logs" / table.stem / "metrics.jsonl").read_text()
         episode = torch.load(results / "episodes" / f"{table.stem}.pt", weights_only=True)

@@ -2,7 +2,7 @@
 
 import re
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,10 +34,11 @@ DEFAULTS = {
     "meta": {
         **{**SHARED, **FITTING, **TRAINING},
         **{"method": "ProtoNet", "n_epoch": 400, "episodes_per_epoch": 100, "train_n_way": 5, "train_n_query": 16},
+        **{"temperature": 1.0, "warm_up_epochs": 0},
     },
     "alignment": {
         **{**SHARED, **FITTING, **UPDATES},
-        **{"method": "arcMax", "alignment": "centroid", "test_split": "novel", "save_episode": 0},
+        **{"method": "arcMax", "alignment": "centroid", "test_split": "novel", "save_episode": [0]},
     },
     "predict": {
         **{**FITTING, **UPDATES},
@@ -79,11 +80,24 @@ def test_the_defaults_are_those_that_the_readme_describes(stage):
 )
 def test_the_laptop_preset_swaps_defaults_and_flags_on_either_side_win(stage, expected):
     expected |= {"dataset": "glyphs", "novel_dataset": "glyphs", "img_size": 42, "n_shot": 1, "n_query": 15}
+    expected |= {"precision": "auto"}
     found = vars(parsed(stage, "--preset", "laptop"))
     assert {name: found[name] for name in expected} == expected
     assert set(found) == set(vars(parsed(stage)))  # none of the flags of another stage
     args = parsed(stage, "--n_shot", "5", "--preset", "laptop", "--n_episodes", "7")
     assert values(args, "n_shot", "n_episodes", "n_query") == (5, 7, 15)
+
+
+@pytest.mark.parametrize(
+    ("method", "temperature", "warm_up_epochs"),
+    [("ProtoNet", 64, 0), ("MatchingNet", 10, 0), ("RelationNet", 1, 2), ("RelationNet_softmax", 1, 2)],
+)
+def test_the_laptop_preset_has_a_setting_for_each_learner(method, temperature, warm_up_epochs):
+    laptop, names = ("--preset", "laptop", "--method", method), ("temperature", "warm_up_epochs")
+    assert values(parsed("meta", *laptop), *names) == (temperature, 0)  # nothing to keep in a new backbone
+    assert values(parsed("meta", *laptop, "--init_from", "c"), *names) == (temperature, warm_up_epochs)
+    assert values(parsed("meta", *laptop, "--init_from", "c", "--warm_up_epochs", "1"), *names) == (temperature, 1)
+    assert values(parsed("meta", "--method", method, "--init_from", "c"), *names) == (1, 0)
 
 
 PUBLISHED_CODE = {"n_shot": 1, "testing_epochs": 10, "seed": 10}
@@ -216,6 +230,26 @@ def test_help_explains_every_flag(stage, capsys):
         assert action.help, action.dest
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_fits_100_columns_and_every_flag_is_in_a_group(stage, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        args_parser(stage, ["--help"])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    options, *groups = printed.split("\noptions:")[1].split("\n\n")
+    assert options.split() == "-h, --help show this help message and exit".split()
+    assert len(groups) >= 6 and all(re.match(r"[a-z ,:0-9]+:\n  --", group) for group in groups)
+
+
+def test_help_names_defaults_of_0_and_leaves_out_those_that_are_not_there():
+    help_of = {action.dest: action.help for action in stage_parser("alignment")._actions}
+    for name in ("seed", "save_episode", "record_curve", "lr"):
+        assert help_of[name].endswith(" (default: %(default)s)"), name
+    for name in ("quiet", "image_root", "resume"):
+        assert "(default: %(default)s)" not in help_of[name], name
+
+
 @dataclass(frozen=True)
 class Fit:
     method: str
@@ -227,8 +261,6 @@ class Crop:
     crop_scale: tuple[float, float]
     fit: Fit
     n_epoch: int = -1
-    of_no_flag: str = "kept"
-    also_of_no_flag: list[int] = field(default_factory=list)
 
 
 def test_from_flags_fills_a_dataclass_and_those_in_it():
@@ -238,11 +270,9 @@ def test_from_flags_fills_a_dataclass_and_those_in_it():
     assert from_flags(Fit, args) == Fit("cosMax", 0.25)
 
 
-def test_from_flags_leaves_other_lists_and_names_a_field_that_it_cannot_fill():
-    args = Namespace(crop_scale=[0.1, 0.2], also_of_no_flag=[3], method="softMax", ft_lr=1.0)
-    assert from_flags(Crop, args).also_of_no_flag == [3]
-    with pytest.raises(TypeError, match="ft_lr"):
-        from_flags(Fit, Namespace(method="softMax"))
+def test_from_flags_names_a_field_that_is_no_flag_even_one_with_a_default():
+    with pytest.raises(AttributeError, match="n_epoch"):
+        from_flags(Crop, Namespace(crop_scale=[0.1, 0.2], method="softMax", ft_lr=1.0))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +283,8 @@ def test_from_flags_leaves_other_lists_and_names_a_field_that_it_cannot_fill():
         (["--align_blocks", "0", "--alignment", "centroid"], ["centroid", "--align_adapter"]),
         (["--align_blocks", "0", "--alignment", "naive"], ["naive", "--align_adapter"]),
         (["--alignment", "head"], ["--align_blocks 0"]),
-        (["--align_blocks", "0", "--align_adapter", "4", "--alignment", "head"], ["no adapter"]),
+        (["--align_blocks", "0", "--align_adapter", "4", "--alignment", "head"], ["--align_adapter", "leave it out"]),
+        (["--align_blocks", "0", "--align_adapter", "4", "--alignment", "naive"], ["--align_adapter", "leave it out"]),
         (["--align_adapter", "-1"], ["--align_adapter", "-1"]),
         (["--align_adapter", "some"], ["--align_adapter", "some"]),
         (["--align_blocks", "-1"], ["--align_blocks", "-1"]),

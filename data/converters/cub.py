@@ -46,9 +46,7 @@ def convert_cub(source: Path, crop_bbox: bool) -> Conversion:
                 read = partial(tree.read, path)
                 yield ImageItem(split_of_class[class_name], class_name, file_name, read, box)
 
-    counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
-    for name, split in split_of_class.items():
-        counts[split][name] = n_images[name]
+    counts = {part: {name: n_images[name] for name, its in split_of_class.items() if its == part} for part in SPLITS}
     settings: dict[str, object] = {"crop_bbox": crop_bbox}
     return Conversion(items(), len(image_of_path), N_CLASSES, class_counts=counts, total=N_IMAGES, settings=settings)
 

@@ -8,6 +8,7 @@ import torch
 
 from data.converters.converter import SOURCE, SPLIT_FILE, SPLITS, Conversion, Converter, ImageItem
 from data.image_cache import IMAGE_SUFFIXES
+from data.listing import list_folder
 from engine.errors import UserError
 
 
@@ -21,19 +22,15 @@ def convert_folder(
     """
     if not source.is_dir():
         raise UserError(f"--source '{source}' is not a folder: expected a folder of class/image")
-    images: dict[str, list[Path]] = {}
-    others: Counter[str] = Counter()
-    for folder in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        images[folder.name] = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-        others.update(file.suffix or file.name for file in files if file.suffix.lower() not in IMAGE_SUFFIXES)
-        if not images[folder.name]:
-            raise UserError(f"'{folder}' holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): fill or remove it")
-    if not images:
-        raise UserError(f"--source '{source}' holds no class folders: expected a folder of class/image")
+    class_names, paths, labels = list_folder(source)
+    images: dict[str, list[Path]] = {name: [] for name in class_names}
+    for path, label in zip(paths, labels, strict=True):
+        images[class_names[label]].append(path)
+    files = [file for name in class_names for file in (source / name).iterdir() if not file.name.startswith(".")]
+    others = Counter(file.suffix or file.name for file in files if file.suffix.lower() not in IMAGE_SUFFIXES)
     if others:
         print("left out, not images: " + ", ".join(f"{n} {suffix}" for suffix, n in sorted(others.items())))
-    class_lists = split_file or split_at_random(list(images), split, seed)
+    class_lists = split_file or split_at_random(class_names, split, seed)
     classes = [(part, class_name) for part in SPLITS for class_name in class_lists[part]]
     absent = [class_name for _, class_name in classes if class_name not in images]
     if absent:

@@ -10,15 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data import benchmarks
 from data.benchmarks import DataOptions, load_split
 from data.listing import list_folder, list_json
 from engine.errors import UserError
 from tests.helpers import make_benchmark, make_split
 
 
-def load(root: Path, split="base", dataset="toy"):
-    return load_split(DataOptions(root, 16, root / ".cache"), dataset, split)
+def load(root: Path, split="base", dataset="toy", crop_scale=(0.08, 1.0)):
+    return load_split(DataOptions(root, 16, root / ".cache", crop_scale=crop_scale), dataset, split)
 
 
 def touch(*paths: Path):
@@ -62,6 +61,7 @@ def test_folders_become_three_splits(tmp_path):
     assert base.image_names[4:6] == ["class01/000.png", "class01/001.png"]
     assert base.images.shape == (12, 3, 16, 16) and base.train_images.shape == (12, 3, 20, 20)
     assert val.train_images is None and len(val.images) == 8
+    assert load(tmp_path, crop_scale=None).train_images is None
     assert base.train_sizes.tolist() == [[20, 20]] * 12
     assert len({base.fingerprint, val.fingerprint, novel.fingerprint}) == 3
     first = np.array(Image.open(tmp_path / "toy" / "base" / "class01" / "000.png"))
@@ -114,7 +114,7 @@ def test_a_missing_split_is_named(tmp_path):
 
 
 def test_the_built_in_benchmark_is_rendered_when_it_is_missing_and_only_then(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarks, "render_glyphs", lambda root, quiet: make_benchmark(root, (2, 1, 1), 2))
+    monkeypatch.setattr("data.glyphs.render_glyphs", lambda root, seed, quiet: make_benchmark(root, (2, 1, 1), 2))
     assert len(load(tmp_path, dataset="glyphs").class_names) == 2
     assert len(load(tmp_path, "novel", dataset="glyphs").class_names) == 1
     with pytest.raises(UserError, match="no base split"):

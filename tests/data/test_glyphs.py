@@ -1,5 +1,7 @@
 """The built-in benchmark: what is rendered, that it is what it says, and that a killed render leaves nothing."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data import glyphs
-from data.glyphs import CHARACTERS, character_tiles, render_glyphs
+from data.glyphs import CHARACTERS, VERSION, character_tiles, class_name, provide_glyphs, render_glyphs
 from engine.errors import UserError
 
 
@@ -28,13 +30,52 @@ def tiles() -> dict[str, list[Image.Image]]:
 
 
 def test_folders_and_images(small):
-    assert {path.name for path in small.iterdir()} == {"base", "val", "novel"}
+    assert {path.name for path in small.iterdir()} == {"base", "val", "novel", "prepared.json"}
+    assert json.loads((small / "prepared.json").read_text()) == {"benchmark": "glyphs", "seed": 3, "version": VERSION}
     assert [len(list((small / split).iterdir())) for split in ("base", "val", "novel")] == [3, 2, 2]
-    assert (small / "base" / f"u{ord(CHARACTERS[0]):04x}").is_dir()
+    assert (small / "base" / class_name(CHARACTERS[0])).is_dir()
     assert len(files_of(small)) == 7 * 4
     for path in small.rglob("*.jpg"):
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (84, 84))
+
+
+def test_class_names_can_be_read_and_are_folders_anywhere():
+    names = [class_name(character) for character in CHARACTERS]
+    assert [class_name(c) for c in "@aβΣЖ7"] == [
+        "at-sign", "latin-small-a", "greek-beta", "greek-capital-sigma", "cyrillic-capital-zhe", "digit-seven"
+    ]  # fmt: skip
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch("[a-z]+(-[a-z]+)*", name) for name in names), names
+
+
+@pytest.mark.parametrize("version", [1, VERSION, VERSION + 1])
+def test_a_rendering_of_another_version_is_replaced_and_no_other_folder(tmp_path, monkeypatch, capsys, version):
+    monkeypatch.setattr(glyphs, "render_image", lambda *_: Image.new("RGB", (2, 2)))
+    out = tmp_path / "glyphs"
+    assert provide_glyphs(out, seed=5) and capsys.readouterr().out == ""
+    mark = out / "novel" / "of the old one"
+    mark.mkdir()
+    if version == 1:  # wrote no file, and called its classes by their codes
+        (out / "prepared.json").unlink()
+        (out / "base" / class_name(CHARACTERS[0])).rename(out / "base" / "u03a3")
+    else:
+        (out / "prepared.json").write_text(json.dumps({"benchmark": "glyphs", "seed": 5, "version": version}))
+    assert provide_glyphs(out, seed=6) == (version != VERSION) == ("older rendering" in capsys.readouterr().out)
+    assert mark.exists() == (version == VERSION)
+    seed = json.loads((out / "prepared.json").read_text())["seed"]
+    assert seed == (0 if version == 1 else 5)  # an older rendering keeps its seed
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_of_the_user_called_glyphs_is_left_alone(tmp_path):
+    mine = tmp_path / "glyphs" / "base" / "mine" / "a.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert not provide_glyphs(tmp_path / "glyphs")
+    (tmp_path / "glyphs" / "prepared.json").write_text('{"benchmark": "folder", "img_size": null}')
+    assert not provide_glyphs(tmp_path / "glyphs")
+    assert mine.read_text() == "mine"
 
 
 def test_quiet_shows_no_bar(tmp_path, capfd):

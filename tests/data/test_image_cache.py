@@ -36,7 +36,7 @@ def write_images(folder, sizes, suffix="png"):
 
 def load(paths, cache_dir, img_size=16, with_train=True, num_workers=2):
     names = [f"{path.parent.name}/{path.name}" for path in paths]
-    files = ImageFiles("toy_base", paths, names, with_train)
+    files = ImageFiles("toy_base", paths, names, 0.08 if with_train else None)
     return load_images(files, img_size, cache_dir, num_workers, quiet=True)
 
 
@@ -44,8 +44,12 @@ def chw(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def pixels(arrays):
+    return arrays.train if isinstance(arrays.train, torch.Tensor) else arrays.train.pixels
+
+
 def assert_same(a, b):
-    assert torch.equal(a.eval, b.eval) and torch.equal(a.train, b.train) and torch.equal(a.sizes, b.sizes)
+    assert torch.equal(a.eval, b.eval) and torch.equal(pixels(a), pixels(b)) and torch.equal(a.sizes, b.sizes)
     assert a.fingerprint == b.fingerprint
 
 
@@ -86,13 +90,28 @@ def test_images_of_one_small_size_are_kept_as_they_are(tmp_path):
         assert torch.equal(kept, chw(Image.open(path)))
 
 
-@pytest.mark.parametrize("sizes", [[(24, 18), (24, 18), (18, 24)], [(300, 290)] * 2], ids=["unequal", "large"])
-def test_other_images_are_stretched_and_their_sizes_kept(tmp_path, sizes):
+@pytest.mark.parametrize(
+    "sizes, stored",
+    [
+        ([(24, 18), (24, 18), (18, 24), (100, 200)], [(24, 18), (24, 18), (18, 24), (50, 100)]),
+        ([(300, 290)] * 2, [(72, 70)] * 2),
+        ([(9000, 2), (3, 4)], [(4743, 1), (3, 4)]),
+    ],
+    ids=["unequal", "large", "long"],
+)
+def test_other_images_are_reduced_to_what_the_smallest_crop_needs_and_never_enlarged(tmp_path, sizes, stored):
     paths = write_images(tmp_path, sizes)
-    arrays = load(paths, tmp_path / "cache", img_size=20)
+    arrays = load(paths, tmp_path / "cache", img_size=20)  # 20 x 20 pixels of 0.08 of an image: 5000 in all
     assert arrays.sizes.tolist() == [[height, width] for width, height in sizes]
-    for path, kept in zip(paths, arrays.train, strict=True):
-        assert torch.equal(kept, chw(Image.open(path).resize((23, 23), Image.Resampling.BILINEAR)))
+    for path, size, kept in zip(paths, stored, arrays.train, strict=True):
+        assert torch.equal(kept, chw(Image.open(path).resize(size, Image.Resampling.LANCZOS)))
+
+
+def test_no_crop_scale_keeps_more_than_the_limit_of_an_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_cache, "MAX_TRAIN_PIXELS", 30 * 30)
+    monkeypatch.setattr(image_cache, "MAX_NATIVE_PIXELS", 0)
+    (kept,) = load(write_images(tmp_path, [(60, 60)]), tmp_path / "cache").train
+    assert kept.shape == (3, 30, 30)
 
 
 def test_a_second_run_decodes_nothing(tmp_path, no_decoding):
@@ -102,14 +121,27 @@ def test_a_second_run_decodes_nothing(tmp_path, no_decoding):
     assert_same(first, load(paths, tmp_path / "cache"))
 
 
-def test_image_sizes_and_uses_have_caches_of_their_own(tmp_path):
-    paths = write_images(tmp_path, [(20, 20), (30, 20)])
-    settings = [(16, True), (24, True), (16, False)]
+def test_image_sizes_and_smallest_crops_have_caches_of_their_own(tmp_path, no_decoding):
+    paths = write_images(tmp_path, [(120, 120), (90, 120)])
+    names = [path.name for path in paths]
+    stored = {(16, None): None, (16, 0.08): 57, (24, 0.08): 85, (16, 0.5): 41}
     for _ in range(2):
-        for img_size, with_train in settings:
-            arrays = load(paths, tmp_path / "cache", img_size, with_train)
-            assert arrays.eval.shape == (2, 3, img_size, img_size) and (arrays.train is not None) == with_train
-    assert len(list((tmp_path / "cache").iterdir())) == len(settings)
+        for (img_size, min_crop), side in stored.items():
+            files = ImageFiles("toy_base", paths, names, min_crop)
+            arrays = load_images(files, img_size, tmp_path / "cache", 1, quiet=True)
+            assert arrays.eval.shape == (2, 3, img_size, img_size)
+            assert side == (arrays.train and next(iter(arrays.train)).shape[1])
+        no_decoding()
+    assert len(list((tmp_path / "cache").iterdir())) == len(stored)
+
+
+def test_evaluation_takes_the_cache_of_a_training(tmp_path, no_decoding):
+    paths = write_images(tmp_path, [(20, 20), (30, 20)])
+    trained = load(paths, tmp_path / "cache")
+    no_decoding()
+    evaluated = load(paths, tmp_path / "cache", with_train=False)
+    assert torch.equal(evaluated.eval, trained.eval) and evaluated.train is None
+    assert evaluated.fingerprint == trained.fingerprint
 
 
 def test_a_changed_image_is_decoded_anew(tmp_path):
@@ -121,7 +153,7 @@ def test_a_changed_image_is_decoded_anew(tmp_path):
     os.utime(paths[1], ns=(saved_at + 1, saved_at + 1))
     after = load(paths, tmp_path / "cache")
     assert torch.equal(after.train[1], chw(Image.open(paths[1])))
-    assert torch.equal(after.train[[0, 2]], before.train[[0, 2]])
+    assert torch.equal(after.train[::2], before.train[::2])
     assert after.fingerprint != before.fingerprint
 
 
@@ -130,9 +162,9 @@ def test_the_fingerprint_tells_names_and_bytes_and_nothing_else(tmp_path):
     fingerprint = load(paths, tmp_path / "cache").fingerprint
     copies = [shutil.copy(path, tmp_path / path.name) for path in paths]
     names = [f"class/{path.name}" for path in paths]
-    same = ImageFiles("other", copies, names, with_train=False)
+    same = ImageFiles("other", copies, names, min_crop=None)
     assert load_images(same, 42, tmp_path / "other_cache", 1, quiet=True).fingerprint == fingerprint
-    renamed = ImageFiles("other", copies, ["class/x", *names[1:]], with_train=False)
+    renamed = ImageFiles("other", copies, ["class/x", *names[1:]], min_crop=None)
     assert load_images(renamed, 42, tmp_path / "other_cache", 1, quiet=True).fingerprint != fingerprint
 
 
@@ -141,14 +173,14 @@ def test_the_fingerprint_tells_names_and_bytes_and_nothing_else(tmp_path):
 def test_a_damaged_cache_is_decoded_anew(tmp_path, file, damage):
     paths = write_images(tmp_path, [(20, 20), (30, 20)])
     first = load(paths, tmp_path / "cache")
-    expected = [tensor.clone() for tensor in (first.eval, first.train, first.sizes)]
+    expected = [tensor.clone() for tensor in (first.eval, pixels(first), first.sizes)]
     (target,) = (tmp_path / "cache").glob(f"*/{file}")
     content = target.read_bytes()
     target.unlink()
     if damage != "missing":
         target.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
     again = load(paths, tmp_path / "cache")
-    for tensor, value in zip((again.eval, again.train, again.sizes), expected, strict=True):
+    for tensor, value in zip((again.eval, pixels(again), again.sizes), expected, strict=True):
         assert torch.equal(tensor, value)
     assert target.read_bytes() == content
 
@@ -174,7 +206,7 @@ def test_the_users_folder_is_left_as_it_is_and_may_be_read_only(tmp_path):
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
         arrays = load(paths, tmp_path / "cache")
-        arrays.train.zero_()
+        pixels(arrays).zero_()
         arrays.eval.zero_()
     finally:
         for path in [source, source / "class", *paths]:

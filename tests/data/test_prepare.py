@@ -774,7 +774,7 @@ def test_folder_refusals(prepare, tmp_path, capsys):
     line = prepare("folder", "--source", source / "class1" / "0.jpg", fails=True)
     assert "is not a folder" in line
     (source / "empty").mkdir()
-    assert "empty' holds no images" in prepare("folder", "--source", source, fails=True)
+    assert "empty holds no images" in prepare("folder", "--source", source, fails=True)
     write(tmp_path / "two/a/1.jpg", encoded())
     write(tmp_path / "two/b/1.jpg", encoded())
     assert "2 classes cannot be split" in prepare("folder", "--source", tmp_path / "two", fails=True)
@@ -853,7 +853,9 @@ def test_a_converter_is_one_entry_with_flags_of_its_own(prepare, tmp_path, monke
 
 
 def test_glyphs(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.prepare.render_glyphs", lambda out, seed: (out / f"base/u{seed:04x}").mkdir(parents=True))
+    monkeypatch.setattr(
+        "data.glyphs.render_glyphs", lambda out, seed, quiet: (out / f"base/{seed}").mkdir(parents=True)
+    )
     assert "base 1 classes, 0 images" in prepare("glyphs", "--seed", "7")
-    assert (tmp_path / "out/glyphs/base/u0007").is_dir()
+    assert (tmp_path / "out/glyphs/base/7").is_dir()
     assert "is there already" in prepare("glyphs")

@@ -11,6 +11,8 @@ from PIL import Image, ImageEnhance
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from data import transforms
+from data.benchmarks import DataOptions, load_split
+from data.image_cache import UnequalImages
 from data.transforms import Augmentation, augment, colour_jitter, draw_crops, resized_crop, training_images
 from tests.helpers import make_split
 
@@ -228,6 +230,67 @@ def test_a_crop_thinner_than_a_stored_pixel_still_has_the_pixels_it_lies_in(heig
     stored = torch.full((64, 3, 48, 48), 200, dtype=torch.uint8)
     out = augment(stored, torch.tensor([[height, width]] * 64), 24, Augmentation(jitter=0.0), generator())
     torch.testing.assert_close(out, transforms.normalise(stored[..., :24, :24]), rtol=0, atol=1e-3)
+
+
+def photograph(height, width, seed):
+    """Fine detail at all scales, as of a photograph: a spectrum of 1 / frequency, and a few sharp edges."""
+    rng = np.random.default_rng(seed)
+    fy, fx = np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]
+    spectrum = np.fft.fft2(rng.normal(size=(3, height, width))) / np.maximum(np.hypot(fy, fx), 1 / width)
+    image = np.fft.ifft2(spectrum).real
+    image = 128 + 45 * (image - image.mean()) / image.std()
+    for _ in range(6):
+        top, left = rng.integers(0, height - 30), rng.integers(0, width - 30)
+        image[:, top : top + rng.integers(10, 120), left : left + rng.integers(10, 120)] += rng.integers(-60, 60)
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def detail(image):
+    """The RMS of the Laplacian."""
+    inner = image[..., 1:-1, 1:-1]
+    around = image[..., :-2, 1:-1] + image[..., 2:, 1:-1] + image[..., 1:-1, :-2] + image[..., 1:-1, 2:]
+    return (around - 4 * inner).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("sizes", [[(500, 375), (375, 500), (400, 300)], [(500, 375)] * 3], ids=["unequal", "equal"])
+@pytest.mark.parametrize("crop_scale", [(0.08, 1.0), (0.3, 1.0)])
+def test_crops_of_stored_photographs_are_torchvisions_of_the_photographs(tmp_path, sizes, crop_scale):
+    folder = tmp_path / "photos" / "base" / "class"
+    folder.mkdir(parents=True)
+    photos = [photograph(height, width, seed) for seed, (height, width) in enumerate(sizes)]
+    for i, photo in enumerate(photos):
+        photo.save(folder / f"{i}.png")
+    split = load_split(DataOptions(tmp_path, 84, tmp_path / "cache", crop_scale=crop_scale), "photos", "base")
+    training = training_images(split, Augmentation(crop_scale, jitter=0.0, flip=False), torch.device("cpu"))
+    index = torch.arange(90) % 3
+    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_STD, IMAGENET_MEAN))
+    ours = 255 * (training.batch(index, generator()) * std + mean)
+    boxes = draw_crops(split.train_sizes[index], crop_scale, (3 / 4, 4 / 3), generator())
+    theirs = torch.stack([from_pil(pil_resized_crop(photos[i], box, 84)) for i, box in zip(index, boxes, strict=True)])
+    assert (ours - theirs).abs().mean() < 1
+    assert 0.95 < detail(ours) / detail(theirs) < 1.1
+
+
+@pytest.mark.parametrize("size", [16, 42])
+def test_unequal_images_are_augmented_as_each_alone(size):
+    shapes = [(30, 40), (200, 7), (1, 1), (64, 64), (3, 90)]
+    images = [noise(1, *shape, seed=i)[0] for i, shape in enumerate(shapes)]
+    sizes, ends = torch.tensor(shapes), torch.tensor([image.numel() for image in images]).cumsum(0)
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])
+    unequal = UnequalImages(torch.cat([i.flatten() for i in images]), sizes, starts, torch.device("cpu"))
+    for image, expected in zip(unequal[torch.tensor([4, 1])], (images[4], images[1]), strict=True):
+        assert torch.equal(image, expected)
+    ours = augment(unequal, 2 * sizes, size, Augmentation(), generator())
+    nothing = augment(
+        unequal[torch.tensor([], dtype=torch.long)], sizes, size, Augmentation(), generator(), slice(2, 2)
+    )
+    assert nothing.shape == (0, 3, size, size)
+    for i, image in enumerate(images):
+        part = slice(i, i + 1)
+        alone = augment(image[None], 2 * sizes, size, Augmentation(), generator(), part)
+        torch.testing.assert_close(ours[part], alone, rtol=0, atol=1e-3)
+        again = augment(unequal[torch.tensor([i])], 2 * sizes, size, Augmentation(), generator(), part)
+        torch.testing.assert_close(again, alone, rtol=0, atol=1e-3)
 
 
 def test_augmentation_depends_on_the_generator_alone():

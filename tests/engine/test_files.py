@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and read without running anything of them."""
 
+import os
 import pickle
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 from torch import nn
 
 from engine.errors import UserError
-from engine.files import atomic_file, load_tensors, save_atomically, weights_digest
+from engine.files import (
+    FLAGS,
+    atomic_file,
+    fits,
+    folder_name,
+    load_tensors,
+    read_json,
+    read_record,
+    save_atomically,
+    weights_digest,
+)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
@@ -47,6 +58,103 @@ def test_what_is_no_file_of_ours_is_not_unpickled(tmp_path, content):
     (tmp_path / "state.tar").write_bytes(content)
     with pytest.raises(ValueError, match="no file of torch.save"):
         load_tensors(tmp_path / "state.tar", "cpu")
+
+
+SCHEMA = {"epoch": int, "state": dict[str, torch.Tensor]}
+RECORD = {"format": "ours/1", "epoch": 3, "state": {"weight": torch.zeros(2)}}
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda record: [record], "it has no format 'ours/1'"),
+        (lambda record: {"epoch": 3}, "it has no format 'ours/1'"),
+        (lambda record: record | {"format": "other"}, "it has no format 'ours/1'"),
+        (lambda record: record | {"format": torch.zeros(2)}, "it has no format 'ours/1'"),
+        (lambda record: {"format": "ours/1", "epoch": 3}, "it lacks 'state'"),
+        (lambda record: record | {"epoch": "3"}, "its 'epoch' is of another type"),
+        (lambda record: record | {"epoch": True}, "its 'epoch' is of another type"),
+        (lambda record: record | {"state": {"weight": 1}}, "its 'state' is of another type"),
+        (lambda record: record | {"state": {1: torch.zeros(2)}}, "its 'state' is of another type"),
+    ],
+)
+def test_a_record_that_is_not_of_its_schema_is_one_line(tmp_path, change, reason):
+    path = tmp_path / "state.tar"
+    save_atomically(path, RECORD | {"more": None})
+    assert read_record(path, "ours/1", SCHEMA, "state", "start anew")["epoch"] == 3
+    torch.save(change(RECORD), path)
+    with pytest.raises(UserError) as error:
+        read_record(path, "ours/1", SCHEMA, "state", "start anew")
+    assert str(error.value) == f"{path} is not a state of this project, or is damaged ({reason}): start anew"
+
+
+def test_a_record_that_is_missing_or_no_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"no state .*state\.tar: start anew"):
+        read_record(tmp_path / "state.tar", "ours/1", SCHEMA, "state", "start anew")
+    os.mkfifo(tmp_path / "state.tar")
+    with pytest.raises(UserError, match="it is no regular file"):
+        read_record(tmp_path / "state.tar", "ours/1", SCHEMA, "state", "start anew")
+
+
+def test_what_asks_for_a_function_is_told_what_is_read(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'marker'}",))
+
+    torch.save({"format": "ours/1", "state": Hostile()}, tmp_path / "state.tar")
+    with pytest.raises(UserError) as error:
+        read_record(tmp_path / "state.tar", "ours/1", SCHEMA, "state", "start anew")
+    assert "it asks for posix.system; only tensors and plain values are read" in str(error.value)
+    assert "weights_only" not in str(error.value) and not (tmp_path / "marker").exists()
+
+
+def test_types_are_those_of_plain_values():
+    config = {"lr": 1e-3, "flip": True, "file": None, "crop": [0.1, 1], "name": "x"}
+    assert fits(config, FLAGS) and not fits(config | {"lr": torch.zeros(2)}, FLAGS)
+    assert not fits(config | {"crop": [[1]]}, FLAGS) and not fits(config | {1: 2}, FLAGS) and not fits([], FLAGS)
+    assert fits(3, float) and not fits(True, float) and not fits(3.0, int) and fits("x", str | None)
+    nested = {"a": {"b": list[int]}}
+    assert fits({"a": {"b": [1, 2]}}, nested) and not fits({"a": {"b": [1.5]}}, nested) and not fits({"a": []}, nested)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("{", "line 1"),
+        (b"\xff", "utf-8"),
+    ],
+    ids=["lists", "objects", "half", "no text"],
+)
+def test_json_that_is_none_is_a_line(tmp_path, content, reason):
+    path = tmp_path / "result.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for lines in (False, True):
+        with pytest.raises(ValueError, match=reason) as error:
+            read_json(path, lines)
+        assert "\n" not in str(error.value)
+
+
+def test_json_is_read_whole_by_lines_and_from_files_alone(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n[2]\n')
+    assert read_json(tmp_path / "rows.jsonl", lines=True) == [{"a": 1}, [2]]
+    (tmp_path / "one.json").write_text('{"a":\n1}')
+    assert read_json(tmp_path / "one.json") == {"a": 1}
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="no regular file"):
+        read_json(tmp_path / "pipe.json")
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/", "a\\b", "a\nb", "a\x00", "\udcff"])
+def test_a_name_that_is_not_one_folder_is_refused(name):
+    for good in ("miniImagenet", "FC100", "..x", ".hidden", "cät", "my photos"):
+        assert folder_name(good) == good
+    with pytest.raises(UserError, match="is not the name of one folder") as error:
+        folder_name(name)
+    assert "\n" not in str(error.value)
 
 
 def test_a_digest_follows_from_names_weights_statistics_and_facts():

@@ -64,11 +64,11 @@ def scalars(rows, step):
 def test_tensorboard_gets_the_numbers_of_the_metrics(aligned_copy, writers):
     stale = aligned_copy / "results" / "logs" / STAGE_3 / "events.out.tfevents.1.x"
     stale.write_text("of an earlier run")
-    align(aligned_copy, "--tensorboard")
+    align(aligned_copy, "--tensorboard", "--overwrite")
     (writer,) = writers
     assert writer.log_dir == str(stale.parent) and writer.purge_step == 0 and not stale.exists()
     assert writer.scalars == scalars(metrics(aligned_copy), "episode")
-    outcome = call("transferLearning", *TRAIN, *folders(aligned_copy), "--tensorboard")
+    outcome = call("transferLearning", *TRAIN, *folders(aligned_copy), "--tensorboard", "--overwrite")
     assert outcome.status == 0, outcome.err
     assert writers[1].scalars == scalars(metrics(aligned_copy, f"{RUN}_bestModel"), "epoch")
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from engine import precision
 from engine.errors import UserError
-from engine.precision import Precision, check_finite
+from engine.precision import Precision, check_finite, choose_precision
 
 
 @pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -47,3 +48,30 @@ def test_a_loss_that_is_not_finite_says_where_and_what_to_do(value):
     with pytest.raises(UserError, match=rf"the loss became {value} at epoch 3, batch 8: lower --lr"):
         check_finite(torch.tensor(value), "epoch 3, batch 8")
     check_finite(torch.tensor(1e30), "epoch 3, batch 8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu avx512f avx512_bf16", "bf16"),
+        ("fpu amx_bf16 amx_tile", "bf16"),
+        ("asimd sve bf16", "bf16"),
+        ("fpu avx512f avx512_vnni", "fp32"),
+        (None, "fp32"),
+    ],
+)
+def test_auto_is_bf16_where_the_processor_has_units_for_it(monkeypatch, tmp_path, flags, expected):
+    if flags:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
+    monkeypatch.setattr(precision, "CPUINFO", tmp_path / "cpuinfo")
+    assert choose_precision("auto", "cpu") == expected
+    assert [choose_precision(name, "cpu") for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+    assert choose_precision("auto", "mps") == "fp32"
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_where_the_gpu_supports_it(monkeypatch, supported, expected):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: supported and not including_emulation
+    )
+    assert choose_precision("auto", "cuda") == expected

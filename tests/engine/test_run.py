@@ -1,14 +1,16 @@
 """The device and the memory that a run has."""
 
 import platform
+import sys
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from engine import run
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
-from engine.run import device_of_rank, on_device, select_device, start_run
+from engine.run import Run, device_of_rank, on_device, select_device, start_run
 
 
 def with_accelerators(monkeypatch, cuda, mps):
@@ -70,3 +72,38 @@ def test_ranks_have_a_gpu_each_or_share_the_cpu(monkeypatch):
     assert device_of_rank(torch.device("cuda"), Ranks(5, 8, 1)) == torch.device("cuda", 1) and chosen == [1]
     with pytest.raises(UserError, match="2 CUDA GPUs here: give a smaller --nproc_per_node"):
         device_of_rank(torch.device("cuda"), Ranks(2, 4, 2))
+
+
+def test_auto_precision_becomes_that_of_the_device(monkeypatch):
+    for supported, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("engine.precision.has_bf16", lambda device_type, supported=supported: supported)
+        assert start_run(ALONE, "cpu", "auto", 0, True, True).precision.name == name
+
+
+def log_of(monkeypatch, capsys, seconds, **options):
+    """What a loop of 10 items writes into a log, when each takes so many seconds."""
+    now = [0.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)
+    bar = Run(quiet=False).bar(range(10), "novel episodes", "episode", **options)
+    bar._time = lambda: now[0]
+    bar.start_t = bar.last_print_t = 0.0
+    for _ in bar:
+        now[0] += seconds
+        bar.set_postfix_str("accuracy 50", refresh=False)
+    return capsys.readouterr().err
+
+
+def test_a_log_has_a_line_every_30_seconds_of_a_long_loop(monkeypatch, capsys):
+    lines = log_of(monkeypatch, capsys, seconds=10).splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"novel episodes: {n} of 10 (episode)" for n in (3, 6, 9, 10)]
+    assert lines[0].endswith("accuracy 50") and "\r" not in "".join(lines)
+    assert log_of(monkeypatch, capsys, seconds=1) == ""
+    assert log_of(monkeypatch, capsys, seconds=10, leave=False) == ""  # such as that of an epoch, which has its line
+
+
+def test_bars_are_for_terminals_and_not_for_quiet_runs(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for quiet, name, seen in ((False, "epoch 1", True), (True, "epoch 1", False), (False, "", False)):
+        assert list(Run(quiet=quiet).bar(range(3), name, "batch")) == [0, 1, 2]
+        assert ("100%" in capsys.readouterr().err) == seen

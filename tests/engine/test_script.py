@@ -32,6 +32,31 @@ def test_ctrl_c_is_one_line_and_status_130(capsys):
     assert status_of(main, capsys) == (130, "interrupted\n")
 
 
+def test_sigterm_does_what_ctrl_c_does_and_a_second_signal_does_not_disturb_what_saves(capsys):
+    saved = []
+
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.wait(5)
+        except KeyboardInterrupt:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            saved.append(1)
+            raise KeyboardInterrupt("interrupted: saved") from None
+
+    ended, before = threading.Event(), signal.getsignal(signal.SIGTERM)
+    assert status_of(main, capsys) == (130, "interrupted: saved\n")
+    assert saved == [1] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_control_characters_of_a_path_or_name_are_shown_as_escapes(capsys):
+    def main():
+        raise UserError("no file a\nb\x1b[31m\udcffé")
+
+    assert status_of(main, capsys) == (2, "error: no file a\\nb\\x1b[31m\\udcffé\n")
+
+
 def test_success_exits_normally_and_a_bug_keeps_its_traceback():
     ran = []
     run_script(lambda: ran.append(1))

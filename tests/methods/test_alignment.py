@@ -40,6 +40,8 @@ def scores_of(net: nn.Module, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return head(updated_features(UpdatedBlocks(None, net, {}), source, torch.arange(len(x)), Precision()))
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 def test_two_iterations_of_algorithm_1_follow_the_published_trace():
     g = golden("alignment_trace")
     net = Conv4(img_size=32, width=8)

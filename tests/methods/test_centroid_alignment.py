@@ -8,6 +8,8 @@ from methods.centroid_alignment import centroid_alignment_loss
 from tests.helpers import golden
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 @pytest.mark.parametrize("shot", [1, 5])
 def test_centroid_loss_and_gradients_are_the_published_ones(shot):
     g = golden("centroid_alignment")

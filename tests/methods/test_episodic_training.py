@@ -6,13 +6,14 @@ import torch.nn.functional as F
 
 from data.episodes import Episodes
 from data.transforms import Augmentation, TrainingImages, normalise
+from engine.errors import UserError
 from engine.run import Run
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
 from methods.meta_learners import META_LEARNERS, build_meta_learner
 from models import Model, build_backbone
 
 
-def train_recording_inputs(epoch, n_episodes=3, augmentation=None, lr=0.0, method="ProtoNet"):
+def train_recording_inputs(epoch, n_episodes=3, augmentation=None, lr=0.0, method="ProtoNet", warm_up=False):
     """Train on random images; returns the mean loss and accuracy, and each batch that the backbone was given."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
@@ -25,12 +26,12 @@ def train_recording_inputs(epoch, n_episodes=3, augmentation=None, lr=0.0, metho
     backbone.register_forward_pre_hook(lambda module, given: inputs.append((module.training, given[0].clone())))
     sizes, labels, cpu = torch.full((40, 2), 16), torch.zeros(40, dtype=torch.long), torch.device("cpu")
     training = TrainingImages(images, sizes, labels, 16, augmentation, cpu)
-    figures = train_one_epoch(Model(backbone, learner, lr), training, episodes, epoch, Run())
-    return *figures, inputs, (images, episodes, backbone)
+    figures = train_one_epoch(Model(backbone, learner, lr), training, episodes, epoch, Run(), warm_up)
+    return *figures, inputs, (images, episodes, backbone, learner)
 
 
 def test_an_episode_is_one_batch_in_train_mode_and_its_loss_that_of_the_queries():
-    loss, accuracy, inputs, (images, episodes, backbone) = train_recording_inputs(epoch=0)
+    loss, accuracy, inputs, (images, episodes, backbone, _) = train_recording_inputs(epoch=0)
     assert [training for training, _ in inputs] == [True] * 3
     losses, right = [], []
     for index, (_, x) in zip(episodes.index, list(inputs), strict=True):
@@ -53,6 +54,26 @@ def test_the_augmentation_of_an_episode_depends_on_its_epoch_and_number_alone():
         assert torch.equal(x, same)
     for x, other in zip(first, batches(epoch=2), strict=True):
         assert not torch.equal(x, other)
+
+
+@pytest.mark.parametrize("method", ["MatchingNet", "RelationNet"])
+def test_in_a_warm_up_the_backbone_stands_still_and_the_module_learns(method):
+    def trained(**run):
+        *_, (_, _, backbone, learner) = train_recording_inputs(0, method=method, **run)
+        return backbone.state_dict(), dict(learner.named_parameters())
+
+    backbone, learner = trained(lr=0.1, warm_up=True)
+    still, untrained = trained(lr=0.0, warm_up=True)
+    assert all(torch.equal(backbone[name], still[name]) for name in still)
+    assert still["layers.0.bn.running_mean"].abs().sum() == 0
+    assert not any(torch.equal(learner[name], untrained[name]) for name in untrained if "weight" in name)
+    moved, _ = trained(lr=0.1)
+    assert not torch.equal(moved["layers.0.conv.weight"], still["layers.0.conv.weight"])
+
+
+def test_a_learner_without_a_module_cannot_warm_up():
+    with pytest.raises(UserError, match="ProtoNet has no module of its own to warm up: give --warm_up_epochs 0"):
+        train_recording_inputs(0, warm_up=True)
 
 
 @pytest.mark.parametrize("method", META_LEARNERS)

@@ -19,6 +19,7 @@ from methods.evaluation import (
     count_predictions,
     evaluate_heads,
     mean_and_ci95,
+    nearest_mean,
     share_right,
 )
 from methods.novel_finetune import HeadFit, fit_heads
@@ -77,6 +78,20 @@ def test_scores_are_those_of_a_plain_loop_over_episodes(toy, method):
         for way in range(5):
             predicted = head(features[episodes.query[i, way]]).argmax(1)
             assert scores.correct[i, way].item() == pytest.approx((predicted == way).float().mean().item())
+
+
+def test_the_nearest_means_are_those_of_a_plain_loop_over_queries(toy, monkeypatch):
+    monkeypatch.setattr(evaluation, "HEAD_CHUNK", 4)
+    features, episodes = toy
+    found = nearest_mean(features, episodes)
+    for i in range(0, len(episodes), 5):
+        means = features[episodes.support[i]].mean(1)
+        for way in range(5):
+            z = features[episodes.query[i, way]]
+            euclidean = torch.stack([(means - x).norm(dim=1).argmin() for x in z])
+            cosine = torch.stack([torch.cosine_similarity(means, x[None]).argmax() for x in z])
+            assert torch.equal(found["Euclidean"].counts[i, way], torch.bincount(euclidean, minlength=5))
+            assert torch.equal(found["cosine"].counts[i, way], torch.bincount(cosine, minlength=5))
 
 
 def test_a_querys_score_does_not_depend_on_the_other_queries(toy):

@@ -60,6 +60,8 @@ def published_learner(method, g):
     return learner, g["z_support"], g["z_query"].flatten(0, 1)
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 @ALL
 def test_scores_and_loss_are_the_published_ones(method):
     g = golden("meta_learners")
@@ -190,6 +192,28 @@ def test_relationnet_remembers_the_last_training_episode_alone():
     fresh, _, _ = learner_and_episodes("RelationNet")
     fresh(support, query)
     torch.testing.assert_close(learner.eval()(support, query), fresh.eval()(support, query))
+
+
+@pytest.mark.parametrize("method", ["ProtoNet", "RelationNet_softmax"])
+def test_the_temperature_divides_the_logits(method):
+    learner, support, query = learner_and_episodes(method)
+    scores = learner.eval()(support, query)
+    learner.temperature = 4.0
+    torch.testing.assert_close(learner(support, query), scores / 4)
+
+
+def test_a_temperature_makes_the_probabilities_of_matchingnet_more_even():
+    learner, support, query = learner_and_episodes("MatchingNet")
+    learner.temperature = 1e6
+    torch.testing.assert_close(
+        learner(support, query).exp(), torch.full((N_QUERY, N_WAY), 1 / N_WAY), rtol=0, atol=1e-3
+    )
+
+
+def test_the_temperature_is_that_asked_for():
+    assert build_meta_learner("ProtoNet", Shapes()).temperature == 1.0
+    assert build_meta_learner("ProtoNet", Shapes(), 64.0).temperature == 64.0
+    assert MetaLearner.temperature == 1.0
 
 
 def test_unknown_names_are_refused():

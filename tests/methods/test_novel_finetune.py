@@ -24,6 +24,8 @@ def golden_head(g, case):
     return head
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 @pytest.mark.parametrize("case", CASES)
 def test_a_fitted_head_is_the_published_one(case):
     g = golden("novel_finetune")
@@ -33,6 +35,8 @@ def test_a_fitted_head_is_the_published_one(case):
     torch.testing.assert_close(head(g["z_query"]).detach(), g[f"{case}.query_scores"], **MANY_STEPS)
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 @pytest.mark.parametrize("n_steps", [0, 1, 50, 199])
 @pytest.mark.parametrize("case", CASES)
 def test_the_loss_along_the_fit_is_the_published_one(case, n_steps):
@@ -43,6 +47,8 @@ def test_the_loss_along_the_fit_is_the_published_one(case, n_steps):
     torch.testing.assert_close(loss, g[f"{case}.losses"][n_steps], **MANY_STEPS)
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 def test_the_optimiser_that_fitted_a_head_keeps_its_moments():
     g = golden("novel_finetune")
     head = golden_head(g, "arcMax_s5_m0.01")
@@ -51,6 +57,8 @@ def test_the_optimiser_that_fitted_a_head_keeps_its_moments():
     assert state["step"] == 3 and state["exp_avg"].shape == head.weight.shape and state["exp_avg"].abs().sum() > 0
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 def test_fitting_a_head_sends_no_gradient_into_the_features():
     g = golden("novel_finetune")
     z = g["z_support"].requires_grad_()

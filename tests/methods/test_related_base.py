@@ -1,11 +1,18 @@
 """Detection of the related base against the published numbers, and the draws from it."""
 
+import pytest
 import torch
 
-from data.episodes import class_major_labels
-from methods.related_base import choose_related_base, draw_related, drawn_per_class, find_related_base
+from methods.features import Source
+from methods.related_base import (
+    RelatedSetting,
+    choose_related_base,
+    draw_related,
+    drawn_per_class,
+    related_base_of_head,
+)
 from models import build_head
-from tests.helpers import golden
+from tests.helpers import golden, make_split, related_by_logits
 
 
 def related_base_of_golden(n_B: int):
@@ -13,12 +20,12 @@ def related_base_of_golden(n_B: int):
     n_class, per_class, _ = g["z_base"].shape
     head = build_head("arcMax", 64, 5, 5.0, 0.001)
     head.weight.data = g["weight"]
-    y_base = class_major_labels(n_class, per_class)
-    members = list(torch.arange(n_class * per_class).view(n_class, per_class))
-    with torch.no_grad():
-        return g, find_related_base(head.logits(head(g["z_base"].flatten(0, 1))), y_base, members, n_B)
+    base = Source(g["z_base"].flatten(0, 1), None, make_split((per_class,) * n_class, side=1))
+    return g, related_base_of_head(head, base, RelatedSetting(n_B))
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 def test_related_base_is_the_published_one():
     g, related = related_base_of_golden(int(golden("related_base")["n_B"]))
     torch.testing.assert_close(related.score, g["score"].float())
@@ -27,6 +34,8 @@ def test_related_base_is_the_published_one():
         assert torch.equal(ours, g[f"related_{w}"])
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("default_device")
 def test_related_base_classes_are_disjoint_and_shared_out_evenly_when_short():
     _, related = related_base_of_golden(n_B=10)
     chosen = [b for classes in related.classes for b in classes]
@@ -40,8 +49,7 @@ def test_ties_keep_the_lower_base_class():
 
 def test_soft_scores_are_mean_probabilities():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
-    members = [torch.tensor([0, 1]), torch.tensor([2])]
-    related = find_related_base(logits, torch.tensor([0, 0, 1]), members, 1, "soft")
+    related = related_by_logits(logits, torch.tensor([0, 0, 1]), 2, RelatedSetting(1, related_score="soft"))
     torch.testing.assert_close(related.score[0], logits[:2].softmax(1).mean(0))
     assert related.classes == [[1], [0]]
 

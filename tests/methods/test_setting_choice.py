@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 
 from data.episodes import EpisodeShape, sample_episodes
+from engine.errors import UserError
 from engine.run import Run
 from methods import setting_choice
 from methods.alignment import AlignmentSetting
@@ -94,7 +96,8 @@ def test_the_candidates_are_what_their_flags_say_and_fine_tuning_is_first():
     assert tight.fit == SETTING.fit and tight.related.aug_size == 10
     adapter = next(each for each in named.values() if each.align_adapter)
     assert (adapter.align_adapter, adapter.alignment, adapter.align_lr) == (16, "centroid", 1e-4)
-    assert [each.support_lr for each in named.values()].count(0.0) == 1
+    for rate in ("support_lr", "related_lr"):
+        assert [getattr(each, rate) for each in named.values()].count(0.0) == 1
 
 
 @pytest.fixture
@@ -108,9 +111,37 @@ def kept_choice(tmp_path, small_choice):
 
     def choose(shape=ONE_SHOT, val=val, **changes):
         setting = dataclasses.replace(SETTING, **changes)
-        return kept.choose_and_keep(tmp_path / "best.tar", backbone, val, z_base, cache, shape, setting)
+        setting, record, lines = kept.choose_and_keep(
+            tmp_path / "best.tar", backbone, val, z_base, cache, shape, setting
+        )
+        print("\n".join(lines))
+        return setting, record
 
     return choose
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_for_images_of_no_benchmark_the_episodes_are_like_their_support(tmp_path, small_choice, monkeypatch, missing):
+    def load_val():
+        if missing:
+            raise UserError("no val split")
+        return make_split((20,) * 6, split="val", seed=1)
+
+    base, backbone = make_split((20,) * 6, split="base", seed=2), build_backbone("Conv4", 16).eval()
+    cache, shapes = FeatureCache(tmp_path / "cache", Run()), []
+    original = kept.sample_episodes
+    monkeypatch.setattr(kept, "N_QUERY", 5)
+    monkeypatch.setattr(kept, "sample_episodes", lambda val, *rest: shapes.append(rest[0]) or original(val, *rest))
+    z_base = feature_source(cache.features(backbone, base), base)
+    choice = kept.choose_for_support(load_val, backbone, z_base, cache, [1, 4, 4, 2], SETTING)
+    assert shapes == ([] if missing else [EpisodeShape(4, 3, 5)])
+    assert len(list((tmp_path / "cache").glob("predict_auto_*.json"))) == 1 - missing
+    if missing:
+        assert choice.setting.alignment == "none" and choice.record["table"] is None
+        assert choice.lines == ["note: --align_preset auto cannot choose on val, so it is fine-tuning: no val split"]
+    else:
+        assert choice.lines[-2].startswith("chosen: --align_blocks 0 --aug_size 10 ")  # no command to name
+        assert choice.setting in candidates(SETTING).values()
 
 
 def test_a_second_run_reads_the_table_and_a_damaged_one_is_made_anew(kept_choice, tmp_path, monkeypatch):
@@ -169,10 +200,33 @@ def test_the_script_chooses_names_it_in_the_result_and_its_command_gives_the_sam
     again = call("associative_alignment", *auto, "--overwrite")
     assert again.status == 0 and line in again.out.replace(" --overwrite", "")
     words = line.removeprefix("chosen: python associative_alignment.py ").split()
+    assert words.count("--aug_size") == 1
     by_flags = call("associative_alignment", *words, "--results_dir", workspace / "by_flags")
     assert by_flags.status == 0, by_flags.err
     (other,) = (workspace / "by_flags" / "tables").glob("*.json")
     assert json.loads(other.read_text())["accuracy_per_episode"] == record["accuracy_per_episode"]
+
+
+@pytest.mark.parametrize("n_shot", [2, 8])
+def test_predict_chooses_on_the_val_classes_of_its_base_set_if_they_are_enough(workspace, monkeypatch, n_shot):
+    monkeypatch.setattr(kept, "N_EPISODES", 20)
+    monkeypatch.setattr(kept, "N_QUERY", 2)
+    tiny, support = workspace / "benchmarks" / "tiny", workspace / "support"
+    for folder in sorted((tiny / "novel").iterdir())[:3]:
+        (support / folder.name).mkdir(parents=True)
+        for image in sorted(folder.iterdir())[:n_shot]:
+            shutil.copy(image, support / folder.name)
+    flags = ["--support", support, "--query", tiny / "novel", "--base", tiny, "--ft_n_epoch", 20, "--quiet"]
+    flags += ["--checkpoint", workspace / "results" / "models" / f"{RUN}_bestModel.tar", "--out", workspace / "out"]
+    flags += ["--cache_dir", workspace / "cache", "--align_preset", "auto"]
+    outcome = call("predict", *flags)
+    assert outcome.status == 0, outcome.err
+    tables = list((workspace / "cache").glob("predict_auto_*.json"))
+    if n_shot == 2:
+        chosen = json.loads(tables[0].read_text())["chosen"]
+        assert f"note: chosen: python predict.py --support {support}" in outcome.out and chosen in outcome.out
+    else:  # 8 of the 8 images of a val class leave none to ask for
+        assert not tables and "auto cannot choose on val, so it is fine-tuning" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -181,7 +235,7 @@ def test_the_script_chooses_names_it_in_the_result_and_its_command_gives_the_sam
         ("associative_alignment", ["--align_blocks", 1, "--n_B", 3], "auto chooses --align_blocks, --n_B itself"),
         ("associative_alignment", ["--alignment", "centroid"], "auto chooses --alignment itself"),
         ("associative_alignment", ["--test_split", "val"], "give novel"),
-        ("predict", ["--support", "s", "--query", "q"], "give paper or tuned"),
+        ("predict", ["--support", "s", "--query", "q", "--checkpoint", "c"], "--base"),
     ],
 )
 def test_auto_beside_a_flag_that_it_chooses_is_one_line(script, flags, words):

@@ -12,6 +12,7 @@ from engine.distributed import Ranks
 from engine.errors import UserError
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting
+from methods.features import feature_source
 from methods.related_base import RelatedBase, RelatedSetting
 from persistence import aligned_episodes
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
@@ -20,7 +21,7 @@ from persistence.files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from tests.helpers import make_split
 
 NOVEL = make_split()
-SETTING = AlignmentSetting(related=RelatedSetting(aug_size=5), record_curve=2)
+SETTING = AlignmentSetting(related=RelatedSetting(aug_size=5), align_iters=4, record_curve=2)
 
 
 def start(root, n=3, resume=False, run=None):
@@ -98,7 +99,7 @@ def test_episodes_go_on_after_those_of_their_state(tmp_path):
 def test_a_state_that_lacks_a_column_is_refused(tmp_path):
     done = start(tmp_path)
     done.files.save_state(finetuned=torch.zeros(1, 2, 2), scaler={})
-    with pytest.raises(UserError, match="does not fit this run: start anew with --overwrite"):
+    with pytest.raises(UserError, match="it lacks .aligned.*: start anew with --overwrite"):
         start(tmp_path, resume=True)
 
 
@@ -125,11 +126,15 @@ def test_the_result_compares_alignment_with_fine_tuning(tmp_path, capsys):
     done = start(tmp_path)
     for i in range(3):
         done.add(i, an_episode(n_related=(0, 6)))
+    z = torch.eye(len(NOVEL.class_names))[NOVEL.labels]  # whose nearest means are right as well
     checkpoint = Checkpoint("transferLearning", "toy", "arcMax", "Conv4", 16, ["a"], {}, {}, 7, 50.0, {})
-    save_alignment_result(done, NOVEL, checkpoint, tmp_path / "best.tar")
+    save_alignment_result(done, feature_source(z, NOVEL), checkpoint, tmp_path / "best.tar")
     record = json.loads(done.files.table.read_text())
     assert (record["accuracy"], record["fine_tuning"]["accuracy"]) == (100, 50)
     assert record["difference"] == {"accuracy": 50, "ci95": 0}
+    for distance in ("Euclidean", "cosine"):
+        control = record["nearest_mean"][distance]
+        assert control["accuracy_per_episode"] == [100] * 3 and control["difference"] == {"accuracy": 0, "ci95": 0}
     assert [(row["iteration"], row["accuracy"], row["gain"]) for row in record["curve"]] == [
         (0, 50, 0),
         (2, 75, 25),

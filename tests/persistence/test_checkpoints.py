@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.glyphs import VERSION
 from engine.errors import UserError
 from engine.files import load_tensors
 from engine.run import Run
@@ -17,6 +18,7 @@ from persistence.checkpoints import (
     FORMAT,
     BackboneSpec,
     Checkpoint,
+    check_base_classes,
     create_backbone,
     initial_backbone,
     load_backbone,
@@ -237,7 +239,7 @@ def test_a_hostile_pickle_inside_a_file_of_torch_save_is_refused_and_not_execute
 def test_what_a_hostile_file_asks_for_is_named_without_advice_to_run_it(tmp_path, saved):
     path, marker = tmp_path / "model.tar", tmp_path / "marker"
     hostile_zip(path, saved[0], marker)
-    with pytest.raises(ValueError, match=r"it asks for '[\w.]+', and only tensors and plain values are read") as error:
+    with pytest.raises(ValueError, match=r"it asks for [\w.]+; only tensors and plain values are read") as error:
         load_tensors(path, "cpu")
     assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
 
@@ -358,3 +360,21 @@ def test_weights_that_do_not_fit_are_one_clear_line(saved, change):
 def test_an_image_too_small_for_the_backbone_is_a_user_error():
     with pytest.raises(UserError, match="at least 16 pixels, not 12"):
         create_backbone("Conv4", 12, 0)
+
+
+def test_a_checkpoint_of_another_rendering_of_glyphs_is_refused(tmp_path):
+    net, path, names = trained_backbone(), tmp_path / "model.tar", ["ant", "bee", "cät"]
+    save_checkpoint(path, a_checkpoint(net, dataset="glyphs", glyphs_version=VERSION))
+    check_base_classes(path, load_checkpoint(path), "glyphs", names)
+    content = load_tensors(path, "cpu")
+    del content["glyphs_version"]  # a file of the first rendering does not say
+    torch.save(content, path)
+    with pytest.raises(UserError, match=f"version 1 of the rendering of 'glyphs', now {VERSION}: .* train it anew"):
+        check_base_classes(path, load_checkpoint(path), "glyphs", names)
+
+
+def test_a_checkpoint_of_other_base_classes_is_refused(tmp_path):
+    checkpoint = a_checkpoint(trained_backbone())
+    check_base_classes(tmp_path, checkpoint, "toy", ["bee", "cät", "ant"])  # in any order
+    with pytest.raises(UserError, match="3 base classes of 'toy' that are not the 2 of 'other'"):
+        check_base_classes(tmp_path, checkpoint, "other", ["ant", "bee"])

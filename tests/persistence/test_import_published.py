@@ -328,7 +328,7 @@ def test_the_line_names_what_a_file_asks_for(tmp_path, base, new_format):
     ):
         path.write_bytes(saved(lambda content, thing=thing: content.update(epoch=thing), new_format))
         outcome = importing(path, tmp_path / "ours.tar", "--base", base)
-        assert outcome.status == 2 and f"asks for '{name}'" in outcome.err and outcome.err.count("\n") == 1
+        assert outcome.status == 2 and f"asks for {name};" in outcome.err and outcome.err.count("\n") == 1
     assert not marker.exists() and base.is_dir()
 
 
@@ -345,7 +345,7 @@ def test_the_stand_ins_are_for_published_files_alone(tmp_path, base):
     path = tmp_path / "published.tar"
     path.write_bytes(saved())
     assert importing(path, tmp_path / "ours.tar", "--base", base).status == 0
-    with pytest.raises(ValueError, match=r"asks for '\w+\.\w+'|asks for 'numpy"):
+    with pytest.raises(ValueError, match=r"asks for \w+\.\w+;|asks for numpy"):
         load_tensors(path, "cpu")
 
 

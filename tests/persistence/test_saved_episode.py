@@ -37,7 +37,7 @@ def test_a_saved_episode_holds_features_before_and_after_and_related_classes(ali
     for row in aligned["related_classes"]:
         assert row[0]["score"] >= row[1]["score"]
         assert all(
-            len(related["images"]) <= 2 and (related["score"] > 0) == (len(related["images"]) > 0) for related in row
+            len(related["images"]) <= 4 and (related["score"] > 0) == (len(related["images"]) > 0) for related in row
         )
 
 

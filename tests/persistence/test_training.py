@@ -18,7 +18,7 @@ from tests.helpers import make_split
 BASE, VAL = make_split(split="base"), make_split(split="val", seed=1)
 
 
-def a_training(root, resume=False, writes=True, run=None):
+def a_training(root, resume=False, writes=True, run=None, competes=False):
     """A training of files below `root`, of a model that has done one step; with `resume`, it goes on from its state."""
     folders = Folders(root / "models", root / "results", resume=resume)
     name = RunName(3, 2, "toy", "toy", "arcMax", "Conv4")
@@ -27,7 +27,7 @@ def a_training(root, resume=False, writes=True, run=None):
         files.find_state(TEST_FLAGS)
     backbone = build_backbone("Conv4", 16)
     model = Model(backbone, build_head("arcMax", backbone.feature_dim, 6, 20.0, 0.01), 0.1)
-    return Training(files, model, BASE, run or Run())
+    return Training(files, model, BASE, run or Run(), competes)
 
 
 def step(training):
@@ -42,11 +42,15 @@ def scores(n_right):
     return EpisodeScores(torch.tensor([[[n_right, 10 - n_right], [10 - n_right, n_right]]] * 2))
 
 
-def train(training, n_right):
+def never():
+    pytest.fail("there was nothing to validate")
+
+
+def train(training, n_right, validate=never):
     """Epochs with these validation results; the backbone's weights after each."""
     weights = []
     with training.begin(VAL, training.n_done + len(n_right)):
-        for epoch, n in zip(training.epochs(training.n_done + len(n_right)), n_right, strict=True):
+        for epoch, n in zip(training.epochs(training.n_done + len(n_right), validate), n_right, strict=True):
             step(training)
             weights.append(weights_of(training))
             training.end_epoch(epoch, 1.5 - epoch, 0.25, scores(n))
@@ -89,7 +93,7 @@ def test_a_training_goes_on_after_the_epochs_of_its_state(tmp_path):
     second = a_training(tmp_path, resume=True)
     assert not torch.equal(weights_of(second), weights_of(first))
     with second.begin(VAL, 4):
-        assert list(second.epochs(4)) == [2, 3] and second.best == pytest.approx(0.6)
+        assert list(second.epochs(4, never)) == [2, 3] and second.best == pytest.approx(0.6)
     assert torch.equal(weights_of(second), weights_of(first)) and len(rows(second)) == 2
     ours, theirs = (training.model.optimizer.state_dict()["state"] for training in (second, first))
     assert all(torch.equal(ours[i][k], theirs[i][k]) for i in theirs for k in theirs[i]) and len(theirs) > 8
@@ -118,7 +122,36 @@ def test_a_test_without_training_keeps_the_weights_and_files(tmp_path):
     test = a_training(tmp_path, writes=False)
     before = weights_of(test)
     with test.begin(VAL, 0):
-        assert not list(test.epochs(0))
+        assert not list(test.epochs(0, never))
     test.load_best()
     assert torch.equal(weights_of(test), before) and not torch.equal(before, weights_of(trained))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
+
+
+@pytest.mark.parametrize(("n_right", "best"), [([4, 5], -1), ([4, 6], 1)])
+def test_a_model_that_competes_is_replaced_by_a_better_one_alone(tmp_path, capsys, n_right, best):
+    training = a_training(tmp_path, competes=True)
+    initial = weights_of(training)
+    weights = train(training, n_right, lambda: scores(5))
+    assert load_checkpoint(training.files.best).epoch == best
+    training.load_best()
+    assert torch.equal(weights_of(training), [*weights, initial][best])
+    assert [(row["epoch"], row["loss"]) for row in rows(training)] == [(-1, None), (0, 1.5), (1, 0.5)]
+    assert rows(training)[0]["val_accuracy"] == pytest.approx(50) and rows(training)[0]["base_accuracy"] is None
+    assert capsys.readouterr().out.startswith("before training  val 50.00 ")
+
+
+def test_a_training_that_goes_on_keeps_what_it_began_with(tmp_path):
+    first = a_training(tmp_path, competes=True)
+    train(first, [4], lambda: scores(5))
+    with open(first.files.metrics.path, "a") as file:
+        file.write('{"epoch": 1}\n')  # of an epoch whose state was never written
+    second = a_training(tmp_path, resume=True, competes=True)
+    with second.begin(VAL, 2):
+        assert list(second.epochs(2, never)) == [1]
+    assert second.best == pytest.approx(0.5) and [row["epoch"] for row in rows(second)] == [-1, 0]
+
+
+def test_a_test_without_training_has_nothing_that_competes(tmp_path):
+    test = a_training(tmp_path, writes=False, competes=True)
+    assert not list(test.epochs(0, never)) and not list(tmp_path.iterdir())

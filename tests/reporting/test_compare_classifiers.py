@@ -8,7 +8,21 @@ import torch
 from reporting.compare_classifiers import nearest_mean
 from tests.helpers import CHECKPOINT, call
 
-SMALL = ["--dataset", "tiny", "--n_way", 3, "--n_query", 3, "--n_episodes", 4, "--n_calibrated", 2, "--n_val", 2]
+SMALL = [
+    "--dataset",
+    "tiny",
+    "--n_way",
+    3,
+    "--n_query",
+    3,
+    "--n_episodes",
+    4,
+    "--n_calibrated",
+    2,
+    "--n_val",
+    2,
+    "--quiet",
+]
 
 
 def compare(root, *flags):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reporting.episode_figures import pca, related_base_figure
+from reporting.episode_figures import KINDS, margins, pca, projection_figure, related_base_figure, seen_by_head
 
 
 def test_related_classes_without_images_and_novel_ones_without_related_classes_are_drawn():
@@ -12,7 +12,7 @@ def test_related_classes_without_images_and_novel_ones_without_related_classes_a
     record = {"class_names": ["a", "b"], "support_images": image, "related_classes": [[empty] * 12, []]}
     figure = related_base_figure(record)
     figure.canvas.draw()
-    assert "the first 10 of 12" in figure.axes[0].get_title()
+    assert "the first 10 of 12" in figure.get_suptitle()
     related_base_figure(record | {"related_classes": [[], []]}).canvas.draw()
 
 
@@ -42,3 +42,26 @@ def test_pca_of_few_dimensions_or_points_and_of_equal_points_is_finite(shape):
     for z in (torch.randn(shape), torch.ones(shape)):
         y, _ = pca(z)
         assert y.shape == (shape[0], 2) and torch.isfinite(y).all()
+
+
+def test_a_margin_is_the_own_logit_minus_the_best_other():
+    logits = torch.tensor([[3.0, 1.0, 2.5], [3.0, 1.0, 2.5], [1.0, 1.0, 0.0]])
+    assert margins(logits, torch.tensor([0, 1, 0])).tolist() == [0.5, -2.0, 0.0]
+
+
+def test_a_projection_draws_what_the_head_sees_and_the_margins_of_an_episode_that_has_logits():
+    z = torch.tensor([[3.0, 4.0], [0.0, 2.0], [6.0, 8.0], [1.0, 0.0]])
+    labels = torch.tensor([0, 1, 0, 1])
+    record = {kind: {"before": z, "after": z, "labels": labels} for kind in KINDS}
+    record |= {"class_names": ["a", "b"], "episode": 0, "result": "r"}
+    assert len(projection_figure(record, "pca").axes) == 2  # as an earlier version saved it
+    assert torch.equal(seen_by_head(z, record), z) and torch.equal(seen_by_head(z, record | {"method": "softMax"}), z)
+    for method in ("cosMax", "arcMax"):
+        unit = seen_by_head(z, record | {"method": method})
+        torch.testing.assert_close(unit.norm(dim=1), torch.ones(4))
+        torch.testing.assert_close(unit[0], unit[2])
+    before = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    after = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    figure = projection_figure(record | {"method": "arcMax", "logits": {"before": before, "after": after}}, "pca")
+    figure.canvas.draw()
+    assert [text.get_text() for text in figure.axes[2].texts] == ["1 put right", "2 put wrong"]

@@ -14,7 +14,7 @@ from reporting.figure_style import CYCLE, label_text
 from reporting.result_figures import confusion_figure
 from tests.helpers import STAGE_1, STAGE_3, call
 
-PICTURES = ("overview", "training", "curve", "confusion", "projection", "related_base")
+PICTURES = ("training", "curve", "confusion", "projection", "related_base")
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -37,7 +37,7 @@ def test_what_cannot_be_drawn_is_said_in_a_line_with_what_would_make_it(aligned_
     assert [line.split()[1] for line in skipped] == ["curve.png:", "projection.png:", "related_base.png:"]
     assert all("associative_alignment.py" in line for line in skipped) and "--record_curve" in skipped[0]
     drawn = {path.stem for path in (results / "figures").iterdir()}
-    assert drawn == {"overview", "training", "confusion"}
+    assert drawn == {"training", "confusion"}
 
 
 def test_a_result_is_named_or_the_newest(aligned_copy):
@@ -55,7 +55,7 @@ def test_a_damaged_episode_is_one_clear_line(aligned_copy):
         outcome = call("reporting.figures", aligned_copy / "results")
         assert outcome.status == 2 and str(path) in outcome.err and outcome.err.count("\n") == 1
     torch.save({"format": "other"}, path)
-    assert "no saved episode" in call("reporting.figures", aligned_copy / "results").err
+    assert "is not a saved episode of this project" in call("reporting.figures", aligned_copy / "results").err
 
 
 @pytest.mark.parametrize("installed", [False, True])

@@ -24,7 +24,7 @@ def test_only_what_is_known_for_sure_stands_as_the_papers_number():
     assert known["arcMax, adversarial alignment", "ResNet18", 5] == (77.92, 0.82, "paper")
     assert known["arcMax, fine-tuning", "Conv4", 5] == (69.13, 0.59, "published code")
     assert len(known) == 2 * 4 + 2
-    for numbers in (numbers for by_dataset in PAPER.values() for numbers in by_dataset.values()):
+    for numbers in PAPER.values():
         assert all(20 < mean < 100 and 0 < ci95 < 2 for mean, ci95 in numbers) and numbers[0] < numbers[1]
 
 
@@ -34,11 +34,27 @@ def test_the_table_shows_how_far_we_are_from_the_paper():
     done = {"accuracy": 52.0, "ci95": 0.8, "n_episodes": 600, "n_query": 50, "img_size": 84, "seconds": 12.3}
     done |= {"seed": 0, "commit": "abc", "command": "python", "config": {"n_epoch": 600}}
     aligned = done | {"alignment": "centroid", "difference": {"accuracy": 1.5, "ci95": 0.2}, "config": {}}
-    results = [None, None, done, *[None] * 4, aligned, None]
+    results = [None, None, done, *[None] * 6, aligned, None]
     lines = markdown(compare("miniImagenet", rows, results)).splitlines()[2:]
-    assert "52.00 ± 0.80 | 51.37 ± 0.69 (published code) | +0.63 ± 1.06 |  | 600 | 600 | 12 |" in lines[2]
-    assert "52.00 ± 0.80 | 53.14 ± 1.06 | -1.14 ± 1.33 | +1.50 ± 0.20 | 600 | 600 | 12 |" in lines[7]
-    assert "not run yet | 52.13 ± 0.99 |  |" in lines[8] and "not run yet | not known here |" in lines[0]
+    assert "52.00 ± 0.80 | 51.37 ± 0.69 (published code) | +0.63 ± 1.06 |  |  |  |  | 600 | 600 | 12 |" in lines[2]
+    assert "52.00 ± 0.80 | 53.14 ± 1.06 | -1.14 ± 1.33 | +1.50 ± 0.20 |  |  |  | 600 | 600 | 12 |" in lines[9]
+    assert "not run yet | 52.13 ± 0.99 |  |" in lines[10] and "not run yet | not known here |" in lines[0]
+
+
+def test_an_alignment_is_compared_with_its_controls_episode_by_episode():
+    plan = Plan("miniImagenet", "miniImagenet", ROOT, ROOT, {stage: [] for stage in SCRIPTS})
+    rows = [plan.row("alignment", "arcMax", "Conv4", 5, 1, alignment) for alignment in ("head", "naive", "centroid")]
+    keys = ("ci95", "n_episodes", "n_query", "img_size", "seconds", "seed", "commit", "command")
+    result = dict.fromkeys(keys, 1) | {"accuracy": 50, "config": {}, "alignment": "x"}
+    result["difference"] = {"accuracy": 1.5, "ci95": 0.2}
+    each = [[20.0, 80.0], [21.0, 83.0], [23.0, 86.0]]
+    results = [result | {"accuracy_per_episode": accuracies} for accuracies in each]
+    nearest = {"Euclidean": {"accuracy": 40, "difference": 0}, "cosine": {"accuracy": 45, "difference": {"x": 5}}}
+    head, naive, centroid = compare("miniImagenet", rows, [*results[:2], results[2] | {"nearest_mean": nearest}])
+    assert set(head["over"]) == {"naive"} and set(naive["over"]) == {"head"}
+    assert head["over"]["naive"]["accuracy"] == -naive["over"]["head"]["accuracy"] == -2
+    assert centroid["over"]["head"] == {"accuracy": 4.5, "ci95": pytest.approx(12.7062 * 1.5)}
+    assert centroid["over"]["naive"]["accuracy"] == 2.5 and centroid["over"]["nearest mean"] == {"x": 5}
 
 
 def test_ours_minus_paper_has_the_interval_of_two_independent_means(row):

@@ -71,3 +71,27 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
     for name, word in (("speed.json", "not the result of a stage"), ("absent.json", "no result file")):
         outcome = call("reporting.report", "--pair", before, tmp_path / name)
         assert outcome.status == 2 and name in outcome.err and word in outcome.err
+
+
+def test_the_table_has_the_controls_of_an_alignment_once_and_takes_older_results(tmp_path):
+    (tmp_path / "tables").mkdir()
+    fine_tuning = {"accuracy": 40.0, "ci95": 1.0, "accuracy_per_episode": [40.0, 40.0]}
+    control = fine_tuning | {"accuracy": 45.0, "difference": {"accuracy": 5.0, "ci95": 0.5}}
+    worse = fine_tuning | {"accuracy": 30.0, "difference": {"accuracy": 20.0, "ci95": 0.5}}
+    aligned = {"fine_tuning": fine_tuning, "difference": {"accuracy": 10.0, "ci95": None}, "alignment": "centroid"}
+    write(tmp_path / "tables" / "older.json", [50.0, 50.0], **aligned)
+    for alignment in ("head", "naive"):
+        nearest = {"nearest_mean": {"Euclidean": worse, "cosine": control}, "alignment": alignment}
+        write(tmp_path / "tables" / f"{alignment}.json", [50.0, 50.0], **aligned | nearest)
+    lines = call("reporting.report", tmp_path).out.splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[4:9]] for line in lines]
+    names = [
+        "fine-tuning",
+        "nearest mean, Euclidean",
+        "nearest mean, cosine",
+        *(f"{a} alignment" for a in ("head", "naive")),
+    ]
+    assert sorted(row[0] for row in rows) == sorted(f"arcMax, {name}" for name in [*names, "centroid alignment"])
+    aligned_rows = {row[0]: row[2:4] for row in rows if "alignment" in row[0]}
+    assert aligned_rows["arcMax, head alignment"] == ["+10.00 ± nan", "+5.00 ± 0.50"]
+    assert aligned_rows["arcMax, centroid alignment"] == ["+10.00 ± nan", ""]

@@ -1,6 +1,7 @@
 """Every backbone through the stages, by its name on the command line, at sizes that are not its own."""
 
 import json
+import sys
 import urllib.error
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 import torchvision
 
 from args_parser import args_parser
-from persistence.checkpoints import load_checkpoint
+from engine.normalisation import IMAGENET
+from persistence.checkpoints import load_backbone, load_checkpoint
 from tests.helpers import call, folders, make_benchmark
 
 SMALL = ["--dataset", "small", "--test_n_way", 2, "--n_shot", 1, "--n_query", 2, "--n_episodes", 1, "--quiet"]
@@ -42,6 +44,8 @@ def model(root, method, backbone):
         ("ResNet18", 32, 512, "MatchingNet"),
         ("WideResNet", 16, 640, "ProtoNet"),
         (MOBILENET, 32, 1024, "ProtoNet"),
+        ("timm:test_resnet", 32, 96, "MatchingNet"),
+        ("timm:test_vit", 32, 64, "ProtoNet"),
     ],
 )
 def test_every_backbone_runs_in_the_stages_at_another_size(small, backbone, side, d, meta_learner):
@@ -87,9 +91,82 @@ def test_weights_that_cannot_be_downloaded_are_one_clear_line(small, monkeypatch
         assert part in outcome.err
 
 
+def test_normalisation_travels_with_the_checkpoint_into_the_blocks_and_the_cache(small):
+    flags = [*folders(small), "--backbone", "timm:test_vit", "--img_size", 32]
+    assert call("transferLearning", *TRAIN, *flags).status == 0
+    path = model(small, "arcMax", "timm:test_vit")
+    content = torch.load(path, weights_only=True)
+    assert content["normalisation"] == [[0.5] * 3, [0.5] * 3]
+    for blocks, n_caches in ((2, 4), (0, 4)):  # features and activations of base and novel
+        outcome = call("associative_alignment", *ALIGN, *flags, "--align_blocks", blocks, "--overwrite")
+        assert outcome.status == 0, outcome.err
+        assert len([p for p in small.rglob("cache/*") if p.suffix in (".pt", ".npy")]) == n_caches
+    # A file of before, which has none, is of ImageNet's: other features, so other caches.
+    torch.save({key: value for key, value in content.items() if key != "normalisation"}, path)
+    assert load_backbone(path, None, None)[0].normalisation == IMAGENET
+    assert call("associative_alignment", *ALIGN, *flags, "--align_blocks", 2, "--overwrite").status == 0
+    assert len([p for p in small.rglob("cache/*") if p.suffix in (".pt", ".npy")]) == 8
+    for damaged in ("rgb", [[0.5] * 3], [[0.5] * 3, [0.5, 0.5, 0.0]], [[0.5] * 3, [0.5] * 4], 3):
+        torch.save(content | {"normalisation": damaged}, path)
+        outcome = call("associative_alignment", *ALIGN, *flags, "--overwrite")
+        assert outcome.status == 2 and outcome.err.count("\n") == 1 and "normalisation" in outcome.err, outcome.err
+
+
+def test_a_frozen_backbone_keeps_its_weights_and_its_head_learns(small):
+    flags = [*folders(small), "--backbone", "Conv4", "--img_size", 16]
+    assert call("transferLearning", *TRAIN, *flags).status == 0
+    first = load_checkpoint(model(small, "arcMax", "Conv4"))
+    kept = small / "first.tar"
+    model(small, "arcMax", "Conv4").rename(kept)
+    frozen = [*TRAIN, *flags, "--freeze", "--overwrite", "--n_epoch", 4]
+    assert call("transferLearning", *frozen, "--init_from", kept).status == 0
+    after = load_checkpoint(model(small, "arcMax", "Conv4"))
+    assert after.epoch == 3 and all(torch.equal(v, after.backbone_state[k]) for k, v in first.backbone_state.items())
+    losses = [json.loads(row)["loss"] for row in next(small.rglob("metrics.jsonl")).read_text().splitlines()]
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True) and losses[3] < losses[0]
+    outcome = call("transferLearning", *frozen)
+    assert outcome.status == 2 and "--freeze: of a trained backbone" in outcome.err
+
+
+def test_code_of_ones_own_runs_when_named_and_never_for_a_file(small, monkeypatch):
+    (small / "own_net.py").write_text(
+        "from pathlib import Path\nfrom torch import nn\nPath(__file__).with_name('ran').touch()\n"
+        "def make():\n    return nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    monkeypatch.syspath_prepend(small)
+    name = "custom:own_net:make"
+    flags = [*folders(small), "--img_size", 16]
+    for script, stage in (("transferLearning", TRAIN), ("associative_alignment", ALIGN)):
+        outcome = call(script, *stage, *flags, "--backbone", name)
+        assert outcome.status == 0, outcome.err
+    path = model(small, "arcMax", name)
+    (small / "ran").unlink()
+    monkeypatch.delitem(sys.modules, "own_net")
+    images = small / "benchmarks" / "small" / "novel"
+    predict = ["--support", images, "--query", images, "--out", small / "out", "--checkpoint", path, "--quiet"]
+    for call_of, words in (
+        (("predict", *predict), f"give --backbone {name}"),
+        (("associative_alignment", *ALIGN, *flags, "--init_from", path), f"has backbone {name}, not Conv4"),
+    ):
+        outcome = call(*call_of)
+        assert outcome.status == 2 and outcome.err.count("\n") == 1 and words in outcome.err, outcome.err
+    assert not (small / "ran").exists() and not (small / "out" / "predictions.csv").exists()
+    outcome = call("predict", *predict, "--backbone", name)
+    assert outcome.status == 0 and (small / "ran").exists(), outcome.err
+    outcome = call("predict", *predict[:6], "--overwrite", "--backbone", name, "--quiet")
+    assert outcome.status == 0, outcome.err
+
+
 @pytest.mark.parametrize(
     ("backbone", "native"),
-    [("Conv4", 84), ("ResNet12", 84), ("ResNet18", 224), ("WideResNet", 80), ("torchvision:resnet50", 224)],
+    [
+        ("Conv4", 84),
+        ("ResNet12", 84),
+        ("ResNet18", 224),
+        ("WideResNet", 80),
+        ("torchvision:resnet50", 224),
+        ("timm:test_vit", 160),
+    ],
 )
 def test_the_image_size_is_the_backbones_own_unless_given(backbone, native):
     for stage in ("transfer", "meta", "alignment"):

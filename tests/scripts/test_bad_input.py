@@ -131,6 +131,12 @@ def write(path, text):
     return spoil
 
 
+def in_result(root, **changes):
+    """Change these entries of the result."""
+    (file,) = (root / "results" / "tables").iterdir()
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def several(*spoils):
     def spoil(root):
         for each in spoils:
@@ -196,6 +202,16 @@ FLAGS = {  # what argparse is given: (script, flags, parts of the line)
 }
 FILES = {  # what lies on the disk: (script, what is done to the workspace, flags, parts of the line); {} is the folder
     "no val split": (STAGE_1, without_split("val"), [], ["no val split of 'tiny'", "data.prepare"]),
+    "a dataset elsewhere": (STAGE_1, nothing, ["--dataset", "../x"], ["'../x'", "one folder"]),
+    "a novel dataset elsewhere": (STAGE_3, nothing, ["--novel_dataset", "a/../.."], ["'a/../..'", "one folder"]),
+    "a backbone elsewhere": (
+        *(STAGE_1, nothing, ["--backbone", "torchvision:../../x", "--checkpoint_dir", "{}/new/models"]),
+        ["unknown backbone 'torchvision:../../x'"],
+    ),
+    "a prepared name elsewhere": (
+        *(PREPARE, nothing, ["folder", "--source", "{}/benchmarks/tiny/base", "--name", "../x"]),
+        ["'../x'", "one folder"],
+    ),
     "no benchmarks": (STAGE_3, nothing, ["--benchmarks_dir", "{}/none"], ["no base split", "none/tiny", "glyphs"]),
     "one base class": (STAGE_1, keep_classes("base", 1), [OVER], ["base split", "1 class", "at least 2"]),
     "one novel class": (STAGE_1, keep_classes("novel", 1), [], ["novel split", "1 classes", "3 ways"]),
@@ -243,7 +259,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "results in a file": (STAGE_1, write("file", ""), ["--results_dir", "{}/file"], ["file/tables", "another folder"]),
     "models in a file": (STAGE_1, write("file", ""), ["--checkpoint_dir", "{}/file"], ["file", "another folder"]),
     "cache in a file": (STAGE_1, write("file", ""), ["--cache_dir", "{}/file/cache"], ["file/cache", "--cache_dir"]),
-    "start from a folder": (STAGE_1, nothing, ["--init_from", "{}", OVER], ["no checkpoint", "--init_from"]),
+    "start from a folder": (STAGE_1, nothing, ["--init_from", "{}", OVER], ["no regular file", "--init_from"]),
     "start from a state": (
         *(STAGE_3, nothing, ["--init_from", f"{{}}/results/models/{CHECKPOINT.replace('_bestModel', '_last')}"]),
         ["not a checkpoint", "transferLearning.py"],
@@ -299,10 +315,19 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
         ["file"],
     ),
     "damaged result": (REPORT, write("results/tables/new.json", "{"), ["{}/results"], ["new.json", "delete it"]),
-    "half a result": (REPORT, write("results/tables/new.json", '{"stage": "x"}'), ["{}/results"], ["lacks 'dataset'"]),
+    "half a result": (REPORT, write("results/tables/new.json", '{"stage": "x"}'), ["{}/results"], ["lacks 'accuracy'"]),
+    "a nested result": (REPORT, write("results/tables/new.json", "[" * 10**5), ["{}/results"], ["nested too deeply"]),
+    "nested metrics": (FIGURES, write("results/logs/x/metrics.jsonl", "[" * 10**5), ["{}/results"], ["too deeply"]),
+    "a newline in a path": (REPORT, nothing, ["{}/a\nb"], ["/a\\nb/tables"]),
+    "a result of words": (
+        REPORT,
+        lambda root: in_result(root, accuracy="high"),
+        ["{}/results"],
+        ["its 'accuracy' is of another type"],
+    ),
     "no results to draw": (FIGURES, nothing, ["{}/none"], ["none/tables", "run a stage"]),
     "damaged metrics": (FIGURES, write("results/logs/x/metrics.jsonl", "{"), ["{}/results"], ["metrics.jsonl"]),
-    "figures in a file": (FIGURES, write("results/figures", ""), ["{}/results"], ["figures/overview.png", "folder"]),
+    "figures in a file": (FIGURES, write("results/figures", ""), ["{}/results"], ["figures/training.png", "folder"]),
 }
 
 

@@ -1,10 +1,12 @@
 """Under torchrun, with 1, 2 and 3 processes that talk by gloo: the same numbers, one writer, and no lost work."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ import torch
 from persistence.checkpoints import load_checkpoint
 from tests.helpers import ROOT, TINY, call, folders, make_benchmark, numbers
 
-SHOWN = [*(flag for flag in TINY if flag != "--quiet"), "--ft_n_epoch", 10]  # with progress bars, of one rank alone
+fcntl = pytest.importorskip("fcntl")
+
+SHOWN = [*(flag for flag in TINY if flag != "--quiet"), "--ft_n_epoch", 10]  # not quiet, but for later ranks
 # 48 base images: the last batch has two, so that of three ranks one has none.
 TRAIN = [*SHOWN, "--batch_size", 23, "--val_episodes", 40, "--n_episodes", 40]
 ALIGN = [*SHOWN, "--n_episodes", 33, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--record_curve", 1]
@@ -29,8 +33,9 @@ COMMANDS = {
     "align": ("associative_alignment", ALIGN),
     "align_last": ("associative_alignment", [*ALIGN, "--align_blocks", 1]),
     "align_features": ("associative_alignment", [*ALIGN, "--align_blocks", 0, "--align_adapter", 4]),
+    "align_auto": ("associative_alignment", [*SHOWN, "--n_episodes", 33, "--aug_size", 4, "--align_preset", "auto"]),
 }
-SAME = ("test", "meta", "align", "align_last", "align_features")  # bit for bit, with any number of ranks
+SAME = ("test", "meta", "align", "align_last", "align_features", "align_auto")  # bit for bit, with any number of ranks
 
 
 def command(finished, name, root):
@@ -39,7 +44,10 @@ def command(finished, name, root):
     flags = [*flags, *folders(root), "--benchmarks_dir", finished / "benchmarks"]
     if name == "test":
         flags += ["--episodes_file", root / "episodes.json"]
-    if name in ("test", "align", "align_last", "align_features"):
+    if name == "align_auto":  # its choice is kept beside the checkpoint
+        root.mkdir(parents=True)
+        flags += ["--init_from", shutil.copy(finished / "start.tar", root)]
+    elif name == "test" or name.startswith("align"):
         flags += ["--init_from", finished / "start.tar"]
     return script, list(map(str, flags))
 
@@ -130,7 +138,10 @@ def ranks_run(request, finished, died, tmp_path_factory):
 def test_episodic_results_do_not_depend_on_the_number_of_ranks(finished, ranks_run, name):
     _, root, _ = ranks_run
     assert outcome(root, name) == outcome(finished, name)
-    if name.startswith("align"):
+    if name == "align_auto":
+        ours, other = (next((folder / name).glob("start_auto_*.json")) for folder in (root, finished))
+        assert ours.name == other.name and ours.read_bytes() == other.read_bytes()
+    elif name.startswith("align"):
         ours, other = (next((folder / name).rglob("episodes/*.pt")) for folder in (root, finished))
         ours, other = (torch.load(file, weights_only=True) for file in (ours, other))
         assert torch.equal(ours["query"]["after"], other["query"]["after"]) and ours["episode"] == 6
@@ -166,8 +177,9 @@ def test_the_same_global_batch_gives_the_same_learning_curve(finished, ranks_run
 
 def test_a_run_of_which_a_rank_died_goes_on_with_any_number_of_ranks(finished, died, ranks_run):
     _, root, done = ranks_run
-    assert last_state(died / "sync_bn")["n_done"] == 2 and len(last_state(died / "align")["aligned"]) == 10
-    assert "resumed after epoch 1" in done.stdout and "resumed after 10 episodes" in done.stdout
+    n_saved = len(last_state(died / "align")["aligned"])  # what the first rank had done when torchrun ended it as well
+    assert last_state(died / "sync_bn")["n_done"] == 2 and 10 <= n_saved <= 15
+    assert "resumed after epoch 1" in done.stdout and f"resumed after {n_saved} episodes" in done.stdout
     check_same_curve(outcome(root / "resumed", "sync_bn"), outcome(finished, "sync_bn"))
     assert outcome(root / "resumed", "align") == outcome(finished, "align")
 
@@ -175,13 +187,64 @@ def test_a_run_of_which_a_rank_died_goes_on_with_any_number_of_ranks(finished, d
 def test_the_first_rank_alone_prints_and_writes(ranks_run):
     """That the others open no file to write is checked by themselves."""
     n, root, done = ranks_run
-    assert done.stdout.count("paired difference") == 4
+    assert done.stdout.count("paired difference") == 5
     assert done.stdout.count("epoch   0 ") == 3  # the resumed one has only epoch 2 to do
     assert done.stdout.count("resumed after") == 2
     record = json.loads(next((root / "align").rglob("tables/*.json")).read_text())
     assert record["n_processes"] == n
     assert not [path for path in root.rglob("*.tmp")]
-    assert done.stderr.count("decode tiny_base:   0%") == len(COMMANDS)
+    assert done.stdout.count("; result: ") == len(COMMANDS) + 2  # the first line of each, and of the two resumed
+
+
+@pytest.fixture
+def long_run(finished, tmp_path):
+    """A stage 1 of two ranks that takes long: torchrun's process, that of the first rank, and the flags."""
+    flags = [*TRAIN, "--n_epoch", 500, *folders(tmp_path), "--benchmarks_dir", finished / "benchmarks"]
+    command = ["transferLearning.py", *map(str, flags)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "err", "w") as err:
+        launcher = subprocess.Popen(torchrun, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=err)
+    while not list(tmp_path.rglob("*_last.tar")) and launcher.poll() is None:
+        time.sleep(0.05)
+    (lock,) = tmp_path.rglob("tables/.*.lock")
+    first = int(lock.read_text().split()[1])
+    yield launcher, first, flags
+    launcher.kill()
+    launcher.wait()
+
+
+def ended(root):
+    """Wait until no process holds a run's lock."""
+    for lock in root.rglob(".*.lock"):
+        with contextlib.suppress(FileNotFoundError), open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def test_ranks_whose_launcher_was_killed_end_and_let_the_next_run_go_on(long_run, tmp_path):
+    launcher, first, flags = long_run
+    launcher.kill()
+    refused = call("transferLearning", *flags, "--resume")
+    assert refused.status == 2 and f"process {first} on " in refused.err and refused.err.count("\n") == 1
+    ended(tmp_path)
+    n_done = last_state(tmp_path)["n_done"]
+    said, deadline = "interrupted: the same command with --resume goes on from", time.monotonic() + 60
+    while said not in (tmp_path / "err").read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert said in (tmp_path / "err").read_text()
+    resumed = call("transferLearning", *flags, "--resume", "--n_epoch", n_done + 1)
+    assert resumed.status == 0 and f"resumed after epoch {n_done - 1}" in resumed.out
+    rows = next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == list(range(n_done + 1))
+
+
+def test_a_launcher_that_is_told_to_end_says_how_to_go_on(long_run, tmp_path):
+    launcher, _, _ = long_run
+    launcher.terminate()
+    assert launcher.wait(60) != 0
+    said = [line for line in (tmp_path / "err").read_text().splitlines() if "interrupted" in line]
+    assert len(said) == 1 and "the same command with --resume goes on from" in said[0]
+    assert not list(tmp_path.rglob(".*.lock"))
 
 
 def test_what_the_user_can_mend_is_one_line_of_all_ranks(tmp_path):

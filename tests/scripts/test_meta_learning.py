@@ -1,6 +1,8 @@
 """Stage 2: training and testing meta-learners, the chain of the three stages, and a user's errors."""
 
+import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from data.episodes import EpisodeShape, sample_episodes
 from data.transforms import normalise
 from methods.meta_learners import META_LEARNERS
 from persistence.checkpoints import load_backbone, load_checkpoint
-from tests.helpers import TINY, call, folders, make_benchmark, result
+from tests.helpers import TINY, call, folders, make_benchmark, metrics, numbers, result
 
 TEST = [*TINY, "--n_episodes", 6]
 STAGE_1 = [*TEST, "--n_epoch", 1, "--val_episodes", 2, "--ft_n_epoch", 10]
@@ -103,6 +105,82 @@ def test_stage_2_starts_from_stage_1_and_stage_3_from_stage_2(meta_trained, tmp_
         succeed(script, *rest, *flags, model(tmp_path, method), "--method", "arcMax")
     aligned = json.loads(next((tmp_path / "results" / "tables").glob("associative*.json")).read_text())
     assert aligned["checkpoint"] == str(model(tmp_path, method)) and aligned["checkpoint_epoch"] == second.epoch
+
+
+@pytest.mark.parametrize(("script", "method"), [("metaLearning", "MatchingNet"), ("transferLearning", "arcMax")])
+def test_a_model_to_start_from_competes(meta_trained, tmp_path, monkeypatch, script, method):
+    """Training makes it worse here; an interrupted and resumed run gives what one run gives."""
+    train_one_epoch = importlib.import_module(script).train_one_epoch
+    # The epochs of a whole run; then one is interrupted in its first epoch, the next in its second, and the third ends.
+    ends_well = iter([True, True, True, False, True, False, True, True])
+
+    def train_badly(trained, *given):
+        if not next(ends_well):
+            raise KeyboardInterrupt
+        figures = train_one_epoch(trained, *given)
+        torch.nn.init.zeros_(trained.backbone.layers[-1].bn.weight)
+        torch.nn.init.ones_(trained.backbone.layers[-1].bn.bias)
+        return figures
+
+    monkeypatch.setattr(f"{script}.train_one_epoch", train_badly)
+    (tmp_path / "benchmarks").symlink_to(meta_trained / "benchmarks")
+    start = model(meta_trained, "arcMax")
+    flags = [*(META if script == "metaLearning" else STAGE_1), "--n_epoch", 3, "--method", method]
+    flags += ["--val_episodes", 9, "--ft_n_epoch", 200, "--init_from", start, *folders(tmp_path), "--resume"]
+    outcome = succeed(script, *flags)
+    assert re.search(r"^before training  val .*  best ", outcome.out, re.MULTILINE)
+    rows = metrics(tmp_path, name(method))
+    assert [row["epoch"] for row in rows] == [-1, 0, 1, 2] and rows[0]["loss"] is None
+    best, began = load_checkpoint(model(tmp_path, method)), load_checkpoint(start)
+    assert best.epoch == -1 and best.val_accuracy == rows[0]["val_accuracy"] > rows[-1]["val_accuracy"]
+    for key, value in best.backbone_state.items():
+        assert torch.equal(value, began.backbone_state[key])
+
+    whole = numbers(tmp_path, script)
+    (tmp_path / "results").rename(tmp_path / "whole")
+    first, second, third = (call(script, *flags) for _ in range(3))
+    assert (first.status, second.status, third.status) == (130, 130, 0)
+    assert "before training" in second.out and "before training" not in third.out
+    assert numbers(tmp_path, script) == whole
+
+
+def test_without_a_model_to_start_from_nothing_is_validated_first(meta_trained):
+    assert [row["epoch"] for row in metrics(meta_trained, name("ProtoNet"))] == [0, 1, 2]
+
+
+def test_a_warm_up_leaves_the_backbone_of_stage_1_as_it_is(meta_trained, tmp_path):
+    (tmp_path / "benchmarks").symlink_to(meta_trained / "benchmarks")
+    flags = [*META, *folders(tmp_path), "--method", "RelationNet", "--init_from", model(meta_trained, "arcMax")]
+    succeed("metaLearning", *flags, "--n_epoch", 2, "--warm_up_epochs", 2)
+    last = torch.load(tmp_path / "results" / "models" / f"{run_name('RelationNet')}_last.tar", weights_only=True)
+    for key, value in load_checkpoint(model(meta_trained, "arcMax")).backbone_state.items():
+        assert torch.equal(last["backbone"][key], value), key
+    succeed("metaLearning", *flags, "--n_epoch", 3, "--warm_up_epochs", 2, "--resume")
+    moved = torch.load(tmp_path / "results" / "models" / f"{run_name('RelationNet')}_last.tar", weights_only=True)
+    assert not torch.equal(moved["backbone"]["layers.0.conv.weight"], last["backbone"]["layers.0.conv.weight"])
+
+
+@pytest.mark.parametrize(("supported", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_a_result_says_what_auto_precision_became(meta_trained, tmp_path, monkeypatch, supported, precision):
+    monkeypatch.setattr("engine.precision.has_bf16", lambda device_type: supported)
+    flags = [*TEST, *folders(meta_trained), "--results_dir", tmp_path, "--n_epoch", 0, "--precision", "auto"]
+    outcome = succeed("metaLearning", *flags, "--init_from", model(meta_trained, "arcMax"))
+    record = json.loads((tmp_path / "tables" / f"metaLearning_{run_name('ProtoNet')}.json").read_text())
+    assert record["config"]["precision"] == precision and f", {precision}\n" in outcome.out
+
+
+def test_the_first_line_says_what_a_run_does_and_how_long_the_last_took(meta_trained, tmp_path):
+    flags = [flag for flag in [*TEST, *folders(meta_trained)] if flag != "--quiet"]
+    flags += ["--results_dir", tmp_path, "--n_epoch", 0, "--init_from", model(meta_trained, "arcMax")]
+    table = tmp_path / "tables" / f"metaLearning_{run_name('ProtoNet')}.json"
+    line = "metaLearning: ProtoNet, Conv4, tiny: 0 epochs of 100 episodes, then 6 test episodes"
+    assert succeed("metaLearning", *flags).out.startswith(f"{line}; result: {table}\n")
+    record = json.loads(table.read_text())
+    table.write_text(json.dumps(record | {"seconds": 90}))
+    outcome = succeed("metaLearning", *flags)
+    assert outcome.out.startswith(f"{line}; it took 1.5 min last time; result: {table}\n")
+    assert outcome.err == ""  # no bar outside a terminal
+    assert "metaLearning: " not in succeed("metaLearning", *flags, "--quiet").out
 
 
 def test_protonet_of_a_stage_1_backbone_is_the_nearest_class_mean(meta_trained, tmp_path):

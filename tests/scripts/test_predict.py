@@ -26,6 +26,7 @@ from tests.helpers import call, make_benchmark
 N_SUPPORT = {"class12": 1, "class13": 3, "class14": 2}
 FAST = {"ft_n_epoch": 20, "align_iters": 2, "aug_size": 4, "n_B": 2}
 SUPPORT, QUERY, TABLE = "my_classes", "my_images", "predictions.csv"
+WRITTEN = {TABLE, "predictions.json", "predictions.html", "contact_sheet.png"}
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,8 @@ def test_without_a_base_set_nothing_is_aligned_nor_written_but_the_output(root):
     assert set(root.rglob("*")) == before
     outcome = script(root)
     assert outcome.status == 0 and "no alignment: it takes base images" in outcome.out
-    assert {p.name for p in set(root.rglob("*")) - before} == {"out", TABLE, "predictions.json", "contact_sheet.png"}
+    written = {"out", *WRITTEN}
+    assert {p.name for p in set(root.rglob("*")) - before} == written
 
 
 def test_torchvision_weights_serve_instead_of_a_checkpoint(root):
@@ -332,7 +334,6 @@ USER_ERRORS = {
     "an order of none": (nothing, {"sort": "size"}, ["--sort", "invalid choice"]),
     "resume and overwrite": (nothing, {"resume": True, "overwrite": True}, ["not allowed with"]),
     "auto without base": (nothing, {"align_preset": "auto"}, ["auto", "--base"]),
-    "auto without val": (nothing, {"align_preset": "auto", "base": "tiny/base"} | OPEN, ["no val split"]),
     "no support folder": (nothing, {"support": "absent"}, ["absent", "one subfolder a class"]),
     "support is a file": (file_as_support, {"support": "file"}, ["file", "is not a folder"]),
     "support without subfolders": (nothing, {"support": f"{SUPPORT}/class12"}, ["no class folders", "<class>"]),
@@ -512,7 +513,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(root, monkeypatch):
     made.clear()
     assert script(root, resume=True).status == 0
     assert made == [4] and (root / "out" / TABLE).read_text() == (root / "whole" / TABLE).read_text()
-    assert {p.name for p in (root / "out").iterdir()} == {TABLE, "predictions.json", "contact_sheet.png"}
+    assert {p.name for p in (root / "out").iterdir()} == WRITTEN
 
 
 # Any folder as base.
@@ -541,6 +542,7 @@ def test_large_base_features_are_mapped_in_half_precision(root, monkeypatch):
 
 def test_auto_chooses_on_the_val_classes_of_the_base(root, monkeypatch):
     monkeypatch.setattr("persistence.setting_choice.N_EPISODES", 3)
+    monkeypatch.setattr("persistence.setting_choice.N_QUERY", 3)
     outcome = script(root, base=root / "tiny", align_preset="auto", **OPEN)
     assert outcome.status == 0, outcome.err
     assert "--align_preset auto, 3-way 2-shot, 3 val episodes" in outcome.out and "chosen: " in outcome.out
@@ -663,7 +665,7 @@ BAD_CLASSIFIERS = {
     "other features": (change(z_support=lambda z: z[:, 1:]), "examples have"),
     "own code": (change(facts=lambda f: f | {"backbone": "custom:os:getcwd"}), "code that would be run"),
     "unknown backbone": (change(facts=lambda f: f | {"backbone": "Conv5"}), "unknown backbone"),
-    "other normalisation": (change(normalisation=[[0.5] * 3, [0.5] * 3]), "normalised otherwise"),
+    "no normalisation": (change(normalisation=[[0.5], [0.0]]), "are not 3 numbers each"),
     "bad temperature": (change(confidence=lambda c: c | {"temperature": -1.0}), "out of range"),
 }
 

@@ -25,15 +25,13 @@ from methods.related_base import (
     choose_related_base,
     draw_related,
     drawn_per_class,
-    find_related_base,
     related_base_of_head,
-    related_base_score,
 )
 from models import HEADS, build_head
 from models.critic import Critic
 from models.heads import NORM_EPS
 from persistence.files import differences
-from tests.helpers import make_benchmark, make_split
+from tests.helpers import make_benchmark, make_split, related_by_logits
 
 SEEDS = st.integers(0, 2**31)
 METHODS = st.sampled_from(list(HEADS))
@@ -224,7 +222,7 @@ def test_related_samples_are_of_the_chosen_classes_and_predicted_as_theirs(seed,
     y = torch.arange(60) % n_base_class
     logits = normal(seed, 60, n_way)
     members = [torch.nonzero(y == b).squeeze(1) for b in range(n_base_class)]
-    related = find_related_base(logits, y, members, 2, kind)
+    related = related_by_logits(logits, y, n_base_class, RelatedSetting(2, related_score=kind))
     torch.testing.assert_close(related.score.sum(1), torch.ones(n_base_class))
     for w, (classes, samples) in enumerate(zip(related.classes, related.samples, strict=True)):
         expected = [i for b in classes for i in members[b].tolist() if logits[i].argmax() == w]
@@ -237,10 +235,10 @@ def test_related_sets_do_not_depend_on_how_many_rows_are_scored_together(method,
     head = build_head(method, 6, 3, 5.0, 0.01, torch.Generator().manual_seed(seed))
     base = replace(make_split((6,) * 10, side=1), labels=torch.arange(60) % 10)
     z = normal(seed, 60, 6)
-    whole = find_related_base(head.logits(head(z)).detach(), base.labels, base.members, 2, "vote")
+    whole = related_base_of_head(head, Source(z, None, base), RelatedSetting(n_B=2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(related_base, "BASE_ROWS", rows)
-        parts = related_base_of_head(head, Source(z, None, base), RelatedSetting(n_B=2, related_score="vote"))
+        parts = related_base_of_head(head, Source(z, None, base), RelatedSetting(n_B=2))
     assert parts.classes == whole.classes
     assert all(torch.equal(a, b) for a, b in zip(parts.samples, whole.samples, strict=True))
 
@@ -259,8 +257,9 @@ def test_draws_of_related_images_are_without_replacement_and_as_many_of_each_cla
 @given(SEEDS, st.integers(1, 8), st.integers(2, 5))
 def test_the_score_is_the_mean_over_a_base_class(seed, n_base_class, n_way):
     y = torch.randint(n_base_class, (40,), generator=torch.Generator().manual_seed(seed))
-    prediction = normal(seed, 40, n_way).softmax(1)
-    score = related_base_score(prediction, y, n_base_class)
+    logits = normal(seed, 40, n_way)
+    prediction = logits.softmax(1)
+    score = related_by_logits(logits, y, n_base_class, RelatedSetting(2, related_score="soft")).score
     for b in range(n_base_class):
         expected = prediction[y == b].double().mean(0) if (y == b).any() else torch.zeros(n_way).double()
         torch.testing.assert_close(score[b].double(), expected, rtol=1e-5, atol=1e-6)
@@ -280,7 +279,8 @@ def test_a_random_crop_lies_within_its_image(seed, height, width, low):
 def test_images_are_the_same_with_any_number_of_workers(tmp_path):
     make_benchmark(tmp_path / "tiny", n_class=(3, 1, 1), n_images=30)
     splits = [
-        load_split(DataOptions(tmp_path, 16, tmp_path / f"cache{n}", num_workers=n), "tiny", "base") for n in (0, 1, 4)
+        load_split(DataOptions(tmp_path, 16, tmp_path / f"{n}", num_workers=n, crop_scale=(0.08, 1.0)), "tiny", "base")
+        for n in (0, 1, 4)
     ]
     for split in splits[1:]:
         assert torch.equal(split.images, splits[0].images) and torch.equal(split.train_images, splits[0].train_images)

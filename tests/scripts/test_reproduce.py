@@ -46,13 +46,14 @@ def steps(lines):
 
 MAIN = [("transfer", head) for head in ("softMax", "cosMax", "arcMax")]
 MAIN += [("meta", learner) for learner in ("ProtoNet", "MatchingNet", "RelationNet", "RelationNet_softmax")]
-MAIN += [("alignment", "arcMax", "centroid"), ("alignment", "arcMax", "adversarial")]
+ALIGNED = [("alignment", "arcMax", alignment) for alignment in ("head", "naive", "centroid", "adversarial")]
+MAIN += ALIGNED
 
 
 def test_the_main_table_is_every_method_at_each_backbone_and_shot():
     lines = commands("--table", "main")
     assert steps(lines) == MAIN * 6
-    assert [(args.backbone, args.n_shot) for _, args in lines[::9]] == [
+    assert [(args.backbone, args.n_shot) for _, args in lines[::11]] == [
         (backbone, shot) for backbone in ("Conv4", "ResNet18", "WideResNet") for shot in (1, 5)
     ]
     bare = {stage: args_parser(stage, []) for stage in SCRIPTS}
@@ -60,6 +61,7 @@ def test_the_main_table_is_every_method_at_each_backbone_and_shot():
     for stage, args in lines:  # the published protocol, but for the epochs of meta-learners at 1 shot
         allowed = own | ({"n_epoch"} if stage == "meta" and args.n_shot == 1 else set())
         allowed |= {"align_lr"} if getattr(args, "alignment", "") == "adversarial" else set()
+        allowed |= {"align_blocks"} if getattr(args, "alignment", "") == "head" else set()
         assert {k for k, v in vars(args).items() if v != vars(bare[stage])[k]} <= allowed
         assert args.resume
 
@@ -67,35 +69,35 @@ def test_the_main_table_is_every_method_at_each_backbone_and_shot():
 def test_the_ablation_goes_through_alignments_and_heads():
     assert steps(commands("--table", "ablation", "--shots", 5)) == [
         ("transfer", "arcMax"),
-        ("alignment", "arcMax", "naive"),
-        ("alignment", "arcMax", "centroid"),
-        ("alignment", "arcMax", "adversarial"),
+        *ALIGNED,
         ("transfer", "softMax"),
+        ("alignment", "softMax", "head"),
         ("alignment", "softMax", "centroid"),
         ("transfer", "cosMax"),
+        ("alignment", "cosMax", "head"),
         ("alignment", "cosMax", "centroid"),
     ]
 
 
 def test_crossdomain_trains_once_and_tests_that_model_elsewhere():
     lines = commands("--table", "crossdomain", "--n_epoch", 7)
-    assert steps(lines) == [MAIN[2], MAIN[2], *MAIN[-2:]]
-    assert [args.novel_dataset for _, args in lines] == ["miniImagenet", "CUB", "CUB", "CUB"]
-    assert [args.backbone for _, args in lines] == ["ResNet18"] * 4
+    assert steps(lines) == [MAIN[2], MAIN[2], *ALIGNED]
+    assert [args.novel_dataset for _, args in lines] == ["miniImagenet", *["CUB"] * 5]
+    assert [args.backbone for _, args in lines] == ["ResNet18"] * 6
     assert [args.n_epoch for _, args in lines[:2]] == [7, 0]  # what is passed on trains, and never a test
     assert lines[1][1].init_from.name == "5way_5shot_miniImagenet_arcMax_ResNet18_bestModel.tar"
-    assert [args.n_query for _, args in lines] == [50, 15, 15, 15]  # classes of CUB may have 41 images
+    assert [args.n_query for _, args in lines] == [50, *[15] * 5]  # classes of CUB may have 41 images
 
 
 def test_more_ways_start_from_the_checkpoint_of_the_first():
     lines = commands("--table", "ways")
     assert [(stage, args.test_n_way) for stage, args in lines] == [("transfer", 5)] + [
-        ("alignment", n_way) for n_way in (5, 10, 10, 20, 20)
+        ("alignment", n_way) for n_way in (5, 5, *[10] * 3, *[20] * 3)
     ]
-    assert {str(args.init_from) for _, args in lines[2:]} == {
+    assert {str(args.init_from) for _, args in lines[3:]} == {
         "results/models/5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar"
     }
-    assert [args.alignment for _, args in lines[1:]] == ["centroid", "none", "centroid", "none", "centroid"]
+    assert [args.alignment for _, args in lines[1:]] == ["head", "centroid"] + 2 * ["none", "head", "centroid"]
 
 
 @pytest.mark.parametrize("scale", ["full", "laptop"])
@@ -194,7 +196,7 @@ def test_a_table_is_run_once_and_goes_on_after_a_row_that_failed(tmp_path, runne
     broken.rmdir()
     outcome = call("reproduce", *table)
     assert outcome.status == 0, runner.errors
-    assert len(runner.ran) == 6 + 4 and "4 of 9 rows to run" in outcome.out
+    assert len(runner.ran) == 6 + 6 and "6 of 11 rows to run" in outcome.out
 
     record = json.loads(summary.read_text())
     assert (record["table"], record["dataset"], record["scale"]) == ("main", "tiny", "full")
@@ -203,15 +205,21 @@ def test_a_table_is_run_once_and_goes_on_after_a_row_that_failed(tmp_path, runne
         assert (row["ours"]["accuracy"], row["ours"]["n_episodes"]) == (result["accuracy"], 3)
         assert row["ours"]["n_epoch"] == 2  # of alignment too: those of the checkpoint that it aligns
         assert row["paper"] is None
-    assert record["rows"][-2]["gain"] == result_of(tmp_path, "centroid")["difference"]
+    aligned = result_of(tmp_path, "centroid")
+    assert record["rows"][-2]["gain"] == aligned["difference"]
+    assert set(record["rows"][-2]["over"]) == {"head", "naive", "nearest mean"}
+    for control, row in zip(("head", "naive"), record["rows"][-4:-2], strict=True):
+        above = aligned["accuracy"] - result_of(tmp_path, control)["accuracy"]
+        assert record["rows"][-2]["over"][control]["accuracy"] == pytest.approx(above, abs=1e-2)
+        assert control not in row["over"]
     text = summary.with_suffix(".md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 9 and {len(cells) for cells in rows} == {11}
+    assert len(rows) == 2 + 11 and {len(cells) for cells in rows} == {14}
     assert all(cells[5] == "not known here" and cells[6] == "" for cells in rows[2:])
     assert text in outcome.out
 
     before = text, summary.read_text()
-    assert call("reproduce", *table).status == 0 and len(runner.ran) == 10  # nothing was left to run
+    assert call("reproduce", *table).status == 0 and len(runner.ran) == 12  # nothing was left to run
     assert (summary.with_suffix(".md").read_text(), summary.read_text()) == before
 
 
@@ -225,14 +233,14 @@ def test_ways_crossdomain_and_ablation_share_what_is_the_same(tmp_path, runner):
     make_benchmark(tmp_path / "benchmarks" / "other", seed=1)
     tiny = [*FEW, *places(tmp_path)]
     assert call("reproduce", "--table", "ways", *tiny, "--ways", 5, 6).status == 0, runner.errors
-    assert len(runner.ran) == 4
+    assert len(runner.ran) == 6
     cross = ["--table", "crossdomain", *tiny, "--novel_dataset", "other"]
     assert call("reproduce", *cross).status == 0, runner.errors
-    assert len(runner.ran) == 4 + 3  # all but the training
+    assert len(runner.ran) == 6 + 5  # all but the training
     record = json.loads((tmp_path / "results" / "tables" / "reproduce_crossdomain_tiny_to_other.json").read_text())
-    assert [row["ours"]["n_epoch"] for row in record["rows"]] == [2] * 4
+    assert [row["ours"]["n_epoch"] for row in record["rows"]] == [2] * 6
     assert call("reproduce", "--table", "ablation", *tiny).status == 0, runner.errors
-    assert len(runner.ran) == 7 + 6  # all but the training and centroid alignment
+    assert len(runner.ran) == 11 + 8  # all but the training, head and centroid alignment
 
     # What is there of another seed is never replaced.
     outcome = call("reproduce", "--table", "ways", *tiny, "--ways", 5, "--seed", 1)
@@ -246,7 +254,7 @@ def test_a_result_older_than_its_checkpoint_is_made_again(tmp_path, runner):
     checkpoint = next((tmp_path / "results" / "models").glob("*_bestModel.tar"))
     result = max((tmp_path / "results" / "tables").glob("[at]*.json"), key=lambda p: p.stat().st_mtime)
     os.utime(checkpoint, (result.stat().st_mtime + 1,) * 2)
-    assert call("reproduce", *ways).status == 0 and len(runner.ran) == 2 + 2
+    assert call("reproduce", *ways).status == 0 and len(runner.ran) == 3 + 3
 
 
 def test_a_row_runs_in_a_process_of_its_own_and_its_error_is_shown(tmp_path, capfd):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,11 @@ COMMANDS = {
     + ["--method", "RelationNet", "--val_episodes", 4, "--n_episodes", 6],
     "associative_alignment": [*TINY, "--n_episodes", 17, "--align_iters", 2, "--aug_size", 4, "--n_B", 2]
     + ["--ft_n_epoch", 10, "--record_curve", 1],
+}
+LAST = {
+    "transferLearning": "models/*arcMax*_last.tar",
+    "metaLearning": "models/*RelationNet*_last.tar",
+    "associative_alignment": "logs/*_last.tar",
 }
 KILLS = 12  # of each stage
 
@@ -139,15 +145,32 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(finished, tmp_pat
     assert n_while_writing > 0
 
 
+@pytest.mark.parametrize("flags", [["--align_blocks", 0, "--align_adapter", 3], ["--align_preset", "auto"]])
+def test_a_run_killed_in_feature_space_ends_with_the_same_bytes(finished, tmp_path, processes, flags):
+    script, flags = "associative_alignment", [*TINY, "--n_episodes", 300, "--ft_n_epoch", 20, "--aug_size", 4, *flags]
+    whole, killed = (new_root(finished[0], tmp_path / name, script) for name in ("whole", "killed"))
+    assert processes.run(script, [*flags, *folders(whole)], whole / "out") == 0, (whole / "out").read_text()
+    pid = processes.start(script, [*flags, *folders(killed)], killed / "out")
+    while not list(killed.rglob("*_last.tar")):
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    assert processes.wait() == -signal.SIGKILL
+    assert processes.run(script, [*flags, *folders(killed), "--resume"], killed / "out") == 0
+    n_done = int(re.search(r"resumed after (\d+) episodes", (killed / "out").read_text())[1])
+    assert 0 < n_done < 300
+    assert numbers(killed, script) == numbers(whole, script)
+
+
 @pytest.mark.parametrize("script", COMMANDS)
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, processes, script):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, processes, script, number):
     for attempt in range(5):  # on a busy machine a run may end before the signal reaches it
         root = new_root(finished[0], tmp_path / str(attempt), script)
         flags = [*COMMANDS[script], *folders(root)]
         pid = processes.start(script, flags, root / "out")
         while not list(root.rglob("*_last.tar")):
             time.sleep(0.01)
-        os.kill(pid, signal.SIGINT)
+        os.kill(pid, number)
         status = processes.wait()
         if status != 0:
             break
@@ -224,6 +247,54 @@ def test_a_finished_run_may_be_run_again_and_gives_the_same(copy, finished, scri
     assert numbers(copy, script) == numbers(finished[0], script)
 
 
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_finished_run_that_is_run_again_says_so_and_keeps_its_model(copy, finished, script):
+    before = {path: content for path, content in files(copy).items() if path.parent.name in ("models", "episodes")}
+    again = call(script, *COMMANDS[script], *folders(copy))
+    assert again.status == 0 and "this run has finished" in again.out and "--overwrite starts anew" in again.out
+    assert before.items() <= files(copy).items() and numbers(copy, script) == numbers(finished[0], script)
+
+
+def test_a_finished_run_that_is_overwritten_and_interrupted_leaves_no_result_of_another_model(copy):
+    flags = [*COMMANDS["transferLearning"], *folders(copy)]
+    (table,) = copy.rglob("tables/transferLearning_*.json")
+    assert call("transferLearning", *flags, "--overwrite", "--lr", 1e30, "--method", "arcMax").status == 2
+    assert not table.exists() and not list(copy.rglob("models/*arcMax*_last.tar"))
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_of_two_runs_at_once_the_second_names_the_first_and_changes_nothing(finished, tmp_path, processes, script):
+    root = new_root(finished[0], tmp_path, script)
+    flags = [*COMMANDS[script], *folders(root)]
+    pid = processes.start(script, flags, root / "out")
+    while not list(root.rglob("tables/.*.lock")):
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for more in (["--resume"], ["--overwrite", "--seed", 3], []):
+            second = call(script, *flags, *more)
+            assert second.status == 2 and f"process {pid} on " in second.err and second.err.count("\n") == 1, second
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert processes.wait() == 0, (root / "out").read_text()
+    assert numbers(root, script) == numbers(finished[0], script)
+
+
+def test_an_alignment_is_not_resumed_with_other_episodes(copy, tmp_path):
+    episodes = tmp_path / "episodes.json"
+    flags = [*COMMANDS["associative_alignment"], *folders(copy), "--results_dir", tmp_path, "--episodes_file", episodes]
+    assert call("associative_alignment", *flags).status == 0
+    record = json.loads(episodes.read_text())
+    episodes.write_text(json.dumps(record | {"episodes": record["episodes"][::-1]}))
+    for again in ([], ["--resume"]):
+        refused = call("associative_alignment", *flags, *again)
+        assert refused.status == 2 and "the episodes have changed since" in refused.err and "--overwrite" in refused.err
+    episodes.write_text(json.dumps(record | {"episodes": record["episodes"] * 2}))
+    longer = [*flags, "--n_episodes", 20, "--resume"]
+    resumed = call("associative_alignment", *longer)
+    assert resumed.status == 0 and "resumed after 17 episodes" in resumed.out
+
+
 def test_a_model_without_a_state_is_not_replaced_either(copy):
     for path in copy.rglob("*_last.tar"):
         path.unlink()
@@ -262,18 +333,38 @@ def test_a_damaged_state_is_one_line(copy, content):
     assert call("transferLearning", *COMMANDS["transferLearning"], *folders(copy), "--overwrite").status == 0
 
 
+def without_a_value(state, name):
+    del state[name]
+
+
+def of_another_type(state, name):
+    state[name] = 5 if isinstance(state[name], torch.Tensor | dict) else "five"
+
+
+def of_another_shape(state, name):
+    value = state[name]
+    if isinstance(value, torch.Tensor):
+        state[name] = torch.zeros(len(value), 7)
+    elif isinstance(value, dict) and value.keys() & {"state", "scale"}:
+        state[name] = value | {"state": {0: {"step": torch.zeros(3)}}}
+    elif isinstance(value, dict):
+        state[name] = dict.fromkeys(value, torch.zeros(3, 3))
+
+
 @pytest.mark.parametrize("script", COMMANDS)
-@pytest.mark.parametrize("spoil", ["emptied", "of another kind"])
+@pytest.mark.parametrize("spoil", [without_a_value, of_another_type, of_another_shape])
 def test_a_state_that_does_not_fit_is_one_line(copy, script, spoil):
-    for last in copy.rglob("*_last.tar"):
-        state = torch.load(last, weights_only=True)
-        for name in set(state) - {"format", "config", "made_from", "seconds", "n_done", "best"}:
-            state[name] = {} if spoil == "emptied" else 5
+    (last,) = copy.rglob(LAST[script])
+    kept = torch.load(last, weights_only=True)
+    parts = set(kept) - {"n_done", "best", "seconds", "config", "made_from", "scaler", "format", "episodes"}
+    for name in parts if spoil is of_another_shape else kept.keys() - {"episodes"}:
+        state = dict(kept)
+        spoil(state, name)
         torch.save(state, last)
-    before = files(copy)
-    refused = call(script, *COMMANDS[script], *folders(copy), "--resume")
-    assert refused.status == 2 and "does not fit" in refused.err and "--overwrite" in refused.err
-    assert refused.err.count("\n") == 1 and files(copy) == before
+        before = files(copy)
+        refused = call(script, *COMMANDS[script], *folders(copy), "--resume")
+        assert refused.status == 2 and str(last) in refused.err and "--overwrite" in refused.err, (name, refused)
+        assert refused.err.count("\n") == 1 and files(copy) == before
 
 
 def test_a_training_is_not_resumed_to_fewer_epochs(copy):

@@ -1,0 +1,72 @@
+"""One run at a time on the same files: a lock that the system drops when the process that holds it ends."""
+
+import contextlib
+import os
+import platform
+import time
+import weakref
+from pathlib import Path
+from typing import IO
+
+from engine.errors import UserError
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # on this platform there is none: see hold
+    flock = None  # type: ignore[assignment]
+
+
+def hold(path: Path, owner: object) -> None:
+    """Lock the file at `path`, which says who holds it, until `owner` is gone or this process ends.
+
+    A process may hold it twice. Raises UserError, naming the process that holds it, when another does. Where that
+    cannot be known, as there are no locks or the file is left from another machine, a line says so.
+    """
+    machine, why = platform.node(), ""
+    while True:
+        file = open_lock(path)
+        try:
+            if flock is None:
+                raise OSError("this platform has no locks")
+            flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            holder = file.read().strip() or "it has just begun"
+            if holder.startswith(f"process {os.getpid()} on {machine} "):
+                return
+            raise UserError(
+                f"another run is at work on these files ({holder}): wait until it ends, or give another "
+                f"--results_dir and --checkpoint_dir; the lock is {path}"
+            ) from None
+        except OSError as error:
+            why = str(error)
+        # The holder before removes the file: a lock on one that is no longer there keeps nobody out.
+        with contextlib.suppress(FileNotFoundError):
+            if why or os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()
+    left = file.read().strip()
+    if left and f" on {machine} " not in left:
+        why = f"{path} was left by {left}"
+    if why:
+        print(f"note: whether another run is at work on these files cannot be known from here: {why}")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {machine} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    weakref.finalize(owner, release, path, file)
+
+
+def open_lock(path: Path) -> IO[str]:
+    """The lock file, made if it is not there, at its beginning. Raises UserError when it cannot be written."""
+    try:
+        file = open(path, "a+")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): give another folder") from error
+    file.seek(0)
+    return file
+
+
+def release(path: Path, file: IO[str]) -> None:
+    """Remove and unlock a lock file that this process holds."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+    file.close()

@@ -1,0 +1,352 @@
+"""Networks of others as backbones, with pretrained weights or without: any classification model of torchvision, any
+image model of timm (optional), and a network that a user's own function makes.
+
+The classifier is removed; what it was fed is the feature. A network that makes its feature map by layers, one after
+another, is cut into blocks and a tail that pools; a transformer's blocks are those of tokens, of which the tail takes
+the class token or the mean, as the model does. Any other, and a user's own, is a single block of map (d, 1, 1).
+"""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from engine.files import load_tensors
+from engine.normalisation import IMAGENET, Normalisation
+from models.backbone import Backbone
+
+# The attributes of a torchvision model that, called one after another, make its feature map.
+TRUNKS = (
+    ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"),  # ResNet, ResNeXt
+    ("conv1", "maxpool", "stage2", "stage3", "stage4", "conv5"),  # ShuffleNet
+    ("stem", "trunk_output"),  # RegNet
+    ("stem", "blocks"),  # MaxViT
+    ("layers",),  # MNASNet
+    ("features", "norm", "permute"),  # Swin
+    ("features",),  # AlexNet, VGG, SqueezeNet, MobileNet, EfficientNet, ConvNeXt, DenseNet
+)
+CLASSIFIERS = ("fc", "classifier", "head", "heads")
+
+
+class Input(NamedTuple):
+    """The images that a network was trained on: their side, in pixels, and how their values are normalised."""
+
+    img_size: int
+    normalisation: Normalisation
+
+
+def unknown(library: str, name: str, known: list[str]) -> ValueError:
+    """What is said of a name that a library does not know."""
+    close = ", ".join(difflib.get_close_matches(name, known) or [*known[:3], "..."])
+    return ValueError(f"{library} has no classification model {name!r}: try {close}")
+
+
+def torchvision_input(name: str) -> Input:
+    """That of the transforms of a model's best weights. Raises ValueError for an unknown name."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise unknown("torchvision", name, known)
+    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return Input(transforms.crop_size[0], Normalisation.of(transforms.mean, transforms.std))
+
+
+def timm_input(name: str) -> Input:
+    """That of a model's configuration. Raises ValueError without timm, and for an unknown name."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"--backbone timm:{name} needs timm: pip install timm") from error
+    try:
+        found = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError:  # there is the model, but not the weights that the name goes on with
+        found = None
+    if found is None:
+        raise unknown("timm", name, timm.list_models() + timm.list_pretrained())
+    config = timm.data.resolve_data_config(pretrained_cfg=found.to_dict())
+    return Input(config["input_size"][-1], Normalisation.of(config["mean"], config["std"]))
+
+
+def attributes_of(net: nn.Module, name: str) -> Input:
+    """That of the attributes img_size, mean and std of a user's network; of ImageNet, 224 pixels, where it has none."""
+    size = getattr(net, "img_size", 224)
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"the img_size of custom:{name} is {size!r:.40}: expected a number of pixels")
+    mean, std = (getattr(net, part, getattr(IMAGENET, part)) for part in ("mean", "std"))
+    return Input(size, Normalisation.of(mean, std))
+
+
+def custom_input(name: str) -> Input:
+    """That of the network which a user's function makes."""
+    return attributes_of(custom_network(name), name)
+
+
+INPUTS = {"torchvision": torchvision_input, "timm": timm_input, "custom": custom_input}
+
+
+def torchvision_network(name: str, pretrained: bool) -> nn.Module:
+    """A model without its classifier."""
+    net = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+    if hasattr(net, "transform_input"):
+        # GoogLeNet's and Inception's weights expect inputs in [-1, 1], also when a checkpoint brings them.
+        net.transform_input = True
+    classifier = next(name for name in CLASSIFIERS if hasattr(net, name))
+    layers = dict(getattr(net, classifier).named_modules(prefix=classifier))
+    linear = [path for path, layer in layers.items() if isinstance(layer, nn.Linear)]
+    conv = [path for path, layer in layers.items() if isinstance(layer, nn.Conv2d)]  # SqueezeNet's
+    parent, _, child = (linear or conv)[-1].rpartition(".")
+    setattr(net.get_submodule(parent), child, nn.Identity())
+    # In train mode GoogLeNet and Inception would return the logits of auxiliary classifiers too.
+    for attribute, value in (("aux_logits", False), ("aux1", None), ("aux2", None), ("AuxLogits", None)):
+        if hasattr(net, attribute):
+            setattr(net, attribute, value)
+    return net
+
+
+def timm_network(name: str, pretrained: bool, img_size: int) -> nn.Module:
+    """A model without its classifier; one that takes images of one size alone, such as a transformer, for that size."""
+    import timm
+
+    size = {"img_size": img_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+
+
+def library_network(library: str, name: str, img_size: int, weights: str) -> nn.Module:
+    """A model of torchvision or timm without its classifier, with weights.
+
+    Raises ValueError when it or they cannot be had.
+    """
+    pretrained = weights == "DEFAULT"
+    try:
+        if library == "timm":
+            net = timm_network(name, pretrained, img_size)
+        else:
+            net = torchvision_network(name, pretrained)
+    except (AssertionError, OSError, RuntimeError) as error:
+        if not pretrained:
+            raise refused(name, img_size, error) from error
+        reason = " ".join(str(error).split())[:200]  # no network, a broken file, or a model that has none
+        raise ValueError(
+            f"the pretrained weights of {name} could not be downloaded ({reason}): fetch them on another machine "
+            "and give --weights PATH, or train from scratch with --weights none"
+        ) from error
+    if weights not in ("DEFAULT", "none"):
+        load_weights(net, name, Path(weights))
+    return net
+
+
+def refused(name: str, img_size: int, error: Exception) -> ValueError:
+    """What is said of an image size that a network does not take."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return ValueError(
+        f"{name} cannot take images of {img_size} pixels ({reason}): give another --img_size, such as 224"
+    )
+
+
+def custom_network(name: str) -> nn.Module:
+    """What the function FUNCTION of MODULE makes, of the name MODULE:FUNCTION. Runs the user's code.
+
+    Raises ValueError when that cannot be imported or called, or gives no nn.Module.
+    """
+    module, _, function = name.partition(":")
+    try:
+        net = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # whatever a user's code may raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"--backbone custom:{name} cannot be made ({reason}): it is a function {function}() of a file {module}.py "
+            "beside the scripts or on PYTHONPATH"
+        ) from error
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"--backbone custom:{name} gives a {type(net).__name__}: expected a torch.nn.Module")
+    return net
+
+
+def load_weights(net: nn.Module, name: str, path: Path) -> None:
+    """Load a state dict into a model without classifier; what the file holds beyond that is ignored.
+
+    Raises ValueError when the file is no state dict of this model.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = load_tensors(path, "cpu")
+    except Exception as error:  # a damaged file of safetensors raises an exception of its own
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--weights {path} cannot be read as a state dict of {name}: {reason}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"--weights {path} holds a {type(state).__name__}, not a state dict of {name}")
+    own = net.state_dict()
+    fits = {key: state[key] for key in own if getattr(state.get(key), "shape", None) == own[key].shape}
+    # Files of old versions of torch lack the counters of batch norm.
+    missing = [key for key in own if key not in fits and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise ValueError(
+            f"--weights {path} is not a state dict of {name}: {len(missing)} of its {len(own)} tensors are "
+            f"missing or have another shape, first {missing[0]!r}"
+        )
+    own.update(fits)
+    net.load_state_dict(own)
+
+
+def members(child: nn.Module) -> list[nn.Module]:
+    """The modules of a container, or the one module itself."""
+    return list(child.children()) if isinstance(child, nn.Sequential | nn.ModuleList) else [child]
+
+
+@torch.no_grad()
+def last_layers(net: nn.Module, image: Tensor) -> tuple[list[str], bool]:
+    """The children of a timm model that end its forward_features, and whether it does anything before them.
+
+    Each takes the very tensor that the one before gave, and nothing else. ([], False) of a model that gives no tensor.
+    """
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def note(name: str, _: nn.Module, taken: tuple[Any, ...], named: dict[str, Any], given: Any) -> None:
+        calls.append((name, taken, named, given))
+
+    children = dict(net.named_children())
+    layers = [(name, part) for name, child in children.items() for part in members(child)]
+    hooks = [part.register_forward_hook(partial(note, name), with_kwargs=True) for name, part in layers]
+    end = net.forward_features(image)  # type: ignore[operator]
+    for hook in hooks:
+        hook.remove()
+    if not isinstance(end, Tensor):
+        return [], False
+    names: list[str] = []
+    for name, taken, named, given in reversed(calls):
+        if given is not end or len(taken) != 1 or named:
+            break
+        names.append(name)
+        end = taken[0]
+    whole = list(takewhile(lambda name: names.count(name) == len(members(children[name])), dict.fromkeys(names)))
+    return whole[::-1], end is not image or len(whole) < len(set(names))
+
+
+class Part(nn.Sequential):
+    """Layers of a network. Tokens (b, n, d) go from part to part as a map (b, d, n, 1), features as (b, d, 1, 1).
+
+    n_axes: of what the first layer takes.
+    """
+
+    n_axes = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return as_map(super().forward(as_taken(x, self.n_axes)))
+
+
+def as_map(x: Tensor) -> Tensor:
+    """Tokens (b, n, d) -> (b, d, n, 1), features (b, d) -> (b, d, 1, 1); maps stay."""
+    return x if x.dim() == 4 else (x.mT if x.dim() == 3 else x.unsqueeze(2)).unsqueeze(3)
+
+
+def as_taken(x: Tensor, n_axes: int) -> Tensor:
+    """What as_map made a map of."""
+    return x if n_axes == 4 else x.flatten(2).mT if n_axes == 3 else x.flatten(1)
+
+
+class Embedding(nn.Module):
+    """What a timm model does before the layers that were taken out of it, such as to add positions to its patches."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.forward_features(x)  # type: ignore[operator]
+
+
+def take_layers(net: nn.Module, names: Iterable[str], embeds: bool = False) -> list[Part]:
+    """Move the blocks that these children of `net` hold out of it; it keeps the tail.
+
+    Norms, activations and pooling belong to the block before them; with `embeds` the first is what follows Embedding.
+    """
+    blocks: list[list[nn.Module]] = [[]] if embeds else []
+    for name in names:
+        for part in members(getattr(net, name)):
+            follows = isinstance(part, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm) or not list(part.parameters())
+            if blocks and follows:
+                blocks[-1].append(part)
+            else:
+                blocks.append([part])
+        setattr(net, name, nn.Sequential())
+    return [Part(*block) for block in blocks]
+
+
+class PretrainedBackbone(Backbone):
+    """A network of a library, or the user's own, for square images of `img_size` pixels, without its classifier.
+
+    name: LIBRARY:NAME, the library a key of INPUTS. weights: 'none', 'DEFAULT' (the library's, downloaded) or the path
+    of a state dict. Raises ValueError for an unknown name, weights that cannot be had, or an image size that the
+    network refuses.
+    """
+
+    def __init__(self, name: str, img_size: int, weights: str = "none"):
+        super().__init__()
+        library, _, model = name.partition(":")
+        if library == "custom":
+            net = custom_network(model)
+            self.normalisation = attributes_of(net, model).normalisation
+        else:
+            self.normalisation = INPUTS[library](model).normalisation
+            net = library_network(library, model, img_size, weights)
+        self.embeds = self.permuted = False
+        self.eval()
+        try:
+            self.cut(net.eval(), library, torch.zeros(1, 3, img_size, img_size))
+        except Exception as error:  # of whatever kind a network raises on a size that it was not made for
+            raise refused(model, img_size, error) from error
+        self.train()
+
+    @torch.no_grad()
+    def cut(self, net: nn.Module, library: str, image: Tensor) -> None:
+        """Take the network apart, and find the shapes of what its parts make of an image (1, 3, s, s)."""
+        names: Iterable[str] = ()
+        if library == "timm":
+            names, self.embeds = last_layers(net, image)
+        elif library == "torchvision":
+            names = next((names for names in TRUNKS if all(hasattr(net, name) for name in names)), ())
+        blocks = take_layers(net, names, self.embeds)
+        if blocks and isinstance(
+            net, torchvision.models.MNASNet
+        ):  # it takes no state dict that was copied to a plain dict
+            net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.classifier)
+        self.layers = nn.ModuleList(blocks or [net])
+        self.tail = net if blocks else nn.Identity()
+        x = image
+        for part in self.parts():
+            part.n_axes = x.dim()
+            x = nn.Sequential.forward(part, x)
+        self.n_axes = x.dim()
+        if self.n_axes == 4 and x.shape[1] != x.shape[3] == getattr(net, "num_features", None):  # such as Swin's
+            self.permuted = True
+            cast(Part, self.layers[-1]).append(torchvision.ops.Permute([0, 3, 1, 2]))
+        if library == "custom" and self.n_axes != 2:
+            raise ValueError(f"it gives {tuple(x.shape)} of one image, not (1, d)")
+        feature_map = self.feature_map(image)
+        c, h, w = feature_map.shape[1:]
+        self.map_shape = (c, h, w)
+        self.feature_dim = self.pool_and_flatten(feature_map).shape[1]
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks from input to output."""
+        return [*self.parts()]
+
+    def parts(self) -> list[Part]:
+        """The blocks, the first of them with what embeds the image where that is no layer."""
+        layers = [part if isinstance(part, Part) else Part(part) for part in self.layers]
+        return [Part(Embedding(self.tail), *layers[0]), *layers[1:]] if self.embeds else layers
+
+    def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
+        """(b, c, h', w') -> (b, d): what the model does between its feature map and its classifier."""
+        x = feature_map.permute(0, 2, 3, 1) if self.permuted else as_taken(feature_map, self.n_axes)
+        return getattr(self.tail, "forward_head", self.tail)(x).flatten(1)

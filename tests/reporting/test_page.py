@@ -1,0 +1,302 @@
+"""The page of results and that of predictions: its structure always, and in a real browser where there is one."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from functools import partial
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+from engine.errors import UserError
+from methods.prediction import Predictions
+from persistence.saved_episode import read_episode, read_episodes
+from reporting.page import MAX_BYTES, report_page, write_predictions
+from reporting.page_charts import line_chart, nice_ticks
+from reporting.page_episodes import MAX_QUERIES, Picture, Query, episode_section, picture_of, view_of
+from tests.helpers import STAGE_3, align, call
+
+EVIL = "<script>alert(1)</script>"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page(HTMLParser):
+    """The elements of a page, (tag, attributes) each, and the text outside of style and script."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.text, self.inside = [], "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside not in ("style", "script"):
+            self.text += data
+
+    def all(self, tag, look=""):
+        found = [attrs for name, attrs in self.elements if name == tag]
+        return [attrs for attrs in found if not look or look in (attrs.get("class") or "").split()]
+
+
+def words(page):
+    return " ".join(page.text.split())
+
+
+@pytest.fixture(scope="module")
+def page(aligned):
+    """The page of finished stages 1 and 3."""
+    outcome = call("reporting.page", aligned / "results")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.endswith("results/report.html\n")
+    return (aligned / "results" / "report.html").read_text()
+
+
+def test_the_page_has_every_part_and_fetches_nothing(page):
+    found = Page(page)
+    assert len(page) < 3e6
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings == ["Results", "Learning curves", "Alignment", "Episodes"]
+    assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttp", page)
+    assert all(attrs.get("src", "data:").startswith("data:") for _, attrs in found.elements)
+    assert all(attrs["href"].startswith(("#", "data:")) for attrs in found.all("a") + found.all("link"))
+    images = found.all("img")
+    assert len(images) > 20 and all(attrs["alt"] for attrs in images)
+    names = [attrs["id"] for _, attrs in found.elements if "id" in attrs]
+    assert len(names) == len(set(names))
+    assert "prefers-color-scheme: dark" in page and any(a.get("name") == "viewport" for a in found.all("meta"))
+
+
+def test_the_table_holds_what_the_results_hold(page, aligned):
+    found = Page(page)
+    record = json.loads((aligned / "results" / "tables" / f"{STAGE_3}.json").read_text())
+    keys = [attrs["data-key"] for attrs in found.all("td") if "data-key" in attrs]
+    assert {str(r["accuracy"]) for r in (record, record["fine_tuning"], record["difference"])} <= {*keys}
+    assert f"{record['accuracy']:.2f} ± {record['ci95']:.2f}" in words(found)
+    assert len(found.all("svg", "mark")) == 3 + 1  # three accuracies and a gain
+
+
+def test_an_episode_shows_its_queries_those_that_alignment_changed_first(page, aligned):
+    found = Page(page)
+    saved = read_episode(aligned / "results" / "episodes" / f"{STAGE_3}.pt")
+    labels = saved["query"]["labels"]
+    was, now = (saved["logits"][when].argmax(1) for when in ("before", "after"))
+    kinds = [attrs["data-kind"] for attrs in found.all("details", "query")]
+    assert len(kinds) == len(labels)
+    n_changed = int((was != now).sum())
+    assert all(kind in ("put right", "put wrong", "changed") for kind in kinds[:n_changed])
+    assert all(kind in ("right", "wrong") for kind in kinds[n_changed:])
+    assert kinds.count("right") + kinds.count("put right") == int((now == labels).sum())
+    assert len(found.all("b", "mark-right")) == int((now == labels).sum())  # not by colour alone
+    record = json.loads((aligned / "results" / "tables" / f"{STAGE_3}.json").read_text())
+    assert 100 * (now == labels).double().mean().item() == pytest.approx(record["accuracy_per_episode"][0], abs=1e-3)
+    names = {attrs["id"] for attrs in found.all("img") if "id" in attrs}
+    near = [attrs["data-near"].split() for attrs in found.all("span", "near")]
+    assert all(len(row) == 3 and set(row) <= names for row in near)
+    for row in saved["related_classes"]:
+        for related in row:
+            assert related["name"] in found.text and f"score {related['score']:.2f}" in words(found)
+
+
+def test_several_episodes_are_kept_in_one_file_and_all_are_shown(aligned_copy):
+    align(aligned_copy, "--overwrite", "--save_episode", 2, 0)
+    path = aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt"
+    assert [record["episode"] for record in read_episodes(path)] == [0, 2] and read_episode(path)["episode"] == 0
+    found = Page(report_page(aligned_copy / "results"))
+    assert [attrs.get("open") for attrs in found.all("details", "episode")] == [None, None]
+    assert "Episode 0:" in found.text and "Episode 2:" in found.text
+    align(aligned_copy, "--resume", "--n_episodes", 5, "--save_episode", 4)
+    assert [record["episode"] for record in read_episodes(path)] == [0, 2, 4]
+    align(aligned_copy, "--overwrite", "--save_episode", 1)
+    assert [record["episode"] for record in read_episodes(path)] == [1]
+
+
+def test_names_are_escaped(aligned, aligned_copy):
+    results = aligned_copy / "results"
+    path = results / "episodes" / f"{STAGE_3}.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["class_names"][0] = saved["related_classes"][0][0]["name"] = EVIL
+    torch.save(saved, path)
+    for file in (results / "tables").glob("*.json"):
+        record = json.loads(file.read_text())
+        file.write_text(json.dumps(record | {"dataset": EVIL, "method": EVIL, "backbone": EVIL}))
+    (log,) = (results / "logs").glob("*_bestModel")
+    log.rename(log.with_name("<script>x" + log.name))
+    text = report_page(results)
+    assert len(Page(text).all("script")) == 1 and "alert(1)" in Page(text).text and "<script>alert" not in text
+
+
+def test_an_episode_of_an_earlier_version_is_shown_without_queries(aligned):
+    saved = read_episode(aligned / "results" / "episodes" / f"{STAGE_3}.pt")
+    old = {key: value for key, value in saved.items() if key not in ("images", "logits", "nearest", "method", "more")}
+    section = episode_section(view_of(old, "old"), "e0", True)
+    assert "queries were not kept" in section and 'class="query' not in section and "<img" in section
+
+
+def test_a_large_episode_is_cut_and_episodes_beyond_the_size_are_left_out(aligned_copy, monkeypatch):
+    noise = torch.randint(0, 256, (3, 84, 84), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    shown = partial(picture_of, noise, "noise")
+    saved = read_episode(aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt")
+    view = view_of(saved, "large")
+    many = [Query(shown, 0, [0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0])] * 250
+    section = episode_section(type(view)(**(vars(view) | {"queries": many})), "e0", True)
+    assert f"the first {MAX_QUERIES} of 250" in section and len(section) < MAX_BYTES
+    monkeypatch.setattr("reporting.page.MAX_BYTES", 20_000)
+    text = report_page(aligned_copy / "results")
+    assert "1 more would make this file too large" in text and not Page(text).all("details")
+
+
+@pytest.mark.parametrize(
+    "truth, was, now, kind",
+    [
+        *((0, 0, 0, "right"), (0, 1, 0, "put right"), (0, 0, 1, "put wrong"), (0, 1, 1, "wrong")),
+        *((0, 1, 2, "changed"), (None, 1, 1, "unchanged"), (None, 1, 0, "changed")),
+    ],
+)
+def test_what_alignment_did_to_a_query(truth, was, now, kind):
+    one_hot = torch.eye(3).tolist()
+    assert Query(partial(Picture, "", ""), truth, one_hot[was], one_hot[now], []).kind == kind
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (20, 20), (-3.2, 7), (0, 0), (61.3, 62.1), (0, 599)])
+def test_ticks_are_few_round_and_hold_the_range(low, high):
+    ticks = nice_ticks(low, high)
+    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 7
+
+
+def test_a_chart_leaves_out_what_is_not_finite():
+    chart = line_chart("loss", "epoch", {"a": [(0, math.nan, 1.0), (1, 2.0, 0.5), (2, 3.0, math.nan), (3, None, None)]})
+    (line,), (band,) = Page(chart).all("polyline"), Page(chart).all("polygon", "band")
+    assert "nan" not in chart and len(line["points"].split()) == 2 and len(band["points"].split()) == 4
+    assert not Page(line_chart("loss", "epoch", {"a": [(0, 1.0, None)]})).all("polygon")
+    assert line_chart("loss", "epoch", {"a": [(0, None, None)]}) == ""
+
+
+@pytest.mark.parametrize(
+    "file, content, expected",
+    [
+        ("tables/x.json", "{", ["x.json", "damaged"]),
+        ("logs/x/metrics.jsonl", "{", ["metrics.jsonl", "damaged"]),
+        ("episodes/x.pt", "x", ["x.pt", "delete it"]),
+        (None, "", ["tables", "run a stage"]),
+    ],
+)
+def test_a_damaged_file_or_an_empty_folder_is_one_clear_line(aligned_copy, file, content, expected):
+    results = aligned_copy / ("results" if file else "empty")
+    if file:
+        (results / file).parent.mkdir(exist_ok=True)
+        (results / file).write_text(content)
+    outcome = call("reporting.page", results)
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert all(word in outcome.err for word in expected), outcome.err
+
+
+@pytest.fixture
+def support(tmp_path):
+    """A support folder of two classes, and three queries, as paths."""
+    for name, grey in (("support/heron/a", 40), ("support/tern/b", 90), ("q0", 120), ("q1", 160), ("q2", 200)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (120, 90), (grey,) * 3).save(tmp_path / f"{name}.png")
+    return tmp_path / "support"
+
+
+def predictions_of(support, related):
+    finetuned = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
+    return Predictions(
+        files=["q0.png", EVIL, "q2.png"],
+        paths=[support.parent / f"q{i}.png" for i in range(3)],
+        class_names=["heron", "tern"],
+        probabilities=torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]) if related else finetuned,
+        finetuned=finetuned,
+        nearest=[support / "heron" / "a.png", support / "tern" / "b.png", support / "tern" / "b.png"],
+        nearest_label=[0, 1, 1],
+        truth=[None, 0, None],
+        related=related,
+        n_support=[1, 1],
+    )
+
+
+@pytest.mark.parametrize("related", [{}, {"heron": ["stork"], "tern": [EVIL]}])
+def test_predictions_have_a_page_of_the_same_kind(support, tmp_path, related):
+    write_predictions(tmp_path / "out" / "predictions.html", predictions_of(support, related), support)
+    text = (tmp_path / "out" / "predictions.html").read_text()
+    found = Page(text)
+    assert len(found.all("details", "query")) == 3 and len(found.all("img")) == 2 + 3
+    assert len(found.all("script")) == 1 and EVIL not in text
+    first = found.all("details", "query")[0]
+    assert first["data-kind"] == ("put wrong" if related else "right")
+    assert ("before alignment" in text) == bool(related) == ("stork" in text)
+    near = [attrs["data-near"] for attrs in found.all("span", "near")]
+    assert sorted(near) == ["p-0", "p-1", "p-1"] and "nearest example" in text
+    (tmp_path / "q1.png").unlink()
+    with pytest.raises(UserError, match="q1.png"):
+        write_predictions(tmp_path / "out" / "other.html", predictions_of(support, related), support)
+
+
+CLICKS = """
+const out = {}, table = document.querySelector(".results"), heads = [...table.tHead.rows[0].cells];
+const column = name => heads.findIndex(th => th.textContent === name);
+const keys = name => [...table.tBodies[0].rows].map(row => row.cells[column(name)].dataset.key);
+heads[column("accuracy, %")].querySelector("button").click();
+out.down = keys("accuracy, %"), out.sort = heads[column("accuracy, %")].getAttribute("aria-sort");
+heads[column("accuracy, %")].querySelector("button").click();
+out.up = keys("accuracy, %");
+heads[column("paired gain")].querySelector("button").click();
+out.gain = keys("paired gain");
+heads[column("method")].querySelector("button").click();
+out.method = keys("method");
+const query = document.querySelector(".query"), near = query.querySelector(".near");
+query.querySelector("summary").focus();
+out.focused = [near.querySelectorAll("img").length, document.querySelectorAll("img.lit").length];
+out.closed = query.querySelector("table").checkVisibility();
+query.querySelector("summary").click();
+out.open = query.open && query.querySelector("table").checkVisibility();
+const kinds = document.querySelectorAll(".filters button"), last = kinds[kinds.length - 1];
+last.click();
+out.shown = [...document.querySelectorAll(".query")].filter(q => !q.hidden).map(q => q.dataset.kind);
+out.kind = last.dataset.kind;
+out.wide = document.documentElement.scrollWidth <= document.documentElement.clientWidth;
+document.body.dataset.out = JSON.stringify(out);
+"""
+
+
+def browse(page, folder, width):
+    """What CLICKS found in a real browser, and the messages of its console."""
+    file = folder / "page.html"
+    file.write_text(f"{page}<script>{CLICKS}</script>")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command += [f"--window-size={width},800", "--enable-logging=stderr", "--dump-dom", file.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    console = [line for line in result.stderr.splitlines() if ":CONSOLE" in line]
+    (body,) = Page(result.stdout).all("body") or [{}]
+    return json.loads(body.get("data-out", "{}")), console
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+@pytest.mark.parametrize("width", [500, 1200])
+def test_in_a_browser_it_sorts_and_queries_open_without_an_error(page, tmp_path, width):
+    found, console = browse(page, tmp_path, width)
+    assert found and not console, console
+    numbers = list(map(float, found["down"]))
+    assert numbers == sorted(numbers, reverse=True) and found["sort"] == "descending"
+    assert list(map(float, found["up"])) == sorted(numbers)
+    assert found["gain"][0] != "" and set(found["gain"][1:]) == {""}
+    assert found["method"] == sorted(found["method"])
+    assert found["focused"] == [3, 3] and not found["closed"] and found["open"]
+    assert found["shown"] and set(found["shown"]) == {found["kind"]}
+    assert found["wide"]  # nothing scrolls sideways
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+def test_the_browser_test_would_see_an_error(page, tmp_path):
+    _, console = browse(page.replace('"use strict";', '"use strict"; console.error("seen");'), tmp_path, 800)
+    assert any("seen" in line for line in console)
