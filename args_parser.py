@@ -530,6 +530,8 @@ def args_parser(
 
     if "warm_up_epochs" in args and not args.init_from:
         args.warm_up_epochs = 0  # a new backbone has nothing to keep
+    if "crop_scale" not in args:
+        args.crop_scale = None  # this stage augments nothing
     args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
     if "align_lr" in args:
         check_feature_space(args, parser)

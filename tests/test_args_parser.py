@@ -183,7 +183,7 @@ def test_data_aug_is_a_flag_with_or_without_a_value():
         ("--method ProtoNet", "argument --method: invalid choice: 'ProtoNet'"),
         ("--resume --overwrite", "argument --overwrite: not allowed with argument --resume"),
         ("--n_sho 1", "unrecognized arguments: --n_sho 1"),
-        ("--weights DEFAULT", "argument --weights: it is for torchvision:NAME backbones, not for Conv4"),
+        ("--weights DEFAULT", "argument --weights: it is for torchvision:NAME and timm:NAME, not for Conv4"),
         ("--weights w --backbone torchvision:resnet18 --init_from c", "--init_from brings its own weights"),
     ],
 )
