@@ -487,6 +487,17 @@ def check_auto(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[s
         parser.error(f"argument --align_preset: auto chooses {', '.join(both)} itself: give only one of the two")
 
 
+def default_to_feature_space(stage: str, chosen: argparse.Namespace, parser: OneLineParser) -> None:
+    """Let predict.py align in feature space unless an alignment of blocks is named; there, `head` is the default."""
+    if stage == "predict" and chosen.base and chosen.align_blocks is None:
+        if chosen.align_adapter or chosen.alignment in (None, "head"):
+            parser.set_defaults(align_blocks=0)
+            chosen.align_blocks = 0
+    in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
+    if in_feature_space and (stage != "predict" or chosen.base):
+        parser.set_defaults(alignment="head")
+
+
 def args_parser(
     stage: str, argv: Sequence[str] | None = None, parser_class: type[OneLineParser] = OneLineParser
 ) -> argparse.Namespace:
@@ -504,14 +515,7 @@ def args_parser(
         check_auto(chosen, parser, argv)
         parser.set_defaults(align_blocks=0, aug_size=20)  # which it leaves as they are
     chosen, _ = parser.parse_known_args(argv)
-    if stage == "predict" and chosen.base and chosen.align_blocks is None:
-        # Seconds of back-propagation only where an alignment that takes them is named.
-        if chosen.align_adapter or chosen.alignment in (None, "head"):
-            parser.set_defaults(align_blocks=0)
-            chosen.align_blocks = 0
-    in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
-    if in_feature_space and (stage != "predict" or chosen.base):
-        parser.set_defaults(alignment="head")
+    default_to_feature_space(stage, chosen, parser)
     args = parser.parse_args(argv)
 
     if "crop_scale" in args and args.crop_scale[0] > args.crop_scale[1]:
@@ -545,7 +549,7 @@ def args_parser(
         complete_predict(args, parser)
     else:
         args.novel_dataset = args.novel_dataset or args.dataset
-    if not args.img_size and not (stage == "predict" and args.checkpoint):  # which knows its size
+    if not args.img_size and not (stage == "predict" and (args.checkpoint or args.classifier)):  # which know theirs
         try:
             args.img_size = native_img_size(args.backbone)
         except ValueError as error:
