@@ -120,7 +120,7 @@ def fit(
 ) -> Fitted:
     """Fit a classifier to examples (see open_image), with what it takes from a base set that shares none of them."""
     backbone, checkpoint, img_size, facts = trained_backbone(args)
-    backbone = backbone.to(run.device, memory_format=torch.channels_last)
+    backbone = backbone.to(run.device).to(memory_format=torch.channels_last)
     blocks = blocks_to_update(backbone, args.align_blocks)
     images, _, _ = decode_views(examples, len(examples), img_size, args.num_workers, args.quiet)
     user = user_split(class_names, names, torch.tensor(labels), images)
@@ -174,7 +174,7 @@ def trained_backbone(args: argparse.Namespace) -> tuple[Backbone, Checkpoint | N
             "writes one to results/models"
         )
     backbone, checkpoint = load_backbone(args.checkpoint, args.backbone, args.img_size)
-    facts = {"checkpoint_stage": checkpoint.stage, "checkpoint_dataset": checkpoint.dataset}
+    facts: dict[str, Any] = {"checkpoint_stage": checkpoint.stage, "checkpoint_dataset": checkpoint.dataset}
     facts |= {"backbone": checkpoint.backbone, "img_size": checkpoint.img_size}
     return backbone, checkpoint, checkpoint.img_size, facts
 

@@ -1,7 +1,7 @@
 """Run, or resume, every row of one of the paper's tables, and write it with the paper's numbers beside ours.
 
 python reproduce.py --table main --dataset miniImagenet          # the published protocol, 66 rows: long
-python reproduce.py --table main --scale laptop                  # the built-in benchmark: a quarter of an hour on 2 cores
+python reproduce.py --table main --scale laptop                  # the built-in benchmark: 15 minutes on 2 cores
 python reproduce.py --table crossdomain --dataset miniImagenet --novel_dataset CUB --dry_run     # only the commands
 
 Rows that are in the results folder already are not run again, so that the same command goes on after any stop.
