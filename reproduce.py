@@ -14,11 +14,13 @@ import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from args_parser import COUNT, STAGES, WAY, args_parser, backbone_name, stage_parser
 from engine.errors import OneLineParser, UserError
+from engine.precision import choose_precision
 from engine.records import REPOSITORY
+from engine.run import select_device
 from engine.script import run_command, run_script, script_command, shown
 from reporting.paper_tables import SCRIPTS, TABLES, Plan, Row, compare, finished, table_rows, write_table
 from reporting.report import interval
@@ -145,6 +147,12 @@ def stage_flags(args: Namespace, passed: dict[str, list[str]]) -> dict[str, list
     return flags
 
 
+def recorded_flags(row: Row) -> dict[str, Any]:
+    """The flags of a row as its result records them: with the precision that `auto` becomes on this machine."""
+    flags = vars(args_parser(row.stage, row.flags))
+    return flags | {"precision": choose_precision(flags["precision"], select_device(flags["device"]).type)}
+
+
 def stop(status: int, row: Row, command: str) -> NoReturn:
     """End the run after a row that failed, or that was interrupted (130)."""
     if status in (130, -2):
@@ -163,7 +171,7 @@ def main() -> None:
     novel = args.novel_dataset or args.dataset
     plan = Plan(args.dataset, novel, args.results_dir, args.checkpoint_dir, stage_flags(args, passed))
     rows = table_rows(args.table, plan, args.backbones, args.shots, args.ways)
-    configs = [vars(args_parser(row.stage, row.flags)) for row in rows]  # a value out of range ends here
+    configs = [recorded_flags(row) for row in rows]  # a value out of range ends here
     commands = [script_command(STAGES[row.stage][0], row.flags, args.nproc_per_node) for row in rows]
     if args.dry_run:
         print("\n".join(map(shown, commands)))

@@ -17,7 +17,7 @@ STAGE_OF = {script: stage for stage, (script, _, _) in STAGES.items()}
 FEW = [
     *("--dataset", "tiny", "--img_size", 16, "--n_query", 3, "--n_epoch", 2, "--batch_size", 16, "--val_episodes", 4),
     *("--n_episodes", 3, "--ft_n_epoch", 5, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--quiet"),
-    *("--episodes_per_epoch", 2, "--train_n_query", 2, "--n_way", 3),
+    *("--episodes_per_epoch", 2, "--train_n_query", 2, "--n_way", 3, "--precision", "auto"),
 ]
 
 
