@@ -123,7 +123,9 @@ def alignment_setting(
 def base_options(args: argparse.Namespace, img_size: int) -> DataOptions:
     """How the splits of --base are found and decoded."""
     folder = Path(os.path.abspath(args.base)).parent
-    return DataOptions(folder, img_size, args.cache_dir, args.image_root, args.num_workers, args.quiet)
+    return DataOptions(
+        folder, img_size, args.cache_dir, args.image_root, args.num_workers, args.quiet, None, args.rebuild_cache
+    )
 
 
 def ignored_notes(args: argparse.Namespace, support_paths: list[Path], query_paths: list[Path]) -> Iterator[str]:

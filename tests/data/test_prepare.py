@@ -757,7 +757,7 @@ def test_folder_with_unreadable_images(prepare, tmp_path):
     assert (
         "2 image(s) cannot be read" in line
         and "class2/truncated.jpg" in line
-        and "class3/page.jpg (not an image of a known format)" in line
+        and "class3/page.jpg (it is none of JPEG, PNG" in line
     )
     assert not (tmp_path / "out/photos").exists()
     printed = prepare("folder", "--source", source, "--skip_bad")
