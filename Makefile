@@ -21,6 +21,8 @@ demo: .venv/installed
 	$(BIN)/python associative_alignment.py --preset laptop --resume
 	$(BIN)/python -m reporting.report results
 	$(BIN)/python -m reporting.figures results
+	$(BIN)/python -m reporting.page results
+	@echo "Open results/report.html. Next, your own images: python predict.py --help, and README.md tells of both."
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -89,10 +89,10 @@ def flag(usage: str, kind: Any, default: Any, text: str, **options: Any) -> Flag
 # fmt: off
 # What a laptop does in minutes: the built-in benchmark, small images, fewer epochs and episodes.
 LAPTOP: dict[str, dict[str, Any]] = {
-    "all":         {"dataset": "glyphs", "img_size": 42, "no_flip": True, "crop_scale": [0.3, 1.0],
-                    "n_epoch": 30, "val_episodes": 100, "n_shot": 1, "n_query": 15, "precision": "auto"},
+    "all":         {"dataset": "glyphs", "img_size": 42, "no_flip": True, "crop_scale": [0.5, 1.0],
+                    "n_epoch": 10, "val_episodes": 100, "n_shot": 1, "n_query": 15, "precision": "auto"},
     "transfer":    {"n_episodes": 600},
-    "meta":        {"n_episodes": 600, "n_epoch": 10, "episodes_per_epoch": 60},
+    "meta":        {"n_episodes": 600, "episodes_per_epoch": 60},
     "ProtoNet":    {"temperature": 64.0},
     "MatchingNet": {"temperature": 10.0},
     "RelationNet": {"warm_up_epochs": 2},
@@ -343,14 +343,15 @@ ALIGNMENT: Table = [
 
 PREDICT: Table = [
     "images",
-    flag("--support FOLDER",       Path,                            REQUIRED,
+    flag("--support FOLDER",       Path,                            None,
          "the examples: a subfolder a class, named as the class, with 1 or more images each, in any number"),
-    flag("--query",                Path,                            REQUIRED,
+    flag("--query",                Path,                            None,
          "the images to label: a folder, subfolders included, or one image"),
     flag("--skip_bad",             SWITCH,                          False,
          "leave out query images that cannot be decoded, and say which"),
     flag("--base FOLDER",          Path,                            None,
-         "benchmark whose base classes the checkpoint was trained on: alignment takes related images from them"),
+         "benchmark, or any folder of class/image: alignment takes related images from it, but of no class that the "
+         "support has too, or that shares an image with support or query"),
     *DECODING,
 
     "model",
@@ -362,23 +363,39 @@ PREDICT: Table = [
     *WEIGHTS,
 
     "classifier",
+    flag("--save FILE",            Path,                            None,
+         "keep the classifier, with all that it needs to label images, in this new file"),
+    flag("--classifier FILE",      Path,                            None,
+         "label with a classifier of --save, instead of --support, --base and all that it was made with"),
     flag("--method",               list(HEADS),                     "arcMax",
          "head that is fitted on the examples"),
     flag("--alignment",            list(ALIGNMENTS),                None,
-         "alignment of the backbone with related base images (default: centroid with --base, else none)"),
+         "alignment with related base images (default: with --base head, in feature space, else none); centroid, "
+         "adversarial and naive move the blocks of --align_blocks, or the map of --align_adapter"),
     *FITTING, *UPDATES,
 
     "output",
+    flag("--reject P",             number(float, 0, 1),             0.0,
+         "label images whose probability is below P as 'unsure'"),
+    flag("--sort",                 ["name", "sure"],                "name",
+         "order of the csv and the contact sheet: by file name, or the least sure first"),
+    flag("--copy_to FOLDER",       Path,                            None,
+         "copy each image into FOLDER/LABEL, a new or empty folder"),
     flag("--out",                  Path,                            Path("./results/predictions"),
          "folder of predictions.csv, predictions.json, predictions.html and contact_sheet.png"),
-    flag("--overwrite",            SWITCH,                          False,
-         "replace the predictions that --out holds"),
     flag("--max_sheet",            COUNT,                           48,
          "query images on the contact sheet, in the order of the csv"),
+    EITHER,
+    flag("--resume",               SWITCH,                          False,
+         "go on with the predictions in --out that were stopped"),
+    flag("--overwrite",            SWITCH,                          False,
+         "replace the predictions that --out holds, and the file of --save"),
 
     "run",
     *MACHINE,
 ]
+# What --classifier does not go with: it brings all of this.
+BROUGHT = ["support", "base", "save", "checkpoint", "weights", "img_size"]
 # fmt: on
 
 STAGES = {
@@ -402,20 +419,47 @@ def stage_parser(stage: str, parser_class: type[OneLineParser] = OneLineParser) 
     return parser
 
 
+def given_flags(names: Sequence[str], argv: Sequence[str]) -> list[str]:
+    """Those of the names which are on the command line, as flags."""
+    given = {text.split("=")[0] for text in argv}
+    return [f"--{name}" for name in names if f"--{name}" in given]
+
+
+def flag_names(*tables: Table) -> list[str]:
+    """The names of the flags of tables, without the dashes."""
+    return [row[0][0].removeprefix("--") for table in tables for row in table if not isinstance(row, str)]
+
+
+def check_classifier(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[str]) -> None:
+    """An error when --classifier is given beside what it brings, or without a query."""
+    names = [*BROUGHT, "method", "alignment", *flag_names([*FITTING], UPDATES)]
+    both = given_flags(names, argv)
+    if both:
+        parser.error(f"argument --classifier: it was made with its own {', '.join(both)}: leave that out")
+    if not args.query:
+        parser.error("argument --classifier: name the images that it is to label with --query")
+
+
 def complete_predict(args: argparse.Namespace, parser: OneLineParser) -> None:
     """Fill in what the flags of predict.py leave open; an error when they name no trained backbone or no base set."""
+    args.record_curve = 0
+    if args.classifier:
+        return
+    if not args.support:
+        parser.error("name the examples with --support FOLDER, or a kept classifier with --classifier FILE")
+    if not (args.query or args.save):
+        parser.error("name the images to label with --query, or a file to keep the classifier in with --save FILE")
     if not args.checkpoint and args.weights == "none" and not (args.backbone or "").startswith("custom:"):
         parser.error(
             "no trained backbone: give --checkpoint FILE (made by 'make demo', by transferLearning.py, or by "
             "'python -m persistence.import_published FILE OUT' of a published file), or torchvision's ImageNet "
             "weights, --backbone torchvision:resnet18 --weights DEFAULT"
         )
-    args.record_curve = 0
     args.alignment = args.alignment or ("centroid" if args.base else "none")
     if args.alignment != "none" and not args.base:
         parser.error(
-            f"argument --alignment: {args.alignment} takes related images from a benchmark's base classes: name it "
-            "with --base, such as fs_benchmarks/miniImagenet, or give --alignment none"
+            f"argument --alignment: {args.alignment} takes related images from a base set: name it with --base, "
+            "such as fs_benchmarks/miniImagenet or any folder of class/image, or give --alignment none"
         )
 
 
@@ -440,10 +484,20 @@ def check_auto(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[s
         parser.error("argument --align_preset: auto chooses on val episodes of a benchmark: name it with --base")
     if getattr(args, "test_split", "") == "val":
         parser.error("argument --align_preset: auto chooses on val classes, so it is not tested on them: give novel")
-    given = {text.split("=")[0] for text in argv}
-    both = [f"--{name}" for name in CHOSEN_FLAGS if f"--{name}" in given]
+    both = given_flags(CHOSEN_FLAGS, argv)
     if both:
         parser.error(f"argument --align_preset: auto chooses {', '.join(both)} itself: give only one of the two")
+
+
+def default_to_feature_space(stage: str, chosen: argparse.Namespace, parser: OneLineParser) -> None:
+    """Let predict.py align in feature space unless an alignment of blocks is named; there, `head` is the default."""
+    if stage == "predict" and chosen.base and chosen.align_blocks is None:
+        if chosen.align_adapter or chosen.alignment in (None, "head"):
+            parser.set_defaults(align_blocks=0)
+            chosen.align_blocks = 0
+    in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
+    if in_feature_space and (stage != "predict" or chosen.base):
+        parser.set_defaults(alignment="head")
 
 
 def args_parser(
@@ -463,9 +517,7 @@ def args_parser(
         check_auto(chosen, parser, argv)
         parser.set_defaults(align_blocks=0, aug_size=20)  # which it leaves as they are
     chosen, _ = parser.parse_known_args(argv)
-    in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
-    if in_feature_space and (stage != "predict" or chosen.base):
-        parser.set_defaults(alignment="head")
+    default_to_feature_space(stage, chosen, parser)
     args = parser.parse_args(argv)
 
     if "crop_scale" in args and args.crop_scale[0] > args.crop_scale[1]:
@@ -484,6 +536,8 @@ def args_parser(
 
     if "warm_up_epochs" in args and not args.init_from:
         args.warm_up_epochs = 0  # a new backbone has nothing to keep
+    if "crop_scale" not in args:
+        args.crop_scale = None  # this stage augments nothing
     args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
     if "align_lr" in args:
         check_feature_space(args, parser)
@@ -492,10 +546,12 @@ def args_parser(
         for rate in ("align_lr", "related_lr", "support_lr"):
             setattr(args, rate, args.lr if getattr(args, rate) is None else getattr(args, rate))
     if stage == "predict":
+        if args.classifier:
+            check_classifier(args, parser, argv)
         complete_predict(args, parser)
     else:
         args.novel_dataset = args.novel_dataset or args.dataset
-    if not args.img_size and not (stage == "predict" and args.checkpoint):  # which knows its size
+    if not args.img_size and not (stage == "predict" and (args.checkpoint or args.classifier)):  # which know theirs
         try:
             args.img_size = native_img_size(args.backbone)
         except ValueError as error:

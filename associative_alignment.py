@@ -50,7 +50,7 @@ def main() -> None:
     path = args.init_from or files.best
     backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)
     check_base_classes(path, checkpoint, args.dataset, base.class_names)
-    blocks = blocks_to_update(backbone.to(run.device, memory_format=torch.channels_last), args.align_blocks)
+    blocks = blocks_to_update(backbone.to(run.device).to(memory_format=torch.channels_last), args.align_blocks)
     cache = FeatureCache(args.cache_dir, run)
     base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
     setting, chosen = from_flags(AlignmentSetting, args), None

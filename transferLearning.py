@@ -11,7 +11,7 @@ from torch import nn
 from args_parser import from_flags, start_training
 from data.benchmarks import DataOptions, Split, load_split
 from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
-from data.transforms import Augmentation, training_images
+from data.transforms import Augmentation, TrainingImages, training_images
 from engine.distributed import copy_rank_0, data_parallel, rank_0_first
 from engine.errors import UserError
 from engine.script import run_script
@@ -55,7 +55,7 @@ def main() -> None:
         use_global_batch_norm(backbone)
     model = Model(backbone, head.to(run.device), args.lr)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
-    images = training_images(base, augmentation, run.device, backbone.normalisation)
+    images: TrainingImages | TrainingFeatures = training_images(base, augmentation, run.device, backbone.normalisation)
     size = f"{n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
     print(f"{args.backbone}: {size}")
     print(base.summary, f"{run.device}, {args.precision}", sep="; ")

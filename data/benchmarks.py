@@ -41,7 +41,7 @@ class Split:
 
     labels (N,), images (N, 3, s, s) uint8 in the evaluation view; train_images, uint8, what augmentation crops from,
     (N, 3, H, W) or unequal: the base split alone has them, where it is trained on; train_sizes (N, 2), the original
-    (height, width) of the images.
+    (height, width) of the images. Images that do not count have the label len(class_names).
     image_names are `class/file`; fingerprint is a hash of the names and bytes of all images.
     """
 
@@ -66,30 +66,46 @@ class Split:
         return [torch.nonzero(self.labels == c).squeeze(1) for c in range(len(self.class_names))]
 
 
+Listing = tuple[list[str], list[Path], list[int]]  # class names; the path and the label of each image
+
+
 def load_split(options: DataOptions, dataset: str, split: str) -> Split:
     """Load one split (`base`, `val` or `novel`) of a benchmark; images are decoded once and cached.
 
     The built-in benchmark `glyphs` is rendered when it is missing or of an older version. Raises UserError when the
     data is missing, malformed or cannot be decoded.
     """
+    return load_listed(options, dataset, split, list_split(options, dataset, split))
+
+
+def list_split(options: DataOptions, dataset: str, split: str) -> Listing:
+    """The images of one split of a benchmark. Raises UserError when they are missing or badly listed."""
     root = options.benchmarks_dir / folder_name(dataset)
     folder, file = root / split, root / f"{split}.json"
     if dataset == "glyphs":
         provide_glyphs(root, quiet=options.quiet)
     if folder.is_dir():
-        class_names, paths, labels = list_folder(folder)
-    elif file.is_file():
-        class_names, paths, labels = list_json(file, options.image_root)
-    else:
-        prepared_as = dataset if dataset in CONVERTERS else f"folder --name {dataset}"
-        raise UserError(
-            f"no {split} split of {dataset!r} in {root}: expected {folder}/<class>/<image> or {file}; "
-            f"prepare it with 'python -m data.prepare {prepared_as} --source PATH', "
-            f"or try the built-in benchmark with --dataset glyphs"
-        )
+        return list_folder(folder)
+    if file.is_file():
+        return list_json(file, options.image_root)
+    prepared_as = dataset if dataset in CONVERTERS else f"folder --name {dataset}"
+    raise UserError(
+        f"no {split} split of {dataset!r} in {root}: expected {folder}/<class>/<image> or {file}; "
+        f"prepare it with 'python -m data.prepare {prepared_as} --source PATH', "
+        f"or try the built-in benchmark with --dataset glyphs"
+    )
+
+
+def load_listed(options: DataOptions, dataset: str, split: str, listing: Listing) -> Split:
+    """The split of these images, decoded once and cached under its name; a base split is to be augmented as well.
+
+    Raises UserError when a class has two images of one name, or an image cannot be decoded.
+    """
+    class_names, paths, labels = listing
     names = [f"{class_names[label]}/{path.name}" for label, path in zip(labels, paths, strict=True)]
     if len(set(names)) < len(names):  # an image in the support and in the query; two images of one name in a file
         twice = next(name for name, count in Counter(names).items() if count > 1)
+        file = options.benchmarks_dir / folder_name(dataset) / f"{split}.json"
         raise UserError(f"{file} lists image {twice!r} twice: give each image of a class once, by a name of its own")
     min_crop = options.crop_scale[0] if options.crop_scale and split == "base" else None
     files = ImageFiles(f"{dataset}_{split}", paths, names, min_crop)

@@ -19,10 +19,11 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from tqdm import tqdm
 
+from data.converters.converter import SPLITS
 from data.converters.writing import SETTINGS
 from engine.errors import UserError
+from engine.run import progress_bar
 
 # Of the rendering. Raise it with any change of the images: older ones are rendered anew, older checkpoints refused.
 VERSION = 2
@@ -75,30 +76,27 @@ def render_glyphs(
     out: Path,
     seed: int = 0,
     n_images: int = 100,
-    n_base: int = 64,
-    n_val: int = 16,
-    n_novel: int = 20,
+    n_class: tuple[int, int, int] = (64, 16, 20),
     quiet: bool = False,
 ) -> None:
     """Render `out/{base,val,novel}/<class>/<i>.jpg`: 84x84 images, `n_images` a class, and SETTINGS, the version.
+
+    n_class: of base, val and novel.
 
     A class's images depend on (seed, character) alone, so fewer images or classes are the first of the full benchmark.
     Everything is rendered beside `out` and moved there at the end: `out` is never a half-finished benchmark. An older
     rendering there is replaced. `quiet` shows no progress bar.
     Raises UserError when `out` is anything else, or more than 100 classes are asked for.
     """
-    if n_base + n_val + n_novel > len(CHARACTERS):
-        raise UserError(
-            f"glyphs has {len(CHARACTERS)} classes, but {n_base} base + {n_val} val + {n_novel} novel were asked for; "
-            "ask for fewer"
-        )
+    if sum(n_class) > len(CHARACTERS):
+        raise UserError(f"glyphs has {len(CHARACTERS)} classes, but {sum(n_class)} were asked for; ask for fewer")
     if out.exists() and outdated_seed(out) is None:
         raise UserError(f"'{out}' exists already; delete it to render it again, or give another folder")
-    splits = ["base"] * n_base + ["val"] * n_val + ["novel"] * n_novel
+    splits = [split for split, n in zip(SPLITS, n_class, strict=True) for _ in range(n)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         unfinished = Path(temporary) / out.name
-        bar = tqdm(splits, desc=f"rendering {out.name}", disable=quiet)
+        bar = progress_bar(splits, f"rendering {out.name}", "class", quiet)
         for split, character in zip(bar, CHARACTERS, strict=False):
             folder = unfinished / split / class_name(character)
             folder.mkdir(parents=True)

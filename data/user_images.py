@@ -5,15 +5,16 @@ The images are decoded as those of a benchmark are, but into memory: nothing is 
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from data.image_cache import IMAGE_SUFFIXES, eval_view, map_in_chunks, open_rgb
+from data.image_cache import IMAGE_SUFFIXES, eval_view, map_in_chunks, open_rgb, to_rgb
 from data.listing import list_folder
 from engine.errors import UserError
 from engine.run import progress_bar
@@ -86,18 +87,34 @@ def folder_truth(names: list[str], class_names: list[str]) -> list[int | None]:
     return [label.get(name.split("/")[-2]) if "/" in name else None for name in names]
 
 
+def open_image(image: object) -> Image.Image:
+    """The RGB image of a path, of an image of PIL or of a uint8 array (h, w, 3) or (h, w).
+
+    Raises UserError when it is none of them or cannot be decoded.
+    """
+    if isinstance(image, str | Path):
+        return open_rgb(Path(image))
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
+        if image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4)):
+            return to_rgb(Image.fromarray(image))
+    what = f"a {image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
+    raise UserError(f"{what} is no image: give a path, an image of PIL or a uint8 array (h, w, 3)")
+
+
 def decode_views(
-    paths: list[Path], n_needed: int, img_size: int, num_workers: int, quiet: bool = False
+    paths: Sequence[object], n_needed: int, img_size: int, num_workers: int, quiet: bool = False
 ) -> tuple[Tensor, list[int], list[str]]:
-    """Evaluation views of images, uint8 (N, 3, s, s), and which of the paths they are of.
+    """Evaluation views of images, uint8 (N, 3, s, s), and which of the paths (or see open_image) they are of.
 
     Images from index n_needed on that cannot be decoded are left out, and the third result says why. Raises
     UserError, naming the file, for those before.
     """
 
-    def decode(path: Path) -> np.ndarray | UserError:
+    def decode(path: object) -> np.ndarray | UserError:
         try:
-            return eval_view(open_rgb(path), img_size)
+            return eval_view(open_image(path), img_size)
         except UserError as error:
             return error
 

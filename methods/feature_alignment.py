@@ -72,11 +72,11 @@ def related_batches(
     each = zip(related_base, generators, strict=True)
     picks = torch.stack([draw_iterations(related.samples, aug_size, n_iterations, g) for related, g in each], 1)
     n_way, picks = picks.shape[2], picks.flatten(2).to(z_base.device)
-    drawn = (picks[0] >= 0).to(z_base)
+    drawn = (picks[0] >= 0).float()
     weight = drawn / drawn.sum(1, keepdim=True).clamp_min(1.0)
     y = class_major_labels(n_way, aug_size, z_base.device).expand_as(weight)
     for index in picks.clamp_min_(0):
-        yield Samples(z_base.index_select(0, index.flatten()).view(*index.shape, -1), y, weight)
+        yield Samples(z_base.index_select(0, index.flatten()).float().view(*index.shape, -1), y, weight)
 
 
 def padded(index: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -173,23 +173,38 @@ class FeatureCache:
             save_atomically(path, features.cpu())
         return features
 
-    @torch.no_grad()
-    def activations(self, below: nn.Sequential, split: Split, by: Normalisation = IMAGENET) -> Tensor:
-        """What the blocks `below`, in eval mode, make of a whole split: (N, c, h, w) float32, mapped from its file.
+    def half_features(self, backbone: Backbone, split: Split) -> Tensor:
+        """Features of a whole split (N, d) in half precision, mapped from their file: there may be more than memory."""
+        by = backbone.normalisation
+        path = self.path(f"half{backbone.feature_dim}", backbone, split, by).with_suffix(".npy")
+        batches = self.batches(split, by, f"embed {split.split}")
+        return self.mapped(path, backbone, batches, len(split.images), torch.float16)
 
-        Written batch by batch, for it may be larger than memory.
-        """
+    def activations(self, below: nn.Sequential, split: Split, by: Normalisation = IMAGENET) -> Tensor:
+        """What the blocks `below`, in eval mode, make of a whole split: (N, c, h, w) float32, mapped from its file."""
         path = self.path(f"activations{len(below)}", below, split, by).with_suffix(".npy")
+        batches = self.batches(split, by, f"activations {split.split}")
+        return self.mapped(path, below, batches, len(split.images), torch.float32)
+
+    def batches(self, split: Split, by: Normalisation, bar: str) -> Iterator[Tensor]:
+        """The images of a split as a network takes them, under a bar."""
+        for start in self.run.bar(range(0, len(split.images), BATCH), bar, "batch"):
+            yield network_input(split.images[start : start + BATCH], self.run.device, by)
+
+    @torch.no_grad()
+    def mapped(self, path: Path, network: nn.Module, batches: Iterator[Tensor], n: int, dtype: torch.dtype) -> Tensor:
+        """What a network, in eval mode, makes of batches of n images, mapped from its file, which is written batch by
+        batch, for it may be larger than memory."""
         with contextlib.suppress(OSError, ValueError):  # not there or damaged: compute it
             return torch.from_numpy(np.load(path, mmap_mode="c"))
-        below.eval()
-        starts = self.run.bar(range(0, len(split.images), BATCH), f"activations {split.split}", "batch")
-        batches = (network_input(split.images[start : start + BATCH], self.run.device, by) for start in starts)
+        network.eval()
+        largest = torch.finfo(dtype).max
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
-            for i, a in enumerate(outputs(below, batches, self.run.precision)):
-                array = a.cpu().contiguous().numpy()
+            for i, a in enumerate(outputs(network, batches, self.run.precision)):
+                array = a.clamp(-largest, largest).to(dtype).cpu().contiguous().numpy()
                 if i == 0:
-                    header = {"descr": "<f4", "fortran_order": False, "shape": (len(split.images), *array.shape[1:])}
+                    shape = (n, *array.shape[1:])
+                    header = {"descr": array.dtype.str, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_2_0(file, header)
                 array.tofile(file)
         return torch.from_numpy(np.load(path, mmap_mode="c"))

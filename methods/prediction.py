@@ -1,11 +1,8 @@
-"""Label query images from a few support images a class: one episode of stage 3, on images without a benchmark.
-
-The head is fitted on the support features; with a base set, the backbone is then aligned with the related base images
-(see methods/alignment.py). What is asked here is not an accuracy but the probability of each class for each query.
-"""
+"""What predict.py finds: the probability of each class for each query image, how sure it is, and what a user should
+know of it."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,11 @@ import torch
 from torch import Tensor
 
 from data.benchmarks import Split
-from data.episodes import Task
-from engine.run import Run
-from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
-from methods.feature_alignment import align_features
-from methods.features import FeatureCache, UpdatedBlocks, image_source
+from methods.alignment import AlignedEpisode, AlignmentSetting
+from methods.confidence import Confidence
 from methods.related_base import empty_notes, exceeding_notes
-from models.backbone import Backbone
-from models.heads import unit
+
+UNSURE = "unsure"
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,10 @@ class Predictions:
     feature, before alignment, has the largest cosine with its own, and nearest_label that image's class.
     truth: the index of the class that each query's folder is named as, or None. related: for each class the base
     classes that it was aligned with, best first. n_support: support images of each class. notes: what a user should
-    know. facts: what a record says of the backbone and the images.
+    know. facts: what a record says of the backbone and the images. confidence: the accuracy on support images that were
+    left out, and the temperature that calibrates the probabilities, if they are known. cosine (q): that of the query to
+    its nearest support image, and unlike (q): whether it is far below those within the support. reject: the least
+    probability of a label, below which a query is `unsure`.
     """
 
     files: list[str]
@@ -47,52 +44,45 @@ class Predictions:
     n_support: list[int]
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    confidence: Confidence | None = None
+    cosine: list[float] = field(default_factory=list)
+    unlike: list[bool] = field(default_factory=list)
+    reject: float = 0.0
+
+    @property
+    def sure(self) -> list[bool]:
+        """Whether the largest probability of each query is at least `reject`."""
+        return (self.probabilities.max(1).values >= self.reject).tolist()
 
     @property
     def labels(self) -> list[str]:
-        """The class of the largest probability, by name, for each query."""
-        return [self.class_names[c] for c in self.probabilities.argmax(1).tolist()]
+        """For each query the name of the class of the largest probability, or `unsure`."""
+        best = zip(self.probabilities.argmax(1).tolist(), self.sure, strict=True)
+        return [self.class_names[c] if sure else UNSURE for c, sure in best]
 
     @property
     def n_right(self) -> int | None:
-        """How many labels are those of the queries' folders; None unless every query lies in a class's folder."""
+        """How many queries have the class of their folder as the most probable one, the unsure ones included; None
+        unless every query lies in a class's folder."""
         if any(c is None for c in self.truth):
             return None
         return sum(p == c for p, c in zip(self.probabilities.argmax(1).tolist(), self.truth, strict=True))
 
 
-def user_split(class_names: list[str], names: list[str], y_support: Tensor, images: Tensor) -> Split:
-    """The user's images as a split, the support first: k labels, y_support (k,), then -1 for the queries.
+def least_sure_first(predictions: Predictions) -> Predictions:
+    """The same predictions, in the order of the probability of their label."""
+    order = predictions.probabilities.max(1).values.argsort(stable=True)
+    lists = ("files", "paths", "nearest", "nearest_label", "truth", "cosine", "unlike")
+    columns: dict[str, Any] = {name: [getattr(predictions, name)[i] for i in order.tolist()] for name in lists}
+    columns |= {name: getattr(predictions, name)[order] for name in ("probabilities", "finetuned")}
+    return replace(predictions, **columns)
 
-    names (k + q) of the files; images (k + q, 3, s, s), uint8.
-    """
-    labels = torch.cat([y_support, y_support.new_full((len(images) - len(y_support),), -1)])
+
+def user_split(class_names: list[str], names: list[str], labels: Tensor, images: Tensor) -> Split:
+    """The user's examples as a split: labels (k,), names of the files, images (k, 3, s, s), uint8."""
     sizes = torch.tensor(images.shape[2:]).expand(len(images), -1)
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     return Split("", "user", class_names, names, labels, images, None, sizes, digest)
-
-
-def run_episode(
-    backbone: Backbone,
-    blocks: UpdatedBlocks,
-    user: Split,
-    base: Split | None,
-    cache_dir: Path,
-    setting: AlignmentSetting,
-    run: Run,
-) -> tuple[AlignedEpisode, Tensor]:
-    """The episode of a user_split, and the features (k + q, d) of its images before alignment.
-
-    Without `base`, setting.alignment is `none`.
-    """
-    novel = image_source(backbone, blocks, user, run, "embed")
-    base_source = FeatureCache(cache_dir, run).source(backbone, blocks, base) if base else None
-    support, query = (torch.nonzero(known).squeeze(1) for known in (user.labels >= 0, user.labels < 0))
-    task = Task(support, user.labels[support], query)
-    if blocks.in_feature_space and base_source:
-        return align_features([task], novel, base_source, setting, run, 0).episode(0), novel.features
-    bar = f"{setting.alignment} alignment"
-    return align_episode(blocks, task, novel, base_source, setting, run, 0, bar), novel.features
 
 
 def logits_of(episode: AlignedEpisode, setting: AlignmentSetting) -> tuple[Tensor, Tensor]:
@@ -108,12 +98,6 @@ def logits_of(episode: AlignedEpisode, setting: AlignmentSetting) -> tuple[Tenso
     return before, episode.head.logits(episode.aligned).cpu()
 
 
-def probabilities_of(episode: AlignedEpisode, setting: AlignmentSetting) -> tuple[Tensor, Tensor]:
-    """Probabilities (q, n_way) of the queries after alignment, and by fine-tuning: softmax of the head's logits."""
-    before, after = logits_of(episode, setting)
-    return after.softmax(1), before.softmax(1)
-
-
 def alignment_notes(
     episode: AlignedEpisode, setting: AlignmentSetting, class_names: list[str], n_base_class: int
 ) -> list[str]:
@@ -126,8 +110,3 @@ def alignment_notes(
             f"{episode.n_drawn} were drawn of each class"
         )
     return notes
-
-
-def nearest_support(z: Tensor, k: int) -> list[int]:
-    """The index of the support image of largest cosine, for each query: features (k + q, d), the support first."""
-    return (unit(z[k:]) @ unit(z[:k]).T).argmax(1).tolist()

@@ -69,11 +69,13 @@ def related_base_of_heads(head: Head, base: Source, setting: RelatedSetting) -> 
     """Related base classes and samples by each of E heads fitted together, weight (E, n_way, d), or by one (n_way, d).
 
     A samples tensor lists its base classes best first, the samples of each in order; it is empty when no sample of the
-    chosen classes is predicted as w.
+    chosen classes is predicted as w. The base features may be of half precision and mapped from disk: a block of them
+    at a time is read.
     """
     n_way, members = head.weight.shape[-2], base.split.members
     y_base = base.split.labels.to(base.features.device)
-    total = base.features.new_zeros(head.weight.shape[:-2].numel(), len(members), n_way)
+    # The last row is of samples that do not count.
+    total = torch.zeros(head.weight.shape[:-2].numel(), len(members) + 1, n_way, device=y_base.device)
     predicted = []
     for z, y in zip(base.features.split(BASE_ROWS), y_base.split(BASE_ROWS), strict=True):
         logits = head.logits(head(z)).view(-1, len(z), n_way)
@@ -81,8 +83,8 @@ def related_base_of_heads(head: Head, base: Source, setting: RelatedSetting) -> 
         vote = setting.related_score == "vote"
         total.index_add_(1, y, torch.nn.functional.one_hot(best, n_way).to(total) if vote else logits.softmax(-1))
         predicted.append(best.short())  # of all heads at once: a quarter of the memory
-    score = total / torch.bincount(y_base, minlength=len(members)).clamp_min(1).unsqueeze(1)
-    heads = zip(score, torch.cat(predicted, 1), strict=True)
+    score = total / torch.bincount(y_base, minlength=len(members) + 1).clamp_min(1).unsqueeze(1)
+    heads = zip(score[:, : len(members)], torch.cat(predicted, 1), strict=True)
     return [related_samples(of_head, predicted_by, members, setting.n_B) for of_head, predicted_by in heads]
 
 

@@ -3,7 +3,6 @@
 A checkpoint describes itself: backbone and head can be rebuilt from it alone. Its keys are those of `Checkpoint`.
 """
 
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -48,7 +47,7 @@ class Checkpoint:
     val_accuracy: float
     config: FLAGS
     format: str = FORMAT
-    normalisation: Sequence[Sequence[float]] = IMAGENET
+    normalisation: Normalisation = IMAGENET
     glyphs_version: int = 1
 
 
@@ -67,6 +66,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     kinds = get_type_hints(Checkpoint)
     schema = {field.name: kinds[field.name] for field in fields(Checkpoint) if field.default is MISSING}
     content = read_record(path, FORMAT, schema, "checkpoint", REMEDY)
+    try:
+        content["normalisation"] = Normalisation.of(*content.get("normalisation", IMAGENET))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} has no usable normalisation ({error}): {REMEDY}") from error
     return Checkpoint(**{name: content[name] for name in kinds if name in content})
 
 
@@ -105,10 +108,7 @@ def load_backbone(
             )
     net = create_backbone(checkpoint.backbone, checkpoint.img_size, seed=0, relation=relation)
     load_state(net, checkpoint.backbone_state, path)
-    try:
-        net.normalisation = Normalisation.of(*checkpoint.normalisation)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} has no usable normalisation ({error}): give another") from error
+    net.normalisation = checkpoint.normalisation
     return net, checkpoint
 
 

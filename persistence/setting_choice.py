@@ -48,7 +48,10 @@ def choose_and_keep(
         episodes = sample_episodes(val, shape, N_EPISODES, run.seed)
     except UserError as error:
         return no_choice(setting, error)
-    path = kept_path(stem, backbone, val, base, shape, setting, run)
+    # Another weight, image, protocol or candidate, another name.
+    facts = (val.fingerprint, base.split.fingerprint, shape, run.seed, run.precision.name, N_EPISODES)
+    asked = {flags: replace(each, record_curve=0) for flags, each in settings.items()}
+    path = stem.with_name(f"{stem.stem}_auto_{weights_digest(backbone, *facts, asked)}.json")
     rows = read_rows(path, list(settings))
     if not all(gather_objects(rows is not None, run.ranks)) or rows is None:
         source = cache.source(backbone, blocks_to_update(backbone, 0), val)
@@ -98,21 +101,6 @@ def command(flags: str, setting: AlignmentSetting, run: Run) -> str:
     chosen = f"--align_blocks 0{aug_size} {flags}"
     by_flags, n = re.subn("--align_preset[ =]auto", chosen, given)
     return by_flags if n else chosen
-
-
-def kept_path(
-    stem: Path,
-    backbone: Backbone,
-    val: Split,
-    base: Source,
-    shape: EpisodeShape,
-    setting: AlignmentSetting,
-    run: Run,
-) -> Path:
-    """Where the table is kept: another weight, image, protocol or candidate, another name."""
-    facts = (val.fingerprint, base.split.fingerprint, shape, run.seed, run.precision.name, N_EPISODES)
-    settings = {flags: replace(each, record_curve=0) for flags, each in candidates(setting).items()}
-    return stem.with_name(f"{stem.stem}_auto_{weights_digest(backbone, *facts, settings)}.json")
 
 
 def read_rows(path: Path, flags: list[str]) -> list[Row] | None:

@@ -152,9 +152,12 @@ class Training:
 
 
 def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
-    """Give an Adam the moments of every parameter in a state; its rates stay. Raises ValueError if they do not fit."""
+    """Give an Adam the moments of a state; its rates stay. Raises ValueError if they are not of its parameters.
+
+    Parameters that stood still until then, as in a warm-up, have none.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shapes = {i: {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(parameters)}
-    if {i: {name: value.shape for name, value in moments.items()} for i, moments in state.items()} != shapes:
+    if any({name: value.shape for name, value in moments.items()} != shapes.get(i) for i, moments in state.items()):
         raise ValueError("the moments are of other parameters")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

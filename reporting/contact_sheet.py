@@ -8,8 +8,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from data.image_cache import open_rgb
 from data.user_images import printable
 from engine.files import atomic_file
-from methods.prediction import Predictions
+from methods.prediction import UNSURE, Predictions
 from reporting.figure_style import BLUE, GREY, INK, ORANGE, PALE, PAPER
+from reporting.prediction_files import estimate
 
 SIDE, GAP, MARGIN = 112, 4, 20  # pixels: side of a picture, between the two of a cell, around cells
 PAIR = 2 * SIDE + GAP
@@ -51,13 +52,16 @@ def draw_cell(sheet: Image.Image, x: int, y: int, predictions: Predictions, i: i
     colour = ORANGE if wrong else BLUE
 
     sheet.paste(picture(predictions.paths[i]), (x, y))
-    sheet.paste(picture(predictions.nearest[i]), (x + SIDE + GAP, y))
+    example = predictions.nearest[i]  # of a kept classifier, a name alone
+    known = example.is_absolute() or example.exists()
+    sheet.paste(picture(example) if known else Image.new("RGB", (SIDE, SIDE), PALE), (x + SIDE + GAP, y))
     draw.rectangle((x - 2, y - 2, x + SIDE + 1, y + SIDE + 1), outline=colour, width=2)
 
     percent = f"{100 * p:.0f} %" if p < 0.995 else "> 99 %"
     room = PAIR - large.getlength(percent) - 8
     top = y + SIDE + 6
-    draw.text((x, top), elide(names[label], large, room), font=large, fill=INK)
+    shown = names[label] if predictions.sure[i] else f"{UNSURE}: {names[label]}"
+    draw.text((x, top), elide(shown, large, room), font=large, fill=INK)
     draw.text((x + PAIR, top), percent, font=large, fill=INK, anchor="ra")
     bar = top + 20
     draw.rectangle((x, bar, x + PAIR - 1, bar + 3), fill=PALE)
@@ -65,6 +69,8 @@ def draw_cell(sheet: Image.Image, x: int, y: int, predictions: Predictions, i: i
 
     half = SIDE - 4
     left = f"then {100 * p_then:.0f} % {names[then]}" if p_then >= 0.005 else ""
+    if predictions.unlike and predictions.unlike[i]:
+        left = "unlike every class"
     if wrong and truth is not None:
         left = f"is {names[truth]}"
     lines = [(left, ORANGE if wrong else GREY, False)] if left else []
@@ -88,7 +94,8 @@ def draw_sheet(predictions: Predictions, n: int) -> Image.Image:
     support = f"{sum(predictions.n_support)} examples of {len(predictions.class_names)} classes"
     shown = f"{n} of {len(predictions.files)} images" if n < len(predictions.files) else f"{n} images"
     title, room = typeface(16, bold=True), width - 2 * MARGIN
-    draw.text((MARGIN, 12), elide(f"{shown}, labelled from {support}", title, room), font=title, fill=INK)
+    expected = f", accuracy {estimate(predictions.confidence)} by those" if predictions.confidence else ""
+    draw.text((MARGIN, 12), elide(f"{shown}, labelled from {support}{expected}", title, room), font=title, fill=INK)
     orange = "; orange: its folder is another class" if predictions.n_right is not None else ""
     legend = f"left: the image, its label and probability{orange}. Right: the example most like it, and its class"
     draw.text((MARGIN, 36), elide(legend, typeface(11), room), font=typeface(11), fill=GREY)

@@ -67,7 +67,8 @@ def result_rows(records: list[dict[str, Any]]) -> list[tuple[list[str], dict[str
     for record in in_order(records):
         measured: list[tuple[dict[str, Any], dict[str, Any] | None]] = [(record, None)]
         if "alignment" in record:
-            measured = [(record["fine_tuning"], None), (record, record["difference"])]
+            controls = [record["fine_tuning"], *record.get("nearest_mean", {}).values()]
+            measured = [*((control, None) for control in controls), (record, record["difference"])]
         rows += [(text, *numbers) for text, numbers in zip(table_rows(record), measured, strict=True)]
     return rows
 
@@ -87,7 +88,7 @@ def results_table(records: list[dict[str, Any]]) -> str:
     for (dataset, _, task, *_), measured, _ in rows:
         best[dataset, task] = max(best.get((dataset, task), 0.0), measured["accuracy"])
     lines = []
-    for (dataset, backbone, task, method, _, _, episodes, seconds), measured, gain in rows:
+    for (dataset, backbone, task, method, _, _, _, episodes, seconds), measured, gain in rows:
         mean, half = measured["accuracy"], measured["ci95"] or 0.0
         strong = " best" if mean == best[dataset, task] else ""
         accuracy = f"<span>{interval(measured)}</span>{interval_mark(mean, half, low, high)}"

@@ -1,7 +1,8 @@
-"""Print result files as one Markdown table, or the paired difference of two results of the same episodes.
+"""Print result files as one Markdown table, the paired difference of two results, or one result over several trainings.
 
 python -m reporting.report results
 python -m reporting.report --pair fp32.json bf16.json
+python -m reporting.report --trainings seed0.json seed1.json seed2.json
 """
 
 import math
@@ -175,6 +176,35 @@ def paired_line(before: Path, after: Path) -> str:
     return "\n".join([*lines, f"paired difference {percent(*difference)} points, {n} episodes"])
 
 
+def trainings_lines(files: list[Path]) -> list[str]:
+    """Means of one result over several trainings, each with its 95% interval between trainings.
+
+    Each training counts as one value, so that the interval is Student's t of so few. Raises UserError when one is no
+    result, or they are of different methods or protocols.
+    """
+    records = [read_record(file) for file in files]
+    for file, record in zip(files, records, strict=True):
+        if not is_result(file, record):
+            raise UserError(f"{file} is not the result of a stage: name a file of results/tables")
+        for key in (*PAIR_KEYS, "stage", "method", "alignment"):
+            if record.get(key) != records[0].get(key):
+                found = f"{file} has {key} {record.get(key)}, {files[0]} {records[0].get(key)}"
+                raise UserError(f"{found}: name results of one method and protocol")
+    values = {"accuracy": [record["accuracy"] for record in records]}
+    if "alignment" in records[0]:
+        values["fine-tuning"] = [record["fine_tuning"]["accuracy"] for record in records]
+        values["gain over it"] = [record["difference"]["accuracy"] for record in records]
+    if all("nearest_mean" in record for record in records):
+        for name in ("Euclidean", "cosine"):
+            differences = [record["nearest_mean"][name]["difference"]["accuracy"] for record in records]
+            values[f"gain over nearest mean, {name}"] = differences
+    return [
+        f"{name:<33} {mean:6.2f} ± {ci95:.2f} over {len(files)} trainings: {', '.join(f'{v:.2f}' for v in numbers)}"
+        for name, numbers in values.items()
+        for mean, ci95 in [mean_and_ci95(torch.tensor(numbers))]
+    ]
+
+
 def episodes_of(record: dict[str, Any]) -> str:
     """Where the episodes of a result come from, in words."""
     file = record["config"].get("episodes_file")
@@ -191,9 +221,18 @@ def main() -> None:
         metavar=("BEFORE.json", "AFTER.json"),
         help="print the paired difference AFTER - BEFORE of two results of the same episodes instead",
     )
+    parser.add_argument(
+        "--trainings",
+        type=Path,
+        nargs="+",
+        metavar="RESULT.json",
+        help="print the means of one result over several trainings, with the interval between trainings, instead",
+    )
     args = parser.parse_args()
     if args.pair:
         print(paired_line(*args.pair))
+    elif args.trainings:
+        print("\n".join(trainings_lines(args.trainings)))
     else:
         rows = [tuple(row) for record in in_order(read_results(args.results_dir)) for row in table_rows(record)]
         print(markdown_table(HEADER, [list(row) for row in dict.fromkeys(rows)]))  # a control of several, once

@@ -208,7 +208,7 @@ TOLERANCES = {
     # in its update from what it gives in contiguous memory; with one thread instead of two nearly as much.
     "losses": {"fp32": 0.01, "bf16": 0.1},
     # Half precision moves queries of one episode: parity is a matter of paired episodes, not of this one.
-    "accuracy": {"fp32": 0.06, "bf16": 0.5},
+    "accuracy": {"fp32": 0.25, "bf16": 0.5},
     "update": {"fp32": 0.3, "bf16": 0.5},
     # Both fit on the same features.
     "fine-tuned accuracy": {"fp32": 0.01, "bf16": 0.01},

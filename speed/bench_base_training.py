@@ -151,7 +151,7 @@ TARGETS = {WORK: {"fp32": 2.5, "bf16": 4.5}}
 TOLERANCES = {
     "loss": {"fp32": 0.01, "bf16": 0.02},
     "inputs": {"fp32": 0.04, "bf16": 0.04},
-    "loss on the same inputs": {"fp32": 1e-4, "bf16": 0.01},
+    "loss on the same inputs": {"fp32": 5e-4, "bf16": 0.01},
     # The first step of Adam has the size of the rate whatever the gradient, also where that is near rounding; and
     # rounding decides a near tie of a pooling or ReLU now and then, which moves a gradient by 1e-3. The reference
     # itself, in channels-last memory, is 0.08 from what it gives in float64.

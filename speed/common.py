@@ -98,7 +98,7 @@ def dataset(setting: Setting) -> Path:
     root = setting.folder / f"glyphs-{setting.scale}"
     if not root.exists():
         if setting.tiny:
-            render_glyphs(root, n_images=10, n_base=8, n_val=5, n_novel=5)
+            render_glyphs(root, n_images=10, n_class=(8, 5, 5))
         else:
             render_glyphs(root, n_images=600)
     return root

@@ -183,7 +183,7 @@ def test_data_aug_is_a_flag_with_or_without_a_value():
         ("--method ProtoNet", "argument --method: invalid choice: 'ProtoNet'"),
         ("--resume --overwrite", "argument --overwrite: not allowed with argument --resume"),
         ("--n_sho 1", "unrecognized arguments: --n_sho 1"),
-        ("--weights DEFAULT", "argument --weights: it is for torchvision:NAME backbones, not for Conv4"),
+        ("--weights DEFAULT", "argument --weights: it is for torchvision:NAME and timm:NAME, not for Conv4"),
         ("--weights w --backbone torchvision:resnet18 --init_from c", "--init_from brings its own weights"),
     ],
 )
@@ -195,13 +195,13 @@ def test_a_wrong_value_is_refused_in_one_line(flags, line):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--query q --checkpoint c", "the following arguments are required: --support"),
-        ("--support s --checkpoint c", "the following arguments are required: --query"),
+        ("--query q --checkpoint c", "name the examples with --support FOLDER, or a kept classifier"),
+        ("--support s --checkpoint c", "name the images to label with --query, or a file"),
         ("--support s --query q", "no trained backbone: give --checkpoint FILE"),
         ("--support s --query q", "python -m persistence.import_published FILE OUT"),
         ("--support s --query q --weights DEFAULT", "name the model too, such as --backbone torchvision:resnet18"),
         ("--support s --query q --weights w --checkpoint c", "--checkpoint brings its own weights"),
-        ("--support s --query q --checkpoint c --alignment naive", "naive takes related images from a benchmark's"),
+        ("--support s --query q --checkpoint c --alignment naive", "naive takes related images from a base set"),
     ],
 )
 def test_predict_says_what_is_missing(flags, line):
@@ -210,7 +210,9 @@ def test_predict_says_what_is_missing(flags, line):
 
 def test_predict_aligns_when_there_is_a_base_set():
     assert parsed("predict").alignment == "none"
-    assert parsed("predict", "--base", "b").alignment == "centroid"
+    assert values(parsed("predict", "--base", "b"), "alignment", "align_blocks") == ("head", 0)
+    named = parsed("predict", "--base", "b", "--alignment", "centroid")
+    assert values(named, "alignment", "align_blocks") == ("centroid", None)
     assert parsed("predict", "--base", "b", "--alignment", "none").alignment == "none"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def files_of(root: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("glyphs") / "glyphs"
-    render_glyphs(root, seed=3, n_images=4, n_base=3, n_val=2, n_novel=2)
+    render_glyphs(root, seed=3, n_images=4, n_class=(3, 2, 2))
     return root
 
 
@@ -78,16 +79,17 @@ def test_a_folder_of_the_user_called_glyphs_is_left_alone(tmp_path):
     assert mine.read_text() == "mine"
 
 
-def test_quiet_shows_no_bar(tmp_path, capfd):
-    render_glyphs(tmp_path / "loud", n_images=1, n_base=1, n_val=0, n_novel=0)
+def test_quiet_shows_no_bar(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    render_glyphs(tmp_path / "loud", n_images=1, n_class=(1, 0, 0))
     assert "rendering loud" in capfd.readouterr().err
-    render_glyphs(tmp_path / "silent", n_images=1, n_base=1, n_val=0, n_novel=0, quiet=True)
+    render_glyphs(tmp_path / "silent", n_images=1, n_class=(1, 0, 0), quiet=True)
     assert capfd.readouterr().err == ""
 
 
 def test_an_image_depends_on_seed_and_character_alone(small, tmp_path):
-    render_glyphs(tmp_path / "fewer", seed=3, n_images=2, n_base=1, n_val=2, n_novel=0)
-    render_glyphs(tmp_path / "other", seed=4, n_images=2, n_base=1, n_val=2, n_novel=0)
+    render_glyphs(tmp_path / "fewer", seed=3, n_images=2, n_class=(1, 2, 0))
+    render_glyphs(tmp_path / "other", seed=4, n_images=2, n_class=(1, 2, 0))
     whole, fewer, other = files_of(small), files_of(tmp_path / "fewer"), files_of(tmp_path / "other")
     by_class = {name.split("/", 1)[1]: content for name, content in whole.items()}
     assert len(fewer) == 6
@@ -125,8 +127,8 @@ def test_classes_differ_in_shape_whatever_the_size(tiles):
 def test_refusals(small, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         render_glyphs(small)
-    with pytest.raises(UserError, match="100 classes, but 90 base"):
-        render_glyphs(tmp_path / "many", n_base=90)
+    with pytest.raises(UserError, match="100 classes, but 126 were"):
+        render_glyphs(tmp_path / "many", n_class=(90, 16, 20))
 
 
 def test_an_interrupted_render_leaves_nothing(tmp_path, monkeypatch):
@@ -144,10 +146,10 @@ def test_two_at_once_end_with_one_whole_benchmark(small, tmp_path, monkeypatch):
 
     def rename_after_another(source, target):
         monkeypatch.setattr(glyphs.os, "rename", rename)
-        render_glyphs(out, seed=3, n_images=4, n_base=3, n_val=2, n_novel=2)
+        render_glyphs(out, seed=3, n_images=4, n_class=(3, 2, 2))
         rename(source, target)
 
     monkeypatch.setattr(glyphs.os, "rename", rename_after_another)
-    render_glyphs(out, seed=3, n_images=4, n_base=3, n_val=2, n_novel=2)
+    render_glyphs(out, seed=3, n_images=4, n_class=(3, 2, 2))
     assert files_of(out) == files_of(small)
     assert list(tmp_path.iterdir()) == [out]

@@ -1,6 +1,7 @@
 """The user's own folders: which files count, what they are called, and what happens to images that are damaged."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,8 @@ def test_bad_images_after_the_needed_ones_are_left_out_and_said(tmp_path, monkey
     assert views.shape == (0, 3, 16, 16) and kept == [] and len(reasons) == 1
 
 
-def test_the_bar_counts_every_image_unless_quiet(tmp_path, capfd):
+def test_the_bar_counts_every_image_unless_quiet(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     paths = colours(tmp_path, 3)
     paths[1].write_bytes(b"")
     decode_views(paths, 0, 16, 1)

@@ -10,6 +10,7 @@ from torch import nn
 from data.benchmarks import DataOptions, load_split
 from data.transforms import normalise
 from engine.errors import UserError
+from engine.normalisation import IMAGENET
 from engine.precision import Precision
 from engine.run import Run
 from methods import features
@@ -63,7 +64,7 @@ class CountingBackbone(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.feature_dim = 2
+        self.feature_dim, self.normalisation = 2, IMAGENET
         self.layer = nn.Linear(3, 2)
         self.register_buffer("statistic", torch.zeros(1))
         self.n_seen = 0

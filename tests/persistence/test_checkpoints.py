@@ -12,6 +12,7 @@ import torch
 from data.glyphs import VERSION
 from engine.errors import UserError
 from engine.files import load_tensors
+from engine.normalisation import IMAGENET
 from engine.run import Run
 from models import build_head
 from persistence.checkpoints import (
@@ -112,6 +113,12 @@ def test_a_checkpoint_holds_tensors_and_plain_values_alone(tmp_path):
     content = torch.load(tmp_path / "model.tar", weights_only=True)
     expected = {"cache_dir": str(Path("some") / "cache"), "crop_scale": [0.3, 1.0], "best": None, "nested": ["a"]}
     assert content["config"] == expected
+
+
+def test_an_older_checkpoint_has_the_normalisation_that_it_was_trained_with(tmp_path, saved):
+    without("normalisation")(tmp_path / "old.tar", saved[0])
+    assert load_checkpoint(tmp_path / "old.tar").normalisation == IMAGENET
+    assert load_backbone(tmp_path / "old.tar", "Conv4", IMG_SIZE)[0].normalisation == IMAGENET
 
 
 def test_a_new_backbone_depends_on_the_seed_alone():

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import types
 
 import pytest
 import torch
@@ -58,23 +57,21 @@ def test_a_damaged_episode_is_one_clear_line(aligned_copy):
     assert "is not a saved episode of this project" in call("reporting.figures", aligned_copy / "results").err
 
 
-@pytest.mark.parametrize("installed", [False, True])
-def test_tsne_is_drawn_by_scikit_learn_or_refused_in_a_line(aligned_copy, monkeypatch, installed):
-    class TSNE:
-        def __init__(self, n_components, perplexity, **rest):
-            assert n_components == 2 and 1 <= perplexity <= 30 and rest["random_state"] == 0
-
-        def fit_transform(self, z):
-            return z[:, :2]
-
-    manifold = types.SimpleNamespace(TSNE=TSNE)
-    monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn") if installed else None)
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", manifold if installed else None)
-    outcome = call("reporting.figures", aligned_copy / "results", "--projection", "tsne")
-    if installed:
+def test_tsne_is_drawn_by_scikit_learn(aligned_copy):
+    pytest.importorskip("sklearn")
+    path = aligned_copy / "results" / "figures" / "projection.png"
+    by_pca, drawn = path.read_bytes(), []
+    for _ in range(2):
+        outcome = call("reporting.figures", aligned_copy / "results", "--projection", "tsne")
         assert outcome.status == 0, outcome.err
-    else:
-        assert outcome.status == 2 and "pip install scikit-learn" in outcome.err and outcome.err.count("\n") == 1
+        drawn.append(path.read_bytes())
+    assert drawn[0] == drawn[1] != by_pca
+
+
+def test_tsne_without_scikit_learn_is_one_line(aligned_copy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    outcome = call("reporting.figures", aligned_copy / "results", "--projection", "tsne")
+    assert outcome.status == 2 and "pip install scikit-learn" in outcome.err and outcome.err.count("\n") == 1
 
 
 def test_class_names_are_labels_whatever_they_hold():

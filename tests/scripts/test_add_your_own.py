@@ -205,7 +205,7 @@ def test_the_files_that_a_page_names_are_there(page):
 
 
 def test_the_files_of_the_map_are_in_their_rooms():
-    rooms = dict(re.findall(r"^\| `(\w+)/` \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    rooms = dict(re.findall(r"^\| `(\w+)/` \| (.*) \|$", (ROOT / "docs" / "code.md").read_text(), re.MULTILINE))
     assert set(rooms) == {path.parent.name for path in ROOT.glob("*/__init__.py")}
     for room, row in rooms.items():
         assert not [name for name in re.findall(r"`(\w+(?:\.py|/))`", row) if not (ROOT / room / name).exists()]

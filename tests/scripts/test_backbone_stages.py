@@ -122,7 +122,8 @@ def test_a_frozen_backbone_keeps_its_weights_and_its_head_learns(small):
     assert call("transferLearning", *frozen, "--init_from", kept).status == 0
     after = load_checkpoint(model(small, "arcMax", "Conv4"))
     assert after.epoch == 3 and all(torch.equal(v, after.backbone_state[k]) for k, v in first.backbone_state.items())
-    losses = [json.loads(row)["loss"] for row in next(small.rglob("metrics.jsonl")).read_text().splitlines()]
+    rows = next(small.rglob("metrics.jsonl")).read_text().splitlines()[1:]  # the first is of before the training
+    losses = [json.loads(row)["loss"] for row in rows]
     assert len(losses) == 4 and losses == sorted(losses, reverse=True) and losses[3] < losses[0]
     outcome = call("transferLearning", *frozen)
     assert outcome.status == 2 and "--freeze: of a trained backbone" in outcome.err

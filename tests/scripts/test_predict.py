@@ -5,24 +5,28 @@ import json
 import shutil
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
 
+import predict
 from args_parser import args_parser
 from data.listing import list_folder
-from data.user_images import list_queries
+from data.user_images import list_queries, list_support
 from engine.errors import UserError
 from methods.alignment import AlignmentSetting
+from persistence import labelling
 from persistence.checkpoints import Checkpoint, create_backbone, save_checkpoint
-from predict import few_shot_predict
+from predict import FewShotClassifier, few_shot_predict
 from reporting.contact_sheet import HEADER, SIDE, draw_sheet
 from tests.helpers import call, make_benchmark
 
 N_SUPPORT = {"class12": 1, "class13": 3, "class14": 2}
 FAST = {"ft_n_epoch": 20, "align_iters": 2, "aug_size": 4, "n_B": 2}
 SUPPORT, QUERY, TABLE = "my_classes", "my_images", "predictions.csv"
+WRITTEN = {TABLE, "predictions.json", "predictions.html", "contact_sheet.png"}
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +76,17 @@ def table(root, out="out"):
     """Header, files, labels and probabilities of a csv."""
     with open(root / out / TABLE, encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
-    return header, [r[0] for r in rows], [r[1] for r in rows], torch.tensor([[float(p) for p in r[2:]] for r in rows])
+    return header, [r[0] for r in rows], [r[1] for r in rows], torch.tensor([[float(p) for p in r[2:-1]] for r in rows])
 
 
 @pytest.mark.parametrize(
     "more",
     [{}, {"alignment": "adversarial"}, {"alignment": "naive"}, {"alignment": "none"}, {"align_blocks": 1}]
-    + [{"align_blocks": 0, "alignment": "head"}, {"align_blocks": 0, "align_adapter": "full"}],
+    + [
+        {"align_blocks": 0, "alignment": "head"},
+        {"align_blocks": 0, "align_adapter": "full"},
+        {"alignment": "centroid"},
+    ],
     ids=lambda more: "".join(f"{v}" for v in more.values()) or "default",
 )
 def test_the_script_writes_what_the_call_returns(root, more, capsys):
@@ -86,7 +94,7 @@ def test_the_script_writes_what_the_call_returns(root, more, capsys):
     outcome = script(root, base=base, **more)
     assert outcome.status == 0 and outcome.err == "", outcome.err
     header, files, labels, probabilities = table(root)
-    assert header == ["file", "label", *N_SUPPORT]
+    assert header == ["file", "label", *N_SUPPORT, "mark"]
     assert files == [f"{name}/{i:03d}.png" for name in N_SUPPORT for i in (6, 7)]
     assert labels == [header[2 + c] for c in probabilities.argmax(1)]
     torch.testing.assert_close(probabilities.sum(1), torch.ones(6), atol=1e-5, rtol=0)
@@ -97,7 +105,7 @@ def test_the_script_writes_what_the_call_returns(root, more, capsys):
     assert capsys.readouterr() == ("", "")
 
     record = json.loads((root / "out" / "predictions.json").read_text())
-    alignment = more.get("alignment", "centroid")
+    alignment = more.get("alignment", "centroid" if "align_blocks" in more else "head")
     assert record["alignment"] == record["config"]["alignment"] == alignment
     assert record["seed"] == 0 and record["config"]["ft_n_epoch"] == 20 and "torch" in record["versions"]
     assert [record["classes"][name]["n_support"] for name in N_SUPPORT] == list(N_SUPPORT.values())
@@ -115,7 +123,7 @@ def test_without_a_base_set_nothing_is_aligned_nor_written_but_the_output(root):
     assert set(root.rglob("*")) == before
     outcome = script(root)
     assert outcome.status == 0 and "no alignment: it takes base images" in outcome.out
-    written = {"out", TABLE, "predictions.json", "predictions.html", "contact_sheet.png"}
+    written = {"out", *WRITTEN}
     assert {p.name for p in set(root.rglob("*")) - before} == written
 
 
@@ -209,7 +217,7 @@ def test_overwrite_replaces_and_max_sheet_bounds_the_sheet(root):
     assert script(root, alignment="none").status == 0
     outcome = script(root, alignment="none", overwrite=True, max_sheet=4, query=root / "tiny" / "val" / "class06")
     assert outcome.status == 0, outcome.err
-    assert "the first 4 images (--max_sheet)" in outcome.out and "accuracy" not in outcome.out
+    assert "the first 4 images (--max_sheet)" in outcome.out and "lies in a folder" not in outcome.out
     assert len(table(root)[1]) == 8
     assert Image.open(root / "out" / "contact_sheet.png").height < HEADER + 2 * SIDE
 
@@ -274,10 +282,6 @@ def truncate(folder, file):
     return spoil
 
 
-def other_base_classes(root):
-    save(root / "model.tar", [f"other{c}" for c in range(6)])
-
-
 def spoil_checkpoint(root):
     (root / "model.tar").write_bytes(b"not a checkpoint")
 
@@ -305,8 +309,31 @@ def nothing(root):
     pass
 
 
+def few_base_classes(root):
+    shutil.copytree(root / "tiny" / "base" / "class00", root / "few" / "class00")
+
+
+def name_a_class_unsure(root):
+    (root / SUPPORT / "class12").rename(root / SUPPORT / "unsure")
+
+
 NO_CHECKPOINT = {"checkpoint": None}
+OPEN = dict.fromkeys(FAST)  # what --align_preset auto chooses itself
 USER_ERRORS = {
+    "neither support nor classifier": (nothing, {"support": None}, ["--support", "--classifier"]),
+    "neither query nor save": (nothing, {"query": None}, ["--query", "--save"]),
+    "save is there": (nothing, {"save": "model.tar"}, ["model.tar is there already", "--overwrite"]),
+    "save cannot be written": (nothing, {"save": "/dev/null/x"}, ["/dev/null", "--save"]),
+    "base of too few classes": (few_base_classes, {"base": "few"}, ["fewer than the 3", "larger base set"]),
+    "copies among the images": (nothing, {"copy_to": f"{QUERY}/sorted"}, ["--copy_to", "images that are read"]),
+    "copies above the images": (nothing, {"copy_to": "."}, ["--copy_to", "images that are read"]),
+    "copies over files": (nothing, {"copy_to": "tiny"}, ["not an empty folder", "nothing is overwritten"]),
+    "copies of nothing": (nothing, {"query": None, "save": "x", "copy_to": "y"}, ["--copy_to", "--query"]),
+    "a share above 1": (nothing, {"reject": 1.5}, ["--reject", "at most 1"]),
+    "a class is named unsure": (name_a_class_unsure, {"reject": 0.5}, ["--reject", "'unsure'"]),
+    "an order of none": (nothing, {"sort": "size"}, ["--sort", "invalid choice"]),
+    "resume and overwrite": (nothing, {"resume": True, "overwrite": True}, ["not allowed with"]),
+    "auto without base": (nothing, {"align_preset": "auto"}, ["auto", "--base"]),
     "no support folder": (nothing, {"support": "absent"}, ["absent", "one subfolder a class"]),
     "support is a file": (file_as_support, {"support": "file"}, ["file", "is not a folder"]),
     "support without subfolders": (nothing, {"support": f"{SUPPORT}/class12"}, ["no class folders", "<class>"]),
@@ -334,7 +361,6 @@ USER_ERRORS = {
     "no such checkpoint": (nothing, {"checkpoint": "absent.tar"}, ["absent.tar", "make demo"]),
     "damaged checkpoint": (spoil_checkpoint, {}, ["model.tar", "not a checkpoint"]),
     "other backbone": (nothing, {"backbone": "ResNet12"}, ["backbone Conv4, not ResNet12"]),
-    "other base classes": (other_base_classes, {"base": "tiny"}, ["base classes", "trained on"]),
     "no such base": (nothing, {"base": "absent"}, ["--base", "absent", "<class>/<image>"]),
     "alignment without base": (nothing, {"alignment": "centroid"}, ["centroid", "--base"]),
     "too many blocks": (nothing, {"base": "tiny", "align_blocks": 5}, ["--align_blocks 5", "4 blocks"]),
@@ -342,7 +368,7 @@ USER_ERRORS = {
     "earlier predictions": (earlier_predictions, {}, ["predictions already", "--overwrite"]),
     "size of 0 pages": (nothing, {"max_sheet": 0}, ["--max_sheet", "at least 1"]),
 }
-PATHS = ("support", "query", "checkpoint", "base", "weights", "out")
+PATHS = ("support", "query", "checkpoint", "base", "weights", "out", "save", "copy_to")
 
 
 @pytest.mark.parametrize("case", USER_ERRORS)
@@ -360,3 +386,312 @@ def test_a_user_error_is_one_clear_line_and_overwrites_nothing(root, case):
         assert part in outcome.err
     after = {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and "cache" not in p.parts}
     assert after == before
+
+
+# A classifier to keep.
+
+
+def kept(root, **more):
+    """A classifier of `root` in a file."""
+    given = {"query": None, "save": root / "my.classifier"} | more
+    outcome = script(root, **given)
+    assert outcome.status == 0, outcome.err
+    return outcome
+
+
+def labelled(root, *extra, **more):
+    """predict.py with the kept classifier."""
+    given = {
+        "classifier": root / "my.classifier",
+        "query": root / QUERY,
+        "out": root / "labelled",
+        "quiet": True,
+    } | more
+    argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+    return call("predict", *argv, *extra)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"align_adapter": 2},
+        {"alignment": "centroid"},
+        {"alignment": "none"},
+        {"method": "softMax"},
+        {"method": "cosMax"},
+    ],
+    ids=lambda more: "".join(f"{v}" for v in more.values()) or "head",
+)
+def test_a_kept_classifier_labels_alike_without_support_and_base(root, more):
+    more = {"base": root / "tiny"} | more
+    expected = few_shot_predict(**flags(root, **more))
+    outcome = kept(root, **more)
+    assert "6 examples of 3 classes" in outcome.out and "my.classifier, " in outcome.out
+    for gone in (SUPPORT, "tiny", "cache", "model.tar"):
+        if (root / gone).exists():
+            (root / gone).rename(root / f"gone_{gone}")
+    outcome = labelled(root)
+    assert outcome.status == 0 and outcome.err == "", outcome.err
+    _, files, names, probabilities = table(root, "labelled")
+    assert (files, names) == (expected.files, expected.labels)
+    torch.testing.assert_close(probabilities, expected.probabilities, atol=2e-6, rtol=0)
+    again = few_shot_predict(classifier=root / "my.classifier", query=root / QUERY)
+    assert again.cosine == pytest.approx(expected.cosine) and again.confidence == expected.confidence
+    torch.testing.assert_close(again.finetuned, expected.finetuned)
+
+
+def test_leave_one_out_is_in_summary_and_record(root):
+    outcome = script(root, base=root / "tiny")
+    record = json.loads((root / "out" / "predictions.json").read_text())["confidence"]
+    assert f"{record['n_right']} of 5 examples, left out in turn" in outcome.out
+    assert record["low"] < record["accuracy"] <= record["high"] and record["temperature"] > 0
+    one_each = [root / SUPPORT / name / f"00{i}.png" for name, n in N_SUPPORT.items() for i in range(1, n)]
+    for path in one_each:
+        path.unlink()
+    outcome = script(root, out="one")
+    assert "accuracy not known, probabilities not calibrated: no class has 2 examples" in outcome.out
+    assert json.loads((root / "one" / "predictions.json").read_text())["confidence"] is None
+
+
+def test_below_the_least_probability_an_image_is_unsure(root):
+    p = few_shot_predict(**flags(root)).probabilities.max(1).values
+    least = round(p.sort().values[2:4].mean().item(), 4)
+    outcome = script(root, reject=least)
+    assert outcome.status == 0 and f"unsure: {(p < least).sum()} images" in outcome.out
+    assert [label == "unsure" for label in table(root)[2]] == (p < least).tolist()
+    record = json.loads((root / "out" / "predictions.json").read_text())
+    assert record["n_unsure"] == (p < least).sum() and "accuracy of those kept" in outcome.out
+    assert sum(row["n_query"] for row in record["classes"].values()) == 6 - record["n_unsure"]
+
+
+def test_an_image_unlike_every_class_is_marked(root):
+    Image.effect_noise((20, 20), 200).convert("RGB").save(root / QUERY / "noise.png")
+    found = few_shot_predict(**flags(root))
+    least = found.cosine[found.files.index("noise.png")]
+    assert least == min(found.cosine)
+    assert found.unlike == [c <= least for c in found.cosine] or not any(found.unlike)
+
+
+def test_the_least_sure_come_first_when_asked(root):
+    assert script(root, sort="sure").status == 0
+    p = table(root)[3].max(1).values
+    assert p.tolist() == sorted(p.tolist()) and sorted(table(root)[1]) == few_shot_predict(**flags(root)).files
+
+
+def test_copies_are_sorted_into_a_folder_a_label(root):
+    before = {p: p.read_bytes() for p in (root / QUERY).rglob("*") if p.is_file()}
+    assert script(root, copy_to=root / "sorted").status == 0
+    _, files, names, _ = table(root)
+    found = {p.relative_to(root / "sorted").as_posix() for p in (root / "sorted").rglob("*") if p.is_file()}
+    assert found == {f"{label}/{file}" for label, file in zip(names, files, strict=True)}
+    assert {p: p.read_bytes() for p in (root / QUERY).rglob("*") if p.is_file()} == before
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same(root, monkeypatch):
+    monkeypatch.setattr(labelling, "PART", 2)
+    assert script(root, out="whole").status == 0
+    label_part, made, stop = labelling.label_part, [], [True]
+
+    def stopped_at_4(classifier, images, start, *rest):
+        if start == 4 and stop:
+            raise KeyboardInterrupt
+        made.append(start)
+        return label_part(classifier, images, start, *rest)
+
+    monkeypatch.setattr(labelling, "label_part", stopped_at_4)
+    outcome = script(root)
+    assert outcome.status == 130 and "--resume" in outcome.err and not (root / "out" / TABLE).exists()
+    partial = (root / "out" / "predictions.partial.csv").read_text()
+    assert (root / "whole" / TABLE).read_text().startswith(partial) and partial.count("\n") == 5
+    outcome = script(root)
+    assert outcome.status == 2 and "were stopped: give --resume to go on" in outcome.err
+    outcome = script(root, resume=True, ft_s=7)
+    assert outcome.status == 2 and "another classifier" in outcome.err and outcome.err.count("\n") == 1
+
+    stop.clear()
+    made.clear()
+    assert script(root, resume=True).status == 0
+    assert made == [4] and (root / "out" / TABLE).read_text() == (root / "whole" / TABLE).read_text()
+    assert {p.name for p in (root / "out").iterdir()} == WRITTEN
+
+
+# Any folder as base.
+
+
+def test_base_classes_that_the_user_has_are_left_out_with_a_note(root):
+    shutil.copytree(root / "tiny" / "base", root / "folder")
+    shutil.copytree(root / SUPPORT / "class12", root / "folder" / "class12")
+    shutil.copy(root / QUERY / "class13" / "006.png", root / "folder" / "class03" / "x.png")
+    found = few_shot_predict(**flags(root, base=root / "folder"))
+    assert "base class 'class12' is a class of the support: it is left out" in found.notes
+    assert "base class 'class03' holds 1 of the support and query images: it is left out" in found.notes
+    assert not {"class12", "class03"} & {b for classes in found.related.values() for b in classes}
+    before = {p: p.stat().st_mtime_ns for p in (root / "cache").rglob("*")}
+    few_shot_predict(**flags(root, base=root / "folder"))
+    assert {p: p.stat().st_mtime_ns for p in (root / "cache").rglob("*")} == before
+
+
+def test_large_base_features_are_mapped_in_half_precision(root, monkeypatch):
+    whole = few_shot_predict(**flags(root, base=root / "tiny"))
+    monkeypatch.setattr(predict, "MAPPED", 10)
+    mapped = few_shot_predict(**flags(root, base=root / "tiny"))
+    assert list((root / "cache").glob("half*_tiny_base_*.npy"))
+    torch.testing.assert_close(mapped.probabilities, whole.probabilities, atol=0.02, rtol=0)
+
+
+def test_auto_chooses_on_the_val_classes_of_the_base(root, monkeypatch):
+    monkeypatch.setattr("persistence.setting_choice.N_EPISODES", 3)
+    monkeypatch.setattr("persistence.setting_choice.N_QUERY", 3)
+    outcome = script(root, base=root / "tiny", align_preset="auto", **OPEN)
+    assert outcome.status == 0, outcome.err
+    assert "--align_preset auto, 3-way 2-shot, 3 val episodes" in outcome.out and "chosen: " in outcome.out
+
+
+# FewShotClassifier.
+
+
+def in_memory(root):
+    """The support as an array, an image of PIL and paths, and its labels."""
+    _, paths, labels = list_support(root / SUPPORT)
+    images = [np.asarray(Image.open(paths[0])), Image.open(paths[1]), *map(str, paths[2:])]
+    return images, [10 * (label + 1) for label in labels], paths
+
+
+FLAGS = {"ft_n_epoch": 20}
+
+
+def test_the_classifier_in_python_is_predict(root):
+    images, labels, _ = in_memory(root)
+    made = FewShotClassifier(root / "model.tar", **FLAGS).fit(images, labels)
+    expected = few_shot_predict(**flags(root))
+    queries = [str(path) for path in expected.paths]
+    assert made.classes_.tolist() == [10, 20, 30]
+    np.testing.assert_allclose(made.predict_proba(queries), expected.probabilities, atol=1e-6)
+    truth = [made.classes_[c] for c in expected.truth]
+    assert made.score(queries, truth) == pytest.approx(expected.n_right / 6)
+    assert made.confidence_.n == 5
+    made.save(root / "kept.classifier")
+    again = FewShotClassifier.load(root / "kept.classifier")
+    assert again.predict(queries).tolist() == made.predict(queries).tolist() and again.classes_.tolist() == [10, 20, 30]
+    np.testing.assert_array_equal(again.predict_proba(queries), made.predict_proba(queries))
+
+
+def test_scikit_learn_clones_and_cross_validates(root):
+    base = pytest.importorskip("sklearn.base")
+    from sklearn.model_selection import cross_val_score
+
+    made = FewShotClassifier(str(root / "model.tar"), **FLAGS)
+    other = base.clone(made).set_params(ft_s=7.0)
+    assert other.get_params() == {"backbone": str(root / "model.tar"), "base": None, **FLAGS, "ft_s": 7.0}
+    assert made.get_params()["ft_n_epoch"] == 20 and base.is_classifier(made)
+    folders = sorted((root / "tiny" / "novel").iterdir())
+    images = [np.asarray(Image.open(p)) for folder in folders for p in sorted(folder.iterdir())[:4]]
+    scores = cross_val_score(made, np.stack(images), np.repeat(["a", "b", "c"], 4), cv=2)
+    assert scores.shape == (2,) and scores.mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda c, x, y: c.fit(x, y[:-1]), "6 images and 5 labels"),
+        (lambda c, x, y: c.fit(x[:1], y[:1]), "of 1 class"),
+        (lambda c, x, y: c.predict(x), "not fitted"),
+        (lambda c, x, y: c.save("x"), "not fitted"),
+        (lambda c, x, y: c.fit(x, y).predict([]), "no images"),
+        (lambda c, x, y: c.fit([3, *x[1:]], y), "a int is no image"),
+        (lambda c, x, y: c.fit([np.zeros((4, 4)), *x[1:]], y), "a float64 array"),
+        (lambda c, x, y: c.fit(["absent.png", *x[1:]], y), "absent.png cannot be decoded"),
+        (lambda c, x, y: c.set_params(nonsense=1).fit(x, y), "--nonsense"),
+        (lambda c, x, y: c.set_params(backbone=None).fit(x, y), "no trained backbone"),
+        (lambda c, x, y: c.load("absent.classifier"), "no classifier absent.classifier"),
+    ],
+)
+def test_what_is_wrong_in_python_is_one_line(made, call, message):
+    images, labels, _ = in_memory(made)
+    with pytest.raises(UserError, match=message) as error:
+        call(FewShotClassifier(made / "model.tar", **FLAGS), images, labels)
+    assert "\n" not in str(error.value)
+
+
+# Bad inputs of a kept classifier.
+
+
+def change(**content):
+    """Change the content of the kept file."""
+
+    def spoil(root):
+        saved = torch.load(root / "my.classifier", weights_only=True)
+        for name, value in content.items():
+            saved[name] = value(saved[name]) if callable(value) else value
+        torch.save(saved, root / "my.classifier")
+
+    return spoil
+
+
+def not_a_file_of_torch(root):
+    (root / "my.classifier").write_bytes(b"nothing")
+
+
+def half_a_file(root):
+    path = root / "my.classifier"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+class Hostile:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('ran')",)
+
+
+def hostile(root):
+    torch.save({"format": "associative-alignment/classifier/1", "facts": Hostile()}, root / "my.classifier")
+
+
+BAD_CLASSIFIERS = {
+    "missing": (lambda root: (root / "my.classifier").unlink(), "no classifier"),
+    "no file of torch": (not_a_file_of_torch, "is not a classifier"),
+    "half a file": (half_a_file, "is not a classifier"),
+    "hostile": (hostile, "is not a classifier"),
+    "a checkpoint": (lambda root: shutil.copy(root / "model.tar", root / "my.classifier"), "no format"),
+    "other weights": (change(backbone_state=lambda s: {n: v + 1 for n, v in s.items()}), "weights of its backbone"),
+    "no head": (change(head=None), "is not a classifier"),
+    "NaN in the head": (
+        change(head=lambda h: h | {"state": {"weight": h["state"]["weight"] * torch.nan}}),
+        "not finite",
+    ),
+    "fewer names": (change(class_names=["a", "b"]), "its labels are not those"),
+    "a name twice": (change(class_names=["a", "a", "b"]), "class names"),
+    "fewer examples": (change(examples=["a"]), "as many as their features"),
+    "other features": (change(z_support=lambda z: z[:, 1:]), "examples have"),
+    "own code": (change(facts=lambda f: f | {"backbone": "custom:os:getcwd"}), "code that would be run"),
+    "unknown backbone": (change(facts=lambda f: f | {"backbone": "Conv5"}), "unknown backbone"),
+    "no normalisation": (change(normalisation=[[0.5], [0.0]]), "are not 3 numbers each"),
+    "bad temperature": (change(confidence=lambda c: c | {"temperature": -1.0}), "out of range"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CLASSIFIERS)
+def test_a_bad_classifier_is_one_line(root, case):
+    spoil, message = BAD_CLASSIFIERS[case]
+    kept(root)
+    spoil(root)
+    outcome = labelled(root)
+    assert outcome.status == 2 and outcome.out == "" and outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("error: ") and message in outcome.err
+    assert not list((root / "labelled").iterdir())
+
+
+@pytest.mark.parametrize(
+    "flag", ["--support=s", "--base=b", "--save=x", "--checkpoint=c", "--ft_s=3", "--alignment=none"]
+)
+def test_a_kept_classifier_goes_without_what_it_was_made_with(root, flag):
+    kept(root)
+    outcome = labelled(root, flag)
+    assert outcome.status == 2 and f"it was made with its own {flag.split('=')[0]}" in outcome.err
+
+
+def test_a_hostile_class_name_is_no_folder_of_copies(root):
+    kept(root)
+    change(class_names=["../../a", "b", "c"])(root)
+    outcome = labelled(root, copy_to=root / "sorted")
+    assert outcome.status == 2 and "cannot be the name of a folder" in outcome.err and not (root / "sorted").exists()

@@ -1,0 +1,175 @@
+"""How sure a classifier may be: what it makes of support images that its head was not fitted on.
+
+Each support image is left out in turn, one of each class at a time, and the heads of these folds are fitted, and
+aligned in feature space, together. Their answers give an estimate of the accuracy and a temperature by
+which the logits are divided. All of it holds for images that come from where the support comes from, and for no others.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.episodes import Task
+from engine.run import Run
+from methods.alignment import AlignmentSetting
+from methods.evaluation import HEAD_CHUNK
+from methods.feature_alignment import MEMORY, align_features, n_together, padded
+from methods.features import Source
+from methods.novel_finetune import fit_heads
+from models.heads import unit
+
+# Folds, and so heads that are fitted: up to as many images a class, each is left out alone among those of its class.
+MAX_FOLDS = 20
+# Chosen on val episodes, for the calibration error of heads and of aligned heads.
+DOUBT = 0.25
+# An image is unlike every class when it is more than this many times as far from its nearest support image, by
+# 1 - cosine, as any support image is from its own nearest.
+FAR = 1.1
+# Rows of cosines computed together.
+ROWS = 512
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """What the folds gave: n support images were left out, n_right of them labelled right; the temperature.
+
+    n_folds: n when each was left out alone.
+    """
+
+    n: int
+    n_right: int
+    n_folds: int
+    temperature: float
+
+    @property
+    def accuracy(self) -> float:
+        """The share that was right, in 0..1."""
+        return self.n_right / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy."""
+        return wilson_interval(self.n_right, self.n)
+
+
+def wilson_interval(n_right: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share n_right / n (Wilson, 1927), which stays within 0..1 and is never empty."""
+    z2 = 1.96**2
+    centre = (n_right + z2 / 2) / (n + z2)
+    half = math.sqrt(z2 * (n_right * (n - n_right) / n + z2 / 4)) / (n + z2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def folds(y: Tensor) -> list[Task]:
+    """Tasks on k support images of labels y (k,): the query of each is left out of its support.
+
+    A fold leaves out one image of each class, so that the head does not lean to the other classes; of more than
+    MAX_FOLDS images a class, several. The only image of a class is left out of no fold; without others there is none.
+    """
+    order = y.argsort(stable=True)
+    counts = torch.bincount(y)
+    rank = torch.empty_like(y)
+    rank[order] = torch.cat([torch.arange(int(n)) for n in counts])
+    n_folds = min(int(counts.max()), MAX_FOLDS)
+    made = []
+    for fold in range(n_folds if n_folds > 1 else 0):
+        out = (rank % n_folds == fold) & (counts[y] > 1)
+        kept, query = (mask.nonzero().squeeze(1) for mask in (~out, out))
+        made.append(Task(kept, y[kept], query))
+    return made
+
+
+@torch.no_grad()
+def left_out_logits(
+    tasks: list[Task], novel: Source, base: Source | None, setting: AlignmentSetting, run: Run
+) -> Tensor:
+    """Logits (n, n_way) of the queries of all folds, in their order, each by the head of its fold.
+
+    With a base set the heads are aligned in feature space. The numbers of a chunk of folds are bounded in memory.
+    """
+    (k, d), n_way, logits = novel.features.shape, tasks[0].n_way, []
+    step = max(1, min(HEAD_CHUNK, MEMORY // (4 * k * d), n_together(d, n_way, setting)))
+    for first in range(0, len(tasks), step):
+        part = tasks[first : first + step]
+        if base is not None:
+            together = align_features(part, novel, base, setting, run, first)
+            scores = together.head.logits(together.aligned)
+        else:
+            index, weight = padded([task.support for task in part], run.device)
+            y = padded([task.y_support for task in part], run.device)[0]
+            generators = [run.generator("head", first + i) for i in range(len(part))]
+            head = setting.fit.new_head(d, n_way, generators).to(run.device)
+            fit_heads(head, novel.features[index], y, setting.fit.ft_n_epoch, setting.fit.ft_lr, weight)
+            queries = padded([task.query for task in part], run.device)[0]
+            scores = head.logits(head(novel.features[queries]))
+        logits += [scores[e, : len(task.query)].cpu() for e, task in enumerate(part)]
+    return torch.cat(logits)
+
+
+def fit_temperature(logits: Tensor, y: Tensor) -> float:
+    """The T that minimises the cross-entropy of softmax(logits / T), logits (n, n_way), against y (n,).
+
+    As in Platt's scaling the targets are not 0 and 1: DOUBT of an answer, to which all classes are alike, counts beside
+    the n. Without it, a few answers that are all right would have a T of 0 and every probability would be 1.
+    """
+    n, n_way = logits.shape
+    target = torch.full((n, n_way), DOUBT / n_way).scatter_add_(1, y.unsqueeze(1), torch.full((n, 1), float(n)))
+    target /= n + DOUBT
+    low, high = math.log(1e-3), math.log(1e3)
+    for _ in range(60):  # golden-section search of log(1 / T), in which the loss has one minimum
+        a, b = high - 0.618034 * (high - low), low + 0.618034 * (high - low)
+        losses = [-(target * (math.exp(x) * logits).log_softmax(1)).sum().item() for x in (a, b)]
+        low, high = (low, b) if losses[0] < losses[1] else (a, high)
+    return math.exp(-(low + high) / 2)
+
+
+def cross_validate(
+    novel: Source, y: Tensor, base: Source | None, setting: AlignmentSetting, run: Run
+) -> Confidence | None:
+    """The confidence of a classifier that `setting` makes of support features (k, d) and labels y (k,).
+
+    None when no class has two images.
+    """
+    tasks = folds(y)
+    if not tasks:
+        return None
+    logits = left_out_logits(tasks, novel, base, setting, run)
+    y_left_out = y[torch.cat([task.query for task in tasks])]
+    n_right = int((logits.argmax(1) == y_left_out).sum())
+    return Confidence(len(y_left_out), n_right, len(tasks), fit_temperature(logits, y_left_out))
+
+
+def nearest(z: Tensor, z_support: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest cosine (n,) of features z (n, d) to support features (k, d), and the index (n,) of that image."""
+    best = [(part @ unit(z_support).T).max(1) for part in unit(z).split(ROWS)]
+    return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+
+
+def least_cosine(z_support: Tensor) -> float:
+    """The largest cosine to the support (k, d) below which an image is unlike every class.
+
+    By 1 - cosine, it is FAR times as far as any support image is from the nearest other one.
+    """
+    z = unit(z_support)
+    largest = []
+    for start in range(0, len(z), ROWS):
+        cosine = z[start : start + ROWS] @ z.T
+        rows = torch.arange(len(cosine))
+        cosine[rows, start + rows] = -1.0
+        largest.append(cosine.max(1).values)
+    return 1.0 - FAR * (1.0 - torch.cat(largest).min().item())
+
+
+def calibration_error(probabilities: Tensor, y: Tensor, n_bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., ICML 2017) of probabilities (n, n_way) against y (n,), in 0..1.
+
+    The largest probabilities fall into n_bins bins of equal width; the distance between the mean of a bin and the
+    share that is right, weighted by the number in it.
+    """
+    confidence, predicted = probabilities.max(1)
+    right = (predicted == y).double()
+    bins = (confidence * n_bins).long().clamp_max(n_bins - 1)
+    gaps = torch.zeros(n_bins, dtype=torch.double).index_add_(0, bins, confidence.double() - right)
+    return gaps.abs().sum().item() / len(y)

@@ -1,0 +1,113 @@
+"""How sure a classifier may be: folds, intervals, the temperature, and what is unlike the support."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from engine.run import Run
+from methods.alignment import AlignmentSetting
+from methods.confidence import (
+    FAR,
+    MAX_FOLDS,
+    calibration_error,
+    cross_validate,
+    fit_temperature,
+    folds,
+    least_cosine,
+    left_out_logits,
+    nearest,
+    wilson_interval,
+)
+from methods.features import feature_source
+from methods.novel_finetune import HeadFit
+from tests.helpers import make_split
+
+
+def labels(counts):
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+
+@given(st.lists(st.integers(1, 45), min_size=2, max_size=5), st.integers(0, 9))
+def test_each_image_that_is_not_alone_is_left_out_once_and_every_class_stays(counts, seed):
+    y = labels(counts)[torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed))]
+    made = folds(y)
+    out = sorted(i for task in made for i in task.query.tolist())
+    assert out == [i for i in range(len(y)) if counts[y[i]] > 1]
+    assert len(made) <= MAX_FOLDS
+    for task in made:
+        assert sorted([*task.support.tolist(), *task.query.tolist()]) == list(range(len(y)))
+        assert torch.equal(task.y_support, y[task.support])
+        assert set(task.y_support.tolist()) == set(range(len(counts)))
+
+
+def test_a_fold_leaves_out_one_image_of_each_class():
+    assert [labels([3, 3])[task.query].tolist() for task in folds(labels([3, 3]))] == [[0, 1]] * 3
+    assert folds(labels([1, 1])) == []
+
+
+@pytest.mark.parametrize("n_right, n", [(0, 5), (5, 5), (23, 25), (50, 100), (1, 2)])
+def test_the_interval_is_that_of_wilson(n_right, n):
+    expected = binomtest(n_right, n).proportion_ci(method="wilson")
+    assert wilson_interval(n_right, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_the_temperature_that_made_the_answers_is_found_again():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(20000, 4, generator=generator)
+    y = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+    for scale in (0.2, 1.0, 7.0):
+        assert fit_temperature(scale * logits, y) == pytest.approx(scale, rel=0.05)
+
+
+def test_a_few_right_answers_do_not_make_sure():
+    logits = torch.eye(2).repeat(2, 1)
+    p = (logits / fit_temperature(logits, torch.tensor([0, 1, 0, 1]))).softmax(1).max(1).values
+    assert 0.9 < p.min() and p.max() < 0.99
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    p = torch.tensor([[0.9, 0.1]] * 4 + [[0.4, 0.6]] * 2)
+    assert calibration_error(p, torch.tensor([0, 0, 0, 1, 1, 1])) == pytest.approx((4 * 0.15 + 2 * 0.4) / 6, abs=1e-6)
+
+
+def features(seed, n_base=8):
+    """Support features of three classes, five each, in directions of their own, and a base set near them."""
+    split = make_split((5, 5, 5), seed=seed)
+    base = make_split((6,) * n_base, seed=seed + 1, split="base")
+    flat = (s.images.flatten(1).float()[:, :64] - 128 for s in (split, base))
+    return [feature_source(z, s) for z, s in zip(flat, (split, base), strict=True)]
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("method", ["softMax", "cosMax", "arcMax"])
+def test_heads_of_all_folds_together_are_those_fitted_one_by_one(with_base, method):
+    support, base = features(0)
+    setting = AlignmentSetting("head" if with_base else "none", HeadFit(method, ft_n_epoch=30), align_iters=5)
+    tasks = folds(support.split.labels)
+    together = left_out_logits(tasks, support, base if with_base else None, setting, Run())
+    first = left_out_logits(tasks[:1], support, base if with_base else None, setting, Run())
+    torch.testing.assert_close(together[: len(first)], first, atol=1e-4, rtol=1e-4)
+
+
+def test_classes_that_differ_are_told_apart_and_shuffled_labels_are_not():
+    support, _ = features(3)
+    setting = AlignmentSetting("none", HeadFit(ft_n_epoch=100, ft_lr=0.01))
+    known = cross_validate(support, support.split.labels, None, setting, Run())
+    assert (known.n, known.n_right, known.n_folds) == (15, 15, 5) and known.accuracy == 1.0
+    noise = feature_source(torch.randn(15, 64, generator=torch.Generator().manual_seed(1)), support.split)
+    guessed = cross_validate(noise, support.split.labels, None, setting, Run())
+    assert guessed.n_right < 12 and guessed.interval[0] < known.interval[0]
+    assert cross_validate(support, torch.arange(15), None, setting, Run()) is None
+
+
+def test_what_points_elsewhere_is_unlike_the_support():
+    support, _ = features(0)
+    z = support.features
+    least = least_cosine(z)
+    cosine, index = nearest(torch.cat([z, -z]), z)
+    assert index[:15].tolist() == list(range(15)) and (cosine[:15] > least).all() and (cosine[15:] < least).all()
+    z = torch.nn.functional.normalize(z, dim=1)
+    others = (z @ z.T).fill_diagonal_(-1).max(1).values
+    assert least == pytest.approx(1 - FAR * (1 - others.min().item()), abs=1e-5)

@@ -1,0 +1,62 @@
+"""The comparison of classifiers on the same episodes: its table, and its bad inputs."""
+
+import re
+
+import pytest
+import torch
+
+from reporting.compare_classifiers import nearest_mean
+from tests.helpers import CHECKPOINT, call
+
+SMALL = [
+    "--dataset",
+    "tiny",
+    "--n_way",
+    3,
+    "--n_query",
+    3,
+    "--n_episodes",
+    4,
+    "--n_calibrated",
+    2,
+    "--n_val",
+    2,
+    "--quiet",
+]
+
+
+def compare(root, *flags):
+    where = ["--benchmarks_dir", root / "benchmarks", "--cache_dir", root / "cache"]
+    checkpoint = ["--checkpoint", root / "results" / "models" / CHECKPOINT]
+    return call("reporting.compare_classifiers", *checkpoint, *where, *SMALL, "--n_B", 2, "--aug_size", 4, *flags)
+
+
+def test_the_table_has_a_row_a_classifier_and_what_the_temperature_does(workspace):
+    pytest.importorskip("sklearn")
+    outcome = compare(workspace, "--n_shot", 1, 2)
+    assert outcome.status == 0, outcome.err
+    for n_shot in ("1 image each", "2 images each"):
+        assert f"3 classes, {n_shot}, 4 novel episodes" in outcome.out
+    assert len(re.findall(r"aligned is better by -?[\d.]+ ± ", outcome.out)) == 6
+    assert len(re.findall(r"calibration error [\d.]+ % before, [\d.]+ % after", outcome.out)) == 2
+    assert len(re.findall(r"--reject 0.\d: [\d.]+ % kept", outcome.out)) == 6
+
+
+def test_the_nearest_mean_is_of_directions():
+    z = torch.tensor([[1.0, 0.0], [0.0, 9.0], [3.0, 3.1]])
+    assert nearest_mean(z, torch.tensor([0, 1, 1]), torch.tensor([[5.0, 1.0], [1.0, 1.0]])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--n_way", 1], "--n_way 2"),
+        (["--n_episodes", 0], "at least 1"),
+        (["--dataset", "absent"], "no base split of 'absent'"),
+        (["--checkpoint", "absent.tar"], "no checkpoint absent.tar"),
+        (["--n_way", 99], "99"),
+    ],
+)
+def test_bad_inputs_are_one_line(workspace, flags, message):
+    outcome = compare(workspace, *flags)
+    assert outcome.status == 2 and message in outcome.err and outcome.err.count("\n") == 1, outcome.err
