@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.benchmarks import Split
+from engine.budget import check_memory
 from engine.errors import UserError
 from engine.files import Schema, atomic_file, misfit, read_json
 from engine.generators import make_generator
@@ -112,6 +113,8 @@ def sample_episodes(split: Split, shape: EpisodeShape, n_episodes: int, seed: in
     """
     check_episodes_fit(split, shape)
     n_images = shape.n_shot + shape.n_query
+    n_bytes = 8 * n_episodes * shape.n_way * (n_images + 1)
+    check_memory(f"a list of {n_episodes} episodes", n_bytes, "lower --n_episodes, --testing_epochs or --val_episodes")
     index = torch.empty(n_episodes, shape.n_way, n_images, dtype=torch.long)
     classes = torch.empty(n_episodes, shape.n_way, dtype=torch.long)
     for e in range(n_episodes):

@@ -36,6 +36,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from engine.budget import check_disk, check_memory
 from engine.errors import UserError
 from engine.files import check_regular, read_json
 from engine.lock import hold, is_free
@@ -235,6 +236,7 @@ def load_images(
     if not n_pixels and not rebuild:  # the evaluation views are the same in the caches of trainings
         folder = next(filter(is_complete, cache_dir.glob(f"{glob.escape(label)}_*{key}")), folder)
     if rebuild or not is_complete(folder):
+        check_room(len(files.paths), img_size, cache_dir, num_workers)
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             made = tempfile.TemporaryDirectory(prefix=f".{folder.name}_", dir=cache_dir)
@@ -261,6 +263,15 @@ def load_images(
         sizes=torch.from_numpy(sizes),
         fingerprint=meta["fingerprint"],
     )
+
+
+def check_room(n_images: int, img_size: int, cache_dir: Path, num_workers: int) -> None:
+    """Raise UserError when the evaluation views do not fit on the disk, or those that are decoded at once in memory."""
+    what, smaller = f"decoding to {img_size} x {img_size} pixels", "give a smaller --img_size"
+    check_memory(
+        what, 4 * int(1.15 * img_size) ** 2 * min(max(1, num_workers), n_images), f"{smaller} or --num_workers"
+    )
+    check_disk(what, 3 * n_images * img_size**2, cache_dir, f"{smaller}, or another --cache_dir")
 
 
 def remove_abandoned(cache_dir: Path) -> None:
