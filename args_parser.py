@@ -126,6 +126,8 @@ DECODING = [
          "folder of the images that a json benchmark lists, when the paths in it are those of another machine"),
     flag("--cache_dir",            Path,                            None,
          "where decoded images and features are kept between runs (default: fs_benchmarks/.cache)"),
+    flag("--rebuild_cache",        SWITCH,                          False,
+         "decode all images anew, though the cache has them: after a change that their sizes and times do not show"),
     flag("--img_size",             number(int, 8),                  None,
          f"side of the square input, pixels (default: the backbone's own, {NATIVE_SIZES}, or what its library says)"),
     flag("--num_workers",          COUNT_OR_0,                      4,
@@ -565,6 +567,7 @@ def start_stage(stage: str) -> tuple[argparse.Namespace, Run]:
     ranks = join_ranks()
     args = args_parser(stage)
     args.quiet |= not ranks.first
+    args.rebuild_cache &= ranks.first  # the others come after, to what the first has made
     run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
     args.precision = run.precision.name
     return args, run

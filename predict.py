@@ -182,7 +182,9 @@ def trained_backbone(args: argparse.Namespace) -> tuple[Backbone, Checkpoint | N
 def base_options(args: argparse.Namespace, img_size: int) -> DataOptions:
     """How the images of the base set are found and decoded."""
     root = Path(os.path.abspath(args.base)).parent
-    return DataOptions(root, img_size, args.cache_dir, args.image_root, args.num_workers, args.quiet)
+    return DataOptions(
+        root, img_size, args.cache_dir, args.image_root, args.num_workers, args.quiet, None, args.rebuild_cache
+    )
 
 
 def source_without(

@@ -32,6 +32,7 @@ class DataOptions:
     num_workers: int = 2
     quiet: bool = True
     crop_scale: Sequence[float] | None = None  # None: nothing is to be augmented
+    rebuild_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def load_listed(options: DataOptions, dataset: str, split: str, listing: Listing
         raise UserError(f"{file} lists image {twice!r} twice: give each image of a class once, by a name of its own")
     min_crop = options.crop_scale[0] if options.crop_scale and split == "base" else None
     files = ImageFiles(f"{dataset}_{split}", paths, names, min_crop)
-    arrays = load_images(files, options.img_size, options.cache_dir, options.num_workers, options.quiet)
+    how = (options.img_size, options.cache_dir, options.num_workers, options.quiet, options.rebuild_cache)
+    arrays = load_images(files, *how)
     return Split(
         benchmark=dataset,
         split=split,

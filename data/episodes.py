@@ -7,14 +7,22 @@ list depends on (seed, i) alone, so that a list may be cut into any chunks, or s
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.benchmarks import Split
+from engine.budget import check_memory
 from engine.errors import UserError
-from engine.files import atomic_file
+from engine.files import Schema, atomic_file, misfit, read_json
 from engine.generators import make_generator
+
+EPISODES_FILE: Schema = {
+    **dict.fromkeys(("n_way", "n_shot", "n_query"), int),
+    "images": list[str],
+    "episodes": list[Any],
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,8 @@ def sample_episodes(split: Split, shape: EpisodeShape, n_episodes: int, seed: in
     """
     check_episodes_fit(split, shape)
     n_images = shape.n_shot + shape.n_query
+    n_bytes = 8 * n_episodes * shape.n_way * (n_images + 1)
+    check_memory(f"a list of {n_episodes} episodes", n_bytes, "lower --n_episodes, --testing_epochs or --val_episodes")
     index = torch.empty(n_episodes, shape.n_way, n_images, dtype=torch.long)
     classes = torch.empty(n_episodes, shape.n_way, dtype=torch.long)
     for e in range(n_episodes):
@@ -142,11 +152,16 @@ def read_episodes(path: Path, split: Split, shape: EpisodeShape, n_episodes: int
     episode with a class or an image twice.
     """
     try:
-        record = json.loads(path.read_text())
-        found = EpisodeShape(record["n_way"], record["n_shot"], record["n_query"])
-        names, index = list(map(str, record["images"])), torch.tensor(record["episodes"], dtype=torch.long)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"episodes file {path} cannot be read ({error}): delete it to have it written anew") from error
+        record = read_json(path)
+        if wrong := misfit(record, EPISODES_FILE) if isinstance(record, dict) else "it is no json object":
+            raise ValueError(wrong)
+        index, names = torch.tensor(record["episodes"]), record["images"]
+        if index.dtype != torch.long:
+            raise ValueError("its 'episodes' are not whole numbers")
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last two of an uneven list
+        reason = " ".join(str(error).split())
+        raise UserError(f"episodes file {path} cannot be read ({reason}): delete it to have it written anew") from error
+    found = EpisodeShape(record["n_way"], record["n_shot"], record["n_query"])
     if found != shape:
         raise UserError(
             f"episodes file {path} holds {found.n_way}-way {found.n_shot}-shot episodes of {found.n_query} queries; "
@@ -156,6 +171,7 @@ def read_episodes(path: Path, split: Split, shape: EpisodeShape, n_episodes: int
     if (
         index.ndim != 3
         or index.shape[1:] != (shape.n_way, shape.n_shot + shape.n_query)
+        or not len(index)
         or not 0 <= index.min() <= index.max() < len(names)
     ):
         raise UserError(f"episodes file {path} is damaged: delete it to have it written anew")

@@ -9,36 +9,45 @@ A split has up to two arrays, written in one pass over the files:
 Training images are pixels, not JPEG: decoding takes 0.5 to 1 ms of a core an image, more than a GPU's training step,
 and a crop of mapped pixels reads only what it needs; 300 x 225 pixels are 0.2 MB of disk an image.
 
-A cache is keyed by the names, sizes and modification times of its source files: changed images are decoded anew.
-It never lies beside the user's images, which may be read-only.
+A cache is keyed by the names, sizes, modification times and inodes of its source files, and by the bytes of at most
+SAMPLE of them: changed images are decoded anew. What is not noticed is an image outside of that sample that is written
+over in place, to the same size, its time set back; --rebuild_cache decodes all in any case.
+A cache never lies beside the user's images, which may be read-only.
 """
 
 import contextlib
 import glob
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from engine.budget import check_disk, check_memory
 from engine.errors import UserError
+from engine.files import check_regular, read_json
+from engine.lock import hold, is_free
 from engine.run import progress_bar
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+# The decoders that may see a file, whatever its name: others, such as that of EPS, hand it on to an interpreter.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 # Larger than any photograph; a file that claims more pixels is a decompression bomb.
 MAX_PIXELS = 178_956_970
 # Images of one common size are kept as they are up to this many pixels each.
@@ -47,6 +56,13 @@ MAX_NATIVE_PIXELS = 256 * 256
 MAX_TRAIN_PIXELS = 800 * 800
 # Images decoded ahead of the writer: bounds the memory of a pass over any number of images.
 CHUNK = 64
+# Source files of a split whose bytes are looked at before its cache is trusted.
+SAMPLE = 256
+# What holds a cache folder while it is built.
+LOCK = "building"
+
+# Pillow's, of large and of odd images: what comes of them is said in one line.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -112,19 +128,52 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """An image file, its pixels not decoded yet.
+def decodable(file: Path | IO[bytes]) -> Iterator[Image.Image]:
+    """An image, its pixels not decoded yet, from a path or an open file.
 
-    Raises UserError, naming the file, when it is a bomb or when the block cannot decode it.
+    Raises ValueError, with the reason in one line, when it is no regular file, of none of FORMATS, a bomb, or when the
+    block cannot decode it.
     """
     try:
-        with Image.open(path) as image:
+        if isinstance(file, Path):
+            check_regular(file)
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels is more than the limit of {MAX_PIXELS}")
             yield image
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # on damaged bytes PIL raises also struct.error, TypeError, ...
-        reason = " ".join(str(error).split())
-        raise UserError(f"image {path} cannot be decoded ({reason}): repair it or take it out of the folder") from error
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+@contextlib.contextmanager
+def opened(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """The same of an image file, or of its content where that is read already, with a UserError that names the file."""
+    try:
+        with decodable(path if content is None else io.BytesIO(content)) as image:
+            yield image
+    except ValueError as error:
+        raise undecodable(path, error) from error
+
+
+def undecodable(path: Path, reason: Exception) -> UserError:
+    """What is said of an image file that cannot be decoded."""
+    return UserError(f"image {path} cannot be decoded ({reason}): repair it or take it out of the folder")
+
+
+def regular_bytes(path: Path) -> bytes:
+    """The content of a file. Raises ValueError when it is no regular file, OSError when it cannot be read."""
+    check_regular(path)
+    return path.read_bytes()
+
+
+def image_bytes(path: Path) -> bytes:
+    """The content of an image file. Raises UserError, naming it, when it cannot be read or is no regular file."""
+    try:
+        return regular_bytes(path)
+    except (OSError, ValueError) as error:
+        raise undecodable(path, error) from error
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -154,19 +203,28 @@ def header_size(path: Path) -> tuple[int, int]:
 
 
 def listing_signature(files: ImageFiles) -> str:
-    """A hash of the names, byte sizes and modification times of the source files: cheap, and changes when they do."""
-    digest = hashlib.sha256()
-    for path, name in zip(files.paths, files.names, strict=True):
+    """A hash that changes with the source files: see the top of this file for what of them it notices.
+
+    Raises UserError for an image that is missing, or whose name is no text.
+    """
+    digest, step = hashlib.sha256(), math.ceil(len(files.paths) / SAMPLE)
+    for i, (path, name) in enumerate(zip(files.paths, files.names, strict=True)):
         try:
             stat = path.stat()
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\n".encode())
         except OSError as error:
             raise UserError(f"image {path} is missing: restore it or take it out of the list") from error
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        except UnicodeEncodeError as error:
+            raise UserError(f"image {path} has a name that is not UTF-8: rename it, or its folder") from error
+        if i % step == 0:
+            digest.update(image_bytes(path))
     return digest.hexdigest()
 
 
-def load_images(files: ImageFiles, img_size: int, cache_dir: Path, num_workers: int, quiet: bool) -> ImageArrays:
-    """The arrays of a split, from the cache or, the first time, by decoding its files with num_workers threads.
+def load_images(
+    files: ImageFiles, img_size: int, cache_dir: Path, num_workers: int, quiet: bool, rebuild: bool = False
+) -> ImageArrays:
+    """The arrays of a split, from the cache or, the first time or to rebuild it, by decoding with num_workers threads.
 
     Raises UserError when an image cannot be decoded or the cache folder cannot be written.
     """
@@ -174,23 +232,30 @@ def load_images(files: ImageFiles, img_size: int, cache_dir: Path, num_workers: 
     n_pixels = train_pixels(img_size, files.min_crop) if files.min_crop else 0
     label, key = f"{files.label}_{img_size}px", signature[:16]
     folder = cache_dir / (f"{label}_train{n_pixels}_{key}" if n_pixels else f"{label}_{key}")
-    if not n_pixels:  # the evaluation views are the same in the caches of trainings
+    remove_abandoned(cache_dir)
+    if not n_pixels and not rebuild:  # the evaluation views are the same in the caches of trainings
         folder = next(filter(is_complete, cache_dir.glob(f"{glob.escape(label)}_*{key}")), folder)
-    if not is_complete(folder):
+    if rebuild or not is_complete(folder):
+        check_room(len(files.paths), img_size, cache_dir, num_workers)
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{folder.name}_", dir=cache_dir) as building:
+            made = tempfile.TemporaryDirectory(prefix=f".{folder.name}_", dir=cache_dir)
+            with made as building:
                 os.chmod(building, 0o755)  # it is for its maker alone; others may share a cache
+                hold(Path(building, LOCK), made)
                 decode_all(files, img_size, n_pixels, Path(building), num_workers, quiet)
-                if not is_complete(folder):  # else another process has just built the same cache
-                    shutil.rmtree(folder, ignore_errors=True)
+                if rebuild or not is_complete(folder):  # else another process has just built the same cache
+                    Path(building, LOCK).unlink()
+                    stale = cache_dir.glob(f"{glob.escape(files.label)}_*px_*{key}") if rebuild else [folder]
+                    for each in stale:  # of whatever size
+                        shutil.rmtree(each, ignore_errors=True)
                     os.replace(building, folder)
         except OSError as error:
             if not is_complete(folder):
                 raise UserError(
                     f"cache folder {folder} cannot be written ({error}): give another --cache_dir"
                 ) from error
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / "meta.json")
     sizes = np.fromfile(folder / "sizes.bin", dtype=np.int64).reshape(-1, 2)
     return ImageArrays(
         eval=map_array(folder / "eval.bin", meta["eval_shape"]),
@@ -198,6 +263,22 @@ def load_images(files: ImageFiles, img_size: int, cache_dir: Path, num_workers: 
         sizes=torch.from_numpy(sizes),
         fingerprint=meta["fingerprint"],
     )
+
+
+def check_room(n_images: int, img_size: int, cache_dir: Path, num_workers: int) -> None:
+    """Raise UserError when the evaluation views do not fit on the disk, or those that are decoded at once in memory."""
+    what, smaller = f"decoding to {img_size} x {img_size} pixels", "give a smaller --img_size"
+    check_memory(
+        what, 4 * int(1.15 * img_size) ** 2 * min(max(1, num_workers), n_images), f"{smaller} or --num_workers"
+    )
+    check_disk(what, 3 * n_images * img_size**2, cache_dir, f"{smaller}, or another --cache_dir")
+
+
+def remove_abandoned(cache_dir: Path) -> None:
+    """Remove the hidden folders of caches whose builder was killed."""
+    for lock in cache_dir.glob(f".*/{LOCK}"):
+        if is_free(lock):
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def train_pixels(img_size: int, min_crop: float) -> int:
@@ -219,7 +300,7 @@ def stored_sizes(sizes: np.ndarray, n_pixels: int) -> np.ndarray:
 def is_complete(folder: Path) -> bool:
     """Whether a cache folder holds all that its meta.json says; a truncated one is decoded anew."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json")
         n_bytes = {"eval.bin": math.prod(meta["eval_shape"]), "sizes.bin": 2 * 8 * meta["eval_shape"][0]}
         if "train_bytes" in meta:
             n_bytes["train.bin"] = meta["train_bytes"]
@@ -250,14 +331,15 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
 
         def decode(i: int) -> tuple[bytes, bytes, bytes]:
             path = files.paths[i]
-            content = hashlib.sha256(path.read_bytes()).digest()
-            image = open_rgb(path)
-            view = eval_view(image, img_size).tobytes()
+            content = image_bytes(path)
+            with opened(path, content) as encoded:
+                image = to_rgb(encoded)
+            digest, view = hashlib.sha256(content).digest(), eval_view(image, img_size).tobytes()
             if not n_pixels:
-                return content, view, b""
+                return digest, view, b""
             height, width = stored[i].tolist()
             # A sharp filter, because the crop is filtered again; an image of this size already is kept as it is.
-            return content, view, hwc_to_chw(image.resize((width, height), Image.Resampling.LANCZOS)).tobytes()
+            return digest, view, hwc_to_chw(image.resize((width, height), Image.Resampling.LANCZOS)).tobytes()
 
         fingerprint = hashlib.sha256()
         bar = progress_bar(None, f"decode {files.label}", "img", quiet, total=len(files.paths))

@@ -1,10 +1,14 @@
 """How the images of a split are found: in folders, one a class, or in a published json list."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from data.image_cache import IMAGE_SUFFIXES
 from engine.errors import UserError
+from engine.files import fits, misfit, read_json
+
+# A published json list: names are those of classes, and of images with their folders.
+LIST = {"label_names": list[str], "image_names": list[str], "image_labels": list[Any]}
 
 
 def list_folder(root: Path) -> tuple[list[str], list[Path], list[int]]:
@@ -33,17 +37,21 @@ def list_json(file: Path, image_root: Path | None) -> tuple[list[str], list[Path
     last path components to keep.
     """
     try:
-        record = json.loads(file.read_text())
-        label_names, names, raw_labels = record["label_names"], record["image_names"], record["image_labels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = read_json(file)
+        if not isinstance(record, dict):
+            raise ValueError("it is none")
+        if wrong := misfit(record, LIST):
+            raise ValueError(wrong)
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{file} is not a json object of label_names, image_names and image_labels ({error})"
+            f"{file} is not a json object of label_names, image_names and image_labels ({error}): write it anew"
         ) from error
+    label_names, names, raw_labels = (record[key] for key in LIST)
     if not names or len(names) != len(raw_labels):
         raise UserError(
             f"{file} has {len(names)} image_names and {len(raw_labels)} image_labels: expected as many of each"
         )
-    if not all(isinstance(label, int) and label >= 0 for label in raw_labels):
+    if not fits(raw_labels, list[int]) or min(raw_labels) < 0:
         raise UserError(f"{file} has image_labels that are not whole numbers from 0: number the classes from 0")
     if len(set(label_names)) < len(label_names):
         twice = next(name for name in label_names if label_names.count(name) > 1)

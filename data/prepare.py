@@ -19,6 +19,7 @@ from data.converters.writing import count_images, write_benchmark
 from data.glyphs import provide_glyphs
 from engine.errors import OneLineParser, UserError
 from engine.files import folder_name
+from engine.script import escaped
 
 
 def prepare_parser() -> argparse.ArgumentParser:
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         parts = [f"{split} {len(classes)} classes, {sum(classes)} images" for split, classes in counts.items()]
         print(f"{folder}: {'; '.join(parts)}")
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(escaped(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command continues from here", file=sys.stderr)

@@ -77,8 +77,8 @@ def other_files(folder: Path, used: list[Path]) -> str:
 
 
 def printable(name: str) -> str:
-    """A file name that any UTF-8 file and terminal can hold: bytes of it that are no text become `?`."""
-    return name.encode("utf-8", "replace").decode()
+    r"""A file name that any UTF-8 file and terminal can hold: bytes of it that are no text become such as `\xe9`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def folder_truth(names: list[str], class_names: list[str]) -> list[int | None]:

@@ -65,6 +65,18 @@ def open_lock(path: Path) -> IO[str]:
     return file
 
 
+def is_free(path: Path) -> bool:
+    """Whether the process that made a lock file, on this machine, is gone; False where that cannot be known."""
+    if flock is None:
+        return False
+    try:
+        with open(path) as file:
+            flock(file, LOCK_EX | LOCK_NB)
+            return f" on {platform.node()} " in file.read()
+    except OSError:
+        return False
+
+
 def release(path: Path, file: IO[str]) -> None:
     """Remove and unlock a lock file that this process holds."""
     with contextlib.suppress(OSError):

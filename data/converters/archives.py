@@ -1,8 +1,6 @@
 """A folder and a tar archive, read alike: the names of the files, and a function that opens one of them."""
 
-import lzma
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from engine.errors import UserError
+from engine.files import check_regular
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,11 @@ def open_tree(path: Path, file: IO[bytes] | None = None) -> Iterator[FileTree]:
         yield FileTree(path, names, lambda name: (path / name).open("rb"))
         return
     with _archive_errors(path):
+        check_regular(path)
         archive = tarfile.open(path, fileobj=file)
     with archive:
         with _archive_errors(path):
-            members = {member.name.removeprefix("./"): member for member in archive.getmembers() if member.isreg()}
+            members = {member.name.removeprefix("./"): member for member in archive.getmembers() if is_plain(member)}
 
         def open_member(name: str) -> IO[bytes]:
             opened = archive.extractfile(members[name]) if name in members else None
@@ -52,11 +52,18 @@ def open_tree(path: Path, file: IO[bytes] | None = None) -> Iterator[FileTree]:
         yield FileTree(path, list(members), open_member)
 
 
+def is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a file of as many bytes as the archive has of it: a sparse one may claim any number."""
+    return member.isreg() and not member.issparse()
+
+
 @contextmanager
 def _archive_errors(path: Path) -> Iterator[None]:
     """Damage to an archive, as one line."""
     try:
         yield
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = " ".join(str(error).split())
+    except (UserError, FileNotFoundError):
+        raise
+    except Exception as error:  # damage makes tarfile and the decompressors raise nearly any exception
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"'{path}' is truncated or not a tar archive ({reason}): get the file again") from None

@@ -15,9 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.converters.archives import FileTree, open_tree
-from data.converters.converter import SPLITS, Conversion, Converter, ImageItem, published_split
+from data.converters.converter import (
+    SPLITS,
+    Conversion,
+    Converter,
+    ImageItem,
+    check_split,
+    published_split,
+    whole_numbers,
+)
 from data.converters.safe_pickle import StoredArray, load_pickle
 from engine.errors import UserError
+from engine.files import fits
 
 PER_CLASS = 600
 ARCHIVE = "cifar-100-python.tar.gz"
@@ -34,16 +43,18 @@ def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Conversion:
     with open_tree(source) as tree:
         parts = {part: _load(tree, part, "data", "fine_labels", "coarse_labels") for part in ("train", "test")}
         fine_names, coarse_names = _load(tree, "meta", "fine_label_names", "coarse_label_names")
+    if not fits(fine_names, list[str]) or not fits(coarse_names, list[str]):
+        raise UserError(f"'{source}': fine_label_names and coarse_label_names are not lists of names")
     coarse_of_fine: dict[str, str] = {}
     images: list[tuple[str, str, Callable[[], NDArray[np.uint8]]]] = []  # class, file, what reads it
     for part, (pixels, *labels) in parts.items():
-        fine, coarse = map(np.asarray, labels)
+        fine, coarse = (whole_numbers(each, f"'{source}': labels of {part}") for each in labels)
         if (
             not isinstance(pixels, StoredArray)
             or pixels.array.dtype != np.uint8
             or not pixels.array.shape == (len(fine), 3 * 32 * 32) == (len(coarse), 3 * 32 * 32)
-            or fine.max(initial=0) >= len(fine_names)
-            or coarse.max(initial=0) >= len(coarse_names)
+            or max(fine, default=0) >= len(fine_names)
+            or max(coarse, default=0) >= len(coarse_names)
         ):
             raise UserError(f"'{source}': data, fine_labels and coarse_labels of {part} do not belong together")
         coarse_of_fine |= {fine_names[i]: coarse_names[j] for i, j in zip(fine, coarse, strict=True)}
@@ -65,7 +76,8 @@ def _classes_of_splits(
 ) -> tuple[dict[str, list[str]], dict[str, int]]:
     """The classes of each split, and how many there should be: a superclass has five."""
     if "coarse_labels" not in split_file:
-        return split_file, {split: len(split_file[split]) for split in SPLITS}
+        check_split(split_file, list[str], "lists of class names")
+        return {split: split_file[split] for split in SPLITS}, {split: len(split_file[split]) for split in SPLITS}
     wanted = split_file["coarse_labels"]
     classes = {split: [name for name in fine_names if coarse_of_fine.get(name) in wanted[split]] for split in SPLITS}
     return classes, {split: 5 * len(wanted[split]) for split in SPLITS}

@@ -1,15 +1,18 @@
 """What a converter is: a function from the files that people have to the images of a benchmark, with its flags."""
 
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.image_cache import MAX_PIXELS
 from engine.errors import UserError
+from engine.files import fits, read_json
 
 SPLITS = ("base", "val", "novel")
 TAGS = {"base": "train", "val": "val", "novel": "test"}  # what other people's files call the splits
@@ -73,15 +76,49 @@ def read_split_file(path: str | Path) -> dict[str, Any]:
     The three may lie under a key `coarse_labels`. Raises UserError when the file has another form, or a class twice.
     """
     try:
-        content = json.loads(Path(path).read_text())
-        lists = content.get("coarse_labels", content)
-        names = [name for split in SPLITS for name in lists[split]]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"--split_file '{path}' is not a JSON of base, val and novel classes ({error!r})") from None
-    twice = sorted({name for name in names if names.count(name) > 1})
+        content = read_json(Path(path))
+        lists = content.get("coarse_labels", content) if isinstance(content, dict) else {}
+        for split in SPLITS:
+            if not fits(lists, {split: list[str] | dict[str, list[int]]}):
+                raise ValueError(f"its {split} is neither a list of names nor lists of positions by name")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--split_file '{path}' is not a JSON of base, val and novel classes ({error})") from None
+    names = Counter(name for split in SPLITS for name in lists[split])
+    twice = sorted(name for name, count in names.items() if count > 1)
     if twice:
         raise UserError(f"--split_file '{path}' lists {', '.join(twice)} twice; splits must not share classes")
     return dict(content)
+
+
+def check_split(split_file: dict[str, Any], kind: Any, what: str) -> None:
+    """Raise UserError when base, val and novel of a split file are not of a type (see fits): `what` says of which."""
+    if not fits(split_file, dict.fromkeys(SPLITS, kind)):
+        raise UserError(f"--split_file does not give base, val and novel as {what}: give one that is of this benchmark")
+
+
+def whole_numbers(values: object, where: str) -> list[int]:
+    """Labels, from an array or list of somebody's file.
+
+    Raises UserError, which begins with `where`, when they are not whole numbers from 0, one after the other.
+    """
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{where} are not whole numbers ({' '.join(str(error).split())})") from None
+    if array.ndim != 1 or array.size and (array.dtype.kind not in "iu" or array.min() < 0):
+        raise UserError(f"{where} are not whole numbers from 0, but of shape {array.shape} and type {array.dtype}")
+    return [int(value) for value in array]
+
+
+def are_images(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    """Whether an array is of images (n, h, w, 3) uint8, none of them too large to be one."""
+    return (
+        dtype == np.uint8
+        and len(shape) == 4
+        and shape[3] == 3
+        and 0 < min(shape[1:])
+        and prod(shape[1:3]) <= MAX_PIXELS
+    )
 
 
 # Flags that several converters have.

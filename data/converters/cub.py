@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from math import isfinite
 from pathlib import Path
 
 from data.converters.archives import FileTree, open_tree
@@ -66,7 +67,7 @@ def _table(tree: FileTree, root: str, name: str) -> dict[str, list[str]]:
     """One of the text files: the columns of each line by the image number that begins it."""
     if f"{root}{name}" not in tree.names:
         raise UserError(f"'{tree.path}' has no {root}{name}: give the folder CUB_200_2011 or CUB_200_2011.tgz")
-    lines = tree.read(f"{root}{name}").decode().splitlines()
+    lines = tree.read(f"{root}{name}").decode(errors="replace").splitlines()
     rows = [line.split() for line in lines if line.strip()]
     return {row[0]: row[1:] for row in rows}
 
@@ -75,6 +76,8 @@ def _corners(boxes: dict[str, list[str]], number: str, source: Path) -> tuple[fl
     """(left, top, right, bottom) of an image's `x y width height`."""
     try:
         x, y, width, height = (float(value) for value in boxes[number])
+        if not isfinite(x + y + width + height):
+            raise ValueError
     except (KeyError, ValueError):
         raise UserError(f"'{source}': bounding_boxes.txt has no 'x y width height' for image {number}") from None
     return x, y, x + width, y + height

@@ -2,12 +2,14 @@
 
 import argparse
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from data.converters.converter import SOURCE, SPLIT_FILE, SPLITS, Conversion, Converter, ImageItem
-from data.image_cache import IMAGE_SUFFIXES
+from data.converters.converter import SOURCE, SPLIT_FILE, SPLITS, Conversion, Converter, ImageItem, check_split
+from data.image_cache import IMAGE_SUFFIXES, regular_bytes
 from data.listing import list_folder
 from engine.errors import UserError
 
@@ -22,6 +24,8 @@ def convert_folder(
     """
     if not source.is_dir():
         raise UserError(f"--source '{source}' is not a folder: expected a folder of class/image")
+    if split_file:
+        check_split(split_file, list[str] | dict[str, Any], "lists of class names")
     class_names, paths, labels = list_folder(source)
     images: dict[str, list[Path]] = {name: [] for name in class_names}
     for path, label in zip(paths, labels, strict=True):
@@ -37,7 +41,7 @@ def convert_folder(
         raise UserError(f"--source '{source}' has no folder for the listed classes {', '.join(map(repr, absent))}")
 
     items = (
-        ImageItem(part, class_name, file_name, file.read_bytes)
+        ImageItem(part, class_name, file_name, partial(regular_bytes, file))
         for part, class_name in classes
         for file_name, file in _named_apart(images[class_name]).items()
     )
@@ -81,7 +85,7 @@ def _fractions(text: str) -> list[float]:
         fractions = [float(part) for part in text.split(",")]
     except ValueError:
         fractions = []
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+    if not (len(fractions) == 3 and min(fractions) > 0 and abs(sum(fractions) - 1) <= 1e-6):  # of which nan is neither
         raise argparse.ArgumentTypeError(f"'{text}' is not three fractions of sum 1, such as 0.64,0.16,0.2")
     return fractions
 

@@ -17,8 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.converters.archives import FileTree, open_tree
-from data.converters.converter import SOURCE, SPLITS, TAGS, Conversion, Converter, ImageItem, published_split
-from data.converters.safe_pickle import StoredArray, load_pickle
+from data.converters.converter import (
+    SOURCE,
+    SPLITS,
+    TAGS,
+    Conversion,
+    Converter,
+    ImageItem,
+    are_images,
+    check_split,
+    published_split,
+    whole_numbers,
+)
+from data.converters.safe_pickle import StoredArray, load_pickle_file
+from data.image_cache import regular_bytes
 from data.listing import list_json
 from engine.errors import UserError
 
@@ -34,6 +46,7 @@ def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: 
 
     Raises UserError when the form is unknown or the files are not as they should be.
     """
+    check_split(split_file, dict[str, list[int]], "lists of positions by class name")
     counts = {split: {name: len(wanted) for name, wanted in split_file[split].items()} for split in SPLITS}
     n_classes = {split: len(counts[split]) for split in SPLITS}
     n_images = sum(sum(classes.values()) for classes in counts.values())
@@ -63,21 +76,26 @@ def _from_json(source: Path, image_root: Path | None) -> Iterator[ImageItem]:
     for split in SPLITS:
         class_names, paths, labels = list_json(source / f"{split}.json", image_root)
         for path, label in zip(paths, labels, strict=True):
-            yield ImageItem(split, class_names[label], path.name, path.read_bytes)
+            yield ImageItem(split, class_names[label], path.name, partial(regular_bytes, path))
 
 
 def _from_csv(source: Path) -> Iterator[ImageItem]:
     """Ravi & Larochelle's train.csv, val.csv, test.csv (filename,label), with all images in images/."""
     for split, tag in TAGS.items():
-        with (source / f"{tag}.csv").open(newline="") as file:
-            rows = csv.DictReader(file)
-            if rows.fieldnames is None or not {"filename", "label"} <= set(rows.fieldnames):
-                raise UserError(f"'{source / tag}.csv' does not begin with the line 'filename,label'")
-            for row in rows:
-                if not row["filename"] or not row["label"]:
-                    raise UserError(f"'{source / tag}.csv', line {rows.line_num}: expected a file name and a label")
-                image = source / "images" / PurePosixPath(row["filename"]).name
-                yield ImageItem(split, row["label"], image.name, image.read_bytes)
+        path = source / f"{tag}.csv"
+        try:
+            lines = path.read_text().splitlines()
+            reader = csv.DictReader(lines)
+            rows = list(reader)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"'{path}' is no csv file ({error}): get the file again") from None
+        if not {"filename", "label"} <= set(reader.fieldnames or ()):
+            raise UserError(f"'{path}' does not begin with the line 'filename,label'")
+        for number, row in enumerate(rows, 2):
+            if not row["filename"] or not row["label"]:
+                raise UserError(f"'{path}', line {number}: expected a file name and a label")
+            image = source / "images" / PurePosixPath(row["filename"]).name
+            yield ImageItem(split, row["label"], image.name, partial(regular_bytes, image))
 
 
 def _ilsvrc_train(source: Path) -> Path | None:
@@ -115,6 +133,8 @@ def _of_positions(tree: FileTree, split: str, wnid: str, wanted: list[int]) -> I
     """Images of one class by their positions, from 1, among its files sorted by number."""
     numbers = {name: int(found[1]) for name in tree.names if (found := ILSVRC_IMAGE.search(name))}
     names = sorted(numbers, key=numbers.__getitem__)
+    if min(wanted, default=1) < 1:
+        raise UserError(f"the split has the position {min(wanted)} for class {wnid}: positions are counted from 1")
     if max(wanted, default=0) > len(names):
         raise UserError(
             f"'{tree.path}' has {len(names)} images, but the split takes its image {max(wanted)}: "
@@ -158,8 +178,7 @@ def _read_pickle(path: Path, split: str) -> Pickled:
     later papers are {data | image_data, labels: [label], catname2label: {name: label}}.
     Raises UserError when keys, types or sizes are others.
     """
-    with path.open("rb") as file:
-        content = load_pickle(file, str(path))
+    content = load_pickle_file(path)
     keys = set(content) if isinstance(content, dict) else set()
     images = content.get("image_data", content.get("data")) if keys else None
     if images is None or not keys & {"class_dict", "labels"}:
@@ -168,26 +187,30 @@ def _read_pickle(path: Path, split: str) -> Pickled:
             "or data and labels"
         )
     pixels = images.array if isinstance(images, StoredArray) else None
-    if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+    if pixels is None or not are_images(pixels.shape, pixels.dtype):
         raise UserError(f"'{path}': its images are not an array (n, height, width, 3) of uint8")
-    try:
-        rows_of_class = _rows_of_class(content, split)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"'{path}' has class_dict or labels of an unknown form ({error})") from None
+    rows_of_class = _rows_of_class(content, split, path)
     rows = [row for rows in rows_of_class.values() for row in rows]
     if rows and not 0 <= min(rows) <= max(rows) < len(pixels):
         raise UserError(f"'{path}' has {len(pixels)} images but labels for image {max(rows)}")
     return pixels, rows_of_class
 
 
-def _rows_of_class(content: dict[str, Any], split: str) -> dict[str, list[int]]:
+def _rows_of_class(content: dict[str, Any], split: str, path: Path) -> dict[str, list[int]]:
+    """The rows of each class, from class_dict or from labels and, where they are there, their names."""
+    rows_of_class, names = content.get("class_dict", {}), content.get("catname2label", {})
+    if not isinstance(rows_of_class, dict) or not isinstance(names, dict):
+        raise UserError(f"'{path}': its class_dict or catname2label is no dictionary")
     if "class_dict" in content:
-        return {str(name): [int(row) for row in rows] for name, rows in content["class_dict"].items()}
-    labels = np.asarray(content["labels"])
-    names = {int(label): str(name) for name, label in content.get("catname2label", {}).items()}
+        return {
+            str(name): whole_numbers(rows, f"'{path}': the rows of a class") for name, rows in rows_of_class.items()
+        }
+    labels = np.array(whole_numbers(content["labels"], f"'{path}': its labels"))
+    numbers = whole_numbers(list(names.values()), f"'{path}': the numbers in catname2label")
+    name_of = {number: str(name) for number, name in zip(numbers, names, strict=True)}
     return {
-        names.get(int(label), f"{split}_{int(label):03d}"): np.flatnonzero(labels == label).tolist()
-        for label in np.unique(labels)
+        name_of.get(label, f"{split}_{label:03d}"): np.flatnonzero(labels == label).tolist()
+        for label in np.unique(labels).tolist()
     }
 
 

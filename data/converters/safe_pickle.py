@@ -15,11 +15,13 @@ import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any, ClassVar
 
 import numpy as np
 
 from engine.errors import UserError
+from engine.files import check_regular
 
 LONG = 1024  # bytes; longer byte strings stay in the file
 
@@ -80,9 +82,18 @@ def load_pickle(file: IO[bytes], name: str) -> Any:
     except pickle.UnpicklingError as error:
         raise UserError(f"'{name}' cannot be read: {error}") from None
     except Exception as error:  # a broken pickle fails anywhere in the unpickler, with nearly any exception
-        raise UserError(
-            f"'{name}' is truncated or not a pickle ({type(error).__name__}: {error}); get the file again"
-        ) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise UserError(f"'{name}' is truncated or not a pickle ({reason}); get the file again") from None
+
+
+def load_pickle_file(path: Path) -> Any:
+    """The same of the file at `path`. Raises UserError also when it is no regular file."""
+    try:
+        check_regular(path)
+    except ValueError as error:
+        raise UserError(f"'{path}' cannot be read: {error}") from None
+    with path.open("rb") as file:
+        return load_pickle(file, str(path))
 
 
 def _mapped(file: IO[bytes]) -> mmap.mmap | bytes:

@@ -4,6 +4,7 @@ Either {train,val,test}_images_png.pkl, lists of encoded PNG images, or {train,v
 with {train,val,test}_labels.pkl. Images are read one at a time: a split of some 450,000 never is in memory.
 """
 
+import lzma
 import re
 import zipfile
 import zlib
@@ -16,9 +17,19 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from data.converters.converter import SOURCE, SPLITS, TAGS, Conversion, Converter, ImageItem
-from data.converters.safe_pickle import StoredArray, load_pickle
+from data.converters.converter import (
+    SOURCE,
+    SPLITS,
+    TAGS,
+    Conversion,
+    Converter,
+    ImageItem,
+    are_images,
+    whole_numbers,
+)
+from data.converters.safe_pickle import StoredArray, load_pickle_file
 from engine.errors import UserError
+from engine.files import fits
 
 N_CLASSES = {"base": 351, "val": 97, "novel": 160}
 N_IMAGES = {"base": 448695, "val": 124261, "novel": 206209}
@@ -53,16 +64,15 @@ def _class_of_image(path: Path, split: str) -> list[str]:
     """The class name of each image of a split."""
     if not path.is_file():
         raise UserError(f"'{path}' is missing: it tells the classes of the images beside it")
-    with path.open("rb") as file:
-        content = load_pickle(file, str(path))
-        keys = list(content) if isinstance(content, dict) else []
-        key = next((key for key in ("label_specific", "labels") if key in keys), None)
-        if key is None:
-            raise UserError(f"'{path}' has the keys {', '.join(map(str, keys)) or 'none'}: expected label_specific")
-        labels = [int(label) for label in np.asarray(content[key])]
-        titles = content.get("label_specific_str", [])
+    content = load_pickle_file(path)
+    keys = list(content) if isinstance(content, dict) else []
+    key = next((key for key in ("label_specific", "labels") if key in keys), None)
+    if key is None:
+        raise UserError(f"'{path}' has the keys {', '.join(map(str, keys[:9])) or 'none'}: expected label_specific")
+    labels = whole_numbers(content[key], f"'{path}': its labels")
+    titles = content.get("label_specific_str", [])
     # One title a class, in the order of the labels; anything else is no name of a class.
-    named = len(titles) == len(set(labels)) and all(isinstance(title, str) for title in titles)
+    named = fits(titles, list[str]) and len(titles) == len(set(labels))
     slugs = {i: re.sub(r"[^A-Za-z0-9]+", "_", title).strip("_") for i, title in enumerate(titles)} if named else {}
     names = {label: "_".join(filter(None, (f"{split}_{label:03d}", slugs.get(label)))) for label in set(labels)}
     return [names[label] for label in labels]
@@ -70,16 +80,11 @@ def _class_of_image(path: Path, split: str) -> list[str]:
 
 def _encoded_images(path: Path, n_images: int) -> Iterator[Any]:
     """For each image of the list of PNG files, a function that reads its bytes."""
-    with path.open("rb") as file:
-        images = load_pickle(file, str(path))
-        if (
-            not isinstance(images, list)
-            or len(images) != n_images
-            or not all(isinstance(image, StoredArray) for image in images)
-        ):
-            raise UserError(f"'{path}' is not a list of {n_images} arrays, one for each image that has a label")
-        for image in images:
-            yield image.array.tobytes
+    images = load_pickle_file(path)
+    if not fits(images, list[StoredArray]) or len(images) != n_images:
+        raise UserError(f"'{path}' is not a list of {n_images} arrays, one for each image that has a label")
+    for image in images:
+        yield image.array.tobytes
 
 
 def _pixel_images(path: Path, n_images: int) -> Iterator[Any]:
@@ -102,8 +107,10 @@ def _pixel_images(path: Path, n_images: int) -> Iterator[Any]:
                 yield partial(np.ascontiguousarray, pixels)
     except KeyError:
         raise UserError(f"'{path}' has no array 'images'") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise UserError(f"'{path}' is truncated or not an npz file ({error}): get the file again") from None
+    # Encrypted ones and unknown compressions come as RuntimeError, damage to the header as nearly anything.
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError, SyntaxError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"'{path}' is truncated or not an npz file ({reason}): get the file again") from None
 
 
 def _array_shape(file: IO[bytes], path: Path) -> tuple[int, ...]:
@@ -111,7 +118,7 @@ def _array_shape(file: IO[bytes], path: Path) -> tuple[int, ...]:
     version = npy.read_magic(file)
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, column_order, dtype = read_header(file)
-    if dtype != np.uint8 or column_order or len(shape) != 4 or shape[3] != 3:
+    if column_order or not are_images(shape, dtype):
         raise UserError(f"'{path}': 'images' is not an array (n, height, width, 3) of uint8, but {shape} of {dtype}")
     return shape
 

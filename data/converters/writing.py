@@ -6,13 +6,13 @@ import json
 import os
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from data.converters.converter import SPLITS, Conversion, ImageItem
-from data.image_cache import to_rgb
+from data.image_cache import decodable, to_rgb
 from engine.errors import UserError
-from engine.files import atomic_file
+from engine.files import atomic_file, read_json
 
 SETTINGS = "prepared.json"
 SHOWN = 5  # names in an error line; the rest is counted
@@ -42,7 +42,7 @@ def write_benchmark(
     missing: list[str] = []
     for item in tqdm(conversion.items, total=conversion.n_items, desc=f"preparing {folder.name}", unit="image"):
         for part in (item.class_name, item.file_name):
-            if part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
+            if part in ("", ".", "..") or set(part) & {"/", "\\", "\0"} or not is_text(part):
                 raise UserError(f"the source names an image {item.name!r}, which is not a plain class/file name")
         target = work / item.split / item.class_name / item.file_name
         try:
@@ -101,6 +101,11 @@ def count_problems(counts: dict[str, dict[str, int]], expected: Conversion) -> l
     return problems
 
 
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: bytes of a file name that are no text cannot."""
+    return name == name.encode("utf-8", "ignore").decode()
+
+
 class _UnreadableImageError(Exception):
     """The image cannot be decoded; the message is the reason."""
 
@@ -110,7 +115,12 @@ def _check_settings(work: Path, settings: dict[str, object]) -> None:
     settings = {key: _digest(value) if isinstance(value, dict) else value for key, value in settings.items()}
     file = work / SETTINGS
     if file.exists():
-        earlier = json.loads(file.read_text())
+        try:
+            earlier = read_json(file)
+        except ValueError:
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise UserError(f"'{file}' is damaged: delete '{work}', or give another folder with --out")
         different = [key for key in settings if earlier.get(key) != settings[key]]
         if different:
             raise UserError(
@@ -135,17 +145,15 @@ def _write_image(item: ImageItem, target: Path, img_size: int | None) -> None:
         target = target.with_name(f"{target.stem}.png")
     if target.exists():
         return
-    content = item.read()
     try:
+        content = item.read()
         if isinstance(content, bytes):
-            with Image.open(io.BytesIO(content)) as encoded:
+            with decodable(io.BytesIO(content)) as encoded:
                 image = to_rgb(encoded)  # decodes it whole, so a truncated file is found now
         else:
             image = Image.fromarray(content)
-    except UnidentifiedImageError:
-        raise _UnreadableImageError("not an image of a known format") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _UnreadableImageError(" ".join(str(error).split())) from None
+    except ValueError as error:
+        raise _UnreadableImageError(error) from None
     if as_it_is and isinstance(content, bytes):
         with atomic_file(target) as temporary:
             temporary.write_bytes(content)

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import platform
 import shutil
 import struct
 import zlib
@@ -14,8 +15,9 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from data import image_cache
-from data.image_cache import ImageFiles, decode_all, load_images, open_rgb
+from data.image_cache import LOCK, ImageFiles, decode_all, load_images, open_rgb
 from engine.errors import UserError
+from engine.lock import hold
 
 
 def random_image(width, height, seed=0, mode="RGB"):
@@ -463,3 +465,76 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, monkeypa
     with pytest.raises(UserError, match="No space left on device.*--cache_dir"):
         load(paths, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+# What nobody would call an image, and images that change under a cache.
+
+
+def test_an_image_of_another_format_is_refused_whatever_its_name(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(saved(colours(), "EPS"))
+    with pytest.raises(UserError, match="it is none of JPEG, PNG"):
+        open_rgb(path)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_pipe_is_no_image_and_nobody_waits_for_it(tmp_path, link):
+    (path,) = write_images(tmp_path, [(20, 20)])
+    path.unlink()
+    os.mkfifo(tmp_path / "pipe" if link else path)
+    if link:
+        path.symlink_to(tmp_path / "pipe")
+    with pytest.raises(UserError, match="class/0.png cannot be decoded .it is no regular file"):
+        load([path], tmp_path / "cache")
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_images_of_the_same_size_and_time_are_noticed(tmp_path, in_place):
+    (path,) = write_images(tmp_path, [(20, 20)], suffix="bmp")
+    load([path], tmp_path / "cache")
+    before = path.stat()
+    if not in_place:
+        path.rename(tmp_path / "kept.bmp")
+    random_image(20, 20, seed=9).save(path)
+    os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert torch.equal(load([path], tmp_path / "cache").train[0], chw(Image.open(path)))
+
+
+def test_a_cache_that_is_rebuilt_takes_the_place_of_the_stale_ones(tmp_path, monkeypatch):
+    paths = write_images(tmp_path, [(20, 20)])
+    monkeypatch.setattr(image_cache, "listing_signature", lambda files: "0" * 16)  # which notices nothing
+    load(paths, tmp_path / "cache")
+    load(paths, tmp_path / "cache", img_size=8)
+    random_image(20, 20, seed=9).save(paths[0])
+    files = ImageFiles("toy_base", paths, ["class/0.png"], None)
+    arrays = load_images(files, 16, tmp_path / "cache", 1, quiet=True, rebuild=True)
+    assert torch.equal(load(paths, tmp_path / "cache").eval, arrays.eval)
+    assert torch.equal(load(paths, tmp_path / "cache").train[0], chw(Image.open(paths[0])))
+
+
+def test_the_folder_of_a_killed_builder_is_removed_and_that_of_a_living_one_stays(tmp_path):
+    cache = tmp_path / "cache"
+    owner = {"living", "dead"}
+    for name in owner:
+        (cache / f".{name}").mkdir(parents=True)
+    hold(cache / ".living" / LOCK, owner)
+    (cache / ".dead" / LOCK).write_text(f"process 1 on {platform.node()} since yesterday\n")
+    load(write_images(tmp_path, [(20, 20)]), cache)
+    assert (cache / ".living").is_dir() and not (cache / ".dead").exists()
+    assert not list(cache.glob(f"[!.]*/{LOCK}"))
+
+
+def test_an_image_that_goes_while_images_are_decoded_is_named(tmp_path, monkeypatch):
+    paths = write_images(tmp_path, [(20, 20)] * 2)
+    sizes = image_cache.stored_sizes
+    monkeypatch.setattr(image_cache, "stored_sizes", lambda *given: paths[1].unlink() or sizes(*given))
+    with pytest.raises(UserError, match="image .*class/1.png cannot be decoded .*No such file"):
+        load(paths, tmp_path / "cache")
+
+
+def test_a_name_that_is_no_text_is_one_line(tmp_path):
+    (path,) = write_images(tmp_path, [(20, 20)])
+    path = path.rename(path.with_name(os.fsdecode(b"\xff.png")))
+    with pytest.raises(UserError, match="not UTF-8: rename it"):
+        load([path], tmp_path / "cache")

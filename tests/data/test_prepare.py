@@ -757,7 +757,7 @@ def test_folder_with_unreadable_images(prepare, tmp_path):
     assert (
         "2 image(s) cannot be read" in line
         and "class2/truncated.jpg" in line
-        and "class3/page.jpg (not an image of a known format)" in line
+        and "class3/page.jpg (it is none of JPEG, PNG" in line
     )
     assert not (tmp_path / "out/photos").exists()
     printed = prepare("folder", "--source", source, "--skip_bad")
@@ -784,6 +784,55 @@ def test_folder_refusals(prepare, tmp_path, capsys):
 
 
 # Any of them ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", ["", "[1]", "[" * 100_000])
+def test_damaged_settings_of_a_prepared_folder_are_one_line(prepare, tmp_path, settings):
+    source = make_folder(tmp_path / "photos")
+    prepare("folder", "--source", source)
+    write(tmp_path / "out/photos/prepared.json", settings)
+    assert "prepared.json' is damaged: delete" in prepare("folder", "--source", source, fails=True)
+
+
+@pytest.mark.parametrize("split", ["nan,nan,nan", "inf,inf,inf", "0.6,0.4,nan"])
+def test_fractions_that_are_no_numbers_are_refused(prepare, tmp_path, split):
+    line = prepare("folder", "--source", make_folder(tmp_path / "photos"), "--split", split, fails=True)
+    assert "three fractions of sum 1" in line
+
+
+@pytest.mark.parametrize("content", [{"base": 1, "val": [], "novel": []}, {"base": [[1]], "val": [None], "novel": []}])
+def test_a_split_of_another_form_is_one_line(prepare, tmp_path, content):
+    split = write(tmp_path / "split.json", content)
+    line = prepare("folder", "--source", make_folder(tmp_path / "photos"), "--split_file", split, fails=True)
+    assert "is not a JSON of base, val and novel classes" in line
+
+
+@pytest.mark.parametrize("labels", [[0.5], [float("nan")], ["a"], [[1], [2, 3]], None, [-1]])
+def test_labels_of_odd_types_are_one_line(prepare, tmp_path, labels):
+    make_tiered(tmp_path / "tiered", as_npz=True)
+    write(tmp_path / "tiered/val_labels.pkl", pickle.dumps({"label_specific": labels}))
+    line = prepare("tieredImageNet", "--source", tmp_path / "tiered", fails=True)
+    assert "val_labels.pkl': its labels are not whole numbers" in line
+    make_cifar(tmp_path / "cifar-100-python")
+    broken = {"data": pixels(1, 3072), "fine_labels": labels, "coarse_labels": [0]}
+    write(tmp_path / "cifar-100-python/test", pickle.dumps(broken))
+    line = prepare("CIFAR-FS", "--source", tmp_path / "cifar-100-python", fails=True)
+    assert "labels of test are not whole numbers" in line
+
+
+@pytest.mark.parametrize("array", [np.zeros((1, 2, 2, 3)), np.array([None]), np.zeros((2, 0, 5, 3), np.uint8), "crypt"])
+def test_npz_files_of_odd_arrays_are_one_line(prepare, tmp_path, array):
+    make_tiered(tmp_path / "tiered", as_npz=True)
+    path = tmp_path / "tiered/train_images.npz"
+    if isinstance(array, str):
+        content = bytearray(path.read_bytes())
+        content[6] |= 1  # says that the member is encrypted
+        content[content.rindex(b"PK\1\2") + 8] |= 1
+        path.write_bytes(content)
+    else:
+        np.savez(path, images=array)
+    line = prepare("tieredImageNet", "--source", tmp_path / "tiered", "--allow_incomplete", fails=True)
+    assert ("encrypted" if isinstance(array, str) else "not an array (n, height, width, 3) of uint8") in line
 
 
 def test_resume_after_losing_half_of_the_images(prepare, tmp_path):

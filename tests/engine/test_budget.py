@@ -1,0 +1,39 @@
+"""Work that cannot fit ends in one line before it begins."""
+
+import pytest
+
+from data.episodes import EpisodeShape, sample_episodes
+from data.image_cache import ImageFiles, load_images
+from engine.budget import check_disk, check_memory, compare
+from engine.errors import UserError
+from tests.helpers import make_split
+
+
+def test_more_than_all_is_an_error_nearly_all_a_note_and_less_nothing(capsys):
+    with pytest.raises(UserError, match="it takes 2.0 GB of memory, of which 1.0 GB are free: take less"):
+        compare("it", 2 * 10**9, 10**9, "memory", "take less")
+    compare("it", 9 * 10**8, 10**9, "memory", "take less")
+    assert capsys.readouterr().out == "note: it takes 0.9 GB of memory, of which 1.0 GB are free\n"
+    compare("it", 7 * 10**8, 10**9, "memory", "take less")
+    assert capsys.readouterr().out == ""
+
+
+def test_what_fits_passes_and_a_folder_need_not_exist(tmp_path):
+    check_memory("it", 1, "take less")
+    check_disk("it", 1, tmp_path / "a" / "b", "take less")
+    with pytest.raises(UserError, match="GB of disk in "):
+        check_disk("it", 10**18, tmp_path / "a" / "b", "take less")
+
+
+def test_huge_numbers_of_episodes_end_before_they_are_drawn():
+    with pytest.raises(UserError, match="10{14} episodes takes .*lower --n_episodes"):
+        sample_episodes(make_split(), EpisodeShape(3, 2, 3), 10**14, 0)
+
+
+@pytest.mark.parametrize("img_size", [200_000, 10_000_000])
+def test_huge_images_end_before_any_is_decoded(tmp_path, img_size):
+    (tmp_path / "a.png").write_bytes(b"")
+    files = ImageFiles("toy", [tmp_path / "a.png"], ["a.png"], None)
+    with pytest.raises(UserError, match=r"takes .*GB .*: give a smaller --img_size"):
+        load_images(files, img_size, tmp_path / "cache", 1, quiet=True)
+    assert not (tmp_path / "cache").exists()
