@@ -121,6 +121,13 @@ def start_run(ranks: Ranks, device: str, precision: str, seed: int, quiet: bool,
     return Run(chosen, Precision(choose_precision(precision, chosen.type), chosen.type), ranks, seed, quiet)
 
 
+def move(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; from pinned memory, so that neither waits for what a GPU still has to do."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=device.type != "mps")
+
+
 def on_device(images: Tensor, device: torch.device) -> Tensor:
     """uint8 images moved to a GPU for good when they take less than half its free memory; else left mapped."""
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
