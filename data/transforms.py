@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from data.benchmarks import Split
 from data.image_cache import UnequalImages
 from engine.normalisation import IMAGENET, Normalisation
-from engine.run import on_device
+from engine.run import move, on_device
 
 # PIL's integer weights of RGB -> L (ITU-R 601-2), over 65536.
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
@@ -36,8 +36,8 @@ class Augmentation:
 
 def normalise(images: Tensor, by: Normalisation = IMAGENET) -> Tensor:
     """uint8 (b, 3, h, w) -> float32 with this mean and standard deviation taken out."""
-    scale = 1.0 / (255.0 * torch.tensor(by.std, device=images.device).view(3, 1, 1))
-    shift = torch.tensor(by.mean, device=images.device).view(3, 1, 1) * 255.0
+    mean, std = move(torch.tensor((by.mean, by.std)), images.device).view(2, 3, 1, 1)
+    scale, shift = 1.0 / (255.0 * std), mean * 255.0
     return (images.float() - shift) * scale
 
 
@@ -85,7 +85,7 @@ def resize_weights(start: Tensor, length: Tensor, n_in: int, n_out: int) -> Tens
 
 def resized_crop(images: Tensor, boxes: Tensor, img_size: int) -> Tensor:
     """Crop and resize each image: (b, 3, H, W) and boxes (b, 4) in its pixels -> float (b, 3, s, s) in 0..255."""
-    boxes = boxes.to(images.device, torch.float32)
+    boxes = move(boxes.float(), images.device)
     rows = resize_weights(boxes[:, 0], boxes[:, 2], images.shape[2], img_size)
     columns = resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], img_size)
     # Columns first, all channels and rows of an image in one matrix product.
@@ -104,7 +104,7 @@ def cut(images: UnequalImages, boxes: Tensor) -> tuple[Tensor, Tensor]:
         images, corners.long().tolist(), ends.tolist(), out, strict=True
     ):
         kept[:, : bottom - top, : right - left] = image[:, top:bottom, left:right]
-    return out.to(images.device), torch.cat([boxes[:, :2] - corners, boxes[:, 2:]], 1)
+    return move(out, images.device), torch.cat([boxes[:, :2] - corners, boxes[:, 2:]], 1)
 
 
 def luma(images: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def colour_jitter(images: Tensor, factors: Tensor) -> Tensor:
     Each blends the image with a degenerate one, f * image + (1 - f) * degenerate, and clips to 0..255: black for
     brightness, the mean grey level for contrast, the greyscale image for colour.
     """
-    brightness, contrast, colour = factors.to(images).view(-1, 3, 1, 1, 1).unbind(1)
+    brightness, contrast, colour = move(factors, images.device).view(-1, 3, 1, 1, 1).unbind(1)
     images = (images * brightness).clamp_(0.0, 255.0)
     mean_grey = luma(images).mean((2, 3), keepdim=True).round()
     images = torch.lerp(mean_grey, images, contrast).clamp_(0.0, 255.0)
@@ -153,13 +153,13 @@ def augment(
         crops = torch.cat([resized_crop(*cut(images[k], boxes[k]), img_size) for k in few])
     out = colour_jitter(crops, factors[part])
     if augmentation.flip:
-        out = torch.where(flips[part].view(-1, 1, 1, 1).to(out.device), out.flip(3), out)
+        out = torch.where(move(flips[part], out.device).view(-1, 1, 1, 1), out.flip(3), out)
     return normalise(out, by)
 
 
 def network_input(images: Tensor, device: torch.device, by: Normalisation = IMAGENET) -> Tensor:
     """uint8 images (b, 3, s, s) as a network takes them: normalised, float32, channels-last, on `device`."""
-    return normalise(images.to(device), by).contiguous(memory_format=torch.channels_last)
+    return normalise(move(images, device), by).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ class TrainingImages:
 
         `part` gives the rows of the input that are made, without changing them.
         """
-        images = self.images[index[part].to(self.images.device)].to(self.device)
+        images = self.images[move(index[part], self.images.device)]
+        images = move(images, self.device) if isinstance(images, Tensor) else images.to(self.device)
         if self.augmentation is None:
             return network_input(cast(Tensor, images), self.device, self.normalisation)
         x = augment(images, self.sizes[index], self.img_size, self.augmentation, generator, part, self.normalisation)

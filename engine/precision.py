@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 from engine.errors import UserError
 
 CPUINFO = Path("/proc/cpuinfo")
+# A GPU waits for the steps before it when a loss is read.
+READ_SECONDS = 0.5
 BF16_UNITS = {"amx_bf16", "avx512_bf16", "bf16"}  # as x86 and Arm call what multiplies bf16 numbers
 
 
@@ -46,8 +49,8 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, torch.bfloat16 if self.name == "bf16" else torch.float16)
 
-    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
-        """One step of the optimiser on a loss, whose value it returns; fp16 scales it so that small gradients survive.
+    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        """One step of the optimiser on a loss, returned detached; fp16 scales it so that small gradients survive.
 
         What the optimiser's parameters held as gradients before is dropped.
         """
@@ -55,7 +58,7 @@ class Precision:
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
-        return loss.item()
+        return loss.detach()
 
 
 def check_finite(loss: Tensor | float, where: str) -> None:
@@ -63,3 +66,35 @@ def check_finite(loss: Tensor | float, where: str) -> None:
     value = loss.item() if isinstance(loss, Tensor) else loss
     if not math.isfinite(value):
         raise UserError(f"the loss became {value} at {where}: lower --lr, or use --precision fp32")
+
+
+@dataclass
+class Losses:
+    """The losses of one step after another, which stay on the device and are read every READ_SECONDS, and at the end.
+
+    where: what the steps are counted as, such as `epoch 3, batch`. A step has a row of scalars, its loss first.
+    """
+
+    where: str
+    rows: list[tuple[float, ...]] = field(default_factory=list)
+    unread: list[tuple[Tensor, ...]] = field(default_factory=list)
+    read_at: float = -math.inf
+
+    def add(self, *row: Tensor) -> bool:
+        """Keep the row of a step; whether all rows have been read now. Raises UserError as read does."""
+        self.unread.append(tuple(value.detach() for value in row))
+        if time.monotonic() - self.read_at < READ_SECONDS:
+            return False
+        self.read()
+        return True
+
+    def read(self) -> list[tuple[float, ...]]:
+        """The rows of all steps. Raises UserError, naming the step, when a loss is no longer finite."""
+        if self.unread:
+            values = torch.stack([value for row in self.unread for value in row])
+            for row in values.view(len(self.unread), -1).tolist():
+                check_finite(row[0], f"{self.where} {len(self.rows)}")
+                self.rows.append(tuple(row))
+            self.unread.clear()
+        self.read_at = time.monotonic()
+        return self.rows

@@ -1,6 +1,7 @@
 """What a run computes on and draws from: its device, precision and share among several processes, its seed."""
 
 import ctypes
+import os
 import platform
 import sys
 from collections.abc import Iterable
@@ -108,8 +109,15 @@ def keep_memory() -> None:
     libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def repeat_exactly() -> None:
+    """Have a GPU give the same numbers each time; an operation that has no such form is named in a warning."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def start_run(ranks: Ranks, device: str, precision: str, seed: int, quiet: bool, no_keep_memory: bool) -> Run:
-    """The run that the flags ask for; on a CPU also the memory setting (see keep_memory).
+    """The run that the flags ask for; on a CPU also the memory setting (see keep_memory), on a GPU repeat_exactly.
 
     Of several ranks each takes a GPU of its own. Raises UserError when there is no such device for this rank.
     """
@@ -118,7 +126,16 @@ def start_run(ranks: Ranks, device: str, precision: str, seed: int, quiet: bool,
         chosen = device_of_rank(chosen, ranks)
     if chosen.type == "cpu" and not no_keep_memory:
         keep_memory()
+    if chosen.type == "cuda":
+        repeat_exactly()
     return Run(chosen, Precision(choose_precision(precision, chosen.type), chosen.type), ranks, seed, quiet)
+
+
+def move(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; from pinned memory, so that neither waits for what a GPU still has to do."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=device.type != "mps")
 
 
 def on_device(images: Tensor, device: torch.device) -> Tensor:

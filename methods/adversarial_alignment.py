@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from engine.run import move
 from models.critic import Critic
 
 # The critic meets features that move with every step: a short memory of its gradients.
@@ -62,10 +63,11 @@ def gradient_penalty(
     Each related sample is paired with a random novel sample, of its own label if the critic sees labels; every
     label of y_related must then occur in y_novel.
     """
-    partners = y_related.unsqueeze(1) == y_novel if critic.conditional else torch.ones(len(y_related), len(y_novel))
-    partner = torch.multinomial(partners.float().to(generator.device), 1, generator=generator).squeeze(1)
-    mix = torch.rand(len(z_related), 1, generator=generator, device=generator.device).to(z_related)
-    z = torch.lerp(z_related.detach(), z_novel.detach()[partner.to(z_novel.device)], mix).requires_grad_()
+    # As torch.multinomial draws, for which the labels would have to come to the generator's device.
+    times = move(torch.empty(len(z_related), len(z_novel)).exponential_(generator=generator), z_novel.device)
+    partner = ((y_related.unsqueeze(1) == y_novel) / times if critic.conditional else 1.0 / times).argmax(1)
+    mix = move(torch.rand(len(z_related), 1, generator=generator), z_related.device)
+    z = torch.lerp(z_related.detach(), z_novel.detach()[partner], mix).requires_grad_()
     (gradient,) = torch.autograd.grad(critic(z, y_related).sum(), z, create_graph=True)
     return F.relu(gradient.norm(dim=1) - 1.0).square().mean()
 
@@ -91,30 +93,32 @@ class AdversarialAlignment:
         self.setting = setting
         self.generator = generator
         self.critic = Critic(d, n_way, setting.critic_hidden, generator=generator).to(device)
+        self.with_related: Tensor | None = None
         self.optimizer = torch.optim.Adam(self.critic.parameters(), lr=setting.critic_lr, betas=CRITIC_BETAS)
 
     def __call__(self, z_support: Tensor, y_support: Tensor, z_related: Tensor, y_related: Tensor) -> Tensor:
         """The loss, after critic_steps steps of the critic on these features: the backbone's part of Algorithm 2.
 
         z_support (k, d), z_related (n, d) and their labels -> scalar, the estimate that the backbone's step lowers. A
-        novel class without related samples takes no part.
+        novel class without related samples takes no part; which have some is the same in all calls.
         """
-        has_related = torch.isin(y_support, y_related)
-        z_novel, y_novel = z_support[has_related], y_support[has_related]
+        if self.with_related is None:  # a GPU waits for it
+            self.with_related = torch.isin(y_support, y_related).nonzero().squeeze(1)
+        z_novel, y_novel = z_support[self.with_related], y_support[self.with_related]
         for _ in range(self.setting.critic_steps):
             self.critic_step(z_related.detach().float(), y_related, z_novel.detach().float(), y_novel)
         # The gradients that the backbone's step leaves on the critic are dropped by its next step.
         return adversarial_alignment_loss(self.critic, z_related, y_related, z_novel, y_novel)
 
-    def critic_step(self, z_related: Tensor, y_related: Tensor, z_novel: Tensor, y_novel: Tensor) -> float:
-        """One step of the critic on fixed features; returns its estimate before the step.
+    def critic_step(self, z_related: Tensor, y_related: Tensor, z_novel: Tensor, y_novel: Tensor) -> Tensor:
+        """One step of the critic on fixed features; returns its estimate before the step, a scalar.
 
         The constraint 'clip' clamps the weights to +-critic_clip after the step; 'gp' adds critic_gp_weight times the
         gradient penalty to the loss.
         """
         setting, labelled = self.setting, (z_related, y_related, z_novel, y_novel)
         loss = -adversarial_alignment_loss(self.critic, *labelled)
-        estimate = -loss.item()
+        estimate = -loss.detach()
         if setting.critic_constraint == "gp":
             loss = loss + setting.critic_gp_weight * gradient_penalty(self.critic, *labelled, self.generator)
         self.optimizer.zero_grad()

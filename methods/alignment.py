@@ -10,13 +10,14 @@ computed once for all episodes, or of none of it: in `head`, the head alone lear
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
 
 from data.episodes import Task
-from engine.precision import Precision, check_finite
-from engine.run import Run
+from engine.precision import Losses, Precision
+from engine.run import Run, move
 from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
 from methods.centroid_alignment import centroid_alignment_loss
 from methods.features import INPUT_ROWS, Source, UpdatedBlocks, updated_features
@@ -59,7 +60,7 @@ ALIGNMENTS: dict[str, Callable[..., AlignmentLoss | None]] = {
     "none": lambda *_: None,
     "naive": lambda *_: None,
     "head": lambda *_: None,
-    "centroid": lambda *_: centroid_alignment_loss,
+    "centroid": lambda d, n_way, *_: partial(centroid_alignment_loss, n_way=n_way),
     "adversarial": adversarial,
 }
 
@@ -87,7 +88,7 @@ class AlignedEpisode:
     aligned: Tensor
     related: RelatedBase
     n_drawn: int
-    losses: list[tuple[float, float, float]]
+    losses: list[tuple[float, ...]]
     curve: list[Tensor]
     adapter: nn.Module | None = None
 
@@ -117,27 +118,27 @@ class Updates:
         self.related_optimizer = with_rate(fitted, setting.related_lr)
         self.support_optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=setting.support_lr)
 
-    def align(self, support: Labelled, related: Labelled) -> float:
+    def align(self, support: Labelled, related: Labelled) -> Tensor:
         """(1): one step of the backbone on the alignment loss; NaN without one.
 
         Related and support images go through it apart, so that in train mode each has its own batch statistics.
         """
         if self.alignment_loss is None:
-            return math.nan
+            return torch.full((), math.nan, device=support.y.device)
         self.backbone.train(self.batch_statistics)
         with self.precision.autocast():
             z_related, z_support = self.backbone(related.x), self.backbone(support.x)
         loss = self.alignment_loss(z_support, support.y, z_related, related.y)
         return self.precision.step(loss, self.align_optimizer)
 
-    def train_head(self, related: Labelled) -> float:
+    def train_head(self, related: Labelled) -> Tensor:
         """(2): one step of the head on related samples; the backbone, in eval mode, needs no gradient."""
         self.backbone.eval()
         with torch.no_grad(), self.precision.autocast():
             z_related = self.backbone(related.x)
         return self.precision.step(self.head.loss(self.head(z_related), related.y), self.related_optimizer)
 
-    def train_on_support(self, support: Labelled) -> float:
+    def train_on_support(self, support: Labelled) -> Tensor:
         """(3): one step of backbone and head on the support."""
         self.backbone.train(self.batch_statistics)
         with self.precision.autocast():
@@ -190,19 +191,20 @@ def align_episode(
     updates = Updates(blocks.updated, head, fitted, alignment_loss, setting, run.precision)
     support = Labelled(novel.enter(task.support), y_support)
     generator = run.generator("related draws", i)
-    losses, curve = [], []
+    losses, curve = Losses(f"episode {i}, iteration"), []
+    no_loss = torch.full((), math.nan, device=run.device)
     with run.seeded("dropout", i):
         for iteration in run.bar(range(setting.align_iters), bar, "iteration"):
-            align_loss = related_loss = math.nan
+            align_loss = related_loss = no_loss
             if base is not None and n_drawn:
                 picks, y_related = draw_related(related.samples, setting.related.aug_size, generator)
-                drawn = Labelled(base.enter(picks), y_related.to(run.device))
+                drawn = Labelled(base.enter(picks), move(y_related, run.device))
                 align_loss = updates.align(support, drawn)
                 related_loss = updates.train_head(drawn)
             support_loss = updates.train_on_support(support)
-            losses.append((align_loss, related_loss, support_loss))
-            where = f"episode {i}, iteration {iteration}"
-            check_finite(support_loss + (related_loss if n_drawn else 0.0), where)
+            checked = support_loss + related_loss if n_drawn else support_loss
+            losses.add(checked, align_loss, related_loss, support_loss)
             if setting.record_curve and (iteration + 1) % setting.record_curve == 0:
                 curve.append(score_queries())
-    return AlignedEpisode(head, finetuned, score_queries(), related, n_drawn, losses, curve)
+    rows = [row[1:] for row in losses.read()]
+    return AlignedEpisode(head, finetuned, score_queries(), related, n_drawn, rows, curve)

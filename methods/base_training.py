@@ -8,8 +8,8 @@ from torch import Generator, Tensor
 
 from data.transforms import TrainingImages
 from engine.distributed import gather_objects
-from engine.precision import check_finite
-from engine.run import Run
+from engine.precision import Losses
+from engine.run import Run, move
 from models import Model
 from models.heads import Head
 
@@ -23,7 +23,7 @@ class TrainingFeatures:
 
     def batch(self, index: Tensor, generator: Generator, part: slice = slice(None)) -> Tensor:
         """The features at `index` (b,), of which `part` gives the rows: (b, d)."""
-        return self.features[index[part].to(self.features.device)]
+        return self.features[move(index[part], self.features.device)]
 
 
 def train_one_epoch(
@@ -39,22 +39,24 @@ def train_one_epoch(
     model.net.train()
     generator = run.generator("base training", epoch)
     order = torch.randperm(len(images.labels), generator=generator)
-    loss_sum, right = 0.0, 0
+    losses, sizes = Losses(f"epoch {epoch}, batch"), []
     bar = run.bar(order.split(batch_size), f"epoch {epoch}", "batch", leave=False)
     for step, index in enumerate(bar):
         mine = ranks.share(range(len(index)))
         part = slice(mine.start, mine.stop)
         x = images.batch(index, generator, part)
-        y = images.labels[index[part]].to(run.device)
+        y = move(images.labels[index[part]], run.device)
         with run.precision.autocast(), run.seeded("dropout", epoch, step, *([ranks.rank] if ranks.rank else [])):
             z = model.net(x)
         scores = model.classifier(z)
         # The last batch may leave a rank without images: it takes part in the average with a gradient of zero.
         loss = head.loss(scores, y) if len(y) else scores.sum()
-        check_finite(loss, f"epoch {epoch}, batch {step}")
         run.precision.step(loss * (len(y) * ranks.n / len(index)), model.optimizer)
-        loss_sum += loss.item() * len(y)
-        right += int((scores.argmax(1) == y).sum())
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        sizes.append(len(y))
+        if losses.add(loss, (scores.argmax(1) == y).sum()):
+            bar.set_postfix_str(f"loss {losses.rows[-1][0]:.3f}", refresh=False)
+    loss_sum = right = 0.0
+    for (mean, n_right), size in zip(losses.read(), sizes, strict=True):
+        loss_sum, right = loss_sum + mean * size, right + n_right
     loss_sum, right = (sum(figures) for figures in zip(*gather_objects((loss_sum, right), ranks), strict=True))
     return loss_sum / len(order), right / len(order)

@@ -17,7 +17,7 @@ from data.episodes import Episodes, class_major_labels
 from data.transforms import TrainingImages
 from engine.distributed import gather_rows
 from engine.errors import UserError
-from engine.precision import check_finite
+from engine.precision import Losses
 from engine.run import Run
 from methods.evaluation import EpisodeScores, count_predictions, share_right
 from methods.meta_learner import MetaLearner
@@ -41,7 +41,7 @@ def train_one_epoch(
     backbone, learner = model.backbone.train(not warm_up), cast(MetaLearner, model.head).train()
     network = backbone.feature_map if learner.uses_maps else backbone
     y_query = class_major_labels(episodes.n_way, episodes.query.shape[2], run.device)
-    loss_sum = accuracy_sum = 0.0
+    losses = Losses(f"epoch {epoch}, episode")
     bar = run.bar(range(len(episodes)), f"epoch {epoch}", "episode", leave=False)
     for k in bar:
         index = episodes.index[k]
@@ -51,13 +51,19 @@ def train_one_epoch(
         z = z.float().unflatten(0, tuple(index.shape))
         scores = learner(z[:, : episodes.n_shot], z[:, episodes.n_shot :].flatten(0, 1))
         loss = learner.loss(scores, y_query)
-        check_finite(loss, f"epoch {epoch}, episode {k}")
-        loss_sum += run.precision.step(loss, model.optimizer)
-        accuracy_sum += share_right(count_predictions(scores, episodes.n_way)).mean().item()
-        bar.set_postfix_str(
-            f"loss {loss_sum / (k + 1):.3f}, accuracy {100 * accuracy_sum / (k + 1):.1f}", refresh=False
-        )
-    return loss_sum / len(episodes), accuracy_sum / len(episodes)
+        run.precision.step(loss, model.optimizer)
+        if losses.add(loss, share_right(count_predictions(scores, episodes.n_way)).mean()):
+            mean_loss, accuracy = means(losses)
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, accuracy {100 * accuracy:.1f}", refresh=False)
+    return means(losses)
+
+
+def means(losses: Losses) -> tuple[float, float]:
+    """Mean loss and accuracy of the episodes so far."""
+    loss_sum = accuracy_sum = 0.0
+    for loss, accuracy in losses.read():
+        loss_sum, accuracy_sum = loss_sum + loss, accuracy_sum + accuracy
+    return loss_sum / len(losses.rows), accuracy_sum / len(losses.rows)
 
 
 @torch.no_grad()

@@ -8,11 +8,13 @@ episodes together, whose samples are padded to the same number and weighted.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from engine.run import move
 from methods.adversarial_alignment import CRITIC_BETAS, CriticSetting
 from methods.alignment import AlignmentSetting
 from models.critic import Critic
@@ -68,9 +70,9 @@ def new_adapter(d: int, rank: int | str, generators: Sequence[Generator]) -> Ada
 FeatureLoss = Callable[[Samples, Samples], Tensor]
 
 
-def centroid_loss(support: Samples, related: Samples) -> Tensor:
+def centroid_loss(support: Samples, related: Samples, n_way: int) -> Tensor:
     """The centroid alignment loss of each episode, summed: scalar. Equations 4-5; see centroid_alignment_loss."""
-    member = F.one_hot(support.y) * (support.weight > 0).unsqueeze(-1)
+    member = F.one_hot(support.y, n_way) * (support.weight > 0).unsqueeze(-1)
     centroids = (member / member.sum(1, keepdim=True)).mT @ support.z
     # Of -|z - mu|^2, the part -|z|^2 is the same for all classes.
     logits = 2.0 * related.z @ centroids.mT - centroids.square().sum(-1).unsqueeze(1)
@@ -127,7 +129,8 @@ class Critics:
     def gradient_penalty(self, novel: Samples, related: Samples) -> Tensor:
         """Mean of max(0, |grad_z h([z, y])| - 1)^2, z between a related and a random novel sample of its label."""
         n, k = related.z.shape[1], novel.z.shape[1]
-        random = torch.stack([torch.rand(n, k + 1, generator=g) for g in self.generators]).to(novel.z)
+        random = torch.stack([torch.rand(n, k + 1, generator=g) for g in self.generators])
+        random = move(random, novel.z.device)
         partners = same_label(related, novel) & (novel.weight > 0).unsqueeze(1)
         partner = (random[..., 1:] * partners).argmax(2, keepdim=True).expand_as(related.z)
         z = torch.lerp(related.z, novel.z.gather(1, partner), random[..., :1]).requires_grad_()
@@ -146,4 +149,4 @@ def feature_loss(
     """The alignment loss that a setting names, of as many episodes as generators."""
     if setting.alignment == "adversarial":
         return Critics(d, n_way, setting.critic, generators, device)
-    return centroid_loss
+    return partial(centroid_loss, n_way=n_way)

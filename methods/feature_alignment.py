@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.episodes import Episodes, Task, class_major_labels
 from engine.precision import Precision, check_finite
-from engine.run import Run
+from engine.run import Run, move
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode, with_rate
 from methods.evaluation import HEAD_CHUNK
 from methods.feature_adapter import FULL, Adapter, FeatureLoss, Samples, feature_loss, new_adapter
@@ -71,7 +71,7 @@ def related_batches(
     """The related samples of E episodes in each iteration, n_way * aug_size of each, padding included."""
     each = zip(related_base, generators, strict=True)
     picks = torch.stack([draw_iterations(related.samples, aug_size, n_iterations, g) for related, g in each], 1)
-    n_way, picks = picks.shape[2], picks.flatten(2).to(z_base.device)
+    n_way, picks = picks.shape[2], move(picks.flatten(2), z_base.device)
     drawn = (picks[0] >= 0).float()
     weight = drawn / drawn.sum(1, keepdim=True).clamp_min(1.0)
     y = class_major_labels(n_way, aug_size, z_base.device).expand_as(weight)

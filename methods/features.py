@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.files import atomic_file, load_tensors, save_atomically, weights_digest
 from engine.normalisation import IMAGENET, Normalisation
 from engine.precision import Precision
-from engine.run import Run, on_device
+from engine.run import Run, move, on_device
 from models.backbone import Backbone, split_backbone
 
 # Images that go through a network together: no more than a training batch, so that this does not set the peak of
@@ -121,7 +121,7 @@ def image_source(backbone: Backbone, blocks: UpdatedBlocks, split: Split, run: R
 
 def feature_source(features: Tensor, split: Split) -> Source:
     """The source of a split in feature space: what is updated takes the features (N, d) themselves."""
-    return Source(features, lambda index: features[index.to(features.device)], split)
+    return Source(features, lambda index: features[move(index, features.device)], split)
 
 
 @torch.no_grad()
@@ -147,12 +147,12 @@ class FeatureCache:
             return feature_source(features, split)
         if blocks.below is None:
             images = on_device(split.images, run.device)
-            return Source(features, lambda index: network_input(images[index.to(images.device)], run.device, by), split)
+            return Source(features, lambda i: network_input(images[move(i, images.device)], run.device, by), split)
         with rank_0_first(run.ranks):
             activations = on_device(self.activations(blocks.below, split, by), run.device)
 
         def enter(index: Tensor) -> Tensor:
-            x = activations[index.to(activations.device)].to(run.device)
+            x = move(activations[move(index, activations.device)], run.device)
             return x.contiguous(memory_format=torch.channels_last)
 
         return Source(features, enter, split)

@@ -29,7 +29,8 @@ class RelatedSetting:
 
 @dataclass(frozen=True)
 class RelatedBase:
-    """score (n_base_class, n_way); classes: n_way lists of base classes; samples: n_way index tensors (k_w,)."""
+    """score (n_base_class, n_way); classes: n_way lists of base classes; samples: n_way index tensors (k_w,), on
+    the CPU."""
 
     score: Tensor
     classes: list[list[int]]
@@ -42,11 +43,12 @@ def choose_related_base(score: Tensor, n_B: int) -> list[list[int]]:
     When n_way * n_B exceeds the number of base classes, they are shared out evenly: n_base_class // n_way each.
     """
     n_base_class, n_way = score.shape
+    score = score.cpu()
     n_B = min(n_B, n_base_class // n_way)
     taken = torch.zeros(n_base_class, dtype=torch.bool)
     chosen: list[list[int]] = []
     for w in range(n_way):
-        free = score[:, w].cpu().masked_fill(taken, -1.0)
+        free = score[:, w].masked_fill(taken, -1.0)
         best = free.sort(descending=True, stable=True).indices[:n_B]
         taken[best] = True
         chosen.append(best.tolist())
@@ -59,7 +61,6 @@ def related_samples(score: Tensor, predicted: Tensor, members: list[Tensor], n_B
     samples = []
     for w, chosen in enumerate(classes):
         candidates = torch.cat([members[b] for b in chosen]) if chosen else torch.empty(0, dtype=torch.long)
-        candidates = candidates.to(predicted.device)
         samples.append(candidates[predicted[candidates] == w])
     return RelatedBase(score, classes, samples)
 
@@ -84,7 +85,7 @@ def related_base_of_heads(head: Head, base: Source, setting: RelatedSetting) -> 
         total.index_add_(1, y, torch.nn.functional.one_hot(best, n_way).to(total) if vote else logits.softmax(-1))
         predicted.append(best.short())  # of all heads at once: a quarter of the memory
     score = total / torch.bincount(y_base, minlength=len(members) + 1).clamp_min(1).unsqueeze(1)
-    heads = zip(score[:, : len(members)], torch.cat(predicted, 1), strict=True)
+    heads = zip(score[:, : len(members)], torch.cat(predicted, 1).cpu(), strict=True)
     return [related_samples(of_head, predicted_by, members, setting.n_B) for of_head, predicted_by in heads]
 
 
@@ -133,5 +134,5 @@ def draw_iterations(samples: list[Tensor], aug_size: int, n_iterations: int, gen
     orders = [[torch.randperm(len(samples[w]), generator=generator)[:a] for w in filled] for _ in range(n_iterations)]
     picks = torch.full((n_iterations, len(samples), aug_size), -1)
     for w, order in zip(filled, zip(*orders, strict=True), strict=True):
-        picks[:, w, :a] = samples[w].cpu()[torch.stack(order)]
+        picks[:, w, :a] = samples[w][torch.stack(order)]
     return picks

@@ -7,7 +7,7 @@ import torch
 
 from engine import precision
 from engine.errors import UserError
-from engine.precision import Precision, check_finite, choose_precision
+from engine.precision import Losses, Precision, check_finite, choose_precision
 
 
 @pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -48,6 +48,23 @@ def test_a_loss_that_is_not_finite_says_where_and_what_to_do(value):
     with pytest.raises(UserError, match=rf"the loss became {value} at epoch 3, batch 8: lower --lr"):
         check_finite(torch.tensor(value), "epoch 3, batch 8")
     check_finite(torch.tensor(1e30), "epoch 3, batch 8")
+
+
+def test_losses_are_read_seldom_to_the_last_bit_and_the_first_that_is_not_finite_names_its_step(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(precision.time, "monotonic", lambda: clock[0])
+    losses, values = Losses("epoch 3, batch"), torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
+    read = []
+    for now, row in zip((0.0, 0.1, 0.4, 0.6), values, strict=True):
+        clock[0] = now
+        read.append(losses.add(*row))
+    assert read == [True, False, False, True]  # the first, so that a bar has one to show; then every half second
+    assert losses.read() == losses.rows == [tuple(row) for row in values.tolist()]
+    losses.add(torch.tensor(1.0), torch.tensor(math.nan))  # of a row the loss alone
+    losses.add(torch.tensor(math.inf), torch.tensor(1))
+    losses.add(torch.tensor(math.nan), torch.tensor(1))
+    with pytest.raises(UserError, match="the loss became inf at epoch 3, batch 5: lower --lr"):
+        losses.read()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The device and the memory that a run has."""
 
+import os
 import platform
 import sys
 
@@ -30,6 +31,19 @@ def test_a_device_that_is_not_there_is_a_user_error(monkeypatch, name, there):
     with_accelerators(monkeypatch, name != "cuda", name != "mps")
     with pytest.raises(UserError, match=f"--device {name} is not available.*auto or one of {there}"):
         select_device(name)
+
+
+def test_starting_on_a_gpu_asks_for_operations_that_repeat_themselves(monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "select_device", torch.device)
+    monkeypatch.setattr(run.torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.append(warn_only))
+    monkeypatch.setattr(run.torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for device in ("cpu", "cuda"):
+        assert start_run(ALONE, device, "fp32", 0, True, True).device.type == device
+        assert asked == [True] * (device == "cuda")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
 @pytest.mark.parametrize("no_keep_memory", [False, True])

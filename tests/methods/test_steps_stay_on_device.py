@@ -1,0 +1,177 @@
+"""No step waits for a GPU, or makes a tensor elsewhere: each is run on `meta`, which has shapes but no numbers."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data.episodes import EpisodeShape, class_major_labels, sample_episodes
+from data.transforms import Augmentation, TrainingImages
+from engine.precision import Losses, Precision
+from engine.run import Run, move
+from methods import base_training, episodic_training
+from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
+from methods.alignment import ALIGNMENTS, AlignmentSetting, Labelled, Updates
+from methods.feature_adapter import Samples, feature_loss, new_adapter
+from methods.feature_alignment import FeatureUpdates, related_batches
+from methods.features import blocks_to_update, embed, image_source, updated_features
+from methods.meta_learners import META_LEARNERS, build_meta_learner
+from methods.novel_finetune import HeadFit, fit_heads
+from methods.related_base import RelatedBase, draw_related
+from models import BACKBONES, HEADS, Model, build_backbone, build_head
+from tests.helpers import make_split
+
+pytestmark = pytest.mark.device
+META, CPU = torch.device("meta"), torch.device("cpu")
+RUN = Run(device=META)
+WEIGHT = torch.full((2, 6), 1 / 6, device=META)
+CRITICS = [("adversarial", CriticSetting(8, 2, critic_constraint=constraint)) for constraint in ("clip", "gp")]
+KINDS = [("naive", CriticSetting()), ("centroid", CriticSetting()), *CRITICS]
+KIND_NAMES = ["naive", "centroid", "clip", "gp"]
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails where an operation mixes devices, and where a tensor moves to the device but as images, labels, draws."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device") == META and tensors:
+            if tensors[0].device == CPU:
+                assert kwargs.get("non_blocking"), "a blocking copy"
+                assert tensors[0].dtype == torch.uint8 or tensors[0].numel() < 1000, "numbers made on the CPU"
+        else:
+            devices = {tensor.device for tensor in tensors}
+            assert len(devices) < 2, f"{function} of tensors on {devices}"
+        return function(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def no_step_waits(monkeypatch):
+    """Losses, all on the device, are read as zeros. Adam is not fused, and autocast not there, which `meta` lacks."""
+
+    def read(losses):
+        assert all(value.device == META for row in losses.unread for value in row)
+        losses.rows = [(0.0,) * len(row) for row in losses.unread]
+        return losses.rows
+
+    adam = torch.optim.Adam
+    monkeypatch.setattr(Losses, "read", read)
+    monkeypatch.setattr(torch, "autocast", lambda device_type, enabled: contextlib.nullcontext())
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, fused=False, **options: adam(parameters, **options))
+
+
+def network(name="Conv4", relation=False):
+    with META:
+        return build_backbone(name, 16, relation).to(memory_format=torch.channels_last)
+
+
+def images(device=CPU, augmentation=None):
+    """The images of a toy split that lie on `device`, for steps on META."""
+    split = make_split()
+    return TrainingImages(split.images.to(device), split.train_sizes, split.labels, 16, augmentation, META)
+
+
+def test_what_the_fake_device_is_for():
+    on_device = torch.zeros(3, device=META)
+    with pytest.raises(RuntimeError):
+        on_device.sum().item()
+    with pytest.raises(NotImplementedError):
+        on_device.cpu()
+    with OneDevice():
+        with pytest.raises(AssertionError, match="of tensors on"):
+            on_device[torch.arange(2)]
+        with pytest.raises(AssertionError, match="blocking"):
+            torch.zeros(3).to(META)
+        with pytest.raises(AssertionError, match="made on the CPU"):
+            torch.zeros(1000).to(META, non_blocking=True)
+
+
+@pytest.mark.parametrize("where", [CPU, META], ids=str)
+@pytest.mark.parametrize("augmentation", [None, Augmentation()], ids=["as they are", "augmented"])
+def test_a_batch(where, augmentation):
+    given = images(where, augmentation)
+    with OneDevice():
+        x = given.batch(torch.arange(7), torch.Generator(), slice(1, 5))
+    assert x.device == META and x.shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, "arcMax") for name in BACKBONES] + [("Conv4", h) for h in HEADS])
+def test_an_epoch_of_base_training(name, method):
+    net = network(name)
+    model = Model(net, build_head(method, net.feature_dim, 6, 15.0, 0.1).to(META), 1e-3)
+    with OneDevice():
+        assert base_training.train_one_epoch(model, images(CPU, Augmentation()), 40, 0, RUN) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("method", META_LEARNERS)
+def test_an_epoch_of_episodic_training(method):
+    net = network(relation="Relation" in method)
+    model = Model(net, build_meta_learner(method, net).to(META), 1e-3)
+    episodes = sample_episodes(make_split(), EpisodeShape(3, 2, 4), 2, 0)
+    with OneDevice():
+        assert episodic_training.train_one_epoch(model, images(CPU, Augmentation()), episodes, 0, RUN) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("alignment", "critic"), KINDS, ids=KIND_NAMES)
+@pytest.mark.parametrize("align_blocks", [None, 1], ids=["all blocks", "last block"])
+def test_the_three_updates_of_an_iteration(alignment, critic, align_blocks):
+    net, setting = network(), AlignmentSetting(alignment=alignment, critic=critic)
+    blocks = blocks_to_update(net, align_blocks)
+    source = image_source(net, blocks, make_split(), RUN)
+    head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.1).to(META)
+    loss = ALIGNMENTS[alignment](net.feature_dim, 3, setting, torch.Generator(), META)
+    if isinstance(loss, AdversarialAlignment):
+        loss.with_related = torch.arange(6, device=META)  # read once an episode
+    fitted = torch.optim.Adam(head.parameters())
+    updates = Updates(blocks.updated, head, fitted, loss, setting, Precision())
+    picks, y = draw_related([torch.arange(8 * w, 8 * w + 8) for w in range(3)], 4, torch.Generator())
+    with OneDevice():
+        support = Labelled(source.enter(torch.arange(6)), class_major_labels(3, 2, META))
+        related = Labelled(source.enter(picks), move(y, META))
+        for _ in range(2):
+            losses = updates.align(support, related), updates.train_head(related), updates.train_on_support(support)
+            assert all(loss.device == META for loss in losses)
+        assert updated_features(blocks, source, torch.arange(5), Precision()).device == META
+
+
+@pytest.mark.parametrize(("alignment", "critic"), KINDS[1:], ids=KIND_NAMES[1:])
+@pytest.mark.parametrize("rank", [0, 2, "full"])
+def test_the_three_updates_in_feature_space(alignment, critic, rank):
+    d, n_way, generators = 8, 3, [torch.Generator() for _ in range(2)]
+    setting = AlignmentSetting(alignment=alignment, critic=critic, align_adapter=rank)
+    head = build_head("arcMax", d, n_way, 15.0, 0.1, generators).to(META)
+    support = Samples(torch.zeros(2, 6, d, device=META), class_major_labels(3, 2, META).expand(2, 6), WEIGHT)
+    fitted = fit_heads(head, support.z, support.y, 2, 1e-3, support.weight)
+    adapter = new_adapter(d, rank, generators).to(META) if rank else None
+    loss = feature_loss(d, n_way, setting, generators, META) if rank else None
+    fitted.state.clear()  # which heads stand still is read once
+    updates = FeatureUpdates(head, fitted, adapter, loss, setting, torch.zeros(2, dtype=torch.bool, device=META))
+    found = RelatedBase(torch.zeros(6, 3), [[0], [1], [2]], [torch.arange(5)] * n_way)
+    z_base = torch.zeros(20, d, device=META)
+    batches = related_batches([found, found], z_base, 4, 2, generators)
+    with OneDevice():
+        for related in batches:
+            updates.align(support, related)
+            updates.train_head(related)
+            updates.train_on_support(support)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("method", HEADS)
+def test_fitting_heads(method, weighted):
+    head = HeadFit(method).new_head(8, 3, [torch.Generator() for _ in range(2)]).to(META)
+    z, y = torch.zeros(2, 6, 8, device=META), class_major_labels(3, 2, META).expand(2, 6)
+    with OneDevice():
+        fit_heads(head, z, y, 3, 1e-3, WEIGHT if weighted else None)
+    assert head.weight.grad.device == META
+
+
+def test_embedding():
+    split, net = make_split(), network()
+    with OneDevice():
+        assert embed(net, split.images, RUN).device == META
+        assert embed(net, split.images, RUN, maps=True).device == META
