@@ -73,7 +73,7 @@ def test_the_defaults_are_those_that_the_readme_describes(stage):
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
-        ("transfer", {"n_epoch": 30, "n_episodes": 600, "no_flip": True, "crop_scale": [0.3, 1.0]}),
+        ("transfer", {"n_epoch": 10, "n_episodes": 600, "no_flip": True, "crop_scale": [0.5, 1.0]}),
         ("meta", {"n_epoch": 10, "n_episodes": 600, "episodes_per_epoch": 60, "no_flip": True}),
         ("alignment", {"n_episodes": 600, "aug_size": 20, "align_blocks": 0, "alignment": "head", "record_curve": 10}),
     ],
