@@ -156,7 +156,7 @@ def read_episodes(path: Path, split: Split, shape: EpisodeShape, n_episodes: int
         if wrong := misfit(record, EPISODES_FILE) if isinstance(record, dict) else "it is no json object":
             raise ValueError(wrong)
         index, names = torch.tensor(record["episodes"]), record["images"]
-        if index.dtype != torch.long:
+        if index.numel() and index.dtype != torch.long:
             raise ValueError("its 'episodes' are not whole numbers")
     except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last two of an uneven list
         reason = " ".join(str(error).split())
