@@ -117,9 +117,9 @@ def gather_rows(parts: list[Tensor], ranks: Ranks, device: torch.device | str = 
 
     parts: on `device`, of one dtype; some ranks, not all, may have none. Their memory format is kept.
     """
-    if ranks.n == 1:
-        return torch.cat(parts)
-    mine = torch.cat(parts) if parts else None
+    mine = (parts[0] if len(parts) == 1 else torch.cat(parts)) if parts else None
+    if ranks.n == 1 and mine is not None:
+        return mine
     forms = gather_objects(None if mine is None else (mine.shape, mine.dtype, mine.is_contiguous()), ranks)
     shape, dtype, contiguous = next(form for form in forms if form)
     counts = [form[0][0] if form else 0 for form in forms]

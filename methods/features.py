@@ -38,6 +38,19 @@ def outputs(network: Callable[[Tensor], Tensor], batches: Iterable[Tensor], prec
         yield z
 
 
+def joined(parts: Iterable[Tensor], n: int) -> Tensor:
+    """The n rows of all parts (n_i, ...), as torch.cat, without a moment at which they take their memory twice."""
+    rows, end = torch.empty(0), 0
+    for part in parts:
+        if not end:
+            is_nhwc = part.is_contiguous(memory_format=torch.channels_last) and not part.is_contiguous()
+            form = torch.channels_last if is_nhwc else torch.contiguous_format
+            rows = torch.empty(n, *part.shape[1:], dtype=part.dtype, device=part.device, memory_format=form)
+        rows[end : end + len(part)] = part
+        end += len(part)
+    return rows
+
+
 @torch.no_grad()
 def embed(backbone: Backbone, images: Tensor, run: Run, bar: str = "", maps: bool = False) -> Tensor:
     """Features of uint8 images (N, 3, s, s) by the backbone in eval mode: (N, d) float32 on the run's device.
@@ -46,10 +59,13 @@ def embed(backbone: Backbone, images: Tensor, run: Run, bar: str = "", maps: boo
     are shared out over the ranks, which all get all features.
     """
     backbone.eval()
-    starts = run.bar(run.ranks.share(range(0, len(images), BATCH)), bar, "batch")
+    shares = run.ranks.share(range(0, len(images), BATCH))
+    starts = run.bar(shares, bar, "batch")
     batches = (network_input(images[start : start + BATCH], run.device, backbone.normalisation) for start in starts)
     network = backbone.feature_map if maps else backbone
-    return gather_rows(list(outputs(network, batches, run.precision)), run.ranks, run.device)
+    n_mine = sum(min(BATCH, len(images) - start) for start in shares)
+    mine = joined(outputs(network, batches, run.precision), n_mine)
+    return gather_rows([mine] if n_mine else [], run.ranks, run.device)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ python -m speed                        # everything, on a machine that does noth
 python -m speed --scale tiny           # only whether both give the same answers, in seconds
 python -m speed.bench_validation       # one stage
 python -m speed --profile              # where our time goes
+python -m speed --device cuda          # both sides on a GPU: what its events say, and its own peak of memory
 """
 
 from engine.script import run_script

@@ -85,13 +85,16 @@ def episode_of(setting: Setting) -> Episode:
 
 def new_head(e: Episode, fit: HeadFit, i: int = 0) -> Head:
     """The head that the episode, or the i-th of the chunk, starts with."""
-    return fit.new_head(e.base.features.shape[1], N_WAY, make_generator(SEED, "head", EPISODE + i))
+    head = fit.new_head(e.base.features.shape[1], N_WAY, make_generator(SEED, "head", EPISODE + i))
+    return head.to(e.base.features.device)
 
 
 def related_samples(e: Episode, algorithm: AlignmentSetting) -> list[Tensor]:
     """The related base samples of each novel class."""
     fit, head = algorithm.fit, new_head(e, algorithm.fit)
-    fit_heads(head, e.novel.features[e.task.support], e.task.y_support, fit.ft_n_epoch, fit.ft_lr)
+    fit_heads(
+        head, e.novel.features[e.task.support], e.task.y_support.to(head.weight.device), fit.ft_n_epoch, fit.ft_lr
+    )
     return related_base_of_head(head, e.base, algorithm.related).samples
 
 
@@ -100,7 +103,8 @@ def finetuned_accuracy(e: Episode, fit: HeadFit) -> Tensor:
     shares = []
     for i, task in enumerate(e.chunk[:CHECKED_EPISODES]):
         head = plain.ArcMax(new_head(e, fit, i).weight, fit.ft_s, fit.ft_m)
-        plain.fit_head(head, e.novel.features[task.support], task.y_support, fit.ft_n_epoch, fit.ft_lr)
+        y_support = task.y_support.to(head.weight.device)
+        plain.fit_head(head, e.novel.features[task.support], y_support, fit.ft_n_epoch, fit.ft_lr)
         with torch.no_grad():
             shares.append(plain.share_right(head(e.novel.features[task.query]), N_WAY))
     return torch.stack(shares)
@@ -113,9 +117,11 @@ def reference(setting: Setting) -> dict[str, Measured]:
     samples = related_samples(e, a)
     backbone = plain.conv4(e.backbone)
     initial, weight = clones(backbone), new_head(e, a.fit).weight
-    z_support, y_support = e.novel.features[e.task.support], e.task.y_support
+    z_support, y_support = e.novel.features[e.task.support], e.task.y_support.to(weight.device)
     images = e.base.split.images
-    x_support, x_query = (normalise(e.novel.split.images[index]) for index in (e.task.support, e.task.query))
+    x_support, x_query = (
+        normalise(e.novel.split.images[index].to(weight.device)) for index in (e.task.support, e.task.query)
+    )
 
     def episode(iterations: int) -> tuple[float, float, list[list[float]], Tensor]:
         """Seconds of what comes once, seconds of the iterations, their losses, the share of right queries."""
@@ -136,7 +142,7 @@ def reference(setting: Setting) -> dict[str, Measured]:
             losses = []
             for _ in range(iterations):
                 picks, y_related = draw_related(samples, a.related.aug_size, generator)
-                related = normalise(images[picks]), y_related
+                related = normalise(images[picks].to(weight.device)), y_related.to(weight.device)
                 losses.append(plain.align_iteration(backbone, head, optimizers, support, related, N_WAY))
             return losses
 

@@ -51,6 +51,7 @@ def work(setting: Setting) -> Work:
     index = spread(len(paths), N_STEPS[setting.scale] * batch_size)
     backbone = new_conv4(setting, base)
     head = build_head("arcMax", backbone.feature_dim, len(base.class_names), S, M, make_generator(0, "head"))
+    head = head.to(setting.run.device)
     images = part_of(training_images(base, AUGMENTATION, setting.run.device), index)
     return Work(images, [paths[i] for i in index], batch_size, backbone, head)
 
@@ -123,7 +124,7 @@ def ours(setting: Setting) -> dict[str, Measured]:
     generator = make_generator(0, "base training", 0)
     order = torch.randperm(len(t.images.labels), generator=generator)[: t.batch_size]
     x = t.images.batch(order, generator)
-    y = t.images.labels[order]
+    y = t.images.labels[order].to(setting.run.device)
     alone, _ = timed(lambda: steps_alone(setting, t, x, y))
     rate = len(t.images.labels) / seconds
     note = f"{rate:.0f} images/s, {100 * alone / seconds:.0f}% of the steps alone"

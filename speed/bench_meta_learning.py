@@ -67,7 +67,7 @@ def work_of(setting: Setting, method: str) -> Work:
     n_evaluated = TIMED_EVALUATION["tiny"] if setting.tiny else N_EPISODES
     backbone = new_conv4(setting, base, relation=uses_maps(method))
     with seeded(SEED, "meta-learner"):
-        learner = build_meta_learner(method, backbone)
+        learner = build_meta_learner(method, backbone).to(setting.run.device)
     train = sample_episodes(base, EpisodeShape(5, n_shot, n_train_query), TIMED_TRAINING[setting.scale], SEED)
     evaluated = sample_episodes(novel, EpisodeShape(5, n_shot, n_query), n_evaluated, SEED)
     plain_backbone = plain.conv4(backbone)
@@ -84,7 +84,8 @@ def reference_scores(t: Work, x: Tensor, index: Tensor, n_shot: int) -> Tensor:
 def reference_training(setting: Setting, t: Work, augmentation: Augmentation | None) -> float:
     """A step an episode, all its images from their files; the mean loss. The draws are those of train_one_epoch."""
     optimizer = torch.optim.Adam([*t.plain_backbone.parameters(), *t.learner.parameters()], lr=LR)
-    y_query = class_major_labels(5, t.train_episodes.query.shape[2])
+    device = setting.run.device
+    y_query = class_major_labels(5, t.train_episodes.query.shape[2], device)
     t.plain_backbone.train()
     t.learner.train()
     losses = []
@@ -93,9 +94,10 @@ def reference_training(setting: Setting, t: Work, augmentation: Augmentation | N
         if augmentation:
             generator = make_generator(SEED, "episodic training", 0, k)
             draws = plain.draw_augmentation(t.base.train_sizes[index.flatten()], augmentation, generator)
-            x = torch.stack([plain.training_input(f, d, setting.img_size) for f, d in zip(files, draws, strict=True)])
+            each = zip(files, draws, strict=True)
+            x = torch.stack([plain.training_input(f, d, setting.img_size) for f, d in each]).to(device)
         else:
-            x = plain.evaluation_inputs(files, setting.img_size)
+            x = plain.evaluation_inputs(files, setting.img_size, device)
         scores = reference_scores(t, x, index, t.train_episodes.n_shot)
         losses.append(plain.step(plain.meta_loss(t.learner, scores, y_query), optimizer))
     return sum(losses) / len(losses)
@@ -108,7 +110,8 @@ def reference_evaluation(setting: Setting, t: Work) -> Tensor:
     t.learner.eval()
     accuracy = []
     for index in t.novel_episodes.index[: TIMED_EVALUATION[setting.scale]]:
-        x = plain.evaluation_inputs([t.novel_paths[i] for i in index.flatten()], setting.img_size)
+        files = [t.novel_paths[i] for i in index.flatten()]
+        x = plain.evaluation_inputs(files, setting.img_size, setting.run.device)
         scores = reference_scores(t, x, index, t.novel_episodes.n_shot)
         accuracy.append(plain.share_right(scores, 5).mean())
     return torch.stack(accuracy)

@@ -48,9 +48,9 @@ def work(setting: Setting) -> Work:
     cache = FeatureCache(setting.folder / "cache", setting.run)
     source = cache.source(backbone, blocks_to_update(backbone, None), base)
     task = sample_episodes(novel, EpisodeShape(N_WAY, N_SHOT, 1), 1, seed=0).task(0)
-    head = FIT.new_head(backbone.feature_dim, N_WAY, make_generator(0, "head", 0))
+    head = FIT.new_head(backbone.feature_dim, N_WAY, make_generator(0, "head", 0)).to(setting.run.device)
     z_support = embed(backbone, novel.images[task.support], setting.run)
-    fit_heads(head, z_support, task.y_support, FIT.ft_n_epoch, FIT.ft_lr)
+    fit_heads(head, z_support, task.y_support.to(z_support.device), FIT.ft_n_epoch, FIT.ft_lr)
     return Work(source, paths, backbone, head)
 
 

@@ -62,7 +62,8 @@ def work(setting: Setting) -> Work:
     val, paths = load(setting, "val")
     episodes = sample_episodes(val, EpisodeShape(5, size.n_shot, size.n_query), size.n_episodes, SEED)
     backbone = new_conv4(setting, load(setting, "base")[0])
-    return Work(size, val, paths, episodes, backbone, toy_features(val.labels, backbone.feature_dim))
+    features = toy_features(val.labels, backbone.feature_dim).to(setting.run.device)
+    return Work(size, val, paths, episodes, backbone, features)
 
 
 def toy_features(labels: Tensor, d: int) -> Tensor:
@@ -72,19 +73,20 @@ def toy_features(labels: Tensor, d: int) -> Tensor:
     return (centre[labels] + torch.randn(len(labels), d, generator=generator)).clamp_min(0.0)
 
 
-def initial_weight(d: int, n_way: int, episode: int) -> Tensor:
-    """The head that evaluate_heads starts episode `episode` with."""
-    return FIT.new_head(d, n_way, make_generator(SEED, "head", episode)).weight
+def initial_weight(features: Tensor, n_way: int, episode: int) -> Tensor:
+    """The head that evaluate_heads starts episode `episode` with, for these features (N, d)."""
+    head = FIT.new_head(features.shape[1], n_way, make_generator(SEED, "head", episode))
+    return head.weight.detach().to(features.device)
 
 
 def reference(setting: Setting) -> dict[str, Measured]:
     """Both works, one episode after another."""
     t = work(setting)
-    size, episodes, d, backbone = t.size, t.episodes, t.backbone.feature_dim, plain.conv4(t.backbone)
-    y = class_major_labels(5, size.n_shot)
+    size, episodes, backbone = t.size, t.episodes, plain.conv4(t.backbone)
+    y = class_major_labels(5, size.n_shot, t.features.device)
 
     def head(i: int) -> plain.ArcMax:
-        return plain.ArcMax(initial_weight(d, 5, i), FIT.ft_s, FIT.ft_m)
+        return plain.ArcMax(initial_weight(t.features, 5, i), FIT.ft_s, FIT.ft_m)
 
     def validate_one(i: int) -> Tensor:
         files = [[t.paths[j] for j in row] for row in episodes.index[i].tolist()]
@@ -101,7 +103,7 @@ def reference(setting: Setting) -> dict[str, Measured]:
 
     seconds, accuracy = timed(lambda: [validate_one(i) for i in range(size.timed_episodes)])
     fit_seconds, fitted = timed(lambda: [fit_one(i) for i in range(size.timed_heads)])
-    updates = [fitted[i][1] - initial_weight(d, 5, i).detach() for i in range(HEADS_CHECKED)]
+    updates = [fitted[i][1] - initial_weight(t.features, 5, i) for i in range(HEADS_CHECKED)]
     answer = {"accuracy": torch.stack([each for each, _ in fitted]), "weights": torch.stack(updates)}
     return {
         VALIDATION: Measured(seconds * size.n_episodes / size.timed_episodes, {"accuracy": torch.stack(accuracy)}),
@@ -123,10 +125,11 @@ def ours(setting: Setting) -> dict[str, Measured]:
     score_seconds, accuracy = timed(lambda: score(t, z_val, episodes, setting))
 
     generators = [make_generator(SEED, "head", i) for i in range(HEADS_CHECKED)]
-    heads = FIT.new_head(t.backbone.feature_dim, 5, generators)
+    heads = FIT.new_head(t.backbone.feature_dim, 5, generators).to(t.features.device)
     before = heads.weight.detach().clone()
     support = t.features[episodes.support[:HEADS_CHECKED].flatten(1)]
-    fit_heads(heads, support, class_major_labels(5, size.n_shot).expand(HEADS_CHECKED, -1), size.n_steps, FIT.ft_lr)
+    y = class_major_labels(5, size.n_shot, support.device).expand(HEADS_CHECKED, -1)
+    fit_heads(heads, support, y, size.n_steps, FIT.ft_lr)
     note = f"{embed_seconds:.1f} s of it embed {len(t.val.labels)} images"
     answer = {"accuracy": fit_accuracy[: size.timed_heads], "weights": heads.weight.detach() - before}
     return {

@@ -2,8 +2,8 @@
 
 The two sides are timed in child processes of one run, alternating: keep_memory() changes a whole process once it is
 called, the reference must run without it and ours with it, and a process has one peak of memory. A child imports and
-prepares first; only the work itself is timed. At tiny scale both sides run in this process, untimed, for the
-comparison alone.
+prepares first; only the work itself is timed, on a GPU after the whole side has run once to warm up. At tiny scale
+both sides run in this process, untimed, for the comparison alone.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from engine.errors import UserError
 from engine.files import load_tensors, save_atomically
 from engine.precision import Precision
 from engine.records import provenance, write_json
-from engine.run import Run, keep_memory
+from engine.run import Run, keep_memory, select_device
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone
 
@@ -48,6 +48,7 @@ class Setting:
     images: Path | None
     workers: int
     folder: Path
+    device: str = "cpu"
 
     @property
     def tiny(self) -> bool:
@@ -60,7 +61,7 @@ class Setting:
     @property
     def run(self) -> Run:
         """Of our path; the reference is in float32, as published."""
-        return Run(precision=Precision(self.precision))
+        return Run(torch.device(self.device), Precision(self.precision, self.device))
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def new_conv4(setting: Setting, base: Split, relation: bool = False) -> Backbone
         backbone.train()(normalise(base.images[spread(len(base.labels), 64)]))
     for norm in norms:
         norm.momentum = 0.1
-    return backbone.to(memory_format=torch.channels_last)
+    return backbone.to(setting.run.device, memory_format=torch.channels_last)
 
 
 def difference(module: nn.Module, before: dict[str, Tensor]) -> Tensor:
@@ -149,16 +150,29 @@ def clones(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
 
 
+def seconds_of(work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of `work` and its result; where a GPU is in use, between two events on it."""
+    if torch.cuda.is_initialized():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        result = work()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000, result
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
 def timed(work: Callable[[], T], at_least: float = 0.0) -> tuple[float, T]:
     """Seconds of `work` and its result; repeated for `at_least` seconds, of which the median is given."""
     seconds: list[float] = []
     started = time.perf_counter()
     while True:
-        began = time.perf_counter()
-        result = work()
-        ended = time.perf_counter()
-        seconds.append(ended - began)
-        if ended - started >= at_least:
+        once, result = seconds_of(work)
+        seconds.append(once)
+        if time.perf_counter() - started >= at_least:
             # The first of several finds caches cold.
             return statistics.median(seconds[1:] or seconds), result
 
@@ -170,12 +184,13 @@ def count_flops(work: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def peak_flops(precision: str) -> float:
+def peak_flops(run: Run) -> float:
     """Operations a second of the faster of a large matrix product and a convolution of Conv4, the best of ten."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    a = torch.randn(2048, 2048).to(dtype)
-    x = torch.randn(64, 64, 42, 42).to(dtype).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(64, 64, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    side = 8192 if run.device.type == "cuda" else 2048
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[run.precision.name]
+    a = torch.randn(side, side).to(run.device, dtype)
+    x = torch.randn(64, 64, 42, 42).to(run.device, dtype, memory_format=torch.channels_last)
+    w = torch.randn(64, 64, 3, 3).to(run.device, dtype, memory_format=torch.channels_last)
     rates = []
     for work in (lambda: a @ a, lambda: torch.conv2d(x, w, padding=1)):
         rates += [count_flops(work) / timed(work)[0] for _ in range(10)]
@@ -183,7 +198,9 @@ def peak_flops(precision: str) -> float:
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process: of its own address space alone where Linux tells."""
+    """Peak resident bytes of this process, of its own address space alone where Linux tells; or of tensors on a GPU."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.is_file():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
@@ -200,7 +217,7 @@ def compare(
     for work, expected in reference.items():
         assert expected.answer and expected.answer.keys() == ours[work].answer.keys(), work
         for name, right in expected.answer.items():
-            found = ours[work].answer[name]
+            right, found = right.cpu(), ours[work].answer[name].cpu()
             assert found.shape == right.shape, f"{work}: {name} is {tuple(found.shape)}, not {tuple(right.shape)}"
             error = ((found - right).double().norm() / right.double().norm().clamp_min(1e-12)).item()
             bound = bench.tolerances[name][precision]
@@ -219,11 +236,15 @@ def run_side(bench: Bench, setting: Setting, side: str, answer: Path) -> None:
     if side != "reference":
         keep_memory()
     if side == "limit":
-        peak = peak_flops(setting.precision)
+        peak = peak_flops(setting.run)
         note, counted = f"{peak / 1e9:.0f} GFLOP/s", bench.flops(setting)
         measured = {work: Measured(flops / peak, {}, note) for work, flops in counted.items()}
     else:
-        measured = (bench.ours if side == "ours" else bench.reference)(setting)
+        work = bench.ours if side == "ours" else bench.reference
+        if setting.device == "cuda":
+            work(setting)
+            torch.cuda.reset_peak_memory_stats()
+        measured = work(setting)
     content = {work: vars(m) for work, m in measured.items()}
     save_atomically(answer, {"measured": content, "peak_memory": peak_memory()})
 
@@ -233,7 +254,7 @@ def run_child(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, Meas
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.pt"
         flags = ["--side", side, "--answer", answer, "--scale", setting.scale, "--precision", setting.precision]
-        flags += ["--workers", setting.workers, "--folder", setting.folder]
+        flags += ["--workers", setting.workers, "--folder", setting.folder, "--device", setting.device]
         flags += ["--images", setting.images] if setting.images else []
         command = [sys.executable, "-m", f"speed.bench_{bench.name}", *map(str, flags)]
         subprocess.run(command, check=True, cwd=Path(__file__).resolve().parent.parent)
@@ -244,9 +265,11 @@ def run_child(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, Meas
 def profile(bench: Bench, setting: Setting) -> str:
     """Where our side's time goes: its costliest operations, by the time in themselves, preparation included."""
     keep_memory()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile() as profiler:
         bench.ours(setting)
-    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45)
+    return profiler.key_averages().table(
+        sort_by=f"self_{setting.device}_time_total", row_limit=15, max_name_column_width=45
+    )
 
 
 def measure(bench: Bench, setting: Setting, repeats: int) -> list[dict[str, Any]]:
@@ -310,6 +333,7 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog=prog, description=description, formatter_class=formatter)
     p.add_argument("--repeats", type=int, default=5, help="runs of each side; medians are reported")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of our path; the reference is fp32")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of both sides")
     p.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny only compares the answers")
     p.add_argument("--images", type=Path, help="a benchmark folder of JPEG files instead of rendered glyphs")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="of the reference's loader in base training")
@@ -327,7 +351,8 @@ def run(benches: list[Bench], prog: str, description: str | None) -> None:
     args = parser(prog, description).parse_args()
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: give at least 1")
-    setting = Setting(args.scale, args.precision, args.images, args.workers, args.folder.resolve())
+    device = select_device(args.device).type
+    setting = Setting(args.scale, args.precision, args.images, args.workers, args.folder.resolve(), device)
     if args.side:
         run_side(benches[0], setting, args.side, args.answer)
         return
@@ -348,8 +373,8 @@ def run(benches: list[Bench], prog: str, description: str | None) -> None:
             rows += measure(bench, setting, args.repeats)
         except AssertionError as error:
             wrong.append(str(error))
-        write_json(args.output, record | {"rows": rows} | provenance(vars(args), Run()))
+        write_json(args.output, record | {"rows": rows} | provenance(vars(args), setting.run))
     print(markdown(rows))
-    print(f"\n{args.precision}, {record['threads']} threads, median of {args.repeats}; {args.output}")
+    print(f"\n{device}, {args.precision}, {record['threads']} threads, median of {args.repeats}; {args.output}")
     if wrong:
         sys.exit("\n".join(f"wrong answer: {line}" for line in wrong))

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from data.episodes import class_major_labels
 from data.transforms import Augmentation, draw_crops
 from engine.normalisation import IMAGENET
 from methods.matchingnet import MatchingNet
@@ -41,9 +42,9 @@ def evaluation_input(path: Path, img_size: int) -> Tensor:
     return TO_INPUT(tv.center_crop(resized, [img_size, img_size]))
 
 
-def evaluation_inputs(paths: Iterable[Path], img_size: int) -> Tensor:
-    """(n, 3, s, s), one image after another."""
-    return torch.stack([evaluation_input(path, img_size) for path in paths])
+def evaluation_inputs(paths: Iterable[Path], img_size: int, device: torch.device) -> Tensor:
+    """(n, 3, s, s) on the device, one image after another."""
+    return torch.stack([evaluation_input(path, img_size) for path in paths]).to(device)
 
 
 def training_input(path: Path, draw: Draw, img_size: int) -> Tensor:
@@ -126,6 +127,7 @@ def train(backbone: nn.Module, head: ArcMax, optimizer: Optimizer, batches: Iter
     backbone.train()
     loss_sum, n = 0.0, 0
     for x, y in batches:
+        x, y = x.to(head.weight.device), y.to(head.weight.device)
         loss_sum += step(head.loss(head(backbone(x).flatten(1)), y), optimizer) * len(y)
         n += len(y)
     return loss_sum / n
@@ -141,7 +143,7 @@ def fit_head(head: ArcMax, z: Tensor, y: Tensor, n_steps: int, lr: float) -> tor
 
 def share_right(scores: Tensor, n_way: int) -> Tensor:
     """The share of right predictions of each class: class-major scores (n, n_way) -> (n_way,)."""
-    y = torch.arange(n_way).repeat_interleave(len(scores) // n_way)
+    y = class_major_labels(n_way, len(scores) // n_way, scores.device)
     return (scores.argmax(1) == y).float().view(n_way, -1).mean(1)
 
 
@@ -150,11 +152,11 @@ def validate_episode(
 ) -> Tensor:
     """Decode and embed all images of an episode, fit its head, score its queries: the share right a class."""
     backbone.eval()
-    n_way = len(paths)
+    n_way, device = len(paths), head.weight.device
     with torch.no_grad():
-        z = backbone(evaluation_inputs([path for row in paths for path in row], img_size)).flatten(1)
+        z = backbone(evaluation_inputs([path for row in paths for path in row], img_size, device)).flatten(1)
     z = z.unflatten(0, (n_way, -1))
-    fit_head(head, z[:, :n_shot].flatten(0, 1), torch.arange(n_way).repeat_interleave(n_shot), n_steps, lr)
+    fit_head(head, z[:, :n_shot].flatten(0, 1), class_major_labels(n_way, n_shot, device), n_steps, lr)
     with torch.no_grad():
         return share_right(head(z[:, n_shot:].flatten(0, 1)), n_way)
 
@@ -193,7 +195,7 @@ def keep_predicted(
     kept: list[bool] = []
     with torch.no_grad():
         for start in range(0, len(paths), batch_size):
-            x = evaluation_inputs(paths[start : start + batch_size], img_size)
+            x = evaluation_inputs(paths[start : start + batch_size], img_size, head.weight.device)
             kept += (head(backbone(x).flatten(1)).argmax(1) == w).tolist()
     return kept
 
@@ -243,7 +245,7 @@ def matchingnet_scores(learner: MatchingNet, z_support: Tensor, z_query: Tensor)
         h = h + z_query
     f, g = (z / (z.norm(dim=1, keepdim=True) + 1e-5) for z in (h, support))
     attention = F.softmax(100 * F.relu(f @ g.t()), dim=1)
-    one_hot = F.one_hot(torch.arange(n_way).repeat_interleave(n_shot), n_way).float()
+    one_hot = F.one_hot(class_major_labels(n_way, n_shot, z_query.device), n_way).float()
     return (attention @ one_hot + 1e-6).log()
 
 

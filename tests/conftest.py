@@ -26,8 +26,9 @@ def pytest_configure(config):
 
 
 @pytest.fixture
-def default_device():
+def default_device(monkeypatch):
     """Tensors that the test makes without naming a device are on DEVICE, and products there are exact float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     with DEVICE:

@@ -48,8 +48,9 @@ ALIGNMENTS = {
 
 
 @pytest.fixture(autouse=True)
-def exact_float32():
+def exact_float32(monkeypatch):
     """TF32 off: its ten bits of mantissa would hide a real difference."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield

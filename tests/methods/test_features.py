@@ -9,12 +9,13 @@ from torch import nn
 
 from data.benchmarks import DataOptions, load_split
 from data.transforms import normalise
+from engine.distributed import ALONE, gather_rows
 from engine.errors import UserError
 from engine.normalisation import IMAGENET
 from engine.precision import Precision
 from engine.run import Run
 from methods import features
-from methods.features import FeatureCache, blocks_to_update, embed, image_source, outputs, updated_features
+from methods.features import FeatureCache, blocks_to_update, embed, image_source, joined, outputs, updated_features
 from models import build_backbone
 from models.backbone import split_backbone
 from models.conv4 import Conv4
@@ -238,3 +239,13 @@ def test_a_kept_source_and_one_of_images_are_the_same(backbone, tmp_path, align_
     # What enters the blocks leaves them as the features, in whatever mode they were.
     backbone.train()
     torch.testing.assert_close(updated_features(blocks, made, index, FP32.precision), kept.features[index])
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_joined_parts_are_their_concatenation_in_one_piece(form):
+    parts = [torch.randn(n, 3, 4, 5).contiguous(memory_format=form) for n in (2, 2, 1)]
+    found = joined(iter(parts), 5)
+    assert torch.equal(found, torch.cat(parts)) and found.stride() == torch.cat(parts).stride()
+    assert gather_rows([found], ALONE) is found  # a split's maps are large: no copy
+    sliced = torch.randn(4, 6)[:, ::2]
+    assert torch.equal(joined([sliced], 4), sliced)

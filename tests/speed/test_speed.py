@@ -126,6 +126,42 @@ def test_timing_repeats_short_work_and_leaves_long_work_alone():
     assert len(calls) > 3
 
 
+def test_on_a_gpu_the_second_of_two_runs_counts_between_two_events(monkeypatch, tmp_path):
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("event")
+
+        def elapsed_time(self, end):
+            return 2500.0
+
+    def side(setting):
+        assert setting.run.device == torch.device("cuda")
+        return {"work": Measured(timed(lambda: calls.append("work"))[0], {})}
+
+    for name, fake in (("is_initialized", lambda: True), ("Event", Event), ("max_memory_allocated", lambda: 7)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("warm"))
+    setting = Setting("tiny", "fp32", None, 0, tmp_path, "cuda")
+    common.run_side(Bench("toy", {}, side, side, None, {}), setting, "reference", tmp_path / "answer.pt")
+    once = ["wait", "event", "work", "event", "wait"]
+    assert calls == [*once, "warm", *once]
+    found = torch.load(tmp_path / "answer.pt", weights_only=True)
+    assert (found["measured"]["work"]["seconds"], found["peak_memory"]) == (2.5, 7)
+
+
+def test_without_a_gpu_its_benchmarks_end_with_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["speed", "--device", "cuda"])
+    with pytest.raises(UserError, match="--device cuda is not available on this machine"):
+        common.run([], "speed", None)
+
+
 def test_spread_indices_are_distinct_and_reach_both_ends():
     assert spread(10, 4).tolist() == [0, 2, 5, 7] and spread(3, 8).tolist() == [0, 1, 2]
     assert common.count_flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
