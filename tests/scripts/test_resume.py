@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from persistence.checkpoints import load_checkpoint
-from tests.helpers import ROOT, TINY, call, folders, make_benchmark, numbers, run
+from tests.helpers import ROOT, TINY, Processes, call, folders, make_benchmark, numbers, run
 
 pytest.importorskip("resource")  # fork and limits are POSIX's
 
@@ -32,39 +32,6 @@ LAST = {
     "associative_alignment": "logs/*_last.tar",
 }
 KILLS = 12  # of each stage
-
-
-class Processes:
-    """Starts scripts in processes of their own (see fork_server)."""
-
-    def __init__(self):
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.fork_server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert self.server.stdout.readline() == "ready\n"
-
-    def ask(self, line):
-        self.server.stdin.write(line + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def start(self, script, flags, output, max_bytes=0):
-        """Start one; returns its process id."""
-        command = {"script": script, "flags": list(map(str, flags)), "output": str(output), "max_bytes": max_bytes}
-        return self.ask(json.dumps(command))
-
-    def wait(self):
-        """Exit status, negative for a signal, of the one that was started last."""
-        return self.ask("wait")
-
-    def run(self, script, flags, output, max_bytes=0):
-        self.start(script, flags, output, max_bytes)
-        return self.wait()
 
 
 @pytest.fixture(scope="module")
