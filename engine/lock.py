@@ -66,7 +66,10 @@ def open_lock(path: Path) -> IO[str]:
 
 
 def release(path: Path, file: IO[str]) -> None:
-    """Remove and unlock a lock file that this process holds."""
-    with contextlib.suppress(OSError):
-        path.unlink()
-    file.close()
+    """Remove and unlock a lock file that this process holds; a signal that comes meanwhile finds the run done."""
+    try:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
+    except KeyboardInterrupt:  # in a finalizer it would end in a traceback; no second one comes (see interruptible)
+        release(path, file)
