@@ -300,6 +300,23 @@ def test_a_damaged_state_is_one_line(copy, content):
     assert call("transferLearning", *COMMANDS["transferLearning"], *folders(copy), "--overwrite").status == 0
 
 
+def test_a_metrics_file_that_was_removed_or_cut_short_is_whole_again(copy, finished):
+    flags = [*COMMANDS["transferLearning"], *folders(copy), "--resume"]
+    (log,) = copy.rglob("*arcMax*_bestModel/metrics.jsonl")
+    for spoil in (log.unlink, lambda: log.write_text(log.read_text()[:100])):
+        spoil()
+        assert call("transferLearning", *flags).status == 0
+        assert numbers(copy, "transferLearning") == numbers(finished[0], "transferLearning")
+    (last,) = copy.rglob(LAST["transferLearning"])
+    state = torch.load(last, weights_only=True)
+    for rows in (None, "five", [], [5] * 8, [{"epoch": "0"}] * 8):  # None: the state of an older version
+        torch.save({key: value for key, value in state.items() if key != "rows"}, last)
+        if rows is not None:
+            torch.save(state | {"rows": rows}, last)
+        outcome = call("transferLearning", *flags)
+        assert outcome.status == (2 if rows is not None else 0) and outcome.err.count("\n") == (rows is not None)
+
+
 def without_a_value(state, name):
     del state[name]
 
@@ -323,8 +340,8 @@ def of_another_shape(state, name):
 def test_a_state_that_does_not_fit_is_one_line(copy, script, spoil):
     (last,) = copy.rglob(LAST[script])
     kept = torch.load(last, weights_only=True)
-    parts = set(kept) - {"n_done", "best", "seconds", "config", "made_from", "scaler", "format", "episodes"}
-    for name in parts if spoil is of_another_shape else kept.keys() - {"episodes"}:
+    parts = set(kept) - {"n_done", "best", "seconds", "config", "made_from", "scaler", "format", "episodes", "rows"}
+    for name in parts if spoil is of_another_shape else kept.keys() - {"episodes", "rows"}:
         state = dict(kept)
         spoil(state, name)
         torch.save(state, last)
