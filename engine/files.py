@@ -1,9 +1,11 @@
 """Files that are either the old one or the new one, never half of one; reading them, running nothing; hashes."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import warnings
 from collections.abc import Iterator
@@ -30,11 +32,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
     Raises UserError when it cannot be written; the file that was there before is then intact, and nothing is left
-    of the new one.
+    of the new one. What a process of this machine that was killed has left of it is removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    start = f".{path.name}.{platform.node()}."
+    temporary = path.with_name(f"{start}{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f"{glob.escape(start)}*.tmp"):
+            if is_gone(other.name.removeprefix(start).removesuffix(".tmp")):
+                other.unlink(missing_ok=True)
         try:
             yield temporary
             os.replace(temporary, path)
@@ -43,6 +49,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be written ({reason}): free some space or give another folder") from error
+
+
+def is_gone(pid: str) -> bool:
+    """Whether no process of this machine has this id; False where that cannot be known."""
+    if os.name != "posix" or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # it is another user's
+        pass
+    return False
 
 
 def save_atomically(path: Path, content: dict[str, Any] | Tensor) -> None:

@@ -78,7 +78,10 @@ def is_free(path: Path) -> bool:
 
 
 def release(path: Path, file: IO[str]) -> None:
-    """Remove and unlock a lock file that this process holds."""
-    with contextlib.suppress(OSError):
-        path.unlink()
-    file.close()
+    """Remove and unlock a lock file that this process holds; a signal that comes meanwhile finds the run done."""
+    try:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
+    except KeyboardInterrupt:  # in a finalizer it would end in a traceback; no second one comes (see interruptible)
+        release(path, file)

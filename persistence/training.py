@@ -4,7 +4,8 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from data.benchmarks import Split
 from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.distributed import rank_0_first
 from engine.errors import UserError
-from engine.files import atomic_file
+from engine.files import fits, read_json
+from engine.records import plain
 from engine.run import Run
 from methods.evaluation import EpisodeScores, mean_and_ci95
 from models import Model, n_parameters
@@ -28,7 +30,7 @@ class Training:
     """A model that is trained on a base split, and how far that has come.
 
     competes: whether the model that it begins with may be the best one. n_done: epochs; best: the highest validation
-    accuracy so far, share of 1; epoch_began: when the last epoch did.
+    accuracy so far, share of 1; rows: of the metrics so far; epoch_began: when the last epoch did.
     """
 
     files: RunFiles
@@ -38,6 +40,7 @@ class Training:
     competes: bool = False
     n_done: int = 0
     best: float = -1.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
     epoch_began: float = 0.0
 
     @contextlib.contextmanager
@@ -76,6 +79,7 @@ class Training:
         self.files.save_state(
             n_done=self.n_done,
             best=self.best,
+            rows=self.rows,
             backbone=self.model.backbone.state_dict(),
             head=self.model.head.state_dict(),
             optimizer=self.model.optimizer.state_dict(),
@@ -99,8 +103,9 @@ class Training:
             f"{trained if epoch >= 0 else 'before training'}  "
             f"val {percent(accuracy, ci95)}  best {100 * self.best:.2f}  {seconds:.1f} s"
         )
-        row = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
+        row: dict[str, Any] = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
         row |= {"val_accuracy": 100 * accuracy, "val_ci95": 100 * ci95, "seconds": seconds}
+        self.rows.append(plain(row))
         self.files.metrics.write(epoch, row, self.first)
 
     def checkpoint(self, epoch: int) -> Checkpoint:
@@ -123,9 +128,9 @@ class Training:
         )
 
     def restore(self, n_epoch: int) -> None:
-        """Go on from the state that was found; rows of the metrics file that came after it go.
+        """Go on from the state that was found, with the metrics as they were then. Raises UserError if it does not fit.
 
-        Raises UserError if it does not fit.
+        A state that keeps no rows, of an older version, goes on with those of the metrics file.
         """
         last, metrics = self.files.last, self.files.metrics.path
         with self.files.taking_over() as state:
@@ -134,12 +139,14 @@ class Training:
             load_moments(self.model.optimizer, state["optimizer"]["state"])
             self.run.precision.scaler.load_state_dict(state["scaler"])
             self.n_done, self.best = state["n_done"], state["best"]
+            n_rows = self.n_done - self.first
+            self.rows = state["rows"] if "rows" in state else read_json(metrics, lines=True)[:n_rows]
+            if not fits(self.rows, list[dict[str, float | None]]) or len(self.rows) != n_rows:
+                raise ValueError("its rows are of other epochs")
         if self.n_done > n_epoch:
             raise UserError(f"{last} has done {self.n_done} epochs, more than --n_epoch {n_epoch}: give at least that")
-        if self.run.ranks.first and metrics.is_file():
-            rows = metrics.read_text().splitlines(keepends=True)[: self.n_done - self.first]
-            with atomic_file(metrics) as temporary:
-                temporary.write_text("".join(rows))
+        if self.run.ranks.first:
+            self.files.metrics.keep(self.rows)
         print(f"resumed after epoch {self.n_done - 1}: {last}")
 
     def load_best(self) -> None:

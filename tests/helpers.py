@@ -173,3 +173,36 @@ def numbers(root: Path, script: str) -> dict:
         states += list(last["optimizer"]["state"].values())
         found["tensors"] = [value.numpy().tobytes() for state in states for value in state.values()]
     return found
+
+
+class Processes:
+    """Starts scripts in processes of their own (see fork_server)."""
+
+    def __init__(self):
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.fork_server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert self.server.stdout.readline() == "ready\n"
+
+    def ask(self, line):
+        self.server.stdin.write(line + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def start(self, script, flags, output, max_bytes=0):
+        """Start one; returns its process id."""
+        command = {"script": script, "flags": list(map(str, flags)), "output": str(output), "max_bytes": max_bytes}
+        return self.ask(json.dumps(command))
+
+    def wait(self):
+        """Exit status, negative for a signal, of the one that was started last."""
+        return self.ask("wait")
+
+    def run(self, script, flags, output, max_bytes=0):
+        self.start(script, flags, output, max_bytes)
+        return self.wait()

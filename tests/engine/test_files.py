@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import platform
+import subprocess
 
 import pytest
 import torch
@@ -51,6 +53,22 @@ def test_an_error_inside_leaves_the_file_that_was_there_and_nothing_else(tmp_pat
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="whether a process lives is known on POSIX alone")
+def test_what_a_killed_process_left_of_a_file_is_removed_and_nothing_of_others(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    here, path = platform.node(), tmp_path / "table[1].csv"
+    left, *others = (
+        tmp_path / f".{name}.tmp"
+        for name in (f"{path.name}.{here}.{dead.pid}", f"{path.name}.{here}.1", f"{path.name}.else.{dead.pid}")
+    )
+    for file in (left, *others):
+        file.write_text("half")
+    with atomic_file(path) as temporary:
+        temporary.write_text("new")
+    assert {*tmp_path.iterdir()} == {path, *others}
 
 
 @pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"weight": 1})])

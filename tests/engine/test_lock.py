@@ -89,3 +89,16 @@ def test_where_it_cannot_be_known_it_is_said(tmp_path, monkeypatch, capsys):
         lock.hold(tmp_path / "other", Owner())
         said = capsys.readouterr().out
         assert "cannot be known" in said and part in said and said.count("\n") == 1
+
+
+def test_a_signal_while_a_lock_is_released_is_late(tmp_path, monkeypatch, capfd):
+    path, owner, unlink = tmp_path / "lock", Owner(), lock.Path.unlink
+
+    def interrupted(self):
+        monkeypatch.setattr(lock.Path, "unlink", unlink)
+        raise KeyboardInterrupt
+
+    lock.hold(path, owner)
+    monkeypatch.setattr(lock.Path, "unlink", interrupted)
+    del owner
+    assert not path.exists() and capfd.readouterr().err == ""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from persistence.checkpoints import load_checkpoint
-from tests.helpers import ROOT, TINY, call, folders, make_benchmark, numbers, run
+from tests.helpers import ROOT, TINY, Processes, call, folders, make_benchmark, numbers, run
 
 pytest.importorskip("resource")  # fork and limits are POSIX's
 
@@ -32,39 +32,6 @@ LAST = {
     "associative_alignment": "logs/*_last.tar",
 }
 KILLS = 12  # of each stage
-
-
-class Processes:
-    """Starts scripts in processes of their own (see fork_server)."""
-
-    def __init__(self):
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.fork_server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert self.server.stdout.readline() == "ready\n"
-
-    def ask(self, line):
-        self.server.stdin.write(line + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def start(self, script, flags, output, max_bytes=0):
-        """Start one; returns its process id."""
-        command = {"script": script, "flags": list(map(str, flags)), "output": str(output), "max_bytes": max_bytes}
-        return self.ask(json.dumps(command))
-
-    def wait(self):
-        """Exit status, negative for a signal, of the one that was started last."""
-        return self.ask("wait")
-
-    def run(self, script, flags, output, max_bytes=0):
-        self.start(script, flags, output, max_bytes)
-        return self.wait()
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +300,23 @@ def test_a_damaged_state_is_one_line(copy, content):
     assert call("transferLearning", *COMMANDS["transferLearning"], *folders(copy), "--overwrite").status == 0
 
 
+def test_a_metrics_file_that_was_removed_or_cut_short_is_whole_again(copy, finished):
+    flags = [*COMMANDS["transferLearning"], *folders(copy), "--resume"]
+    (log,) = copy.rglob("*arcMax*_bestModel/metrics.jsonl")
+    for spoil in (log.unlink, lambda: log.write_text(log.read_text()[:100])):
+        spoil()
+        assert call("transferLearning", *flags).status == 0
+        assert numbers(copy, "transferLearning") == numbers(finished[0], "transferLearning")
+    (last,) = copy.rglob(LAST["transferLearning"])
+    state = torch.load(last, weights_only=True)
+    for rows in (None, "five", [], [5] * 8, [{"epoch": "0"}] * 8):  # None: the state of an older version
+        torch.save({key: value for key, value in state.items() if key != "rows"}, last)
+        if rows is not None:
+            torch.save(state | {"rows": rows}, last)
+        outcome = call("transferLearning", *flags)
+        assert outcome.status == (2 if rows is not None else 0) and outcome.err.count("\n") == (rows is not None)
+
+
 def without_a_value(state, name):
     del state[name]
 
@@ -356,8 +340,8 @@ def of_another_shape(state, name):
 def test_a_state_that_does_not_fit_is_one_line(copy, script, spoil):
     (last,) = copy.rglob(LAST[script])
     kept = torch.load(last, weights_only=True)
-    parts = set(kept) - {"n_done", "best", "seconds", "config", "made_from", "scaler", "format", "episodes"}
-    for name in parts if spoil is of_another_shape else kept.keys() - {"episodes"}:
+    parts = set(kept) - {"n_done", "best", "seconds", "config", "made_from", "scaler", "format", "episodes", "rows"}
+    for name in parts if spoil is of_another_shape else kept.keys() - {"episodes", "rows"}:
         state = dict(kept)
         spoil(state, name)
         torch.save(state, last)

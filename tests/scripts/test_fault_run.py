@@ -1,0 +1,29 @@
+"""The long fault run, for some seconds of it: python -m tests.fault_run."""
+
+import random
+
+import pytest
+
+from tests.helpers import run
+
+pytest.importorskip("resource")  # fork and limits are POSIX's
+fault_run = pytest.importorskip("tests.fault_run")
+
+
+def test_runs_under_faults_end_as_those_without(tmp_path):
+    done = run("-m", "tests.fault_run", "--minutes", 0.15, "--max_ranks", 1, "--folder", tmp_path)
+    assert " as without faults, 0 not" in done.stdout and "SIGKILL" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_no_run_owns_or_no_fault_explains_is_seen(tmp_path):
+    case = fault_run.Case(tmp_path, "base", 1, random.Random(0), [])
+    (tmp_path / "results" / "models").mkdir(parents=True)
+    before = fault_run.left(case)
+    (tmp_path / "results" / "models" / ".x_last.tar.17.tmp").write_bytes(b"")
+    assert fault_run.left(case).keys() - before.keys() == {"results/models/.x_last.tar.17.tmp"}
+    for status, said in ((0, "Traceback (most recent call last):"), (2, "error: one\nerror: two"), (-9, ""), (1, "")):
+        (tmp_path / "out").write_text(said)
+        assert case.outcome(status, "full disk") == "wrong"
+    (tmp_path / "out").write_text("error: one line")
+    assert case.outcome(2, "full disk") == "one line" and len(case.wrong) == 4
