@@ -4,12 +4,15 @@ python -m speed.growth                               # minutes
 python -m speed.growth --n_base 2000 --ways 5        # seconds
 
 Stage 1 is Conv4 on a cache of 84x84 images in a sparse file, of which the images that are read have been written.
-Stage 3 is in feature space: the same episodes of random features against more and more base features.
+Stage 3 is in feature space: the same episodes of random features against more and more base features. Seconds are the
+processor's over the threads, so that other programs do not count.
 """
 
 import argparse
 import math
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +35,16 @@ from methods.related_base import related_base_of_heads
 from models import Model, build_backbone, build_head, native_img_size
 from reporting.report import markdown_table
 from speed.bench_memory import in_child, memory_mib
-from speed.common import timed
 
 BATCH, SIZE, PER_CLASS, N_QUERY = 64, 84, 600, 50
 HEAD = AlignmentSetting(alignment="head")  # the default of feature space
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Seconds of the processor over the threads: those of `work` on an idle machine, if all threads are busy."""
+    began = time.process_time()
+    work()
+    return (time.process_time() - began) / torch.get_num_threads()
 
 
 def synthetic_split(name: str, images: Tensor, n_class: int) -> Split:
@@ -78,7 +87,7 @@ def base_training(folder: str, n: int, n_steps: int) -> dict[str, float]:
     for i in range(0, n_read, BATCH):
         read = slice(i * stride, min(i + BATCH, n_read) * stride, stride)
         part = replace(images, images=mapped[read], sizes=images.sizes[read], labels=images.labels[read])
-        steps.append(timed(partial(train_one_epoch, model, part, BATCH, 0, run))[0])
+        steps.append(cpu_seconds(partial(train_one_epoch, model, part, BATCH, 0, run)))
     return {"step": min(steps)} | memory_mib()
 
 
@@ -93,8 +102,8 @@ def feature_space(n: int, d: int, n_way: int, n_shot: int) -> dict[str, float]:
     head = HEAD.fit.new_head(d, n_way, [make_generator(0, "head", i) for i in range(together)])
     y_support = torch.stack([task.y_support for task in tasks])
     fit_heads(head, novel.features[torch.stack([t.support for t in tasks])], y_support, HEAD.fit.ft_n_epoch, 1e-3)
-    related = min(timed(lambda: related_base_of_heads(head, base, HEAD.related))[0] for _ in range(3))
-    episode = min(timed(lambda: align_features(tasks, novel, base, HEAD, run, 0))[0] for _ in range(2))
+    related = min(cpu_seconds(lambda: related_base_of_heads(head, base, HEAD.related)) for _ in range(3))
+    episode = min(cpu_seconds(lambda: align_features(tasks, novel, base, HEAD, run, 0)) for _ in range(2))
     return {"together": together, "related": related / together, "episode": episode / together} | memory_mib()
 
 
