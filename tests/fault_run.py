@@ -110,8 +110,9 @@ class Case:
         else:
             kind = {0: "finished", 2: "one line", 130: "interrupted"}.get(status, "killed" if status < 0 else "wrong")
             good = n_tracebacks == 0 and len(errors) == (status == 2) and interrupted == (status == 130)
-        refused = self.damaged or fault in ("full disk", "no folder") or name != "out"
-        refused |= self.n_ranks > 1 and "another run is at work" in "".join(errors)  # the launcher was killed just now
+        refused = self.damaged or fault in ("full disk", "no folder")
+        if self.n_ranks > 1 or fault == "two at once":  # whose launcher was killed just now, or one of the two
+            refused |= "another run is at work" in "".join(errors)
         signals = any(fault.startswith(number) for number in SIGNALS)
         if good and {"finished": True, "one line": refused, "interrupted": signals, "killed": signals}.get(kind):
             return kind
@@ -185,7 +186,7 @@ def damaged(case: Case, fault: str) -> str:
 
 
 def two_at_once(case: Case, fault: str) -> str:
-    """A second run beside the first, which must be refused, or find the first one done."""
+    """A second run beside the first: the one that comes later is refused, or finds the other done."""
     ended = []
 
     def during(pid: int) -> None:
