@@ -16,6 +16,7 @@ from engine.distributed import copy_rank_0, data_parallel, rank_0_first
 from engine.errors import UserError
 from engine.script import run_script
 from methods.base_training import TrainingFeatures, train_one_epoch
+from methods.budget import check_base_training
 from methods.evaluation import EpisodeScores, evaluate_heads
 from methods.features import FeatureCache, embed
 from methods.novel_finetune import HeadFit
@@ -58,6 +59,7 @@ def main() -> None:
     images: TrainingImages | TrainingFeatures = training_images(base, augmentation, run.device, backbone.normalisation)
     size = f"{n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
     print(f"{args.backbone}: {size}")
+    check_base_training(model, (base, val, novel), args.n_epoch and args.batch_size, shape, args.freeze, run)
     print(base.summary, f"{run.device}, {args.precision}", sep="; ")
 
     # Base training; the model of the best validation accuracy is kept. A frozen backbone embeds once.
