@@ -94,8 +94,8 @@ def moments(*modules: nn.Module, copies: int = 3) -> int:
 
 
 def embedding(network: nn.Module, img_size: int) -> int:
-    """Bytes of a batch that is embedded: what a layer takes and gives, and the images on the way."""
-    return 2 * of_images(network, BATCH, 3, img_size, img_size).largest + inputs(BATCH, img_size)
+    """Bytes of a batch that is embedded: three maps of the largest layer, and the images on the way."""
+    return 3 * of_images(network, BATCH, 3, img_size, img_size).largest + inputs(BATCH, img_size)
 
 
 def inputs(n: int, img_size: int) -> int:
