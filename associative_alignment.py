@@ -16,6 +16,7 @@ from engine.errors import UserError
 from engine.files import weights_digest
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
+from methods.budget import check_alignment
 from methods.feature_alignment import align_episodes, n_together
 from methods.features import FeatureCache, blocks_to_update
 from methods.related_base import exceeding_notes
@@ -51,9 +52,9 @@ def main() -> None:
     backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)
     check_base_classes(path, checkpoint, args.dataset, base.class_names)
     blocks = blocks_to_update(backbone.to(run.device).to(memory_format=torch.channels_last), args.align_blocks)
-    cache = FeatureCache(args.cache_dir, run)
+    cache, setting, chosen = FeatureCache(args.cache_dir, run), from_flags(AlignmentSetting, args), None
+    check_alignment(blocks, backbone, (base, novel), shape, setting, run)
     base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
-    setting, chosen = from_flags(AlignmentSetting, args), None
     images = {"base images": base.fingerprint, "novel images": novel.fingerprint}
     if args.align_preset == "auto":
         with rank_0_first(ranks):

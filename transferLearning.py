@@ -7,13 +7,13 @@ python transferLearning.py --preset laptop                                      
 from functools import cache, partial
 
 from args_parser import from_flags, start_training
-from data.benchmarks import DataOptions, load_split
+from data.benchmarks import DataOptions, count_classes, load_split
 from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, TrainingImages, training_images
 from engine.distributed import copy_rank_0, data_parallel, rank_0_first
-from engine.errors import UserError
 from engine.script import run_script
 from methods.base_training import TrainingFeatures, last_blocks, train_one_epoch
+from methods.budget import check_base_training
 from methods.evaluation import EpisodeScores, evaluate_heads
 from methods.features import FeatureCache, embed
 from methods.novel_finetune import HeadFit
@@ -39,11 +39,7 @@ def main() -> None:
         base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
         val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
-    n_class = len(base.class_names)
-    if args.n_base_class not in (None, n_class):
-        raise UserError(f"--n_base_class {args.n_base_class}, but {args.dataset!r} has {n_class} base classes: drop it")
-    if args.n_epoch and n_class < 2:
-        raise UserError(f"the base split of {args.dataset!r} has 1 class: training needs at least 2, so add classes")
+    n_class = count_classes(base, args.n_base_class, at_least=2 if args.n_epoch else 1)
 
     # Model.
     backbone, _ = initial_backbone(from_flags(BackboneSpec, args), run)
@@ -55,6 +51,7 @@ def main() -> None:
     images: TrainingImages | TrainingFeatures = training_images(base, augmentation, run.device, backbone.normalisation)
     size = f"{n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
     print(f"{args.backbone}: {size}")
+    check_base_training(model, (base, val, novel), args.n_epoch and args.batch_size, shape, args.freeze, run)
     print(base.summary, f"{run.device}, {args.precision}", sep="; ")
     net = last_blocks(backbone, args.train_blocks)
 

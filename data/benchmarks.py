@@ -122,3 +122,13 @@ def load_listed(options: DataOptions, dataset: str, split: str, listing: Listing
         train_sizes=arrays.sizes,
         fingerprint=arrays.fingerprint,
     )
+
+
+def count_classes(base: Split, expected: int | None, at_least: int) -> int:
+    """The number of base classes. Raises UserError when it is not the one that --n_base_class gives, or too small."""
+    n_class = len(base.class_names)
+    if expected not in (None, n_class):
+        raise UserError(f"--n_base_class {expected}, but {base.benchmark!r} has {n_class} base classes: drop it")
+    if n_class < at_least:
+        raise UserError(f"the base split of {base.benchmark!r} has 1 class: training needs at least 2, so add classes")
+    return n_class

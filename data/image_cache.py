@@ -328,6 +328,11 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         sizes = np.array(list(map_in_chunks(pool, header_size, files.paths)), dtype=np.int64)
         stored = stored_sizes(sizes, n_pixels)
+        if n_pixels:
+            n_bytes = 3 * (len(sizes) * img_size**2 + int(stored.prod(1).sum()))
+            check_disk(
+                "keeping images to train on", n_bytes, folder, "give a smaller --img_size or another --cache_dir"
+            )
 
         def decode(i: int) -> tuple[bytes, bytes, bytes]:
             path = files.paths[i]

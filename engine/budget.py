@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 
+MEMINFO = Path("/proc/meminfo")
 NEARLY_ALL = 0.8
 
 
@@ -15,7 +16,7 @@ def check_memory(what: str, n_bytes: int, remedy: str) -> None:
     Where the system does not say how much that is, nothing is checked.
     """
     try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
     except OSError:
         return
     if found:

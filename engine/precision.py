@@ -32,6 +32,11 @@ def choose_precision(name: str, device_type: str) -> str:
     return ("bf16" if has_bf16(device_type) else "fp32") if name == "auto" else name
 
 
+def float32_on(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """A block that autocast leaves alone; shapes without numbers, on the meta device, it does so everywhere."""
+    return contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
 @dataclass
 class Precision:
     """Autocast of the backbone's forward pass to fp32, bf16 or fp16; heads, distances and losses stay in float32."""

@@ -66,6 +66,14 @@ def means(losses: Losses) -> tuple[float, float]:
     return loss_sum / len(losses.rows), accuracy_sum / len(losses.rows)
 
 
+def episode_numbers(learner: MetaLearner, episodes: Episodes, of_image: int) -> int:
+    """The numbers of the largest tensor of an episode, whose images have so many each.
+
+    A map for each pair of query and class; the four gates of MatchingNet's LSTM.
+    """
+    return (episodes.n_way if learner.uses_maps else 4) * episodes.index[0].numel() * of_image
+
+
 @torch.no_grad()
 def evaluate_meta_learner(
     learner: MetaLearner,
@@ -82,9 +90,7 @@ def evaluate_meta_learner(
     The chunks are shared out over the ranks, which all get all scores.
     """
     learner.eval()
-    # The largest tensors: a map for each pair of query and class; the four gates of MatchingNet's LSTM.
-    expansion = episodes.n_way if learner.uses_maps else 4
-    chunk = max(1, chunk_numbers // (expansion * episodes.index[0].numel() * features[0].numel()))
+    chunk = max(1, chunk_numbers // episode_numbers(learner, episodes, features[0].numel()))
     counts: list[Tensor] = []
     with run.bar(None, bar, "episode", total=len(episodes)) as progress:
         for first in run.ranks.share(range(0, len(episodes), chunk)):

@@ -58,11 +58,16 @@ class AlignedFeatures:
 
 def n_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
     """How many episodes of features of size d to align together: HEAD_CHUNK, or as few as keep within MEMORY."""
+    return max(1, min(HEAD_CHUNK, MEMORY // numbers_together(d, n_way, setting)))
+
+
+def numbers_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
+    """The numbers that each of the episodes that are aligned together holds."""
     held = 4 * n_way * setting.related.aug_size * d  # related samples, their copies on the way
     if setting.align_adapter:  # parameters, gradient and two moments, and as many of a critic
         held += 4 * d * (d if setting.align_adapter == FULL else 2 * int(setting.align_adapter))
         held += 4 * d * setting.critic.critic_hidden * (setting.alignment == "adversarial")
-    return max(1, min(HEAD_CHUNK, MEMORY // held))
+    return held
 
 
 def related_batches(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data.benchmarks import Split
 from data.transforms import network_input
+from engine.budget import check_disk
 from engine.distributed import gather_objects, gather_rows, rank_0_first
 from engine.errors import UserError
 from engine.files import atomic_file, load_tensors, save_atomically, weights_digest
@@ -189,10 +190,15 @@ class FeatureCache:
         found = all(gather_objects(features is not None, self.run.ranks))
         if found and features is not None:
             return features
+        self.check_room(split.split, 4 * len(split.images) * backbone.feature_dim)
         features = embed(backbone, split.images, self.run, f"embed {split.split}")
         if self.run.ranks.first:
             save_atomically(path, features.cpu())
         return features
+
+    def check_room(self, what: str, n_bytes: int) -> None:
+        """Raise UserError when what is to be kept does not fit on the disk."""
+        check_disk(f"keeping the features of {what}", n_bytes, self.folder, "give another --cache_dir")
 
     def half_features(self, backbone: Backbone, split: Split) -> Tensor:
         """Features of a whole split (N, d) in half precision, mapped from their file: there may be more than memory."""
@@ -225,6 +231,7 @@ class FeatureCache:
                 array = a.clamp(-largest, largest).to(dtype).cpu().contiguous().numpy()
                 if i == 0:
                     shape = (n, *array.shape[1:])
+                    self.check_room(path.name, n * array[0].nbytes)
                     header = {"descr": array.dtype.str, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_2_0(file, header)
                 array.tofile(file)

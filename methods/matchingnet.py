@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.precision import float32_on
 from methods.meta_learner import MetaLearner
 
 SIMILARITY_SCALE = 100.0
@@ -63,7 +64,7 @@ class MatchingNet(MetaLearner):
         n_way, n_shot, d = z_support.shape[-3:]
         support = self.embed_support(z_support.reshape(-1, n_way * n_shot, d))
         query = self.embed_query(z_query.reshape(-1, *z_query.shape[-2:]), support)
-        with torch.autocast(z_query.device.type, enabled=False):
+        with float32_on(z_query.device.type):
             support, query = support.float(), query.float()
             support = support / (support.norm(dim=-1, keepdim=True) + NORM_EPS)
             query = query / (query.norm(dim=-1, keepdim=True) + NORM_EPS)

@@ -28,7 +28,7 @@ class ConvBlock(nn.Module):
         x = self.conv(x)
         # pooled_norm is of a plain batch norm, which GlobalBatchNorm may have replaced, and of at least one image.
         plain = isinstance(self.bn, nn.BatchNorm2d) and isinstance(self.pool, nn.MaxPool2d) and len(x) > 0
-        if plain and self.training and x.requires_grad and x.device.type == "cpu":
+        if plain and self.training and x.requires_grad and x.device.type in ("cpu", "meta"):
             return pooled_norm(x, self.bn)
         # ReLU is increasing, so it may follow the pooling: the same numbers, on a quarter of the map.
         return self.relu(self.pool(self.bn(x)))

@@ -1,11 +1,17 @@
 """Work that cannot fit ends in one line before it begins."""
 
+from types import SimpleNamespace
+
 import pytest
+from PIL import Image
 
 from data.episodes import EpisodeShape, sample_episodes
 from data.image_cache import ImageFiles, load_images
 from engine.budget import check_disk, check_memory, compare
 from engine.errors import UserError
+from engine.run import Run
+from methods.features import FeatureCache
+from models import build_backbone
 from tests.helpers import make_split
 
 
@@ -37,3 +43,26 @@ def test_huge_images_end_before_any_is_decoded(tmp_path, img_size):
     with pytest.raises(UserError, match=r"takes .*GB .*: give a smaller --img_size"):
         load_images(files, img_size, tmp_path / "cache", 1, quiet=True)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def little_disk(monkeypatch):
+    """A disk of 1500 free bytes."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1500))
+
+
+def test_images_to_train_on_end_before_any_is_decoded(tmp_path, little_disk):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    files = ImageFiles("toy", [tmp_path / "a.png"], ["a.png"], 0.08)
+    with pytest.raises(UserError, match="^keeping images to train on takes .* of disk .*smaller --img_size"):
+        load_images(files, 16, tmp_path / "cache", 1, quiet=True)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_features_that_the_disk_cannot_keep_end_before_they_are_made(tmp_path, little_disk):
+    cache, backbone = FeatureCache(tmp_path, Run()), build_backbone("Conv4", 16)
+    with pytest.raises(UserError, match="^keeping the features of novel takes .* of disk .*another --cache_dir"):
+        cache.features(backbone, make_split())
+    with pytest.raises(UserError, match="^keeping the features of half64_.*another --cache_dir"):
+        cache.half_features(backbone, make_split())
+    assert list(tmp_path.iterdir()) == []
