@@ -238,8 +238,6 @@ TRANSFER: Table = [
          "epochs over the base classes; 0 tests --init_from as it is"),
     flag("--batch_size",           COUNT,                           64,
          "images in a step, of all processes together if there are several"),
-    flag("--freeze",               SWITCH,                          False,
-         "train the head alone, on features that the backbone makes once and --cache_dir keeps: no augmentation"),
     flag("--sync_bn",              SWITCH,                          False,
          "with several processes: batch norm over the whole batch, as one process has it, not over each one's part"),
     flag("--lr",                   POSITIVE,                        1e-3,
@@ -252,6 +250,11 @@ TRANSFER: Table = [
          "angular margin of arcMax on the base classes, radians"),
     flag("--ft_m",                 MARGIN,                          0.01,
          "margin of arcMax on a support set"),
+    EITHER,
+    flag("--train_blocks K",       COUNT_OR_0,                      None,
+         "train only the last K blocks of a trained backbone, the others in eval mode (default: all, published)"),
+    flag("--freeze",               SWITCH,                          False,
+         "--train_blocks 0: the head alone, on features that are made once and --cache_dir keeps: no augmentation"),
 ]
 
 META: Table = [
@@ -478,6 +481,28 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
         )
 
 
+def check_weights(stage: str, args: argparse.Namespace, parser: OneLineParser) -> None:
+    """An error when weights are of no library, or a part of a backbone is to stand still that has not been trained.
+
+    Of stage 1, --freeze and --train_blocks 0 become one.
+    """
+    if "weights" in args and args.weights != "none":
+        checkpoint = "checkpoint" if stage == "predict" else "init_from"
+        if getattr(args, checkpoint):
+            parser.error(f"argument --weights: --{checkpoint} brings its own weights, so give only one of the two")
+        if not args.backbone:
+            parser.error("argument --weights: name the model too, such as --backbone torchvision:resnet18")
+        if not args.backbone.startswith(("torchvision:", "timm:")):
+            parser.error(f"argument --weights: it is for torchvision:NAME and timm:NAME, not for {args.backbone}")
+    if "freeze" in args:
+        args.train_blocks = 0 if args.freeze else args.train_blocks
+        args.freeze = args.train_blocks == 0
+        is_new = args.weights == "none" and not args.init_from and not args.backbone.startswith("custom:")
+        if args.train_blocks is not None and is_new:
+            name = "--freeze" if args.freeze else "--train_blocks"
+            parser.error(f"argument {name}: of a trained backbone: give --init_from, or --weights DEFAULT or a file")
+
+
 def check_auto(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[str]) -> None:
     """An error when --align_preset auto is given where it cannot choose, or beside a flag that it chooses."""
     if not getattr(args, "base", args):
@@ -522,18 +547,7 @@ def args_parser(
 
     if "crop_scale" in args and args.crop_scale[0] > args.crop_scale[1]:
         parser.error(f"argument --crop_scale: {args.crop_scale[0]:g} {args.crop_scale[1]:g} is not in order")
-    if "weights" in args and args.weights != "none":
-        checkpoint = "checkpoint" if stage == "predict" else "init_from"
-        if getattr(args, checkpoint):
-            parser.error(f"argument --weights: --{checkpoint} brings its own weights, so give only one of the two")
-        if not args.backbone:
-            parser.error("argument --weights: name the model too, such as --backbone torchvision:resnet18")
-        if not args.backbone.startswith(("torchvision:", "timm:")):
-            parser.error(f"argument --weights: it is for torchvision:NAME and timm:NAME, not for {args.backbone}")
-    if "freeze" in args and args.freeze and args.weights == "none" and not args.init_from:
-        if not args.backbone.startswith("custom:"):
-            parser.error("argument --freeze: of a trained backbone: give --init_from, or --weights DEFAULT or a file")
-
+    check_weights(stage, args, parser)
     if "warm_up_epochs" in args and not args.init_from:
         args.warm_up_epochs = 0  # a new backbone has nothing to keep
     if "crop_scale" not in args:

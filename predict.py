@@ -442,8 +442,7 @@ def write_outputs(args: argparse.Namespace, fitted: Fitted, run: Run, parts: Pat
     record |= {"seconds": round(time.time() - began, 2), **provenance(vars(args), run)}
     write_json(out / "predictions.json", record)
     write_csv(table, predictions)
-    if args.support:
-        write_predictions(out / "predictions.html", predictions, args.support)
+    write_predictions(out / "predictions.html", predictions, args.support)
     if args.copy_to:
         copy_images(predictions, args.copy_to, run)
     partial.path.unlink(missing_ok=True)
@@ -454,8 +453,7 @@ def write_outputs(args: argparse.Namespace, fitted: Fitted, run: Run, parts: Pat
     print(f"predictions {table}")
     first = f", the first {n_sheet} images (--max_sheet)" if n_sheet < len(predictions.files) else ""
     print(f"contact sheet {sheet}{first}")
-    if args.support:
-        print(f"page {out / 'predictions.html'}")
+    print(f"page {out / 'predictions.html'}")
     if args.copy_to:
         print(f"copies {args.copy_to}, in a folder a label")
 

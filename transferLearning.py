@@ -6,22 +6,19 @@ python transferLearning.py --preset laptop                                      
 
 from functools import cache, partial
 
-from torch import nn
-
 from args_parser import from_flags, start_training
-from data.benchmarks import DataOptions, Split, load_split
+from data.benchmarks import DataOptions, load_split
 from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, TrainingImages, training_images
 from engine.distributed import copy_rank_0, data_parallel, rank_0_first
 from engine.errors import UserError
 from engine.script import run_script
-from methods.base_training import TrainingFeatures, train_one_epoch
+from methods.base_training import TrainingFeatures, last_blocks, train_one_epoch
 from methods.budget import check_base_training
 from methods.evaluation import EpisodeScores, evaluate_heads
 from methods.features import FeatureCache, embed
 from methods.novel_finetune import HeadFit
 from models import Model, build_head, n_parameters
-from models.backbone import Backbone
 from models.global_batch_norm import use_global_batch_norm
 from persistence.checkpoints import BackboneSpec, initial_backbone
 from persistence.files import TEST_FLAGS
@@ -57,10 +54,12 @@ def main() -> None:
     model = Model(backbone, head.to(run.device), args.lr)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
     images: TrainingImages | TrainingFeatures = training_images(base, augmentation, run.device, backbone.normalisation)
-    size = f"{n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
-    print(f"{args.backbone}: {size}")
-    check_base_training(model, (base, val, novel), args.n_epoch and args.batch_size, shape, args.freeze, run)
+    print(
+        f"{args.backbone}: {n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
+    )
     print(base.summary, f"{run.device}, {args.precision}", sep="; ")
+    net = last_blocks(backbone, args.train_blocks)
+    check_base_training(model, (base, val, novel), args.n_epoch and args.batch_size, shape, args.freeze, run)
 
     # Base training; the model of the best validation accuracy is kept. A frozen backbone embeds once.
     fit, training = from_flags(HeadFit, args), Training(files, model, base, run, bool(args.init_from))
@@ -69,9 +68,9 @@ def main() -> None:
         return evaluate_heads(embed(backbone, val.images, run), val_episodes, fit, run)
 
     with training.begin(val, args.n_epoch):
-        model.net, model.classifier = data_parallel(backbone, ranks), data_parallel(head, ranks)
+        model.net, model.classifier = data_parallel(net, ranks), data_parallel(head, ranks)
         if args.freeze:
-            model.net, images = nn.Identity(), frozen(backbone, base, FeatureCache(args.cache_dir, run))
+            images = TrainingFeatures(FeatureCache(args.cache_dir, run).features(backbone, base), base.labels)
         validated = cache(validate) if args.freeze else validate
         for epoch in training.epochs(args.n_epoch, validated):
             loss, accuracy = train_one_epoch(model, images, args.batch_size, epoch, run)
@@ -84,12 +83,6 @@ def main() -> None:
     scores = evaluate_heads(features, novel_episodes, fit, run, bar="novel episodes")
     save_result(files, novel, novel_episodes, scores, run)
     print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")
-
-
-def frozen(backbone: Backbone, base: Split, features: FeatureCache) -> TrainingFeatures:
-    """The features of the base images, which the head trains on while the backbone stands still."""
-    backbone.requires_grad_(False)
-    return TrainingFeatures(features.features(backbone, base), base.labels)
 
 
 if __name__ == "__main__":

@@ -143,11 +143,13 @@ def rank_0_first(ranks: Ranks) -> Iterator[None]:
 
 
 def data_parallel(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """The module with gradients averaged over the ranks, starting from the first one's weights; itself if alone.
+    """The module with gradients averaged over the ranks, starting from the first one's weights; itself if alone, or if
+    nothing of it learns.
 
     After a step its statistics are those of each rank's own images: see copy_rank_0.
     """
-    return DistributedDataParallel(module) if ranks.n > 1 else module
+    learns = any(p.requires_grad for p in module.parameters())
+    return DistributedDataParallel(module) if ranks.n > 1 and learns else module
 
 
 def plain_module(module: nn.Module) -> nn.Module:

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from data.transforms import TrainingImages
 from engine.distributed import gather_objects
 from engine.precision import Losses
 from engine.run import Run, move
+from methods.features import check_blocks
 from models import Model
+from models.backbone import Backbone, PartlyFrozen
 from models.heads import Head
 
 
@@ -24,6 +26,18 @@ class TrainingFeatures:
     def batch(self, index: Tensor, generator: Generator, part: slice = slice(None)) -> Tensor:
         """The features at `index` (b,), of which `part` gives the rows: (b, d)."""
         return self.features[move(index[part], self.features.device)]
+
+
+def last_blocks(backbone: Backbone, n_blocks: int | None) -> nn.Module:
+    """What the steps train of a backbone: its last blocks, or all; without any, what passes features on.
+
+    From then on the others get no gradient. Raises UserError when the backbone has fewer.
+    """
+    check_blocks(backbone, n_blocks, "--train_blocks")
+    if n_blocks == 0:
+        backbone.requires_grad_(False)
+        return nn.Identity()
+    return backbone if n_blocks in (None, len(backbone.blocks())) else PartlyFrozen(backbone, n_blocks)
 
 
 def train_one_epoch(

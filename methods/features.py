@@ -91,19 +91,24 @@ class UpdatedBlocks:
         self.updated.load_state_dict(self.initial)
 
 
+def check_blocks(backbone: Backbone, asked: int | None, flag: str) -> None:
+    """Raise UserError when a flag asks for more blocks than a backbone has."""
+    n_blocks = len(backbone.blocks())
+    if asked is not None and asked > n_blocks:
+        raise UserError(f"{flag} {asked}, but the backbone has {n_blocks} blocks: give fewer")
+
+
 def blocks_to_update(backbone: Backbone, align_blocks: int | None) -> UpdatedBlocks:
     """The last align_blocks blocks of a backbone, or all, as what alignment updates; 0 are none, in feature space.
 
     Raises UserError when the backbone has fewer.
     """
+    check_blocks(backbone, align_blocks, "--align_blocks")
     if align_blocks == 0:
         return UpdatedBlocks(None, nn.Identity(), {})
-    n_blocks = len(backbone.blocks())
     below: nn.Sequential | None = None
     updated: nn.Module = backbone
-    if align_blocks not in (None, n_blocks):
-        if align_blocks > n_blocks:
-            raise UserError(f"--align_blocks {align_blocks}, but the backbone has {n_blocks} blocks: give fewer")
+    if align_blocks not in (None, len(backbone.blocks())):
         below, updated = split_backbone(backbone, align_blocks)
     return UpdatedBlocks(below, updated, {name: value.clone() for name, value in updated.state_dict().items()})
 

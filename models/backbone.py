@@ -1,11 +1,12 @@
 """What a backbone must give, and a backbone in two: the blocks that stand still, and the last ones.
 
-Alignment may update the last blocks alone; what the others make of an image is then computed once. Beyond the paper,
-which updates all blocks.
+Alignment may update the last blocks alone; what the others make of an image is then computed once. Stage 1 may train
+the last ones alone. Beyond the paper, which updates all blocks.
 """
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from engine.normalisation import IMAGENET, Normalisation
@@ -64,3 +65,27 @@ class LastBlocks(nn.Module):
 def split_backbone(backbone: Backbone, n_last: int) -> tuple[nn.Sequential, LastBlocks]:
     """The blocks below the last n_last (1 to all but one), and those: one after the other, the backbone."""
     return nn.Sequential(*backbone.blocks()[:-n_last]), LastBlocks(backbone, n_last)
+
+
+class PartlyFrozen(nn.Module):
+    """A backbone (b, 3, h, w) -> (b, d) of which all but the last n_last blocks (1 to all but one) stand still.
+
+    These stay in eval mode, whatever the mode of the rest, and get no gradient from then on.
+    """
+
+    def __init__(self, backbone: Backbone, n_last: int):
+        super().__init__()
+        self.backbone = backbone
+        self.below, self.last = split_backbone(backbone, n_last)
+        self.below.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "PartlyFrozen":
+        super().train(mode)
+        self.below.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.below(x)
+        features: Tensor = self.last(x)
+        return features

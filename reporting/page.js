@@ -17,8 +17,8 @@ for (const button of document.querySelectorAll(".results th button")) {
 }
 
 // A query's nearest images: copies of those shown above it, which are lit while the query has the pointer or the focus.
-for (const query of document.querySelectorAll(".query")) {
-  const summary = query.querySelector("summary"), near = query.querySelector(".near");
+for (const near of document.querySelectorAll(".query .near")) {
+  const query = near.closest(".query"), summary = query.querySelector("summary");
   const nearest = () => (near.dataset.near ? near.dataset.near.split(" ") : []).map(id => document.getElementById(id));
   const light = on => {
     if (on && near.dataset.near && !near.querySelector("img")) {

@@ -211,9 +211,9 @@ def thumbnail(path: Path, alt: str) -> Picture:
     return picture(ImageOps.contain(open_rgb(path), (MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC), alt)
 
 
-def prediction_view(predictions: Predictions, support: Path) -> EpisodeView:
-    """Predictions as an episode, with the examples of the support folder; the queries are near to those."""
-    names, paths, labels = list_support(support)
+def prediction_view(predictions: Predictions, support: Path | None) -> EpisodeView:
+    """Predictions as an episode, with the examples of the support folder, if there is one, that queries are near to."""
+    names, paths, labels = list_support(support) if support else (predictions.class_names, [], [])
     shown: list[list[Path]] = [[] for _ in names]
     nearest = {*predictions.nearest}
     for path, label in zip(paths, labels, strict=True):
@@ -232,7 +232,7 @@ def prediction_view(predictions: Predictions, support: Path) -> EpisodeView:
         for i, path in enumerate(predictions.paths)
     ]
     return EpisodeView(
-        title=f"{len(queries)} images, labelled from {len(paths)} examples",
+        title=f"{len(queries)} images, labelled from {sum(predictions.n_support)} examples",
         class_names=names,
         support=[
             [thumbnail(path, f"example of {name}") for path in row] for name, row in zip(names, shown, strict=True)
@@ -243,14 +243,17 @@ def prediction_view(predictions: Predictions, support: Path) -> EpisodeView:
     )
 
 
-def write_predictions(path: Path, predictions: Predictions, support: Path) -> None:
-    """Write the page of predictions. Raises UserError when it cannot be written or an image is gone."""
+def write_predictions(path: Path, predictions: Predictions, support: Path | None) -> None:
+    """Write the page of predictions, with the examples of a support folder, if there is one.
+
+    Raises UserError when it cannot be written or an image is gone.
+    """
     view = prediction_view(predictions, support)
     write_page(
         path,
         html_page(
             "Predictions",
-            f"labelled from the examples in {support.resolve().name}",
+            f"labelled from the examples in {support.resolve().name}" if support else "labelled by a kept classifier",
             {"Images": episode_section(view, "p", is_open=True)},
         ),
     )

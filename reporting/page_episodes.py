@@ -62,8 +62,8 @@ class Query:
 class EpisodeView:
     """What is shown of an episode; support and related have a list a class.
 
-    The images that queries are near to are the related ones, class by class, or, without any, the support's. aligned:
-    whether there is a before and an after. note: a line below the title.
+    The images that queries are near to are the related ones, class by class, or, without any, the support's, which
+    may be empty. aligned: whether there is a before and an after. note: a line below the title.
     """
 
     title: str
@@ -186,14 +186,17 @@ def query_block(view: EpisodeView, query: Query, numbers: dict[int, str]) -> str
         more.append(f"was {escape(view.class_names[was])}, {percent(query.before[was])}")
     if not right and query.truth is not None:
         more.append(f"is {escape(view.class_names[query.truth])}")
-    near = " ".join(numbers[n] for n in query.nearest if n in numbers)
-    of = "related images" if any(r.images for row in view.related for r in row) else "example"
+    near = ""
+    if numbers:
+        ids = " ".join(numbers[n] for n in query.nearest if n in numbers)
+        of = "related images" if any(r.images for row in view.related for r in row) else "example"
+        near = f'<span class="near" data-near="{ids}"><b>nearest {of}</b></span>'
     return (
         f'<details class="query {"right" if right else "wrong"}" data-kind="{query.kind}"><summary>'
         f"{img(shown)}"
         f'<span class="verdict">{mark}{kind}<br>{percent(query.after[now])}</span>'
         f'<span class="label">{escape(view.class_names[now])}<span class="more">{"<br>".join(more)}</span></span>'
-        f'<span class="near" data-near="{near}"><b>nearest {of}</b></span></summary>'
+        f"{near}</summary>"
         f'<div class="open"><p class="note">{escape(shown.alt)}</p>{probability_table(view, query)}</div></details>'
     )
 
@@ -235,6 +238,7 @@ def episode_section(view: EpisodeView, key: str, is_open: bool) -> str:
     if ordered:
         blocks = "".join(query_block(view, query, numbers) for query in ordered)
         how = "Point at a query, or move to it with the Tab key, for the images nearest to it; open it for all classes."
+        how = how if numbers else "Open a query for all classes."
         queries = (
             f'<h3>Queries{cut}</h3><p class="note">{how}</p>'
             f'<div class="filters" role="group" aria-label="which queries to show" hidden>{buttons}</div>'
@@ -242,7 +246,11 @@ def episode_section(view: EpisodeView, key: str, is_open: bool) -> str:
         )
     any_related = any(view.related)
     note = f'<p class="note">{escape(view.note)}</p>' if view.note else ""
-    about = "Classes, and the base classes related to each" if any_related else "Classes and their examples"
+    about = (
+        "Classes, and the base classes related to each"
+        if any_related
+        else f"Classes{' and their examples' * any(view.support)}"
+    )
     return (
         f'<details class="episode"{" open" if is_open else ""}><summary><strong>{escape(view.title)}</strong>'
         f'<span class="soft">{summary_text(view)}</span></summary><div class="inside">'

@@ -69,7 +69,7 @@ def read(root: str, cache_dir: str) -> dict[str, float]:
     return memory_mib()
 
 
-def in_child(function: Callable[..., dict[str, float]], *arguments: str) -> dict[str, float]:
+def in_child(function: Callable[..., dict[str, float]], *arguments: str | int) -> dict[str, float]:
     """Run a measurement in a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)

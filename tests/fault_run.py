@@ -51,7 +51,8 @@ LIMIT = 200  # seconds, after which a run is killed, as one that hangs
 class Case:
     """One stage in a folder of its own, and how it is run.
 
-    seconds: what it takes without a fault. option: what the next run is given. wrong: what should not have happened.
+    seconds: what it takes without a fault. option: what the next run is given. damaged: whether a file of it was, after
+    which it may refuse to go on. wrong: what should not have happened.
     """
 
     root: Path
@@ -61,6 +62,7 @@ class Case:
     servers: list[Processes]
     seconds: float = 0.0
     option: str = "--resume"
+    damaged: bool = False
     wrong: list[str] = field(default_factory=list)
 
     def run(self, during: Callable[[int], None] = lambda pid: None, max_bytes: int = 0) -> int:
@@ -108,8 +110,11 @@ class Case:
         else:
             kind = {0: "finished", 2: "one line", 130: "interrupted"}.get(status, "killed" if status < 0 else "wrong")
             good = n_tracebacks == 0 and len(errors) == (status == 2) and interrupted == (status == 130)
-        ends = kind in ("finished", "one line") or any(fault.startswith(number) for number in SIGNALS)
-        if good and ends and kind != "wrong":
+        refused = self.damaged or fault in ("full disk", "no folder")
+        if self.n_ranks > 1 or fault == "two at once":  # whose launcher was killed just now, or one of the two
+            refused |= "another run is at work" in "".join(errors)
+        signals = any(fault.startswith(number) for number in SIGNALS)
+        if good and {"finished": True, "one line": refused, "interrupted": signals, "killed": signals}.get(kind):
             return kind
         self.wrong.append(f"{fault}: status {status}: " + " / ".join(said[-8:]))
         return "wrong"
@@ -168,6 +173,7 @@ def no_folder(case: Case, fault: str) -> str:
 def damaged(case: Case, fault: str) -> str:
     """A file removed or cut short between runs, or all of another day, past or future, as when the clock was set."""
     files = case.files()
+    case.damaged |= fault != "clock set"
     moment = time.time() + case.dice.choice([-1, 1]) * 86400
     for path in files if fault == "clock set" else case.dice.sample(files, min(1, len(files))):
         if fault == "clock set":
@@ -180,7 +186,7 @@ def damaged(case: Case, fault: str) -> str:
 
 
 def two_at_once(case: Case, fault: str) -> str:
-    """A second run beside the first, which must be refused, or find the first one done."""
+    """A second run beside the first: the one that comes later is refused, or finds the other done."""
     ended = []
 
     def during(pid: int) -> None:
@@ -224,7 +230,7 @@ def left(case: Case) -> dict[str, Any]:
 
 
 def finish(case: Case) -> None:
-    """What a user does until the run is done; only a truncated or removed file may ask for --overwrite."""
+    """What a user does until the run is done."""
     deadline = time.monotonic() + SECONDS_OF_RANKS
     status = case.run()
     while status and time.monotonic() < deadline and "another run is at work" in "".join(case.errors()):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 
 from models import BACKBONES, build_backbone, n_parameters, native_img_size
-from models.backbone import Backbone, split_backbone
+from models.backbone import Backbone, PartlyFrozen, split_backbone
 from models.conv4 import Conv4
 from models.pretrained import PretrainedBackbone
 from models.resnet12 import ResNet12
@@ -246,6 +246,27 @@ def test_a_backbone_in_two_is_the_backbone(backbone):
     for n_last in range(1, len(net.blocks())):
         below, last = split_backbone(net, n_last)
         torch.testing.assert_close(last(below(x)), net(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["Conv4", "ResNet12", "torchvision:mobilenet_v3_small", "timm:test_vit"])
+def test_all_but_the_last_blocks_stand_still_in_any_mode(name):
+    net, x = build_backbone(name, 32).eval(), images(4, 32)
+    with torch.no_grad():
+        whole = net(x)
+    partly = PartlyFrozen(net, 1)
+    torch.testing.assert_close(partly(x), whole, rtol=0, atol=0)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    partly.train()
+    assert not any(module.training for module in partly.below.modules())
+    assert all(module.training for module in partly.last.modules())
+    learning = [p for p in net.parameters() if p.requires_grad]
+    assert 0 < len(learning) < len(list(net.parameters()))
+    partly(x).square().mean().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
+    torch.optim.SGD(learning, lr=0.1).step()
+    still = {key for key, value in net.state_dict().items() if torch.equal(value, before[key])}
+    below = {id(value) for value in partly.below.state_dict(keep_vars=True).values()}
+    assert {key for key, value in net.state_dict(keep_vars=True).items() if id(value) in below} <= still
 
 
 # The contract.

@@ -237,6 +237,10 @@ def test_predictions_have_a_page_of_the_same_kind(support, tmp_path, related):
     assert ("before alignment" in text) == bool(related) == ("stork" in text)
     near = [attrs["data-near"] for attrs in found.all("span", "near")]
     assert sorted(near) == ["p-0", "p-1", "p-1"] and "nearest example" in text
+    write_predictions(tmp_path / "kept.html", predictions_of(support, related), None)
+    found = Page((tmp_path / "kept.html").read_text())
+    assert len(found.all("details", "query")) == len(found.all("img")) == 3 and not found.all("span", "near")
+    assert "3 images, labelled from 2 examples" in words(found) and "nearest" not in words(found)
     (tmp_path / "q1.png").unlink()
     with pytest.raises(UserError, match="q1.png"):
         write_predictions(tmp_path / "out" / "other.html", predictions_of(support, related), support)

@@ -129,6 +129,46 @@ def test_a_frozen_backbone_keeps_its_weights_and_its_head_learns(small):
     assert outcome.status == 2 and "--freeze: of a trained backbone" in outcome.err
 
 
+@pytest.mark.parametrize("backbone", ["Conv4", "timm:test_vit"])
+def test_the_last_blocks_alone_are_trained_and_resumed(small, backbone):
+    flags = [*folders(small), "--backbone", backbone, "--img_size", 32]
+    path, kept = model(small, "arcMax", backbone), small / "first.tar"
+    assert call("transferLearning", *TRAIN, *flags).status == 0
+    path.rename(kept)
+    first = load_checkpoint(kept).backbone_state
+    n_blocks = len(load_backbone(kept, None, None)[0].blocks())
+    train = [*TRAIN, *flags, "--init_from", kept, "--train_blocks"]
+    anew = [*train[:-1], "--overwrite", "--train_blocks"]
+    state = path.with_name(path.name.replace("_bestModel", "_last"))
+    assert call("transferLearning", *anew, 1, "--n_epoch", 2).status == 0
+    after = torch.load(state, weights_only=True)
+    changed = {name for name, value in after["backbone"].items() if not torch.equal(value, first[name])}
+    last = f"layers.{n_blocks - 1}."
+    assert changed == {name for name in first if name.startswith(last)}
+
+    assert call("transferLearning", *anew, 1, "--n_epoch", 1).status == 0
+    assert call("transferLearning", *train, 1, "--n_epoch", 2, "--resume").status == 0
+    again = torch.load(state, weights_only=True)
+    assert all(torch.equal(value, again["backbone"][name]) for name, value in after["backbone"].items())
+    assert all(torch.equal(value, again["head"][name]) for name, value in after["head"].items())
+    outcome = call("transferLearning", *train, 2, "--n_epoch", 3, "--resume")
+    assert outcome.status == 2 and "--train_blocks 2 (was 1)" in outcome.err
+
+    before = path.read_bytes()
+    outcome = call("transferLearning", *anew, n_blocks + 1)
+    line = f"--train_blocks {n_blocks + 1}, but the backbone has {n_blocks} blocks: give fewer"
+    assert outcome.status == 2 and line in outcome.err and outcome.err.count("\n") == 1
+    assert call("transferLearning", *anew, 1, "--n_epoch", 0).status == 0  # nothing is trained
+    assert path.read_bytes() == before
+
+
+def test_train_blocks_of_a_new_backbone_or_beside_freeze_are_refused(small):
+    flags = [*TRAIN, *folders(small), "--train_blocks", 1]
+    for more, words in (([], "--train_blocks: of a trained backbone"), (["--freeze"], "not allowed with")):
+        outcome = call("transferLearning", *flags, *more)
+        assert outcome.status == 2 and words in outcome.err and outcome.err.count("\n") == 1
+
+
 def test_code_of_ones_own_runs_when_named_and_never_for_a_file(small, monkeypatch):
     (small / "own_net.py").write_text(
         "from pathlib import Path\nfrom torch import nn\nPath(__file__).with_name('ran').touch()\n"

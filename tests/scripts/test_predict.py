@@ -433,6 +433,7 @@ def test_a_kept_classifier_labels_alike_without_support_and_base(root, more):
             (root / gone).rename(root / f"gone_{gone}")
     outcome = labelled(root)
     assert outcome.status == 0 and outcome.err == "", outcome.err
+    assert {path.name for path in (root / "labelled").iterdir()} == WRITTEN
     _, files, names, probabilities = table(root, "labelled")
     assert (files, names) == (expected.files, expected.labels)
     torch.testing.assert_close(probabilities, expected.probabilities, atol=2e-6, rtol=0)
