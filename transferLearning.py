@@ -46,7 +46,6 @@ def main() -> None:
     if args.n_epoch and n_class < 2:
         raise UserError(f"the base split of {args.dataset!r} has 1 class: training needs at least 2, so add classes")
 
-    # Model.
     backbone, _ = initial_backbone(from_flags(BackboneSpec, args), run)
     head = build_head(args.method, backbone.feature_dim, n_class, args.s, args.m, run.generator("base head"))
     if args.sync_bn and ranks.n > 1:
@@ -54,9 +53,8 @@ def main() -> None:
     model = Model(backbone, head.to(run.device), args.lr)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
     images: TrainingImages | TrainingFeatures = training_images(base, augmentation, run.device, backbone.normalisation)
-    print(
-        f"{args.backbone}: {n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
-    )
+    size = f"{n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
+    print(f"{args.backbone}: {size}")
     print(base.summary, f"{run.device}, {args.precision}", sep="; ")
     net = last_blocks(backbone, args.train_blocks)
     check_base_training(model, (base, val, novel), args.n_epoch and args.batch_size, shape, args.freeze, run)
