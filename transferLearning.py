@@ -41,7 +41,6 @@ def main() -> None:
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
     n_class = count_classes(base, args.n_base_class, at_least=2 if args.n_epoch else 1)
 
-    # Model.
     backbone, _ = initial_backbone(from_flags(BackboneSpec, args), run)
     head = build_head(args.method, backbone.feature_dim, n_class, args.s, args.m, run.generator("base head"))
     if args.sync_bn and ranks.n > 1:
@@ -51,9 +50,9 @@ def main() -> None:
     images: TrainingImages | TrainingFeatures = training_images(base, augmentation, run.device, backbone.normalisation)
     size = f"{n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
     print(f"{args.backbone}: {size}")
-    check_base_training(model, (base, val, novel), args.n_epoch and args.batch_size, shape, args.freeze, run)
     print(base.summary, f"{run.device}, {args.precision}", sep="; ")
     net = last_blocks(backbone, args.train_blocks)
+    check_base_training(model, (base, val, novel), args.n_epoch and args.batch_size, shape, args.freeze, run)
 
     # Base training; the model of the best validation accuracy is kept. A frozen backbone embeds once.
     fit, training = from_flags(HeadFit, args), Training(files, model, base, run, bool(args.init_from))
