@@ -48,8 +48,10 @@ T = TypeVar("T")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 # The decoders that may see a file, whatever its name: others, such as that of EPS, hand it on to an interpreter.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
-# Larger than any photograph; a file that claims more pixels is a decompression bomb.
-MAX_PIXELS = 178_956_970
+# A file that claims more pixels is a decompression bomb: 120 million of RGB are more than a telephone's 108, and take
+# 480 MB. Of another kind fewer are allowed: BYTES is what decoding a pixel and making it RGB takes, 12 where not named.
+MAX_PIXELS = 120_000_000
+BYTES = {"RGB": 4, "L": 5, "1": 5, "CMYK": 8, "RGBA": 8, "I": 20, "I;16": 20, "F": 20}
 # Images of one common size are kept as they are up to this many pixels each.
 MAX_NATIVE_PIXELS = 256 * 256
 # Others are reduced to this many at most, enough for 224 px and crops of 0.08 of an image.
@@ -114,7 +116,9 @@ class ImageArrays:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as upright 8-bit RGB: EXIF rotation applied, palettes and CMYK converted, 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
         if not np.isfinite(values).all():
@@ -124,7 +128,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
     if image.mode in ("P", "LA", "PA"):
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextlib.contextmanager
@@ -138,8 +142,9 @@ def decodable(file: Path | IO[bytes]) -> Iterator[Image.Image]:
         if isinstance(file, Path):
             check_regular(file)
         with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels is more than the limit of {MAX_PIXELS}")
+            limit = MAX_PIXELS * BYTES["RGB"] // BYTES.get(image.mode, 12)
+            if image.width * image.height > limit:
+                raise ValueError(f"{image.width}x{image.height} pixels is more than the limit of {limit}")
             yield image
     except UnidentifiedImageError as error:
         raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
@@ -349,12 +354,16 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
         fingerprint = hashlib.sha256()
         bar = progress_bar(None, f"decode {files.label}", "img", quiet, total=len(files.paths))
         # Plain sequential writes: pages of a written memory map would count as resident memory.
-        with bar, open(folder / "eval.bin", "wb") as eval_file, open(folder / "train.bin", "wb") as train_file:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(bar)
+            eval_file = stack.enter_context(open(folder / "eval.bin", "wb"))
+            train_file = stack.enter_context(open(folder / "train.bin", "wb")) if n_pixels else None
             decoded = map_in_chunks(pool, decode, range(len(files.paths)))
             for name, (content, view, kept) in zip(files.names, decoded, strict=True):
                 fingerprint.update(name.encode() + b"\0" + content)
                 eval_file.write(view)
-                train_file.write(kept)
+                if train_file:
+                    train_file.write(kept)
                 bar.update()
     sizes.tofile(folder / "sizes.bin")
     meta: dict[str, object] = {
