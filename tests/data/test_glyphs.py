@@ -53,6 +53,7 @@ def test_class_names_can_be_read_and_are_folders_anywhere():
 @pytest.mark.parametrize("version", [1, VERSION, VERSION + 1])
 def test_a_rendering_of_another_version_is_replaced_and_no_other_folder(tmp_path, monkeypatch, capsys, version):
     monkeypatch.setattr(glyphs, "render_image", lambda *_: Image.new("RGB", (2, 2)))
+    monkeypatch.setattr(glyphs, "character_tiles", lambda character: [])
     out = tmp_path / "glyphs"
     assert provide_glyphs(out, seed=5) and capsys.readouterr().out == ""
     mark = out / "novel" / "of the old one"
