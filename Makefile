@@ -30,7 +30,7 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest --cov --durations=12
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --durations=12
 
 # What runs on a device, on a GPU; AA_DEVICE=cpu make test-gpu runs the same on the CPU, as every make test does.
 test-gpu: .venv/installed-dev
