@@ -211,7 +211,7 @@ def predict(
     sizes = [(name, path.stat().st_size) for name, path in zip(names, paths, strict=True)] if parts else []
     key = Parts(parts, f"{classifier.digest} {len(names)} {args.precision} {hash_of(sizes)}")
     stream = label_images(classifier, paths, fitted.facts["img_size"], args.num_workers, args.skip_bad, key, run)
-    part = label_all(stream, each or (lambda part: None))
+    part = label_all(stream, each)
     if not part.kept:
         raise UserError(f"no image of {args.query} can be decoded, the first: {part.reasons[0]}")
     answers, kept = part.answers, part.kept

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from data.converters.converter import SPLITS
 from data.converters.writing import SETTINGS
 from engine.errors import UserError
+from engine.files import read_json
 from engine.run import progress_bar
 
 # Of the rendering. Raise it with any change of the images: older ones are rendered anew, older checkpoints refused.
@@ -54,7 +55,7 @@ def outdated_seed(folder: Path) -> int | None:
     if (folder / "base" / f"u{ord(CHARACTERS[0]):04x}").is_dir():  # version 1, which wrote no file
         return 0
     try:
-        settings = json.loads((folder / SETTINGS).read_text())
+        settings = read_json(folder / SETTINGS)
         ours, version, seed = settings["benchmark"] == "glyphs", settings["version"], settings["seed"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -354,16 +354,13 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
         fingerprint = hashlib.sha256()
         bar = progress_bar(None, f"decode {files.label}", "img", quiet, total=len(files.paths))
         # Plain sequential writes: pages of a written memory map would count as resident memory.
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(bar)
-            eval_file = stack.enter_context(open(folder / "eval.bin", "wb"))
-            train_file = stack.enter_context(open(folder / "train.bin", "wb")) if n_pixels else None
+        train = folder / "train.bin" if n_pixels else os.devnull
+        with bar, open(folder / "eval.bin", "wb") as eval_file, open(train, "wb") as train_file:
             decoded = map_in_chunks(pool, decode, range(len(files.paths)))
             for name, (content, view, kept) in zip(files.names, decoded, strict=True):
                 fingerprint.update(name.encode() + b"\0" + content)
                 eval_file.write(view)
-                if train_file:
-                    train_file.write(kept)
+                train_file.write(kept)
                 bar.update()
     sizes.tofile(folder / "sizes.bin")
     meta: dict[str, object] = {

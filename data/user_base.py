@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data.benchmarks import DataOptions, Split, list_split, load_listed
+from data.image_cache import image_bytes
 from data.listing import list_folder
 from engine.errors import UserError
 from engine.files import atomic_file
@@ -43,11 +44,8 @@ def is_benchmark(root: Path, split: str) -> bool:
 
 
 def content_hash(path: Path) -> int:
-    """64 bits of a hash of a file's bytes. Raises UserError when it cannot be read."""
-    try:
-        return int.from_bytes(hashlib.blake2b(path.read_bytes(), digest_size=8).digest(), "little", signed=True)
-    except OSError as error:
-        raise UserError(f"image {path} cannot be read ({error.strerror}): see to its permissions") from error
+    """64 bits of a hash of an image file's bytes. Raises UserError when it cannot be read."""
+    return int.from_bytes(hashlib.blake2b(image_bytes(path), digest_size=8).digest(), "little", signed=True)
 
 
 def base_hashes(paths: Sequence[Path], split: Split, cache_dir: Path) -> np.ndarray:

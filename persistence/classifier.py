@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import load_tensors, save_atomically, weights_digest
+from engine.files import Schema, read_record, save_atomically, weights_digest
 from engine.normalisation import Normalisation
 from engine.records import plain
 from methods.classifier import Classifier
@@ -24,6 +24,15 @@ from models.heads import Head
 from persistence.checkpoints import create_backbone, load_state
 
 FORMAT = "associative-alignment/classifier/1"
+REMEDY = "make one with predict.py --save"
+# What a file must hold; that it goes together is checked as it is taken over.
+HEAD: Schema = {"method": str, "s": float, "m": float, "state": dict[str, Tensor]}
+CLASSIFIER: Schema = {
+    **{"facts": dict[str, Any], "class_names": list[str], "examples": list[str], "normalisation": list[list[float]]},
+    **{"backbone_digest": str, "backbone_state": dict[str, Tensor], "aligned_state": dict[str, Tensor]},
+    **{"adapter": dict[str, Tensor] | None, "finetuned": HEAD, "head": HEAD, "z_support": Tensor, "y_support": Tensor},
+    **{"confidence": dict[str, float] | None, "least_cosine": float},
+}
 CUSTOM = "custom:"  # a backbone of a user's own code, which a file must not have run
 
 
@@ -120,10 +129,8 @@ def load_classifier(path: Path, backbone: str | None = None) -> tuple[Classifier
     """
     if not path.is_file():
         raise UserError(f"no classifier {path}: make one with 'python predict.py --support FOLDER ... --save {path}'")
+    content = read_record(path, FORMAT, CLASSIFIER, "classifier", REMEDY)
     try:
-        content = load_tensors(path, "cpu")
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"it has no format {FORMAT!r}")
         names, examples = checked_names(content)
         before, aligned = load_networks(content, path, backbone)
         z, adapter = content["z_support"], content["adapter"]
@@ -151,6 +158,4 @@ def load_classifier(path: Path, backbone: str | None = None) -> tuple[Classifier
         raise
     except Exception as error:  # a damaged file may hold anything
         reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{path} is not a classifier of this project, or is damaged ({reason}): make one with predict.py --save"
-        ) from error
+        raise UserError(f"{path} is not a classifier of this project, or is damaged ({reason}): {REMEDY}") from error

@@ -1,6 +1,5 @@
 """Label any number of images part by part: what is done is kept, so a stopped run goes on, and memory stays bounded."""
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,11 +62,6 @@ class Parts:
         """Where a part is kept."""
         return self.folder / f"{start:09d}.pt" if self.folder else None
 
-    def remove(self) -> None:
-        """Remove what is kept."""
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def label_part(
     classifier: Classifier, images: Sequence[object], first: int, img_size: int, num_workers: int, run: Run
@@ -106,13 +100,14 @@ def label_images(
             bar.update(len(chunk))
 
 
-def label_all(parts: Iterator[Part], each: Callable[[Part], None] = lambda part: None) -> Part:
-    """All parts as one; `each` is given every part as it comes."""
+def label_all(parts: Iterator[Part], each: Callable[[Part], None] | None = None) -> Part:
+    """All parts as one; `each`, if there is one, is given every part as it comes."""
     kept: list[int] = []
     reasons: list[str] = []
     answers: list[Answers] = []
     for part in parts:
-        each(part)
+        if each:
+            each(part)
         kept += part.kept
         reasons += part.reasons
         answers.append(part.answers)

@@ -54,6 +54,14 @@ def is_result(file: Path, record: Any) -> bool:
     return True
 
 
+def stage_result(file: Path) -> dict[str, Any]:
+    """The result of a stage in a file. Raises UserError when it holds none, or it is missing or damaged."""
+    record = read_record(file)
+    if not is_result(file, record):
+        raise UserError(f"{file} is not the result of a stage: name a file of results/tables")
+    return dict(record)
+
+
 def read_results(results_dir: Path) -> list[dict[str, Any]]:
     """The results of stages among results_dir/tables/*.json, by file name; other tables, as of speed, are left out.
 
@@ -153,11 +161,7 @@ def paired_line(before: Path, after: Path) -> str:
     When one has more episodes, its first ones are taken: a shorter list is the beginning of a longer one. Raises
     UserError when one is no result, or the episodes are not the same ones.
     """
-    records = [read_record(file) for file in (before, after)]
-    for file, record in zip((before, after), records, strict=True):
-        if not is_result(file, record):
-            raise UserError(f"{file} is not the result of a stage: name a file of results/tables")
-    first, second = records
+    first, second = records = [stage_result(file) for file in (before, after)]
     for key in PAIR_KEYS:
         if first.get(key) != second.get(key):
             raise UserError(
@@ -182,10 +186,8 @@ def trainings_lines(files: list[Path]) -> list[str]:
     Each training counts as one value, so that the interval is Student's t of so few. Raises UserError when one is no
     result, or they are of different methods or protocols.
     """
-    records = [read_record(file) for file in files]
+    records = [stage_result(file) for file in files]
     for file, record in zip(files, records, strict=True):
-        if not is_result(file, record):
-            raise UserError(f"{file} is not the result of a stage: name a file of results/tables")
         for key in (*PAIR_KEYS, "stage", "method", "alignment"):
             if record.get(key) != records[0].get(key):
                 found = f"{file} has {key} {record.get(key)}, {files[0]} {records[0].get(key)}"
