@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from data.converters.converter import SPLITS
 from data.converters.writing import SETTINGS
 from engine.errors import UserError
-from engine.files import read_json
+from engine.files import fits, read_json
 from engine.run import progress_bar
 
 # Of the rendering. Raise it with any change of the images: older ones are rendered anew, older checkpoints refused.
@@ -56,10 +56,10 @@ def outdated_seed(folder: Path) -> int | None:
         return 0
     try:
         settings = read_json(folder / SETTINGS)
-        ours, version, seed = settings["benchmark"] == "glyphs", settings["version"], settings["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
-    return int(seed) if ours and version != VERSION else None
+    ours = fits(settings, {"benchmark": str, "version": int, "seed": int}) and settings["benchmark"] == "glyphs"
+    return int(settings["seed"]) if ours and settings["version"] != VERSION else None
 
 
 def provide_glyphs(folder: Path, seed: int = 0, quiet: bool = False) -> bool:

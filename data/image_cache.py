@@ -38,7 +38,7 @@ from torch import Tensor
 
 from engine.budget import check_disk, check_memory
 from engine.errors import UserError
-from engine.files import check_regular, read_json
+from engine.files import check_regular, fits, read_json
 from engine.lock import hold, is_free
 from engine.run import progress_bar
 
@@ -237,10 +237,12 @@ def load_images(
     n_pixels = train_pixels(img_size, files.min_crop) if files.min_crop else 0
     label, key = f"{files.label}_{img_size}px", signature[:16]
     folder = cache_dir / (f"{label}_train{n_pixels}_{key}" if n_pixels else f"{label}_{key}")
+    shape = [len(files.paths), 3, img_size, img_size]
     remove_abandoned(cache_dir)
     if not n_pixels and not rebuild:  # the evaluation views are the same in the caches of trainings
-        folder = next(filter(is_complete, cache_dir.glob(f"{glob.escape(label)}_*{key}")), folder)
-    if rebuild or not is_complete(folder):
+        others = cache_dir.glob(f"{glob.escape(label)}_*{key}")
+        folder = next((other for other in others if is_complete(other, shape, 0)), folder)
+    if rebuild or not is_complete(folder, shape, n_pixels):
         check_room(len(files.paths), img_size, cache_dir, num_workers)
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -249,24 +251,23 @@ def load_images(
                 os.chmod(building, 0o755)  # it is for its maker alone; others may share a cache
                 hold(Path(building, LOCK), made)
                 decode_all(files, img_size, n_pixels, Path(building), num_workers, quiet)
-                if rebuild or not is_complete(folder):  # else another process has just built the same cache
+                if rebuild or not is_complete(folder, shape, n_pixels):  # else another process has just built it
                     Path(building, LOCK).unlink()
                     stale = cache_dir.glob(f"{glob.escape(files.label)}_*px_*{key}") if rebuild else [folder]
                     for each in stale:  # of whatever size
                         shutil.rmtree(each, ignore_errors=True)
                     os.replace(building, folder)
         except OSError as error:
-            if not is_complete(folder):
+            if not is_complete(folder, shape, n_pixels):
                 raise UserError(
                     f"cache folder {folder} cannot be written ({error}): give another --cache_dir"
                 ) from error
-    meta = read_json(folder / "meta.json")
-    sizes = np.fromfile(folder / "sizes.bin", dtype=np.int64).reshape(-1, 2)
+    sizes = original_sizes(folder)
     return ImageArrays(
-        eval=map_array(folder / "eval.bin", meta["eval_shape"]),
+        eval=map_array(folder / "eval.bin", shape),
         train=map_train(folder / "train.bin", stored_sizes(sizes, n_pixels)) if n_pixels else None,
         sizes=torch.from_numpy(sizes),
-        fingerprint=meta["fingerprint"],
+        fingerprint=read_json(folder / "meta.json")["fingerprint"],
     )
 
 
@@ -302,15 +303,26 @@ def stored_sizes(sizes: np.ndarray, n_pixels: int) -> np.ndarray:
     return np.maximum(np.rint(sizes * np.sqrt(n_pixels / area).clip(max=1.0)), 1).astype(np.int64)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a cache folder holds all that its meta.json says; a truncated one is decoded anew."""
+def original_sizes(folder: Path) -> np.ndarray:
+    """The original (height, width) (N, 2) of the images of a cache folder. Raises OSError or ValueError if damaged."""
+    sizes = np.fromfile(folder / "sizes.bin", dtype=np.int64).reshape(-1, 2)
+    if sizes.min(initial=1) < 1:
+        raise ValueError("it holds a size below 1")
+    return sizes
+
+
+def is_complete(folder: Path, shape: list[int], n_pixels: int) -> bool:
+    """Whether a cache folder holds evaluation views of this shape and, of n_pixels if any, all training images."""
     try:
-        meta = read_json(folder / "meta.json")
-        n_bytes = {"eval.bin": math.prod(meta["eval_shape"]), "sizes.bin": 2 * 8 * meta["eval_shape"][0]}
-        if "train_bytes" in meta:
-            n_bytes["train.bin"] = meta["train_bytes"]
-        return "fingerprint" in meta and all((folder / name).stat().st_size == n for name, n in n_bytes.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        meta, sizes = read_json(folder / "meta.json"), original_sizes(folder)
+        known = fits(meta, {"eval_shape": list[int], "fingerprint": str}) and meta["eval_shape"] == shape
+        if not known or len(sizes) != shape[0]:
+            return False
+        n_bytes = {"eval.bin": math.prod(shape)}
+        if n_pixels:
+            n_bytes["train.bin"] = 3 * int(stored_sizes(sizes, n_pixels).prod(1).sum())
+        return all((folder / name).stat().st_size == n for name, n in n_bytes.items())
+    except (OSError, ValueError):
         return False
 
 
@@ -367,8 +379,6 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
         "eval_shape": [len(sizes), 3, img_size, img_size],
         "fingerprint": fingerprint.hexdigest()[:16],
     }
-    if n_pixels:
-        meta["train_bytes"] = 3 * int(stored.prod(1).sum())
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

@@ -3,6 +3,7 @@
 What it shares with a user's own images is left out: a class that the user has too would be aligned with itself.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.benchmarks import DataOptions, Split, list_split, load_listed
 from data.image_cache import image_bytes
 from data.listing import list_folder
 from engine.errors import UserError
-from engine.files import atomic_file
+from engine.files import fits, load_tensors, save_atomically
 
 
 def load_base(folder: Path, options: DataOptions) -> tuple[Split, list[Path]]:
@@ -50,16 +52,13 @@ def content_hash(path: Path) -> int:
 
 def base_hashes(paths: Sequence[Path], split: Split, cache_dir: Path) -> np.ndarray:
     """The content_hash (N,) of each image of a split, kept in cache_dir under the split's fingerprint."""
-    kept = cache_dir / f"hashes_{split.benchmark}_{split.split}_{split.fingerprint}.npy"
-    try:
-        hashes = np.load(kept)
-        if hashes.shape == (len(paths),) and hashes.dtype == np.int64:
-            return hashes
-    except (OSError, ValueError, EOFError):  # not there or damaged: made below
-        pass
+    path = cache_dir / f"hashes_{split.benchmark}_{split.split}_{split.fingerprint}.pt"
+    with contextlib.suppress(OSError, ValueError):  # not there or damaged: made below
+        kept = load_tensors(path, "cpu")
+        if fits(kept, Tensor) and kept.shape == (len(paths),) and kept.dtype == torch.int64:
+            return np.asarray(kept)
     hashes = np.fromiter(map(content_hash, paths), np.int64, len(paths))
-    with atomic_file(kept) as temporary, open(temporary, "wb") as file:
-        np.save(file, hashes)
+    save_atomically(path, torch.from_numpy(hashes))
     return hashes
 
 

@@ -4,10 +4,12 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
@@ -91,8 +93,28 @@ def load_tensors(path: Path, device: torch.device | str) -> Any:
             )
         if not start.startswith(ZIP_START):  # torch.load would take it for a bare pickle
             raise ValueError("it is no file of torch.save, or only the beginning of one")
+        check_sums(file)
         file.seek(0)
         return read_tensors(file, device)
+
+
+def check_sums(file: IO[bytes]) -> None:
+    """Raise ValueError when an open file of torch.save is damaged: torch.load compares no checksum.
+
+    So it does when records take more than the file has, which only those do that are compressed or share bytes.
+    """
+    try:
+        with zipfile.ZipFile(file) as records:
+            n_bytes = sum(record.file_size for record in records.infolist())
+            if n_bytes > file.seek(0, os.SEEK_END):
+                raise ValueError(f"its records would take {n_bytes} bytes, more than it has")
+            damaged = records.testzip() is not None
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged file makes zipfile raise nearly any exception
+        raise ValueError("it is no file of torch.save, or only the beginning of one") from error
+    if damaged:
+        raise ValueError("what it holds does not fit its checksum")
 
 
 def read_tensors(file: IO[bytes], device: torch.device | str) -> Any:
@@ -117,14 +139,25 @@ def read_tensors(file: IO[bytes], device: torch.device | str) -> Any:
 def read_json(path: Path, lines: bool = False) -> Any:
     """What a JSON file holds, or with `lines` a list of what each of its lines does.
 
-    Raises ValueError, with the reason in one line, when it is damaged; OSError when it cannot be opened.
+    Raises ValueError, with the reason in one line, when it is damaged or holds NaN or infinity, which are written as
+    null; OSError when it cannot be opened.
     """
     check_regular(path)
     text = path.read_text()
+    parts = text.splitlines() if lines else [text]
     try:
-        return [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+        found = [json.loads(part, parse_float=finite, parse_constant=finite) for part in parts]
+        return found if lines else found[0]
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def finite(text: str) -> float:
+    """A number as a float. Raises ValueError when it is NaN or infinite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {text[:20]}, which is no number")
+    return value
 
 
 def check_regular(path: Path) -> None:
@@ -163,11 +196,16 @@ def misfit(record: dict[str, Any], schema: Schema) -> str:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type: a class, a union, list[...], dict[...] or a Schema; an int will do for a float."""
+    """Whether a value is of a type: a class, a union, list[...], dict[...], a Schema, or [Schema] for a list of them.
+
+    An int, of 64 bits, will do for a float; a str is one that can be written; a Tensor has all the numbers it claims.
+    """
     if kind is Any:
         return True
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(key in value and fits(value[key], part) for key, part in kind.items())
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
     parts = get_args(kind)
     if get_origin(kind) is UnionType:
         return any(fits(value, part) for part in parts)
@@ -177,7 +215,24 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
     if isinstance(value, bool):
         return kind is bool
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return False
+    if isinstance(value, str) and not is_text(value):
+        return False
+    if isinstance(value, Tensor) and not is_whole(value):
+        return False
     return isinstance(value, int | float if kind is float else kind)
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written as UTF-8: half of a surrogate pair, or bytes of a name that are no text, cannot."""
+    return value == value.encode("utf-8", "ignore").decode()
+
+
+def is_whole(value: Tensor) -> bool:
+    """Whether a tensor is a plain one whose numbers are all there: one that is expanded may claim any number."""
+    plain = value.layout == torch.strided and not value.is_quantized and value.device.type != "meta"
+    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def folder_name(name: str) -> str:

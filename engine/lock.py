@@ -30,7 +30,7 @@ def hold(path: Path, owner: object) -> None:
                 raise OSError("this platform has no locks")
             flock(file, LOCK_EX | LOCK_NB)
         except BlockingIOError:
-            holder = file.read().strip() or "it has just begun"
+            holder = " ".join(file.read().split())[:200] or "it has just begun"
             if holder.startswith(f"process {os.getpid()} on {machine} "):
                 return
             raise UserError(
@@ -44,7 +44,7 @@ def hold(path: Path, owner: object) -> None:
             if why or os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
         file.close()
-    left = file.read().strip()
+    left = " ".join(file.read().split())[:200]
     if left and f" on {machine} " not in left:
         why = f"{path} was left by {left}"
     if why:
@@ -58,7 +58,7 @@ def hold(path: Path, owner: object) -> None:
 def open_lock(path: Path) -> IO[str]:
     """The lock file, made if it is not there, at its beginning. Raises UserError when it cannot be written."""
     try:
-        file = open(path, "a+")
+        file = open(path, "a+", errors="replace")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): give another folder") from error
     file.seek(0)
@@ -70,7 +70,7 @@ def is_free(path: Path) -> bool:
     if flock is None:
         return False
     try:
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             flock(file, LOCK_EX | LOCK_NB)
             return f" on {platform.node()} " in file.read()
     except OSError:

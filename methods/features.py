@@ -17,7 +17,7 @@ from data.transforms import network_input
 from engine.budget import check_disk
 from engine.distributed import gather_objects, gather_rows, rank_0_first
 from engine.errors import UserError
-from engine.files import atomic_file, load_tensors, save_atomically, weights_digest
+from engine.files import atomic_file, fits, load_tensors, save_atomically, weights_digest
 from engine.normalisation import IMAGENET, Normalisation
 from engine.precision import Precision
 from engine.run import Run, move, on_device
@@ -155,6 +155,18 @@ def updated_features(blocks: UpdatedBlocks, source: Source, index: Tensor, preci
     return torch.cat(list(outputs(blocks.updated, batches, precision)))
 
 
+def map_rows(path: Path, n: int, dtype: torch.dtype) -> Tensor:
+    """The array of n rows in a file of numpy, mapped, copy-on-write. Raises ValueError when it is another.
+
+    Its size is looked at, but not its numbers: there may be more of them than memory.
+    """
+    array = np.lib.format.open_memmap(path, mode="c")
+    rows = torch.from_numpy(array)
+    if rows.dtype != dtype or len(rows) != n or array.offset + array.nbytes != path.stat().st_size:
+        raise ValueError("it is cut or of another shape")
+    return rows
+
+
 class FeatureCache:
     """Features and activations of whole splits, kept in `folder` between runs under a hash of all they follow from."""
 
@@ -185,8 +197,9 @@ class FeatureCache:
         kind = f"features{backbone.feature_dim}"
         path = self.path(kind, backbone, split, backbone.normalisation).with_suffix(".pt")
         if path.is_file():
-            with contextlib.suppress(Exception):  # damaged: embed anew
-                features = load_tensors(path, self.run.device)
+            with contextlib.suppress(OSError, ValueError):  # damaged: embed anew
+                kept, shape = load_tensors(path, self.run.device), (len(split.images), backbone.feature_dim)
+                features = kept if fits(kept, Tensor) and kept.shape == shape and kept.dtype == torch.float32 else None
         found = all(gather_objects(features is not None, self.run.ranks))
         if found and features is not None:
             return features
@@ -222,8 +235,8 @@ class FeatureCache:
     def mapped(self, path: Path, network: nn.Module, batches: Iterator[Tensor], n: int, dtype: torch.dtype) -> Tensor:
         """What a network, in eval mode, makes of batches of n images, mapped from its file, which is written batch by
         batch, for it may be larger than memory."""
-        with contextlib.suppress(OSError, ValueError):  # not there or damaged: compute it
-            return torch.from_numpy(np.load(path, mmap_mode="c"))
+        with contextlib.suppress(Exception):  # not there or damaged, of which numpy raises nearly any: compute it
+            return map_rows(path, n, dtype)
         network.eval()
         largest = torch.finfo(dtype).max
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
@@ -235,7 +248,7 @@ class FeatureCache:
                     header = {"descr": array.dtype.str, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_2_0(file, header)
                 array.tofile(file)
-        return torch.from_numpy(np.load(path, mmap_mode="c"))
+        return map_rows(path, n, dtype)
 
     def path(self, kind: str, module: nn.Module, split: Split, by: Normalisation) -> Path:
         """Where what this module made of this split is kept, its suffix left open: another weight, another name."""

@@ -117,8 +117,9 @@ class RunFiles:
         Quiet, it prints nothing.
         """
         took = ""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
-            took = f"; it took {read_json(self.table)['seconds'] / 60:.1f} min last time"
+        with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
+            record = read_json(self.table)
+            took = f"; it took {record['seconds'] / 60:.1f} min last time" if fits(record, {"seconds": float}) else ""
         if not quiet:
             name = self.name
             print(f"{self.stage}: {name.method}, {name.backbone}, {name.dataset}: {what}{took}; result: {self.table}")

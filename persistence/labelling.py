@@ -5,15 +5,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data.user_images import decode_views
 from engine.errors import UserError
-from engine.files import load_tensors, save_atomically
+from engine.files import Schema, fits, load_tensors, save_atomically
 from engine.run import Run
 from methods.classifier import Answers, Classifier, classify
 
 # Images of a part: their views are all that is held of images.
 PART = 512
+PART_FILE: Schema = {"key": str, "kept": list[int], "reasons": list[str], "answers": dict[str, Tensor]}
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,27 @@ class Parts:
     folder: Path | None
     key: str
 
-    def load(self, start: int) -> Part | None:
+    def load(self, start: int, n_way: int) -> Part | None:
         """The part whose first image is `start`, if it is kept. Raises UserError when it is of another run."""
         path = self.path(start)
         if path is None or not path.is_file():
             return None
         try:
             content = load_tensors(path, "cpu")
-            key, kept, reasons = content["key"], content["kept"], content["reasons"]
-            part = Part(kept, Answers(**content["answers"]), reasons)
-        except (ValueError, KeyError, TypeError):  # damaged: made anew
+        except ValueError:  # damaged: made anew
             return None
-        if key != self.key:
+        if not fits(content, PART_FILE):
+            return None
+        n, answers = len(content["kept"]), content["answers"]
+        shapes = {"probabilities": (n, n_way), "finetuned": (n, n_way), "cosine": (n,), "nearest": (n,)}
+        if {name: tuple(value.shape) for name, value in answers.items()} != shapes:
+            return None
+        if content["key"] != self.key:
             raise UserError(
                 f"{self.folder} is of another classifier, other images or flags: give --overwrite to begin anew, or "
                 "another --out"
             )
-        return part
+        return Part(content["kept"], Answers(**answers), content["reasons"])
 
     def save(self, start: int, part: Part) -> None:
         """Keep a part."""
@@ -89,7 +95,7 @@ def label_images(
     with run.bar(None, "label", "img", total=len(images)) as bar:
         for start in range(0, len(images), PART):
             chunk = images[start : start + PART]
-            part = parts.load(start)
+            part = parts.load(start, len(classifier.class_names))
             if part is None:
                 part = label_part(classifier, chunk, start, img_size, num_workers, run)
                 if part.reasons and not skip_bad:

@@ -5,13 +5,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from data.benchmarks import Split
 from data.episodes import EpisodeShape, sample_episodes
 from engine.distributed import gather_objects
 from engine.errors import UserError
-from engine.files import read_json, weights_digest
+from engine.files import fits, read_json, weights_digest
 from engine.records import provenance, write_json
 from engine.run import Run
 from methods.alignment import AlignmentSetting
@@ -106,8 +106,9 @@ def command(flags: str, setting: AlignmentSetting, run: Run) -> str:
 def read_rows(path: Path, flags: list[str]) -> list[Row] | None:
     """The rows of a kept table, one for each of these flags in order; None when it is not there or damaged."""
     try:
-        rows = [Row(**row) for row in read_json(path)["rows"]]
+        record = read_json(path)
+        rows = [Row(**row) for row in record["rows"]] if fits(record, {"rows": [get_type_hints(Row)]}) else []
         numbers = [value for row in rows for value in (row.accuracy, row.gain, row.gain_ci95)]
         return rows if [row.flags for row in rows] == flags and all(map(math.isfinite, numbers)) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, TypeError):
         return None

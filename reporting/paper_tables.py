@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from engine.files import atomic_file, read_json
+from engine.errors import UserError
+from engine.files import Schema, atomic_file, fits
 from engine.records import write_json
 from methods.meta_learners import META_LEARNERS
 from models import HEADS
 from persistence.files import RunName, differences
 from persistence.results import paired_difference
-from reporting.report import interval, markdown_table, signed
+from reporting.report import interval, markdown_table, signed, stage_result
 
 TABLES = ("main", "ablation", "crossdomain", "ways")
 SCRIPTS = {"transfer": "transferLearning", "meta": "metaLearning", "alignment": "associative_alignment"}
@@ -54,6 +55,7 @@ FEWER_QUERIES = {"CUB": 15}
 META_EPOCHS_1_SHOT = 600
 # Stage 1's margin on a support set, for the fine-tuning that stage 3 does in its place.
 EVALUATION_MARGIN = 0.01
+MADE_WITH: Schema = {"n_query": int, "commit": str, "command": str}  # what a row of a table takes beside a result
 # What an alignment is compared with, beside fine-tuning, and the alignments.
 CONTROLS, ALIGNMENTS = ("head", "naive"), ("centroid", "adversarial")
 HEADER = ["method", "backbone", "novel classes", "task", "ours %", "paper %", "ours - paper", "gain of alignment"]
@@ -193,10 +195,10 @@ def table_rows(
 def finished(row: Row, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result of a row that was run with these flags and has its checkpoint's last word; else None."""
     try:
-        record = dict(read_json(row.result))
-        if differences(dict(config), record["config"]):
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+        record = stage_result(row.result)
+    except (OSError, UserError):
+        return None
+    if not fits(record, MADE_WITH) or differences(dict(config), record["config"]):
         return None
     stale = row.checkpoint.exists() and row.checkpoint.stat().st_mtime > row.result.stat().st_mtime
     return None if stale else record
@@ -283,7 +285,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
         cells = [record["name"], record["backbone"], record["novel_dataset"]]
         cells += [f"{record['n_way']}-way {record['n_shot']}-shot", interval(ours) if ours else "not run yet", theirs]
         cells.append(signed(record["ours_minus_paper"], record["ours_minus_paper_ci95"]) if ours and paper else "")
-        cells += [signed(**gain) if gain else "" for gain in gains]
+        cells += [signed(gain["accuracy"], gain["ci95"]) if gain else "" for gain in gains]
         cells += [str(ours["n_epoch"]), str(ours["n_episodes"]), f"{ours['seconds']:.0f}"] if ours else ["", "", ""]
         rows.append(cells)
     return markdown_table(HEADER, rows)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from engine.errors import OneLineParser, UserError
-from engine.files import FLAGS, Schema, misfit, read_json
+from engine.files import FLAGS, Schema, fits, misfit, read_json
 from engine.script import run_script
 from methods.evaluation import mean_and_ci95
 from persistence.results import paired_difference, percent
@@ -26,9 +26,14 @@ RESULT: Schema = ACCURACY | {
 ALIGNMENT: Schema = RESULT | {
     **{"alignment": str, "fine_tuning": ACCURACY, "difference": {"accuracy": float, "ci95": float | None}},
 }
-# Of stage 3's controls that fit nothing; older results have none.
+# What older results lack: of stage 3's controls that fit nothing, its curve, and which classes are taken for which.
 CONTROL = ACCURACY | {"difference": {"accuracy": float, "ci95": float | None}}
-NEAREST_MEAN: Schema = {"nearest_mean": {"Euclidean": CONTROL, "cosine": CONTROL}}
+CURVE = {"iteration": int, "accuracy": float, "ci95": float | None, "gain": float, "gain_ci95": float | None}
+LATER: Schema = {
+    **{"nearest_mean": {"Euclidean": CONTROL, "cosine": CONTROL}, "curve": [CURVE]},
+    "confusion": dict[str, dict[str, int]],
+}
+EPOCH: Schema = {"epoch": int} | dict.fromkeys(("loss", "base_accuracy", "val_accuracy", "val_ci95"), float | None)
 HEADER = "dataset,backbone,task,method,accuracy %,paired gain,over nearest mean,episodes,seconds".split(",")
 # What two results of the same episodes have in common.
 PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query")
@@ -49,7 +54,12 @@ def is_result(file: Path, record: Any) -> bool:
     if not (isinstance(record, dict) and "stage" in record):
         return False
     schema = ALIGNMENT if "alignment" in record else RESULT
-    if wrong := misfit(record, schema | (NEAREST_MEAN if "nearest_mean" in record else {})):
+    wrong = misfit(record, schema | {key: kind for key, kind in LATER.items() if key in record})
+    if not wrong and "alignment" in record:
+        wrong = misfit(record["fine_tuning"], {"confusion": LATER["confusion"]} if "confusion" in record else {})
+        n_before, n_after = (len(part["accuracy_per_episode"]) for part in (record["fine_tuning"], record))
+        wrong = wrong or (f"{n_before} episodes before alignment, {n_after} after" if n_before != n_after else "")
+    if wrong:
         raise UserError(f"result file {file} is damaged ({wrong}): delete it and run its stage again")
     return True
 
@@ -80,11 +90,12 @@ def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
     for file in sorted((results_dir / "logs").glob("*/metrics.jsonl")):
         try:
             rows = read_json(file, lines=True)
-            if rows and "episode" not in rows[0]:  # those of stage 3 are of episodes
-                keys = ("epoch", "loss", "base_accuracy", "val_accuracy", "val_ci95")
+            if rows and not fits(rows[0], {"episode": int}):  # those of stage 3 are of episodes
+                if not fits(rows, [EPOCH]):
+                    raise ValueError("it has a line that is not of an epoch")
                 name = file.parent.name.removesuffix("_bestModel").replace("_", " ")
-                logs[name] = [{key: row[key] for key in keys} for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
+                logs[name] = [{key: row[key] for key in EPOCH} for row in rows]
+        except ValueError as error:
             raise UserError(f"metrics file {file} is damaged ({error}): delete it or run its stage again") from error
     return logs
 
@@ -106,7 +117,7 @@ def variant(record: dict[str, Any]) -> str:
     if config.get("align_preset", "paper") != "paper":
         return f", {config['align_preset']}"
     blocks = config.get("align_blocks")
-    return f", last {blocks} block{'s' * (blocks > 1)}" if blocks else ""
+    return f", last {blocks} block{'s' * (blocks > 1)}" if isinstance(blocks, int) and blocks else ""
 
 
 def table_rows(record: dict[str, Any]) -> list[list[str]]:
@@ -125,6 +136,7 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
         return [[*protocol, record["method"], interval(record), "", "", *cost]]
     nearest: dict[str, Any] = record.get("nearest_mean", {})
     best = max(nearest.values(), key=lambda control: control["accuracy"], default=None)
+    gains = record["difference"], best and best["difference"]
     controls = {"fine-tuning": record["fine_tuning"]}
     controls |= {f"nearest mean, {name}": control for name, control in nearest.items()}
     return [
@@ -136,8 +148,7 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
             *protocol,
             f"{record['method']}, {record['alignment']} alignment{variant(record)}",
             interval(record),
-            signed(**record["difference"]),
-            signed(**best["difference"]) if best else "",
+            *(signed(gain["accuracy"], gain["ci95"]) if gain else "" for gain in gains),
             *cost,
         ],
     ]
@@ -210,7 +221,7 @@ def trainings_lines(files: list[Path]) -> list[str]:
 def episodes_of(record: dict[str, Any]) -> str:
     """Where the episodes of a result come from, in words."""
     file = record["config"].get("episodes_file")
-    return f"the episodes in {Path(file).name}" if file else f"the episodes of seed {record['seed']}"
+    return f"the episodes in {Path(str(file)).name}" if file else f"the episodes of seed {record['seed']}"
 
 
 def main() -> None:

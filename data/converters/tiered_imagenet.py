@@ -94,6 +94,8 @@ def _pixel_images(path: Path, n_images: int) -> Iterator[Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+            if archive.testzip():  # before any image is written
+                raise EOFError("its content does not fit its checksum")
             shape = _array_shape(file, path)
             if shape[0] != n_images:
                 raise UserError(f"'{path}' has {shape[0]} images, and {n_images} have labels")

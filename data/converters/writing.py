@@ -12,7 +12,7 @@ from tqdm import tqdm
 from data.converters.converter import SPLITS, Conversion, ImageItem
 from data.image_cache import decodable, to_rgb
 from engine.errors import UserError
-from engine.files import atomic_file, read_json
+from engine.files import atomic_file, is_text, read_json
 
 SETTINGS = "prepared.json"
 SHOWN = 5  # names in an error line; the rest is counted
@@ -99,11 +99,6 @@ def count_problems(counts: dict[str, dict[str, int]], expected: Conversion) -> l
     if expected.total not in (None, n_images):
         problems.append(f"there are {n_images} of {expected.total} images")
     return problems
-
-
-def is_text(name: str) -> bool:
-    """Whether a name can be written as UTF-8: bytes of a file name that are no text cannot."""
-    return name == name.encode("utf-8", "ignore").decode()
 
 
 class _UnreadableImageError(Exception):

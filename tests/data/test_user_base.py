@@ -48,7 +48,7 @@ def test_classes_of_the_same_name_or_with_the_same_image_are_found(root):
 def test_hashes_are_kept_and_damaged_ones_made_anew(root):
     base, paths = load_base(root / "tiny", options(root))
     first = base_hashes(paths, base, root / "cache")
-    (kept,) = (root / "cache").glob("hashes_*.npy")
+    (kept,) = (root / "cache").glob("hashes_*.pt")
     assert np.array_equal(first, base_hashes([], base, root / "cache")) is False  # other images: none is kept for them
     base_hashes(paths, base, root / "cache")
     kept.write_bytes(b"damaged")

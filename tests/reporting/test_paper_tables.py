@@ -8,7 +8,7 @@ import pytest
 
 from reporting.paper_tables import PAPER, SCRIPTS, TABLES, Plan, compare, finished, markdown, paper_number, write_table
 from reporting.paper_tables import table_rows as rows_of
-from tests.helpers import ROOT
+from tests.helpers import ROOT, STAGE_1, result
 
 
 def test_only_what_is_known_for_sure_stands_as_the_papers_number():
@@ -79,14 +79,18 @@ def row(tmp_path):
     return row
 
 
-def test_a_row_is_finished_by_a_result_of_its_flags_that_is_younger_than_its_checkpoint(row):
+def test_a_row_is_finished_by_a_result_of_its_flags_that_is_younger_than_its_checkpoint(row, trained):
     config = {"lr": 0.1, "seed": 0}
     assert finished(row, config) is None
     for damaged in ("", "{", "[]", '{"accuracy": 5}'):
         row.result.write_text(damaged)
         assert finished(row, config) is None
-    row.result.write_text(json.dumps({"accuracy": 5.0, "config": config}))
-    assert finished(row, config) == {"accuracy": 5.0, "config": config}
+    whole = result(trained, STAGE_1) | {"config": config}
+    for missing in ("accuracy", "ci95", "n_query", "command"):
+        row.result.write_text(json.dumps({key: value for key, value in whole.items() if key != missing}))
+        assert finished(row, config) is None
+    row.result.write_text(json.dumps(whole))
+    assert finished(row, config) == whole
     assert finished(row, {"lr": 0.2, "seed": 0}) is None
     os.utime(row.checkpoint, (row.result.stat().st_mtime + 1,) * 2)
     assert finished(row, config) is None
