@@ -132,11 +132,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def decodable(file: Path | IO[bytes]) -> Iterator[Image.Image]:
-    """An image, its pixels not decoded yet, from a path or an open file.
+def decodable(file: Path | IO[bytes], header: bool = False) -> Iterator[Image.Image]:
+    """An image, its pixels not decoded yet, from a path or an open file; with `header` its pixels do not matter.
 
-    Raises ValueError, with the reason in one line, when it is no regular file, of none of FORMATS, a bomb, or when the
-    block cannot decode it.
+    Raises ValueError, with the reason in one line, when it is no regular file, of none of FORMATS, a bomb, not what its
+    checksums are of, or when the block cannot decode it.
     """
     try:
         if isinstance(file, Path):
@@ -145,6 +145,9 @@ def decodable(file: Path | IO[bytes]) -> Iterator[Image.Image]:
             limit = MAX_PIXELS * BYTES["RGB"] // BYTES.get(image.mode, 12)
             if image.width * image.height > limit:
                 raise ValueError(f"{image.width}x{image.height} pixels is more than the limit of {limit}")
+            if image.format == "PNG" and not header:  # decoding it compares no checksum of the pixels
+                with Image.open(file, formats=("PNG",)) as again:
+                    again.verify()
             yield image
     except UnidentifiedImageError as error:
         raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
@@ -153,10 +156,10 @@ def decodable(file: Path | IO[bytes]) -> Iterator[Image.Image]:
 
 
 @contextlib.contextmanager
-def opened(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
+def opened(path: Path, content: bytes | None = None, header: bool = False) -> Iterator[Image.Image]:
     """The same of an image file, or of its content where that is read already, with a UserError that names the file."""
     try:
-        with decodable(path if content is None else io.BytesIO(content)) as image:
+        with decodable(path if content is None else io.BytesIO(content), header) as image:
             yield image
     except ValueError as error:
         raise undecodable(path, error) from error
@@ -202,7 +205,7 @@ def hwc_to_chw(image: Image.Image) -> np.ndarray:
 
 def header_size(path: Path) -> tuple[int, int]:
     """(height, width) of an upright image, from its header alone."""
-    with opened(path) as image:
+    with opened(path, header=True) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
 

@@ -167,8 +167,9 @@ def read_episodes(path: Path) -> list[dict[str, Any]]:
     """
     remedy = "delete it and run its stage again"
     first = read_record(path, EPISODE_FORMAT, EPISODE, "saved episode", remedy)
-    records = [first, *first.pop("more", [])]
-    if not all(fits(record, EPISODE) and sound(record) for record in records):
+    more = first.pop("more", [])
+    records = [first, *more] if isinstance(more, list) else []
+    if not records or not all(fits(record, EPISODE) and sound(record) for record in records):
         raise UserError(f"{path} is a damaged saved episode: {remedy}")
     return [record | {"result": path.stem} for record in records]
 
