@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.errors import UserError
-from engine.files import FLAGS, read_record, save_atomically
+from engine.files import FLAGS, misfit, read_record, save_atomically
 from engine.generators import seeded
 from engine.normalisation import IMAGENET, Normalisation
 from engine.records import plain
@@ -66,10 +66,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     kinds = get_type_hints(Checkpoint)
     schema = {field.name: kinds[field.name] for field in fields(Checkpoint) if field.default is MISSING}
     content = read_record(path, FORMAT, schema, "checkpoint", REMEDY)
+    later = {"normalisation": list[list[float]], "glyphs_version": int}
     try:
+        if wrong := misfit(content, {key: kind for key, kind in later.items() if key in content}):
+            raise ValueError(wrong)
         content["normalisation"] = Normalisation.of(*content.get("normalisation", IMAGENET))
     except (TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} has no usable normalisation ({error}): {REMEDY}") from error
+        raise UserError(f"checkpoint {path} has no usable normalisation or version ({error}): {REMEDY}") from error
     return Checkpoint(**{name: content[name] for name in kinds if name in content})
 
 
