@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.image_cache import IMAGE_SUFFIXES, eval_view, map_in_chunks, open_rgb, to_rgb
 from data.listing import list_folder
+from engine.budget import check_memory
 from engine.errors import UserError
 from engine.run import progress_bar
 
@@ -118,6 +119,8 @@ def decode_views(
         except UserError as error:
             return error
 
+    n_bytes = 3 * len(paths) * img_size**2 + 4 * int(1.15 * img_size) ** 2
+    check_memory(f"decoding to {img_size} x {img_size} pixels", n_bytes, "take a smaller image size, or fewer images")
     views = np.empty((len(paths), 3, img_size, img_size), dtype=np.uint8)
     kept: list[int] = []
     reasons: list[str] = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import Schema, read_record, save_atomically, weights_digest
+from engine.files import Schema, misfit, read_record, save_atomically, weights_digest
 from engine.normalisation import Normalisation
 from engine.records import plain
 from methods.classifier import Classifier
@@ -28,11 +28,17 @@ REMEDY = "make one with predict.py --save"
 # What a file must hold; that it goes together is checked as it is taken over.
 HEAD: Schema = {"method": str, "s": float, "m": float, "state": dict[str, Tensor]}
 CLASSIFIER: Schema = {
-    **{"facts": dict[str, Any], "class_names": list[str], "examples": list[str], "normalisation": list[list[float]]},
+    **{
+        "facts": dict[str, str | float | bool | None | list[str | float | bool]],
+        "class_names": list[str],
+        "examples": list[str],
+        "normalisation": list[list[float]],
+    },
     **{"backbone_digest": str, "backbone_state": dict[str, Tensor], "aligned_state": dict[str, Tensor]},
     **{"adapter": dict[str, Tensor] | None, "finetuned": HEAD, "head": HEAD, "z_support": Tensor, "y_support": Tensor},
     **{"confidence": dict[str, float] | None, "least_cosine": float},
 }
+FACTS: Schema = {"backbone": str, "img_size": int, "alignment": str, "method": str}
 CUSTOM = "custom:"  # a backbone of a user's own code, which a file must not have run
 
 
@@ -131,6 +137,8 @@ def load_classifier(path: Path, backbone: str | None = None) -> tuple[Classifier
         raise UserError(f"no classifier {path}: make one with 'python predict.py --support FOLDER ... --save {path}'")
     content = read_record(path, FORMAT, CLASSIFIER, "classifier", REMEDY)
     try:
+        if wrong := misfit(content["facts"], FACTS):
+            raise ValueError(wrong)
         names, examples = checked_names(content)
         before, aligned = load_networks(content, path, backbone)
         z, adapter = content["z_support"], content["adapter"]

@@ -68,7 +68,26 @@ from tests.persistence.test_import_published import Calls, published_module, sav
 
 SECONDS, MEGABYTES = 5, 500
 SPLIT, SHAPE = make_split(), EpisodeShape(3, 2, 3)
-ODD = [None, True, 0, -1, 7, 0.5, 2**70, 10**400, 1e308, float("nan"), "", "\0\n", "\ud800", [], [[]], {}, {"a": None}]
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    7,
+    0.5,
+    10**9,
+    2**70,
+    10**400,
+    1e308,
+    float("nan"),
+    "",
+    "\0\n",
+    "\ud800",
+    [],
+    [[]],
+    {},
+    {"a": None},
+]
 ODD_TENSORS = [torch.zeros(0), torch.full((3,), torch.nan), torch.zeros(1).expand(10**12), torch.eye(2).to_sparse()]
 ODD_TENSORS += [torch.ones(2, 2, dtype=torch.complex64), torch.zeros(3, device="meta")]
 
