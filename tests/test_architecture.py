@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 LEVEL = {"engine": 0, "models": 1, "data": 1, "methods": 2, "persistence": 3, "reporting": 4, "scripts": 5}
 LEVEL |= {"speed": 6, "tests": 7}
 # No script and no module of the tests imports another one, but for these.
-SHARED = {"args_parser", "tests.helpers"}
+SHARED = {"args_parser", "tests.helpers", "tests.published"}
 MAX_PARAMETERS, MAX_LINES, MAX_MAIN_LINES = 8, 60, 55
 
 Sources = dict[str, str]  # the text of each file by its path below the root

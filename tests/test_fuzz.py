@@ -64,7 +64,7 @@ from persistence.setting_choice import read_rows
 from reporting.paper_tables import finished
 from reporting.report import read_results, table_rows, training_logs
 from tests.helpers import CHECKPOINT, CURVE, RUN, STAGE_1, STAGE_3, TRAIN, call, folders, make_split
-from tests.persistence.test_import_published import Calls, published_module, saved  # noqa: F401
+from tests.published import Calls, published_module, saved  # noqa: F401
 
 SECONDS, MEGABYTES = 5, 500
 SPLIT, SHAPE = make_split(), EpisodeShape(3, 2, 3)

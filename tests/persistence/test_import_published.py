@@ -9,8 +9,6 @@ import pickle
 import shutil
 import struct
 import subprocess
-import sys
-import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -25,62 +23,22 @@ from data.converters.converter import SPLIT_FILES
 from data.transforms import normalise
 from engine.files import load_tensors
 from models import build_head
-from persistence.checkpoints import create_backbone, load_backbone, load_checkpoint
+from persistence.checkpoints import load_backbone, load_checkpoint
 from tests.helpers import ROOT, call, golden, make_benchmark, run
+from tests.published import (  # noqa: F401
+    PUBLISHED_MODULE,
+    Calls,
+    arcMax,
+    cosMax,
+    published_content,
+    published_module,
+    saved,
+    softMax,
+)
 
 REFERENCE = Path(os.environ.get("PUBLISHED_CHECKPOINTS", ROOT.parent / "shared" / "reference"))
 PUBLISHED = REFERENCE / "5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar"
 needs_published = pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published checkpoint is not here")
-
-
-PUBLISHED_MODULE = "methods.transferLearning_clfHeads"
-
-
-class arcMax(nn.Module):
-    """A head as the published code pickles it: the class is not ours, and holds another object."""
-
-    __module__ = PUBLISHED_MODULE
-
-    def __init__(self, **parameters):
-        super().__init__()
-        for name, value in parameters.items():
-            self.register_parameter(name, nn.Parameter(value))
-        self.criterion = nn.CrossEntropyLoss()
-        self.s, self.margin = 20, 0.01
-
-
-class cosMax(arcMax):
-    __module__ = PUBLISHED_MODULE
-
-
-class softMax(arcMax):
-    __module__ = PUBLISHED_MODULE
-
-
-@pytest.fixture(autouse=True)
-def published_module(monkeypatch):
-    """The module of the published code, from which torch.save takes the names and, in old files, the sources."""
-    module = types.ModuleType(PUBLISHED_MODULE)
-    module.__file__ = __file__
-    for head in (arcMax, cosMax, softMax):
-        setattr(module, head.__name__, head)
-    monkeypatch.setitem(sys.modules, PUBLISHED_MODULE, module)
-
-
-def published_content(seed=0, n_class=3, head=arcMax):
-    """What a published file of a 16-pixel Conv4 holds."""
-    net = create_backbone("Conv4", 16, seed)
-    state = OrderedDict()
-    for name, value in net.state_dict().items():
-        _, block, layer, rest = name.split(".")
-        state[f"nConvBlock.{block}.convBlock.{0 if layer == 'conv' else 1}.{rest}"] = value
-    generator = torch.Generator().manual_seed(seed)
-    head = head(**build_head(head.__name__, net.feature_dim, n_class, 20.0, 0.01, generator).state_dict())
-    optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()])
-    sum(p.sum() for p in optimizer.param_groups[0]["params"]).backward()
-    optimizer.step()
-    content = {"epoch": 3, "state": state, "max_acc": np.float64(61.5), "base_clf": head, "optimizer": optimizer}
-    return content, net, head
 
 
 def importing(path, out, *flags):
@@ -158,16 +116,6 @@ def test_the_published_checkpoint_drives_the_stages(imported, tmp_path):
 # Hostile and damaged files.
 
 
-class Calls:
-    """Unpickled by the standard unpickler, it calls a function."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
 def legacy(main, marker=None, tail=b""):
     """A file of the old format around a pickle or its bytes."""
     parts = [MAGIC_NUMBER, PROTOCOL_VERSION, {"little_endian": True}]
@@ -183,17 +131,6 @@ def zipped(main, compression=zipfile.ZIP_STORED, members=()):
         archive.writestr("archive/data.pkl", main if isinstance(main, bytes) else pickle.dumps(main, 2))
         for name, content in members:
             archive.writestr(f"archive/{name}", content)
-    return file.getvalue()
-
-
-def saved(change=None, new_format=True):
-    """A published file of a changed content."""
-    content = published_content()[0]
-    del content["optimizer"]
-    if change:
-        change(content)
-    file = io.BytesIO()
-    torch.save(content, file, _use_new_zipfile_serialization=new_format)
     return file.getvalue()
 
 
