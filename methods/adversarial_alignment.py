@@ -94,7 +94,8 @@ class AdversarialAlignment:
         self.generator = generator
         self.critic = Critic(d, n_way, setting.critic_hidden, generator=generator).to(device)
         self.with_related: Tensor | None = None
-        self.optimizer = torch.optim.Adam(self.critic.parameters(), lr=setting.critic_lr, betas=CRITIC_BETAS)
+        parameters = self.critic.parameters()
+        self.optimizer = torch.optim.Adam(parameters, lr=setting.critic_lr, betas=CRITIC_BETAS, fused=True)
 
     def __call__(self, z_support: Tensor, y_support: Tensor, z_related: Tensor, y_related: Tensor) -> Tensor:
         """The loss, after critic_steps steps of the critic on these features: the backbone's part of Algorithm 2.

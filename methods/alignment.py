@@ -114,9 +114,10 @@ class Updates:
         self.batch_statistics = setting.align_bn == "train"
         self.precision = precision
         # (1) the backbone; (2) the head, by the optimiser that fitted it, moments included; (3) both.
-        self.align_optimizer = torch.optim.Adam(backbone.parameters(), lr=setting.align_lr)
+        self.align_optimizer = torch.optim.Adam(backbone.parameters(), lr=setting.align_lr, fused=True)
         self.related_optimizer = with_rate(fitted, setting.related_lr)
-        self.support_optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=setting.support_lr)
+        both = [*backbone.parameters(), *head.parameters()]
+        self.support_optimizer = torch.optim.Adam(both, lr=setting.support_lr, fused=True)
 
     def align(self, support: Labelled, related: Labelled) -> Tensor:
         """(1): one step of the backbone on the alignment loss; NaN without one.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from engine.precision import float32_on
 from methods.meta_learner import MetaLearner
+from models.linear import linear
 
 SIMILARITY_SCALE = 100.0
 NORM_EPS = 1e-5
@@ -48,12 +49,12 @@ class MatchingNet(MetaLearner):
         cell = self.query_lstm
         from_query, from_support = cell.weight_ih.chunk(2, dim=1)
         bias = cell.bias_ih + cell.bias_hh
-        gates_of_query = F.linear(z_query, from_query, bias)
-        gates_of_support = F.linear(support, from_support)
+        gates_of_query = linear(z_query, from_query, bias)
+        gates_of_support = linear(support, from_support)
         h, c = z_query, torch.zeros_like(z_query)
         for _ in range(support.shape[1]):
             attention = (h @ support.transpose(1, 2)).softmax(-1)
-            gates = gates_of_query + F.linear(h, cell.weight_hh) + attention @ gates_of_support
+            gates = gates_of_query + linear(h, cell.weight_hh) + attention @ gates_of_support
             i, f, g, o = gates.chunk(4, dim=-1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh() + z_query

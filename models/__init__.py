@@ -44,7 +44,8 @@ class Model:
     classifier: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam([*self.backbone.parameters(), *self.head.parameters()], lr=self.lr)
+        parameters = [*self.backbone.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=True)
         self.net, self.classifier = self.backbone, self.head
 
 

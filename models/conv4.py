@@ -6,7 +6,10 @@ two unpadded pooled blocks, then two padded blocks without pooling, a 64x19x19 m
 """
 
 import math
+from typing import cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Backbone
@@ -25,13 +28,14 @@ class ConvBlock(nn.Module):
         nn.init.normal_(self.conv.weight, 0.0, math.sqrt(2.0 / (3 * 3 * c_out)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
         # pooled_norm is of a plain batch norm, which GlobalBatchNorm may have replaced, and of at least one image.
         plain = isinstance(self.bn, nn.BatchNorm2d) and isinstance(self.pool, nn.MaxPool2d) and len(x) > 0
-        if plain and self.training and x.requires_grad and x.device.type in ("cpu", "meta"):
-            return pooled_norm(x, self.bn)
+        learns = torch.is_grad_enabled() and (x.requires_grad or self.conv.weight.requires_grad)
+        if plain and self.training and learns and x.device.type in ("cpu", "meta"):
+            conv, shift = self.conv, cast(Tensor, self.conv.bias)
+            return pooled_norm(F.conv2d(x, conv.weight, padding=conv.padding), shift, self.bn)
         # ReLU is increasing, so it may follow the pooling: the same numbers, on a quarter of the map.
-        return self.relu(self.pool(self.bn(x)))
+        return self.relu(self.pool(self.bn(self.conv(x))))
 
 
 class Conv4(Backbone):

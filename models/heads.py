@@ -219,17 +219,14 @@ class arcMax(Head):
     def score_gradient(self, scores: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> Tensor:
         """Gradient of the loss to scores = cos(theta): (..., n, n_class) -> (..., n, n_class).
 
-        That of the logits s cos(theta + m), times s and, for the true class, times
-        d cos(theta + m) / d cos(theta) = cos m + sin m cos(theta) / sin(theta).
+        That of the logits s cos(theta + m), times s and, for the true class, times the slope of the margin.
         """
         factor = self.s / scores.shape[-2] if weight is None else self.s * weight.unsqueeze(-1)
-        gradient = probabilities(self.s * add_arc_margin(scores, y, self.m)).sub_(one_hot).mul_(factor)
-        # The margin applies where the cosine is positive; where the sine is bounded its slope is zero.
         index = y.unsqueeze(-1)
-        true = scores.gather(-1, index)
-        square = 1.0 - true.square()
-        slope = math.cos(self.m) + math.sin(self.m) * true * square.clamp_min(SINE_EPS).rsqrt() * (square > SINE_EPS)
-        return gradient.scatter_(-1, index, gradient.gather(-1, index) * torch.where(true > 0, slope, 1.0))
+        with_margin, slope = arc_margin(scores.gather(-1, index), self.m)
+        logits = scores.scatter(-1, index, with_margin).mul_(self.s)
+        gradient = probabilities(logits).sub_(one_hot).mul_(factor)
+        return gradient.scatter_(-1, index, slope.mul_(gradient.gather(-1, index)))
 
     def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> None:
         """The gradient of the scores, taken on to the weight."""
@@ -237,12 +234,21 @@ class arcMax(Head):
         set_cosine_gradient(self.weight, projected, 1.0, gradient)
 
 
-def add_arc_margin(cosine: Tensor, y: Tensor, m: float) -> Tensor:
-    """Replace cos(theta) of the true class by cos(theta + m), where cos(theta) > 0 (the easy margin).
+def arc_margin(true: Tensor, m: float) -> tuple[Tensor, Tensor]:
+    """cos(theta + m) of the cosine of a true class where that is positive (the easy margin), and its slope.
 
-    cosine (..., n, n_class), y (..., n) -> (..., n, n_class). ArcFace, eq. 3, with m in radians.
+    The slope is d cos(theta + m) / d cos(theta) = cos m + sin m cos(theta) / sin(theta); where the margin does not
+    apply it is 1, and where the sine is bounded, cos m. ArcFace, eq. 3, with m in radians.
     """
-    true = cosine.gather(-1, y.unsqueeze(-1))
-    sine = (1.0 - true.square()).clamp_min(SINE_EPS).sqrt()
-    with_margin = true * math.cos(m) - sine * math.sin(m)
-    return cosine.scatter(-1, y.unsqueeze(-1), torch.where(true > 0, with_margin, true))
+    square = 1.0 - true * true
+    sine = square.clamp_min(SINE_EPS).sqrt_()
+    slope = math.cos(m) + math.sin(m) * true / sine * (square > SINE_EPS)
+    applies = true > 0
+    with_margin = torch.where(applies, true * math.cos(m) - sine * math.sin(m), true)
+    return with_margin, torch.where(applies, slope, 1.0)
+
+
+def add_arc_margin(cosine: Tensor, y: Tensor, m: float) -> Tensor:
+    """Cosines (..., n, n_class), of which those of the true class, y (..., n), are replaced by cos(theta + m)."""
+    index = y.unsqueeze(-1)
+    return cosine.scatter(-1, index, arc_margin(cosine.gather(-1, index), m)[0])

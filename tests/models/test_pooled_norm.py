@@ -100,4 +100,4 @@ def test_a_second_backward_pass_is_an_error_and_not_a_wrong_number():
 
 def test_one_value_a_channel_has_no_statistics():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        pooled_norm(torch.randn(1, 6, 1, 1), block().bn)
+        pooled_norm(torch.randn(1, 6, 1, 1), torch.zeros(6), block().bn)
