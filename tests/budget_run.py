@@ -104,7 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         make_benchmark(root / "benchmarks" / "tiny", n_images=60, side=84)
-        make_benchmark(root / "user", n_class=(0, 0, 5), n_images=5, side=84, seed=1)
+        make_benchmark(root / "user", n_class=(6, 6, 5), n_images=5, side=84, seed=1)
         for setting, command in SETTINGS.items():
             if sys.argv[1:] and not any(word in setting for word in sys.argv[1:]):
                 continue
