@@ -20,6 +20,7 @@ from methods.budget import check_alignment
 from methods.feature_alignment import align_episodes, n_together
 from methods.features import FeatureCache, blocks_to_update
 from methods.related_base import exceeding_notes
+from methods.setting_choice import candidates
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
 from persistence.checkpoints import check_base_classes, load_backbone
 from persistence.files import LENGTH_FLAGS, Folders, RunName, alignment_files
@@ -31,7 +32,7 @@ SAVE_EVERY = 5  # episodes
 
 def main() -> None:
     args, run = start_stage("alignment")
-    ranks = run.ranks
+    ranks, is_auto = run.ranks, args.align_preset == "auto"
     variant = {"paper": args.alignment, "tuned": f"{args.alignment}_tuned", "auto": "auto"}[args.align_preset]
     files = alignment_files(from_flags(RunName, args), variant, from_flags(Folders, args), vars(args))
     n_test = args.testing_epochs * args.n_episodes
@@ -45,6 +46,7 @@ def main() -> None:
     with rank_0_first(ranks):
         files.find_state(LENGTH_FLAGS, ranks)
         base, novel = load(args.dataset, "base"), load(args.novel_dataset, args.test_split)
+        splits = [base, novel, *([load(args.novel_dataset, "val")] if is_auto else [])]
         episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
 
     # The backbone of stage 1 or 2, the blocks that alignment updates, and both splits as those take them.
@@ -53,14 +55,14 @@ def main() -> None:
     check_base_classes(path, checkpoint, args.dataset, base.class_names)
     blocks = blocks_to_update(backbone.to(run.device).to(memory_format=torch.channels_last), args.align_blocks)
     cache, setting, chosen = FeatureCache(args.cache_dir, run), from_flags(AlignmentSetting, args), None
-    check_alignment(blocks, backbone, (base, novel), shape, setting, run)
+    settings = list(candidates(setting).values()) if is_auto else [setting]
+    check_alignment(blocks, backbone, splits, episodes, settings, cache)
     base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
-    images = {"base images": base.fingerprint, "novel images": novel.fingerprint}
-    if args.align_preset == "auto":
-        with rank_0_first(ranks):
-            val = load(args.novel_dataset, "val")
-        images |= {"val images": val.fingerprint}
-        setting, chosen, lines = choose_and_keep(path, backbone, val, base_source, cache, shape, setting)
+    images = {
+        f"{name} images": split.fingerprint for name, split in zip(("base", "novel", "val"), splits, strict=False)
+    }
+    if is_auto:
+        setting, chosen, lines = choose_and_keep(path, backbone, splits[2], base_source, cache, shape, setting)
         print("\n".join(lines))
     for note in exceeding_notes(args.test_n_way, setting.related.n_B, len(base.class_names)):
         print(f"note: {note}")

@@ -51,9 +51,9 @@ def main() -> None:
     elif not args.n_epoch and n_parameters(learner):
         print(f"note: the module of {args.method} is tested untrained: only a {args.method} checkpoint brings it")
     model = Model(backbone, learner, args.lr)
-    check_episodic_training(model, (base, val, novel), train_shape if args.n_epoch else None, novel_episodes, run)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
     images = training_images(base, augmentation, run.device, backbone.normalisation)
+    check_episodic_training(model, (base, val, novel), train_shape if args.n_epoch else None, novel_episodes, run)
     size = "x".join(map(str, backbone.map_shape)) if maps else backbone.feature_dim
     own = f"{args.method}: {n_parameters(learner):,} of its own, on {size} features at {args.img_size} px"
     print(f"{args.backbone}: {n_parameters(backbone):,} parameters; {own}")

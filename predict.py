@@ -36,9 +36,11 @@ from engine.records import provenance, write_json
 from engine.run import Run, start_run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
+from methods.budget import check_fit
 from methods.classifier import Classifier, fit_classifier
-from methods.features import FeatureCache, Source, blocks_to_update, feature_source
+from methods.features import MAPPED, FeatureCache, Source, blocks_to_update, feature_source
 from methods.prediction import UNSURE, Predictions, alignment_notes, least_sure_first, user_split
+from methods.setting_choice import candidates
 from models import BACKBONES
 from models.backbone import Backbone
 from persistence.checkpoints import Checkpoint, create_backbone, load_backbone
@@ -48,9 +50,6 @@ from persistence.setting_choice import choose_for_support
 from reporting.contact_sheet import write_sheet
 from reporting.page import write_predictions
 from reporting.prediction_files import PartialTable, confidence_lines, prediction_record, summary_lines, write_csv
-
-# Numbers of base features above which they are kept in half precision and mapped from disk: 256 MB of them.
-MAPPED = 2**26
 
 
 @dataclass
@@ -129,12 +128,15 @@ def fit(
     if args.alignment == "none":
         why = f"--base {args.base} is not used, for --alignment none" if args.base else "it takes base images, --base"
         notes.append(f"no alignment: {why}")
+        check_fit(blocks, backbone, None, user, [setting], run)
     else:
         options = base_options(args, img_size)
         split, base_paths = load_base(args.base, options)
         files = [Path(example) for example in (*examples, *queries) if isinstance(example, str | Path)]
         shared = shared_classes(split, base_paths, args.cache_dir, class_names, files)
         notes += [f"base class {split.class_names[c]!r} {why}: it is left out" for c, why in shared.items()]
+        settings = list(candidates(setting).values()) if args.align_preset == "auto" else [setting]
+        check_fit(blocks, backbone, split, user, settings, run)
         cache = FeatureCache(args.cache_dir, run)
         base = source_without(cache, backbone, args.align_blocks, split, list(shared))
         if len(base.split.class_names) < len(class_names):

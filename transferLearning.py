@@ -52,7 +52,7 @@ def main() -> None:
     print(f"{args.backbone}: {size}")
     print(base.summary, f"{run.device}, {args.precision}", sep="; ")
     net = last_blocks(backbone, args.train_blocks)
-    check_base_training(model, (base, val, novel), args.n_epoch and args.batch_size, shape, args.freeze, run)
+    check_base_training(model, net, (base, val, novel), args.n_epoch and args.batch_size, shape, run)
 
     # Base training; the model of the best validation accuracy is kept. A frozen backbone embeds once.
     fit, training = from_flags(HeadFit, args), Training(files, model, base, run, bool(args.init_from))

@@ -4,23 +4,33 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
+
 from engine.errors import UserError
 
 MEMINFO = Path("/proc/meminfo")
+CPU = torch.device("cpu")
 NEARLY_ALL = 0.8
 
 
-def check_memory(what: str, n_bytes: int, remedy: str) -> None:
+def free_memory(device: torch.device) -> int | None:
+    """The bytes that are free on a GPU, or of the machine for its CPU; None where nothing says how many."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
+    except OSError:
+        return None
+    return 1024 * int(found[1]) if found and device.type == "cpu" else None
+
+
+def check_memory(what: str, n_bytes: int, remedy: str, device: torch.device = CPU) -> None:
     """Raise UserError when `what` takes more than the memory that is free; print a note when it takes nearly all.
 
     Where the system does not say how much that is, nothing is checked.
     """
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
-    except OSError:
-        return
-    if found:
-        compare(what, n_bytes, 1024 * int(found[1]), "memory", remedy)
+    if (free := free_memory(device)) is not None:
+        compare(what, n_bytes, free, "memory" if device.type == "cpu" else f"memory of {device}", remedy)
 
 
 def check_disk(what: str, n_bytes: int, folder: Path, remedy: str) -> None:

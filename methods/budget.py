@@ -1,49 +1,70 @@
 """What the stages take of memory, estimated from flags, splits and the network before they begin.
 
-The steps are run on the meta device, whose tensors have shapes and no numbers: what autograd would keep of them is
-counted at no cost. What is there already, such as the imports, and files mapped into memory are left out. A GPU's
-own memory is not looked at.
+The steps are run on the meta device, whose tensors have shapes and no numbers: what lives of them at the peak, forward
+and backward, is counted at no cost. What is there already, such as the imports, and files mapped into memory are left
+out. On a GPU Conv4, which pools later there, takes more than is counted.
 """
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data.benchmarks import Split
 from data.episodes import Episodes, EpisodeShape, check_episodes_fit
-from engine.budget import check_memory
+from engine.budget import check_memory, free_memory
 from engine.run import Run
 from methods.alignment import AlignmentSetting
+from methods.confidence import folds_together
 from methods.episodic_training import CHUNK_NUMBERS, episode_numbers
 from methods.evaluation import HEAD_CHUNK
 from methods.feature_alignment import n_together, numbers_together
-from methods.features import BATCH, UpdatedBlocks
+from methods.features import BATCH, MAPPED, FeatureCache, UpdatedBlocks
 from methods.meta_learner import MetaLearner
 from models import Model
 from models.backbone import Backbone
 
 FLOAT, LONG = 4, 8  # bytes
-LIVE = 4  # tensors as large as the largest that live at a time when a meta-learner scores
-SPARE = 150 * 10**6  # what PyTorch itself takes when it first computes
+SPARE = 40 * 10**6  # what PyTorch itself takes when it first computes
+HOLES = 1.5  # what a heap grows to, by what lives in it: freed memory lies in pieces
 
 
-@dataclass(frozen=True)
-class Step:
-    """Bytes of a training step: what autograd keeps of its forward pass, and the largest tensor of that."""
+class Live(TorchDispatchMode):
+    """A block that counts the bytes of the tensors that are made in it and live: now, and most, at the peak."""
 
-    kept: int
-    largest: int
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    @property
-    def n_bytes(self) -> int:
-        """At the peak of the step, with one gradient on the way."""
-        return self.kept + self.largest
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, given: Any = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        self.known.update(storages((given, named)))  # those from outside are no part of it
+        result = function(*given, **(named or {}))
+        for storage in storages(result):
+            if storage not in self.known:
+                self.known.add(storage)
+                self.count(storage.nbytes())
+                weakref.finalize(storage, self.count, -storage.nbytes())
+        return result
+
+    def count(self, n_bytes: int) -> None:
+        """So many bytes more, or less, live."""
+        self.now += n_bytes
+        self.most = max(self.most, self.now)
+
+
+def storages(values: object) -> Iterator[torch.UntypedStorage]:
+    """The memory of all tensors in nested containers."""
+    return (value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor))
 
 
 def without_numbers(module: nn.Module) -> nn.Module:
@@ -55,28 +76,36 @@ def without_numbers(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo).train()
 
 
-def step_of(module: nn.Module, forward: Callable[[nn.Module, Tensor], object], *shape: int) -> Step:
-    """What a training step of a module takes on an input of this shape: nothing, where only numbers would tell."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
+def peak(work: Callable[[], object]) -> int:
+    """Bytes that work on the meta device takes at its peak: nothing, where only numbers would tell."""
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = forward(without_numbers(module), torch.empty(shape, device="meta"))
+        with Live() as live:
+            work()
     except Exception:  # a network of the user's own may do anything with numbers
-        return Step(0, 0)
-    del result
-    return Step(sum(kept.values()), max(kept.values(), default=0))
+        return 0
+    return int(HOLES * live.most)
 
 
-def of_images(network: nn.Module, n: int, *shape: int) -> Step:
-    """The step of a network on n images, or of what enters it, of this shape."""
-    return step_of(network, lambda net, x: net(x), n, *shape)
+def of_step(module: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor], shape: Sequence[int], run: Run) -> int:
+    """Bytes of a training step of a module on an input of this shape, while the gradients of the step before live."""
+    dtype = torch.float32 if run.precision.name == "fp32" else torch.bfloat16  # as large as fp16
+    net = without_numbers(module).to(dtype)
+
+    def steps() -> None:
+        x = torch.empty(shape, device="meta", dtype=dtype)
+        for _ in range(2):
+            total = forward(net, x).sum()
+            net.zero_grad()
+            total.backward()
+
+    return peak(steps)
+
+
+@torch.no_grad()
+def of_pass(network: nn.Module, *shapes: Sequence[int]) -> int:
+    """Bytes of what a network makes, in eval mode and without gradients, of inputs of these shapes."""
+    net = without_numbers(network).eval()
+    return peak(lambda: net(*[torch.empty(shape, device="meta") for shape in shapes]))
 
 
 @torch.no_grad()
@@ -84,29 +113,23 @@ def outcome(network: nn.Module, img_size: int) -> tuple[int, ...]:
     """The shape of what a network makes of an image; of an image itself where only numbers would tell."""
     try:
         return tuple(without_numbers(network).eval()(torch.empty(1, 3, img_size, img_size, device="meta")).shape[1:])
-    except Exception:  # see step_of
+    except Exception:  # see peak
         return 3, img_size, img_size
 
 
-def moments(*modules: nn.Module, copies: int = 3) -> int:
-    """Bytes that learning adds to parameters: the gradient and Adam's two moments."""
-    return sum(copies * p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
+def moments(*modules: nn.Module, optimizers: int = 1) -> int:
+    """Bytes that learning adds to parameters, beside their gradient: the two moments of each Adam."""
+    return sum(2 * optimizers * p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
 
 
-def embedding(network: nn.Module, img_size: int) -> int:
-    """Bytes of a batch that is embedded: three maps of the largest layer, and the images on the way."""
-    return 3 * of_images(network, BATCH, 3, img_size, img_size).largest + inputs(BATCH, img_size)
-
-
-def inputs(n: int, img_size: int) -> int:
-    """Bytes of n images on their way into a network."""
-    return 2 * FLOAT * n * 3 * img_size**2
+def of_batch(network: nn.Module, split: Split) -> int:
+    """Bytes of a batch of images of a split that is embedded."""
+    return of_pass(network, (min(BATCH, len(split.labels)), *split.images.shape[1:]))
 
 
 def check(what: str, n_bytes: int, flags: str, run: Run) -> None:
-    """Raise UserError, naming the flags that would help, when work on the CPU takes more memory than is free."""
-    if run.device.type == "cpu":
-        check_memory(what, SPARE + n_bytes, f"give {flags}")
+    """Raise UserError, naming the flags that would help, when work takes more memory than is free on its device."""
+    check_memory(what, SPARE + n_bytes, f"give {flags}", run.device)
 
 
 def n_images(shape: EpisodeShape) -> int:
@@ -115,20 +138,20 @@ def n_images(shape: EpisodeShape) -> int:
 
 
 def check_base_training(
-    model: Model, splits: Sequence[Split], batch_size: int, shape: EpisodeShape, frozen: bool, run: Run
+    model: Model, net: nn.Module, splits: Sequence[Split], batch_size: int, shape: EpisodeShape, run: Run
 ) -> None:
     """Raise UserError when stage 1 takes more memory than is free.
 
-    splits: base, val and novel; batch_size: 0 without training; shape: of a test episode.
+    net: what the steps train of the backbone (see last_blocks); splits: base, val and novel; batch_size: 0 without
+    training; shape: of a test episode.
     """
     (base, *tests), d, side = splits, model.backbone.feature_dim, splits[0].images.shape[-1]
-    batch = min(batch_size, len(base.labels))
+    batch, frozen = min(batch_size, len(base.labels)), isinstance(net, nn.Identity)
     features = FLOAT * d * (max(len(split.labels) for split in tests) + frozen * len(base.labels))
-    step = 3 * FLOAT * batch * d
-    if batch and not frozen:
-        step = of_images(model.backbone, batch, 3, side, side).n_bytes + inputs(batch, side)
+    shown = (batch, d) if frozen else (batch, 3, side, side)
+    step = of_step(nn.Sequential(net, model.head), lambda both, x: both(x), shown, run) if batch else 0
     heads = 2 * FLOAT * HEAD_CHUNK * n_images(shape) * d
-    n_bytes = features + max(step + moments(model.backbone, model.head), heads, embedding(model.backbone, side))
+    n_bytes = features + moments(model.backbone, model.head) + max(step, heads, of_batch(model.backbone, base))
     check(
         f"training in batches of {batch} images" if batch else "testing",
         n_bytes,
@@ -150,12 +173,13 @@ def check_episodic_training(
         check_episodes_fit(base, train_shape)
         n = n_images(train_shape)
         forward = partial(episode_scores, shape=train_shape)
-        step = step_of(nn.ModuleList([backbone, learner]), forward, n, 3, side, side).n_bytes + inputs(n, side)
+        step = of_step(nn.ModuleList([backbone, learner]), forward, (n, 3, side, side), run)
         step, what = step + moments(backbone, learner), f"training on episodes of {n} images"
-    of_image = math.prod(backbone.map_shape) if learner.uses_maps else backbone.feature_dim
-    of_episode = episode_numbers(learner, episodes, of_image)
-    together = min(max(CHUNK_NUMBERS, of_episode), len(episodes) * of_episode)
-    n_bytes = max(step, LIVE * FLOAT * together, embedding(backbone, side))
+    image = backbone.map_shape if learner.uses_maps else (backbone.feature_dim,)
+    of_image, n_query = math.prod(image), episodes.query[0].numel()
+    together = min(len(episodes), max(1, CHUNK_NUMBERS // episode_numbers(learner, episodes, of_image)))
+    scores = of_pass(learner, (together, episodes.n_way, episodes.n_shot, *image), (together, n_query, *image))
+    n_bytes = max(step, scores, of_batch(backbone, base))
     n_bytes += FLOAT * of_image * max(len(split.labels) for split in tests)
     check(what, n_bytes, "a smaller --train_n_query, --n_query or --img_size", run)
 
@@ -172,29 +196,103 @@ def check_alignment(
     blocks: UpdatedBlocks,
     backbone: Backbone,
     splits: Sequence[Split],
-    shape: EpisodeShape,
-    setting: AlignmentSetting,
+    episodes: Episodes,
+    settings: Sequence[AlignmentSetting],
+    cache: FeatureCache,
+) -> None:
+    """Raise UserError when stage 3 takes more memory than is free.
+
+    splits: base and novel, and val where a setting is chosen; settings: all those that are tried.
+    """
+    d, base, run = backbone.feature_dim, splits[0], cache.run
+    shape = EpisodeShape(episodes.n_way, episodes.n_shot, episodes.query.shape[2])
+    kept = FLOAT * d * sum(len(split.labels) for split in splits)
+    work = [0] if all(cache.holds(backbone, blocks, split) for split in splits) else [of_batch(backbone, base)]
+    for setting in settings:
+        if blocks.in_feature_space:
+            n = n_together(d, shape.n_way, setting)
+            work.append(features_aligned(d, base, shape, setting, n if len(settings) > 1 else min(n, len(episodes))))
+        else:
+            work.append(blocks_aligned(blocks, backbone, base, shape, setting, run))
+    check("alignment", kept + on_gpu(blocks, splits, run) + max(work), alignment_flags(blocks, settings), run)
+
+
+def check_fit(
+    blocks: UpdatedBlocks,
+    backbone: Backbone,
+    base: Split | None,
+    user: Split,
+    settings: Sequence[AlignmentSetting],
     run: Run,
 ) -> None:
-    """Raise UserError when stage 3 takes more memory than is free. splits: base and novel; shape: of an episode."""
-    d, side, aug_size = backbone.feature_dim, splits[0].images.shape[-1], setting.related.aug_size
-    n_split, flags = sum(len(split.labels) for split in splits), "a smaller --aug_size"
-    kept = FLOAT * d * n_split
-    entering: tuple[int, ...] = (3, side, side)
-    if blocks.below is not None:
-        entering = outcome(blocks.below, side)
-    n_shown = shape.n_way * (aug_size + shape.n_shot)  # to a critic: its parameters and moments, and activations
-    critic = FLOAT * setting.critic.critic_hidden * (4 * d + 3 * n_shown) * (setting.alignment == "adversarial")
-    if blocks.in_feature_space:
-        n = n_together(d, shape.n_way, setting)
-        step = n * (FLOAT * numbers_together(d, shape.n_way, setting) + critic)
-        step += 2 * LONG * n * shape.n_way * aug_size * setting.align_iters + 2 * n * len(splits[0].labels)
-    else:
-        drawn = shape.n_way * min(aug_size, setting.related.n_B * max(map(len, splits[0].members)))
-        n = drawn + shape.n_way * shape.n_shot
-        step = of_images(blocks.updated, n, *entering).n_bytes + 2 * FLOAT * n * math.prod(entering) + critic
-        step += moments(blocks.updated, copies=5)  # two Adams and a gradient
-        flags += ", fewer --align_blocks"
-    if critic:
-        flags += ", a smaller --critic_hidden"
-    check("alignment", kept + max(step, embedding(backbone, side)), flags, run)
+    """Raise UserError when the classifier of predict.py takes more memory to fit than is free; see check_alignment."""
+    d, k, n_way = backbone.feature_dim, len(user.labels), len(user.class_names)
+    n_base = len(base.labels) if base else 0
+    if blocks.in_feature_space and n_base * d > MAPPED:
+        n_base = 0  # their features stay on the disk
+    shape = EpisodeShape(n_way, math.ceil(k / n_way), math.ceil(k / n_way))  # the support is what is scored
+    work = [of_batch(backbone, user)]
+    for setting in settings:
+        if base and not blocks.in_feature_space:
+            work.append(blocks_aligned(blocks, backbone, base, shape, setting, run))
+        else:
+            n = folds_together(k, d, n_way, setting) if len(settings) == 1 else n_together(d, n_way, setting)
+            work.append(features_aligned(d, base, shape, setting, n))
+    kept = FLOAT * d * (k + n_base) + (on_gpu(blocks, [base], run) if base else 0)
+    check("fitting the classifier", kept + max(work), alignment_flags(blocks, settings), run)
+
+
+def check_labelling(backbone: Backbone, n: int, img_size: int, run: Run) -> None:
+    """Raise UserError when n images that are decoded and labelled together take more memory than is free."""
+    n_bytes = 3 * n * img_size**2 + of_pass(backbone, (min(n, BATCH), 3, img_size, img_size))
+    check("labelling", n_bytes, "a smaller --img_size or another backbone", run)
+
+
+def critic_bytes(d: int, n_shown: int, setting: AlignmentSetting) -> int:
+    """Bytes of a critic that n_shown features go through: its parameters and their moments, and activations."""
+    return FLOAT * setting.critic.critic_hidden * (4 * d + 3 * n_shown) * (setting.alignment == "adversarial")
+
+
+def features_aligned(d: int, base: Split | None, shape: EpisodeShape, setting: AlignmentSetting, n: int) -> int:
+    """Bytes of n episodes that are aligned together in feature space."""
+    n_way, aug_size = shape.n_way, setting.related.aug_size
+    heads = 2 * FLOAT * n_images(shape) * d + 2 * (len(base.labels) if base else 0)  # predictions are int16
+    if setting.alignment == "none":
+        return n * heads
+    draws = 2 * LONG * n_way * aug_size * setting.align_iters
+    related = FLOAT * numbers_together(d, n_way, setting) + critic_bytes(d, n_way * (aug_size + shape.n_shot), setting)
+    return n * (heads + draws + related)
+
+
+def blocks_aligned(
+    blocks: UpdatedBlocks, backbone: Backbone, base: Split, shape: EpisodeShape, setting: AlignmentSetting, run: Run
+) -> int:
+    """Bytes of an episode whose alignment moves blocks."""
+    n_related = min(setting.related.n_B, len(base.members) // shape.n_way) * max(map(len, base.members))
+    n = shape.n_way * (min(setting.related.aug_size, n_related) + shape.n_shot)
+    step = of_step(blocks.updated, lambda net, x: net(x), (n, *entering(blocks, base)), run)
+    return step + moments(blocks.updated, optimizers=2) + critic_bytes(backbone.feature_dim, n, setting)
+
+
+def entering(blocks: UpdatedBlocks, split: Split) -> tuple[int, ...]:
+    """The shape of what enters the updated blocks of an image."""
+    side = split.images.shape[-1]
+    return (3, side, side) if blocks.below is None else outcome(blocks.below, side)
+
+
+def on_gpu(blocks: UpdatedBlocks, splits: Sequence[Split], run: Run) -> int:
+    """Bytes of what enters the updated blocks of whole splits, where that is moved to a GPU (see on_device)."""
+    moved, free = 0, free_memory(run.device)
+    if run.device.type == "cuda" and free and not blocks.in_feature_space:
+        for split in splits:
+            of_image = math.prod(entering(blocks, split)) * (1 if blocks.below is None else FLOAT)
+            if (n_bytes := of_image * len(split.labels)) < (free - moved) / 2:
+                moved += n_bytes
+    return moved
+
+
+def alignment_flags(blocks: UpdatedBlocks, settings: Sequence[AlignmentSetting]) -> str:
+    """The flags that make alignment take less memory."""
+    flags = ["a smaller --aug_size"]
+    flags += [] if blocks.in_feature_space else ["fewer --align_blocks"]
+    return ", ".join(flags + ["a smaller --critic_hidden"] * any(s.alignment == "adversarial" for s in settings))

@@ -14,7 +14,6 @@ from torch import Tensor
 from data.episodes import Task
 from engine.run import Run
 from methods.alignment import AlignmentSetting
-from methods.evaluation import HEAD_CHUNK
 from methods.feature_alignment import MEMORY, align_features, n_together, padded
 from methods.features import Source
 from methods.novel_finetune import fit_heads
@@ -81,6 +80,11 @@ def folds(y: Tensor) -> list[Task]:
     return made
 
 
+def folds_together(k: int, d: int, n_way: int, setting: AlignmentSetting) -> int:
+    """How many folds of k support features of size d to fit together, as n_together: all, or few in much memory."""
+    return max(1, min(MAX_FOLDS, MEMORY // (4 * k * d), n_together(d, n_way, setting)))
+
+
 @torch.no_grad()
 def left_out_logits(
     tasks: list[Task], novel: Source, base: Source | None, setting: AlignmentSetting, run: Run
@@ -90,7 +94,7 @@ def left_out_logits(
     With a base set the heads are aligned in feature space. The numbers of a chunk of folds are bounded in memory.
     """
     (k, d), n_way, logits = novel.features.shape, tasks[0].n_way, []
-    step = max(1, min(HEAD_CHUNK, MEMORY // (4 * k * d), n_together(d, n_way, setting)))
+    step = folds_together(k, d, n_way, setting)
     for first in range(0, len(tasks), step):
         part = tasks[first : first + step]
         if base is not None:

@@ -28,6 +28,8 @@ from models.backbone import Backbone, split_backbone
 BATCH = 64
 # Images whose inputs are made together: a folder of them may be larger than memory.
 INPUT_ROWS = 512
+# Numbers of features above which they may be kept in half precision and mapped from disk: 256 MB of them.
+MAPPED = 2**26
 
 
 @torch.no_grad()
@@ -194,8 +196,7 @@ class FeatureCache:
     def features(self, backbone: Backbone, split: Split) -> Tensor:
         """Features of a whole split (N, d)."""
         features: Tensor | None = None
-        kind = f"features{backbone.feature_dim}"
-        path = self.path(kind, backbone, split, backbone.normalisation).with_suffix(".pt")
+        path = self.features_path(backbone, split)
         if path.is_file():
             with contextlib.suppress(OSError, ValueError):  # damaged: embed anew
                 kept, shape = load_tensors(path, self.run.device), (len(split.images), backbone.feature_dim)
@@ -222,7 +223,7 @@ class FeatureCache:
 
     def activations(self, below: nn.Sequential, split: Split, by: Normalisation = IMAGENET) -> Tensor:
         """What the blocks `below`, in eval mode, make of a whole split: (N, c, h, w) float32, mapped from its file."""
-        path = self.path(f"activations{len(below)}", below, split, by).with_suffix(".npy")
+        path = self.activations_path(below, split, by)
         batches = self.batches(split, by, f"activations {split.split}")
         return self.mapped(path, below, batches, len(split.images), torch.float32)
 
@@ -249,6 +250,22 @@ class FeatureCache:
                     np.lib.format.write_array_header_2_0(file, header)
                 array.tofile(file)
         return map_rows(path, n, dtype)
+
+    def holds(self, backbone: Backbone, blocks: UpdatedBlocks, split: Split) -> bool:
+        """Whether all that `source` computes is here already."""
+        paths = [self.features_path(backbone, split)]
+        if blocks.below is not None:
+            paths.append(self.activations_path(blocks.below, split, backbone.normalisation))
+        return all(path.is_file() for path in paths)
+
+    def features_path(self, backbone: Backbone, split: Split) -> Path:
+        """Where the features of a split are kept."""
+        kind = f"features{backbone.feature_dim}"
+        return self.path(kind, backbone, split, backbone.normalisation).with_suffix(".pt")
+
+    def activations_path(self, below: nn.Sequential, split: Split, by: Normalisation) -> Path:
+        """Where what the blocks `below` make of a split is kept."""
+        return self.path(f"activations{len(below)}", below, split, by).with_suffix(".npy")
 
     def path(self, kind: str, module: nn.Module, split: Split, by: Normalisation) -> Path:
         """Where what this module made of this split is kept, its suffix left open: another weight, another name."""

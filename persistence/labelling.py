@@ -11,6 +11,7 @@ from data.user_images import decode_views
 from engine.errors import UserError
 from engine.files import Schema, fits, load_tensors, save_atomically
 from engine.run import Run
+from methods.budget import check_labelling
 from methods.classifier import Answers, Classifier, classify
 
 # Images of a part: their views are all that is held of images.
@@ -92,6 +93,7 @@ def label_images(
 
     Raises UserError for an image that cannot be decoded, unless they are to be skipped.
     """
+    check_labelling(classifier.aligned, min(PART, len(images)), img_size, run)
     with run.bar(None, "label", "img", total=len(images)) as bar:
         for start in range(0, len(images), PART):
             chunk = images[start : start + PART]

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from data.episodes import EpisodeShape, sample_episodes
@@ -29,6 +30,17 @@ def test_what_fits_passes_and_a_folder_need_not_exist(tmp_path):
     check_disk("it", 1, tmp_path / "a" / "b", "take less")
     with pytest.raises(UserError, match="GB of disk in "):
         check_disk("it", 10**18, tmp_path / "a" / "b", "take less")
+
+
+@pytest.mark.parametrize(("kind", "named"), [("cuda", "1.0 GB of memory of cuda:1, of which 0.5"), ("mps", None)])
+def test_memory_is_that_of_the_device_of_the_run(monkeypatch, kind, named):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((5 + device.index) * 10**8 - 10**8, 10**12))
+    device = torch.device(kind, 1)
+    if named:
+        with pytest.raises(UserError, match=f"^it takes {named} GB are free: take less$"):
+            check_memory("it", 10**9, "take less", device)
+    else:
+        check_memory("it", 10**18, "take less", device)  # nothing says how much is free
 
 
 def test_huge_numbers_of_episodes_end_before_they_are_drawn():
