@@ -47,7 +47,7 @@ MOMENTS = {
     "a row": ("results/logs/*/metrics.jsonl", 4),
     "a state": ("results/*/*_last.tar", 4),
     "a file half written": ("[cr]*/**/.*.tmp", 8),
-    "a cache half built": ("cache/.*/*", 12),
+    "a cache half built": ("cache/.*px*", 7),
 }
 OUTCOMES = ("finished", "one line", "interrupted", "killed", "too late", "wrong")
 WORKER = "SIGKILL of a worker"
@@ -102,8 +102,8 @@ class Case:
     def seen(self) -> set[tuple[Path, int, int, int]]:
         """The files that tell of the moment, if they hold anything, as they are now."""
         found = set()
-        for path in self.root.glob(MOMENTS[self.moment][0]) if self.moment else ():
-            with contextlib.suppress(OSError):  # one that goes as it is looked for
+        with contextlib.suppress(OSError):  # one that goes as it is looked for
+            for path in self.root.glob(MOMENTS[self.moment][0]) if self.moment else ():
                 stat = path.stat()
                 found |= {(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)} if stat.st_size else set()
         return found
