@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, list[object]]] = {
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 # What a run has come to when something happens: which of its files tell, and at most how many changes of them.
 MOMENTS = {
-    "a lock": ("results/*/.*.lock", 2),
+    "a lock": ("results/*/.*.lock", 1),
     "a line": ("out", 3),
     "a row": ("results/logs/*/metrics.jsonl", 3),
     "a state": ("results/*/*_last.tar", 3),
