@@ -23,7 +23,7 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +39,7 @@ from torch import Tensor
 from engine.budget import check_disk, check_memory
 from engine.errors import UserError
 from engine.files import check_regular, fits, read_json
-from engine.lock import hold, is_free
+from engine.lock import held, is_free
 from engine.run import progress_bar
 
 S = TypeVar("S")
@@ -60,8 +60,6 @@ MAX_TRAIN_PIXELS = 800 * 800
 CHUNK = 64
 # Source files of a split whose bytes are looked at before its cache is trusted.
 SAMPLE = 256
-# What holds a cache folder while it is built.
-LOCK = "building"
 
 # Pillow's, of large and of odd images: what comes of them is said in one line.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -249,13 +247,9 @@ def load_images(
         check_room(len(files.paths), img_size, cache_dir, num_workers)
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            made = tempfile.TemporaryDirectory(prefix=f".{folder.name}_", dir=cache_dir)
-            with made as building:
-                os.chmod(building, 0o755)  # it is for its maker alone; others may share a cache
-                hold(Path(building, LOCK), made)
-                decode_all(files, img_size, n_pixels, Path(building), num_workers, quiet)
+            with hidden_folder(folder) as building:
+                decode_all(files, img_size, n_pixels, building, num_workers, quiet)
                 if rebuild or not is_complete(folder, shape, n_pixels):  # else another process has just built it
-                    Path(building, LOCK).unlink()
                     stale = cache_dir.glob(f"{glob.escape(files.label)}_*px_*{key}") if rebuild else [folder]
                     for each in stale:  # of whatever size
                         shutil.rmtree(each, ignore_errors=True)
@@ -283,11 +277,24 @@ def check_room(n_images: int, img_size: int, cache_dir: Path, num_workers: int) 
     check_disk(what, 3 * n_images * img_size**2, cache_dir, f"{smaller}, or another --cache_dir")
 
 
+@contextlib.contextmanager
+def hidden_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, hidden, and gone at the end; it is there only while a lock beside it is."""
+    hidden = folder.with_name(f".{folder.name}_{uuid.uuid4().hex[:8]}")
+    with held(hidden.with_name(f"{hidden.name}.lock")):
+        try:
+            hidden.mkdir()
+            yield hidden
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
 def remove_abandoned(cache_dir: Path) -> None:
-    """Remove the hidden folders of caches whose builder was killed."""
-    for lock in cache_dir.glob(f".*/{LOCK}"):
+    """Remove the hidden folders, and their locks, of caches whose builder was killed."""
+    for lock in cache_dir.glob(".*.lock"):
         if is_free(lock):
-            shutil.rmtree(lock.parent, ignore_errors=True)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def train_pixels(img_size: int, min_crop: float) -> int:

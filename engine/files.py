@@ -48,7 +48,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError, and Ctrl-C, too
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be written ({reason}): free some space or give another folder") from error
 

@@ -22,18 +22,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def git_commit() -> str:
-    """The commit of this repository, `-dirty` appended when tracked files differ; `unknown` outside git."""
+    """The commit of this repository, `-dirty` appended when tracked files differ; `unknown` outside git.
+
+    Nothing is written to the repository, as `git describe --dirty` does, of which a kill would leave a lock there.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("describe", "--always", "--abbrev=12", "--exclude=*") + dirty
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return run.stdout.strip()
 
 
 def provenance(config: dict[str, Any], run: Run) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """A script of this repository: how it ends, and how another runs it as a command, in a process of its own."""
 
+import _thread
 import contextlib
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -46,21 +48,37 @@ def run_script(main: Callable[[], None]) -> None:
 def interruptible() -> Iterator[None]:
     """A block in which SIGTERM does what Ctrl-C does, and neither interrupts what saves the state after the first.
 
-    torchrun hands a Ctrl-C on to processes that have met it already. What is ignored from outside stays ignored.
+    torchrun hands a Ctrl-C on to processes that have met it already. What is ignored from outside stays ignored. One
+    that comes in a finalizer, where Python drops what is raised, comes again.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    report, again = sys.unraisablehook, threading.Timer(0, int)
+
+    def listen() -> None:
+        for number in heard:
+            signal.signal(number, interrupt)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in before:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        nonlocal again
+        if not isinstance(what.exc_value, KeyboardInterrupt):
+            return report(what)
+        listen()
+        again = threading.Timer(0.02, _thread.interrupt_main, heard[:1])
+        again.start()
+
+    listen()
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
+        again.cancel()
+        sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
 

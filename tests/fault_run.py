@@ -6,7 +6,8 @@ python -m tests.fault_run --seed 0 --sequence 17      # one of them again
 A sequence is one stage in a folder of its own, and up to four faults, each followed by what a user would do: the same
 command with --resume or, where the last line says so, with --overwrite. A fault may end a run, or make it say in one
 line what is wrong (status 2); in the end all numbers, all caches and the list of files must be those of a run without
-faults. Prints a table, and ends with status 1 when anything differed. POSIX only.
+faults. A signal, or a second run, comes when the files of the first tell that it has got to a random moment.
+Prints a table, and ends with status 1 when anything differed. Linux only.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import contextlib
 import hashlib
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -22,17 +22,16 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 import torch
 
 from tests.helpers import ALIGN, ROOT, TINY, TRAIN, Processes, folders, make_benchmark, numbers
 
-ALIGN_MORE = [*ALIGN, "--n_episodes", 17, "--record_curve", 1]
+ALIGN_MORE = [*ALIGN, "--n_episodes", 27, "--record_curve", 1]
 META = [*TINY, "--method", "RelationNet", "--n_way", 3, "--train_n_query", 4, "--episodes_per_epoch", 3]
 COMMANDS: dict[str, tuple[str, list[object]]] = {
     "base": ("transferLearning", [*TRAIN, "--n_epoch", 8]),
@@ -42,17 +41,27 @@ COMMANDS: dict[str, tuple[str, list[object]]] = {
     "features": ("associative_alignment", [*ALIGN, "--n_episodes", 300, "--align_blocks", 0, "--align_adapter", 3]),
 }
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
-OUTCOMES = ("finished", "one line", "interrupted", "killed", "wrong")
-SECONDS_OF_RANKS = 60  # what ranks have to end when their launcher has been killed
-LIMIT = 200  # seconds, after which a run is killed, as one that hangs
+# What a run has come to when something happens: which of its files tell, and at most how many changes of them.
+MOMENTS = {
+    "a lock": ("results/*/.*.lock", 1),
+    "a line": ("out", 3),
+    "a row": ("results/logs/*/metrics.jsonl", 3),
+    "a state": ("results/*/*_last.tar", 3),
+    "a file half written": ("[cr]*/**/.*.tmp", 8),
+    "a cache half built": ("cache/.*px*[0-9a-f]", 6),
+}
+OUTCOMES = ("finished", "one line", "interrupted", "killed", "too late", "wrong")
+WORKER = "SIGKILL worker"
+SECONDS_OF_RANKS = 45  # what ranks have to end when their launcher has been killed
+LIMIT = 150  # seconds, after which a run is killed, as one that hangs
 
 
 @dataclass
 class Case:
     """One stage in a folder of its own, and how it is run.
 
-    seconds: what it takes without a fault. option: what the next run is given. damaged: whether a file of it was, after
-    which it may refuse to go on. wrong: what should not have happened.
+    option: what the next run is given. damaged: whether a file of it was, after which it may refuse to go on. moment:
+    at which something happened during the last run; empty when the run had ended. wrong: what should not have happened.
     """
 
     root: Path
@@ -60,38 +69,58 @@ class Case:
     n_ranks: int
     dice: random.Random
     servers: list[Processes]
-    seconds: float = 0.0
     option: str = "--resume"
     damaged: bool = False
+    moment: str = ""
     wrong: list[str] = field(default_factory=list)
 
-    def run(self, during: Callable[[int], None] = lambda pid: None, max_bytes: int = 0) -> int:
-        """Run the stage, and something that happens meanwhile; returns its status, negative for a signal."""
+    def run(self, act: Callable[[int], None] | None = None, max_bytes: int = 0) -> int:
+        """Run the stage, and at a random moment of it something else; returns its status, negative for a signal."""
+        self.moment = self.dice.choice([*MOMENTS]) if act else ""
+        if self.moment == "a cache half built":
+            shutil.rmtree(self.root / "cache", ignore_errors=True)
+        if act and list(self.root.glob("results/tables/*.json")):  # it has finished: from the beginning again
+            self.option = "--overwrite"
         script, flags = COMMANDS[self.stage]
         flags = [*flags, *folders(self.root), *self.option.split()]
-        if self.n_ranks == 1:
-            pid = self.servers[0].start(script, flags, self.root / "out", max_bytes)
-            wait = self.servers[0].wait
-        else:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", self.n_ranks]
-            limits = (max_bytes or resource.RLIM_INFINITY,) * 2
-            with open(self.root / "out", "w") as file:
-                process = Popen(
-                    [str(part) for part in (*command, f"{script}.py", *flags)],
-                    cwd=ROOT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                    stdout=file,
-                    stderr=file,
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
-                )
-            pid, wait = process.pid, process.wait
+        if self.n_ranks > 1:
+            flags = ["--standalone", "--nproc_per_node", self.n_ranks, ROOT / f"{script}.py", *flags]
+            script = "torch.distributed.run"
+        (self.root / "out").unlink(missing_ok=True)
+        before = self.seen()
+        pid = self.servers[0].start(script, flags, self.root / "out", max_bytes)
         hangs = threading.Timer(LIMIT, os.kill, (pid, signal.SIGKILL))
         hangs.start()
-        during(pid)
-        status = wait()
+        if act and self.came(pid, before):
+            act(pid)
+        status = self.servers[0].wait()
+        if hangs.finished.is_set():
+            self.wrong.append(f"{LIMIT} s were not enough")
         hangs.cancel()
         self.option = "--overwrite" if any("--overwrite" in line for line in self.errors()) else "--resume"
         return status
+
+    def seen(self) -> set[tuple[Path, int, int, int]]:
+        """The files that tell of the moment, if they hold anything, as they are now."""
+        found = set()
+        with contextlib.suppress(OSError):  # one that goes as it is looked for
+            for path in self.root.glob(MOMENTS[self.moment][0]) if self.moment else ():
+                stat = path.stat()
+                found |= {(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)} if stat.st_size else set()
+        return found
+
+    def came(self, pid: int, before: set[tuple[Path, int, int, int]]) -> bool:
+        """Wait for the moment and a little longer; returns whether the process is still at work then."""
+        changes = self.dice.randint(1, MOMENTS[self.moment][1])
+        while changes and not has_ended(pid):
+            now = self.seen()
+            changes -= bool(now - before)
+            before = now
+            time.sleep(0.0005)
+        time.sleep(self.dice.uniform(0, 0.002 if "half" in self.moment else 0.04))
+        if has_ended(pid):
+            self.moment = ""
+        return bool(self.moment)
 
     def said(self, name: str = "out") -> list[str]:
         return (self.root / name).read_text(errors="replace").splitlines()
@@ -102,16 +131,16 @@ class Case:
     def outcome(self, status: int, fault: str, name: str = "out") -> str:
         """What a status means: wrong when the fault does not explain it, or when it says more than a line."""
         said, errors = self.said(name), self.errors(name)
-        n_tracebacks = sum(line.startswith("Traceback") for line in said)
+        n_tracebacks = sum("Traceback (most recent" in line for line in said)
         interrupted = any(line.startswith("interrupted") for line in said)
-        if self.n_ranks > 1 and status != 0 and name == "out":  # torchrun has statuses and a traceback of its own
+        if self.n_ranks > 1 and status != 0 and name == "out":  # torchrun has a status of its own
             kind = "one line" if errors else "interrupted" if interrupted else "killed"
-            good = n_tracebacks <= 1 and len(errors) <= 1
+            good = n_tracebacks <= (fault == WORKER) and len(errors) <= 1  # one of the other, whose exchange fails
         else:
             kind = {0: "finished", 2: "one line", 130: "interrupted"}.get(status, "killed" if status < 0 else "wrong")
             good = n_tracebacks == 0 and len(errors) == (status == 2) and interrupted == (status == 130)
         refused = self.damaged or fault in ("full disk", "no folder")
-        if self.n_ranks > 1 or fault == "two at once":  # whose launcher was killed just now, or one of the two
+        if fault in ("at once", "two at once"):  # after a launcher that was killed, or beside another run
             refused |= "another run is at work" in "".join(errors)
         signals = any(fault.startswith(number) for number in SIGNALS)
         if good and {"finished": True, "one line": refused, "interrupted": signals, "killed": signals}.get(kind):
@@ -126,27 +155,39 @@ class Case:
         keep = COMMANDS[self.stage][0] == "associative_alignment"  # which reads the best model of another run
         return sorted(path for path in found if not (keep and path.name.endswith("_bestModel.tar")))
 
-    def wait_for_moment(self) -> None:
-        """A random moment of a run; half of the times the next one, after that, at which a file is being written."""
-        time.sleep(self.dice.uniform(0.1, 0.8 * self.seconds))
-        deadline, written = time.monotonic() + self.seconds * self.dice.randrange(2), False
-        while time.monotonic() < deadline and not written:
-            with contextlib.suppress(FileNotFoundError):  # a file that goes as it is looked for
-                written = any(path.suffix == ".tmp" for path in self.files())
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is no more, or only waits to be asked for its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def signalled(case: Case, fault: str) -> str:
     """A signal to the run, or to a worker of torchrun, at a random moment."""
+    workers: list[int] = []
 
-    def during(pid: int) -> None:
-        case.wait_for_moment()
-        with contextlib.suppress(OSError):  # it has ended
-            if fault.endswith("worker"):
-                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-                pid = int(case.dice.choice(children or [str(pid)]))
-            os.kill(pid, SIGNALS[fault.split()[0]])
+    def act(pid: int) -> None:
+        with contextlib.suppress(OSError):  # it ends just now
+            workers.extend(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+            os.kill(case.dice.choice(workers or [pid]) if fault == WORKER else pid, SIGNALS[fault.split()[0]])
 
-    return case.outcome(case.run(during), fault)
+    outcome = case.outcome(case.run(act), fault)
+    moment = case.moment
+    if workers and fault == "SIGKILL":  # its workers go on for a while, beside which nobody else can
+        case.outcome(case.run(), "at once")
+        deadline = time.monotonic() + SECONDS_OF_RANKS
+        while not all(map(has_ended, workers)):
+            time.sleep(0.1)
+            if time.monotonic() > deadline:
+                case.wrong.append(f"{fault}: workers have not ended after {SECONDS_OF_RANKS} s")
+                break
+    elif outcome == "killed" and "half" in moment:  # was it?
+        case.moment = moment
+        moment = moment if case.seen() else moment.replace("half", "just")
+    case.moment = moment
+    return outcome if moment else "too late"
 
 
 def full_disk(case: Case, fault: str) -> str:
@@ -187,15 +228,18 @@ def damaged(case: Case, fault: str) -> str:
 
 def two_at_once(case: Case, fault: str) -> str:
     """A second run beside the first: the one that comes later is refused, or finds the other done."""
-    ended = []
+    ended: list[int] = []
+    if len(case.servers) == 1:
+        case.servers.append(Processes())
 
-    def during(pid: int) -> None:
-        case.wait_for_moment()
+    def act(pid: int) -> None:
         script, flags = COMMANDS[case.stage]
         case.servers[1].start(script, [*flags, *folders(case.root), "--resume"], case.root / "second")
         ended.append(case.servers[1].wait())
 
-    first = case.outcome(case.run(during), fault)
+    first = case.outcome(case.run(act), fault)
+    if not ended:
+        return "too late"
     second = case.outcome(ended[0], fault, "second")
     return "wrong" if first == "wrong" else second
 
@@ -208,7 +252,7 @@ def again(case: Case, fault: str) -> str:
 
 
 FAULTS: dict[str, Callable[[Case, str], str]] = {
-    **dict.fromkeys([*SIGNALS, "SIGKILL of a worker"], signalled),
+    **dict.fromkeys([*SIGNALS, WORKER], signalled),
     **dict.fromkeys(["removed", "truncated", "clock set"], damaged),
     **{"full disk": full_disk, "no folder": no_folder, "two at once": two_at_once, "again": again},
 }
@@ -231,11 +275,7 @@ def left(case: Case) -> dict[str, Any]:
 
 def finish(case: Case) -> None:
     """What a user does until the run is done."""
-    deadline = time.monotonic() + SECONDS_OF_RANKS
     status = case.run()
-    while status and time.monotonic() < deadline and "another run is at work" in "".join(case.errors()):
-        time.sleep(1)
-        status = case.run()
     if case.outcome(status, "none") == "one line":
         case.option = "--overwrite"
         status = case.run()
@@ -248,9 +288,10 @@ class FaultRun:
 
     def __init__(self, folder: Path, seed: int, max_ranks: int):
         self.folder, self.seed, self.max_ranks = folder, seed, max_ranks
-        self.servers = [Processes(), Processes()]
+        self.servers = [Processes()]
         self.finished: dict[tuple[str, int], tuple[Case, dict[str, Any]]] = {}
         self.counts: Counter[tuple[str, str]] = Counter()
+        self.moments: Counter[tuple[str, str]] = Counter()
         make_benchmark(folder / "benchmarks" / "tiny")
 
     def case(self, name: str, stage: str, n_ranks: int, dice: random.Random) -> Case:
@@ -270,26 +311,28 @@ class FaultRun:
         """The run of a stage without a fault, and what it left."""
         if (stage, n_ranks) not in self.finished:
             case = self.case(f"finished {stage} {n_ranks}", stage, n_ranks, random.Random(0))
-            began = time.monotonic()
             assert case.run() == 0, case.said()
-            case.seconds = time.monotonic() - began
             self.finished[stage, n_ranks] = case, left(case)
         return self.finished[stage, n_ranks]
 
     def sequence(self, k: int) -> bool:
         """Run the k-th sequence; returns whether all was as it should be, else it is shown and its folder stays."""
         dice = random.Random(f"{self.seed}/{k}")
-        stage, n_ranks = dice.choice([*COMMANDS]), min(self.max_ranks, 2 if dice.random() < 0.15 else 1)
+        stage, n_ranks = dice.choice([*COMMANDS]), min(self.max_ranks, 2 if dice.random() < 0.3 else 1)
         finished, expected = self.reference(stage, n_ranks)
         case = self.case(f"sequence {k}", stage, n_ranks, dice)
-        case.seconds = finished.seconds
         if dice.random() < 0.5:
             shutil.copytree(finished.root / "cache", case.root / "cache")
         happened = []
-        faults = [fault for fault in FAULTS if n_ranks > 1 or fault != "SIGKILL of a worker"]
-        for fault in dice.choices(faults, k=dice.randint(1, 4)):
-            happened.append(f"{fault}: {FAULTS[fault](case, fault)}")
-            self.counts[fault, happened[-1].rpartition(": ")[2]] += 1
+        faults = [fault for fault in FAULTS if n_ranks > 1 or fault != WORKER]
+        weights = [1 + n_ranks if FAULTS[fault] is signalled else 1 for fault in faults]
+        for fault in dice.choices(faults, weights, k=dice.randint(1, 4)):
+            outcome = FAULTS[fault](case, fault)
+            self.counts[fault, outcome] += 1
+            at = f" at {case.moment}" if case.moment else ""
+            if case.moment:
+                self.moments[case.moment, fault] += 1
+            happened.append(f"{fault}{at}: {outcome}")
         finish(case)
         found = left(case)
         differ = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
@@ -300,13 +343,14 @@ class FaultRun:
         print(f"  --seed {self.seed} --sequence {k}: {'; '.join(case.wrong)}; differ: {differ}", flush=True)
         return False
 
-    def table(self) -> str:
-        """The counts: a row a fault, a column an outcome."""
-        rows = [["fault", "times", *OUTCOMES]]
-        for fault in FAULTS:
-            counts = [self.counts[fault, outcome] for outcome in OUTCOMES]
-            rows.append([fault, str(sum(counts)), *map(str, counts)])
-        return "\n".join(f"{row[0]:<20}" + "".join(f"{cell:>13}" for cell in row[1:]) for row in rows)
+
+def table(counts: Counter[tuple[str, str]], columns: Sequence[str]) -> str:
+    """A row a first key, a column a second one."""
+    rows = [["", "times", *columns]]
+    for row in dict.fromkeys(row for row, _ in sorted(counts)):
+        cells = [counts[row, column] for column in columns]
+        rows.append([row, str(sum(cells)), *map(str, cells)])
+    return "\n".join(f"{row[0]:<20}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows)
 
 
 def main() -> None:
@@ -324,7 +368,7 @@ def main() -> None:
     while not good or (args.sequence is None and time.monotonic() - began < 60 * args.minutes):
         good.append(faults.sequence(k))
         k += 1
-    print(faults.table())
+    print(table(faults.counts, OUTCOMES), table(faults.moments, [*SIGNALS, WORKER, "two at once"]), sep="\n\n")
     print(f"{len(good)} sequences, {sum(good)} as without faults, {len(good) - sum(good)} not")
     if all(good):
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Runs scripts in forked processes, each a real one that may be killed, without importing torch anew for each.
+"""Runs scripts, and torchrun, in forked processes, each a real one that may be killed, without importing torch anew.
 
 A line of JSON, {"script", "flags", "output", "max_bytes"}, starts one and is answered by its process id; the line
 `wait` then is answered by its exit status. A process that has ended keeps its id until then.
@@ -14,6 +14,7 @@ import sys
 from engine.script import run_script
 
 SCRIPTS = ("transferLearning", "metaLearning", "associative_alignment")
+TORCHRUN = "torch.distributed.run"
 
 
 def run_child(command: dict) -> None:
@@ -27,7 +28,8 @@ def run_child(command: dict) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (command["max_bytes"],) * 2)
     status = 1
     try:
-        run_script(importlib.import_module(command["script"]).main)
+        main = importlib.import_module(command["script"]).main
+        main() if command["script"] == TORCHRUN else run_script(main)
         status = 0
     except SystemExit as end:
         status = end.code
@@ -37,7 +39,7 @@ def run_child(command: dict) -> None:
         os._exit(status)
 
 
-for name in SCRIPTS:
+for name in (*SCRIPTS, TORCHRUN):
     importlib.import_module(name)
 print("ready", flush=True)
 for line in sys.stdin:

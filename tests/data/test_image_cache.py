@@ -7,6 +7,7 @@ import platform
 import shutil
 import struct
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from data import image_cache
-from data.image_cache import LOCK, ImageFiles, decode_all, load_images, open_rgb
+from data.image_cache import ImageFiles, decode_all, load_images, open_rgb
 from engine.errors import UserError
-from engine.lock import hold
+from engine.lock import held
 
 
 def random_image(width, height, seed=0, mode="RGB"):
@@ -515,14 +516,19 @@ def test_a_cache_that_is_rebuilt_takes_the_place_of_the_stale_ones(tmp_path, mon
 
 def test_the_folder_of_a_killed_builder_is_removed_and_that_of_a_living_one_stays(tmp_path):
     cache = tmp_path / "cache"
-    owner = {"living", "dead"}
-    for name in owner:
+    for name in ("living", "dead"):
         (cache / f".{name}").mkdir(parents=True)
-    hold(cache / ".living" / LOCK, owner)
-    (cache / ".dead" / LOCK).write_text(f"process 1 on {platform.node()} since yesterday\n")
-    load(write_images(tmp_path, [(20, 20)]), cache)
-    assert (cache / ".living").is_dir() and not (cache / ".dead").exists()
-    assert not list(cache.glob(f"[!.]*/{LOCK}"))
+    (cache / ".dead.lock").write_text(f"process 1 on {platform.node()} since yesterday\n")
+    (cache / ".killed_as_it_began.lock").write_text("")
+    with held(cache / ".living.lock"):
+        load(write_images(tmp_path, [(20, 20)]), cache)
+    assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == [".living"]
+
+
+def test_an_interruption_as_a_cache_is_finished_is_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.lock.Path.unlink", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        load(write_images(tmp_path, [(20, 20)]), tmp_path / "cache")
 
 
 def test_an_image_that_goes_while_images_are_decoded_is_named(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and read without running anything of them."""
 
+import io
 import os
 import pickle
 import platform
@@ -56,6 +57,21 @@ def test_an_error_inside_leaves_the_file_that_was_there_and_nothing_else(tmp_pat
 
 
 @pytest.mark.skipif(os.name != "posix", reason="whether a process lives is known on POSIX alone")
+def test_an_interruption_of_a_write_is_one(tmp_path):
+    class Interrupted(io.FileIO):
+        def write(self, content):
+            if self.tell() > 1000:
+                raise KeyboardInterrupt
+            return super().write(content)
+
+    save_atomically(tmp_path / "x.tar", {"x": 1})
+    before = (tmp_path / "x.tar").read_bytes()
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "x.tar") as temporary:
+        with Interrupted(temporary, "w") as file:
+            torch.save({"x": torch.zeros(9999)}, file)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
 def test_what_a_killed_process_left_of_a_file_is_removed_and_nothing_of_others(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()

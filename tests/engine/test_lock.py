@@ -59,17 +59,16 @@ def test_a_killed_process_holds_nothing(tmp_path, other, capsys):
 
 def test_a_lock_whose_file_was_removed_while_it_was_taken_keeps_nobody_out(tmp_path, monkeypatch):
     """The holder before releases between our opening of the file and our locking of it."""
-    path, opened, first = tmp_path / "lock", lock.open_lock, Owner()
+    path, flock, first = tmp_path / "lock", lock.flock, Owner()
     lock.hold(path, first)
     held = [first]
     del first
 
-    def open_and_release(path):
-        file = opened(path)
+    def release_and_lock(file, how):
         held.clear()
-        return file
+        flock(file, how)
 
-    monkeypatch.setattr(lock, "open_lock", open_and_release)
+    monkeypatch.setattr(lock, "flock", release_and_lock)
     owner = Owner()
     lock.hold(path, owner)
     assert f"process {os.getpid()} on" in path.read_text()

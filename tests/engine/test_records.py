@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,17 @@ def test_the_commit_is_a_hash_or_unknown(tmp_path, monkeypatch):
     assert re.fullmatch(r"[0-9a-f]{12,40}(-dirty)?|unknown", git_commit())
     monkeypatch.setattr(records, "REPOSITORY", tmp_path)
     assert git_commit() == "unknown"
+
+
+def test_the_commit_is_found_without_a_write_to_the_repository(tmp_path, monkeypatch):
+    who = ["-c", "user.name=a", "-c", "user.email=a"]
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "first"]):
+        (tmp_path / "x").write_text("1")
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(records, "REPOSITORY", tmp_path)
+    os.utime(tmp_path / "x", (1, 1))
+    before = (tmp_path / ".git" / "index").read_bytes()
+    commit = git_commit()
+    (tmp_path / "x").write_text("2")
+    assert re.fullmatch("[0-9a-f]{12}", commit) and git_commit() == f"{commit}-dirty"
+    assert (tmp_path / ".git" / "index").read_bytes() == before

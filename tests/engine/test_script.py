@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
@@ -48,6 +50,22 @@ def test_sigterm_does_what_ctrl_c_does_and_a_second_signal_does_not_disturb_what
     ended, before = threading.Event(), signal.getsignal(signal.SIGTERM)
     assert status_of(main, capsys) == (130, "interrupted: saved\n")
     assert saved == [1] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_python_drops_in_a_finalizer_comes_again(capsys):
+    class Last:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def main():
+        Last()
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    hook = sys.unraisablehook
+    assert status_of(main, capsys) == (130, "interrupted\n")
+    assert sys.unraisablehook is hook
 
 
 def test_control_characters_of_a_path_or_name_are_shown_as_escapes(capsys):
