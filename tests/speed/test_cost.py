@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import build_backbone
-from speed import cost, growth
+from speed import cost, growth, ranks
 from speed.common import count_flops
 
 
@@ -81,3 +81,20 @@ def test_a_step_reads_images_spread_over_the_whole_cache(monkeypatch, tmp_path):
     assert all(part.images.flatten(1).any(1).all() for part in seen)
     labels = [label for part in seen for label in part.labels.tolist()]
     assert labels == [i * 10 * 3 // 1280 for i in range(128)]
+
+
+def test_ranks_have_a_row_each_of_the_same_work(monkeypatch):
+    """Here of one process, in this one; what several do is tests/scripts/test_distributed.py's."""
+    monkeypatch.setattr(ranks, "keep_memory", lambda: None)
+    monkeypatch.setattr(ranks, "BATCH", 4)
+    monkeypatch.setattr(ranks, "D", 8)
+    asked = []
+
+    def in_this_process(command, **options):
+        asked.append((command[command.index("--nproc_per_node") + 1], options["env"]["OMP_NUM_THREADS"]))
+        return ranks.measure(1, 1)
+
+    monkeypatch.setattr(ranks.subprocess, "check_output", in_this_process)
+    rows = [cells_of(line) for line in ranks.table([1, 2], 1, 1).splitlines()[2:]]
+    assert asked == [("1", "1"), ("2", "1")] and [row[0] for row in rows] == ["1", "2"]
+    assert rows[0][2] == rows[0][4] == "1.00x" and all(float(row[1]) > 0 and float(row[3]) > 0 for row in rows)
