@@ -11,6 +11,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from models.backbone import Backbone
 from models.pooled_norm import pooled_norm
@@ -29,11 +30,15 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # pooled_norm is of a plain batch norm, which GlobalBatchNorm may have replaced, and of at least one image.
-        plain = isinstance(self.bn, nn.BatchNorm2d) and isinstance(self.pool, nn.MaxPool2d) and len(x) > 0
-        learns = torch.is_grad_enabled() and (x.requires_grad or self.conv.weight.requires_grad)
+        conv, norm = self.conv, self.bn
+        plain = isinstance(norm, nn.BatchNorm2d) and isinstance(self.pool, nn.MaxPool2d) and len(x) > 0
+        learns = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
         if plain and self.training and learns and x.device.type in ("cpu", "meta"):
-            conv, shift = self.conv, cast(Tensor, self.conv.bias)
-            return pooled_norm(F.conv2d(x, conv.weight, padding=conv.padding), shift, self.bn)
+            return pooled_norm(F.conv2d(x, conv.weight, padding=conv.padding), cast(Tensor, conv.bias), norm)
+        if not self.training and not learns:  # a batch norm that stands still is part of the convolution
+            mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+            weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, var, norm.eps, norm.weight, norm.bias)
+            return self.relu(self.pool(F.conv2d(x, weight, bias, padding=conv.padding)))
         # ReLU is increasing, so it may follow the pooling: the same numbers, on a quarter of the map.
         return self.relu(self.pool(self.bn(self.conv(x))))
 
