@@ -36,7 +36,7 @@ from speed import reference_loops as plain
 from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, run, timed
 
 WORK = "an alignment episode: 150 iterations"
-FEATURES = "an episode aligned in feature space, of 32 together"
+FEATURES = f"an episode aligned in feature space, of {HEAD_CHUNK} together"
 N_WAY, SEED, EPISODE = 5, 0, 0
 N_TOGETHER = {"tiny": 4, "full": HEAD_CHUNK}
 CHECKED_EPISODES = 4
