@@ -15,7 +15,7 @@ from methods.protonet import protonet_scores
 from models.heads import unit
 
 # Heads fitted together: more of them spend less time between operations, fewer stay in a nearer cache.
-HEAD_CHUNK = 50
+HEAD_CHUNK = 40
 
 # The 0.975 quantile of Student's t with 1 to 28 degrees of freedom; beyond, it is close to the normal 1.96.
 # fmt: off

@@ -144,7 +144,8 @@ def test_the_last_blocks_alone_are_trained_and_resumed(small, backbone):
     after = torch.load(state, weights_only=True)
     changed = {name for name, value in after["backbone"].items() if not torch.equal(value, first[name])}
     last = f"layers.{n_blocks - 1}."
-    assert changed == {name for name in first if name.startswith(last)}
+    # A batch norm takes a bias of the convolution before it out again.
+    assert changed == {name for name in first if name.startswith(last)} - {f"{last}conv.bias"}
 
     assert call("transferLearning", *anew, 1, "--n_epoch", 1).status == 0
     assert call("transferLearning", *train, 1, "--n_epoch", 2, "--resume").status == 0

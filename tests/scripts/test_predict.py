@@ -180,7 +180,7 @@ def test_probabilities_have_the_scale_in_force(root):
     no_margin = {"base": root / "tiny", "ft_m": 0, "align_m": 0, "ft_s": 7, "align_s": 12}
     arc, cos = (few_shot_predict(**flags(root, method=method, **no_margin)) for method in ("arcMax", "cosMax"))
     torch.testing.assert_close(arc.probabilities, cos.probabilities, atol=0.01, rtol=0)
-    torch.testing.assert_close(arc.finetuned, cos.finetuned, atol=1e-4, rtol=0)
+    torch.testing.assert_close(arc.finetuned, cos.finetuned, atol=1e-3, rtol=0)
 
 
 def test_other_files_are_ignored_and_said_so(root):

@@ -50,7 +50,7 @@ def test_another_learning_rate_would_be_noticed(setting, monkeypatch):
 
     def half_rate(*arguments, **keywords):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.optim, "Adam", lambda parameters, lr: adam(parameters, lr=lr / 2))
+            patch.setattr(torch.optim, "Adam", lambda parameters, lr, **named: adam(parameters, lr=lr / 2, **named))
             return original(*arguments, **keywords)
 
     monkeypatch.setattr(bench_base_training, "our_epoch", half_rate)
