@@ -23,7 +23,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "models" / "pooled_norm.cpp"
 FOLDER = SOURCE.parent / "_native"
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 # OpenMP is not linked, so that its threads are those of the library that PyTorch has loaded.
-FLAGS += ["-Wp,-fopenmp"]
+FLAGS += ["-Xpreprocessor", "-fopenmp"]
 
 
 def library_path() -> Path:
@@ -35,10 +35,11 @@ def library_path() -> Path:
 
 
 def build() -> Path:
-    """Compile the library with $CXX, c++, g++ or clang++. Raises UserError when there is none, or it fails."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    """Compile the library with $CXX, or c++, g++ or clang++. Raises UserError when there is none, or it fails."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
-        raise UserError("no C++ compiler: install g++, or name one in CXX; without the library all is the same, slower")
+        raise UserError(f"no C++ compiler ({', '.join(names)}): install g++, or name one in CXX; nothing needs it")
     path = library_path()
     with atomic_file(path) as temporary:
         done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(temporary)], capture_output=True, text=True)
@@ -55,9 +56,15 @@ def build() -> Path:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library where it has been built; the answer holds for the whole process."""
+    """The library where it has been built; the answer holds for the whole process.
+
+    Raises UserError when it cannot be loaded.
+    """
     path = library_path()
-    return ctypes.CDLL(str(path)) if path.is_file() else None
+    try:
+        return ctypes.CDLL(str(path)) if path.is_file() else None
+    except OSError as error:
+        raise UserError(f"{path} cannot be loaded ({error}): python -m models.native, or remove it") from error
 
 
 def version() -> str | None:

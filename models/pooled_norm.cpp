@@ -1,6 +1,6 @@
-// The passes of pooled_norm.py over maps in channels-last memory, (b, h, w, c), each read once. The PyTorch operations
-// there are the reference. A thread takes whole images, and what is summed is summed image by image in their order, so
-// that the numbers do not depend on the number of threads. NaN stays NaN: compiled without -ffast-math.
+// The passes of pooled_norm.py over maps in channels-last memory, (b, h, w, c); the PyTorch operations there are the
+// reference. A thread takes whole images, each with sums of its own, so that the numbers do not depend on the number of
+// threads. NaN stays NaN, as nothing is compiled with -ffast-math.
 
 #include <cstdint>
 #include <cstring>
@@ -96,11 +96,11 @@ void normalise_image(long places, long c, const T* pooled, const float* mean, co
     }
 }
 
-// The sums (2, c) of the gradient where ReLU lets it pass, and of its product with pooled - mean; rows in single precision.
+// The sums (2, c) of the gradient where ReLU lets it pass, and of its product with pooled - mean.
 template <class T>
 void sum_image(long places, long w, long c, const T* gradient, const T* pooled, const uint8_t* index, const float* mean,
                double* sums) {
-    std::vector<float> row(2 * c);
+    std::vector<float> row(2 * c);  // a row in single precision, rows in double
     float *__restrict of_bias = row.data(), *__restrict of_weight = of_bias + c;
     for (long place = 1; place <= places; place++, gradient += c, pooled += c, index += c) {
 #pragma omp simd

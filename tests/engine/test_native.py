@@ -24,7 +24,7 @@ def test_nothing_is_compiled_unasked(folder):
 def test_without_a_compiler_a_line_says_so(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(UserError, match="no C\\+\\+ compiler: install g\\+\\+, or name one in CXX"):
+    with pytest.raises(UserError, match=r"no C\+\+ compiler \(c\+\+, g\+\+, clang\+\+\): install g\+\+"):
         native.build()
 
 
@@ -33,6 +33,13 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(folder, monkeypatch):
     with pytest.raises(UserError, match="false does not make the library"):
         native.build()
     assert list(folder.iterdir()) == []
+
+
+def test_a_library_that_does_not_load_is_named(folder):
+    folder.mkdir()
+    native.library_path().write_text("no library")
+    with pytest.raises(UserError, match=r"pooled_norm-.*\.so cannot be loaded .*python -m models\.native"):
+        native.library()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
