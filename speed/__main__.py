@@ -11,10 +11,8 @@ from engine.script import run_script
 from speed import bench_alignment, bench_base_training, bench_meta_learning, bench_related_base, bench_validation
 from speed.common import run
 
-BENCHES = [
-    module.BENCH
-    for module in (bench_base_training, bench_validation, bench_related_base, bench_alignment, bench_meta_learning)
-]
+BENCHES = [module.BENCH for module in (bench_base_training, bench_validation, bench_related_base, bench_alignment)]
+BENCHES += bench_meta_learning.BENCHES
 
 if __name__ == "__main__":
     run_script(lambda: run(BENCHES, "python -m speed", __doc__))

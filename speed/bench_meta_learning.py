@@ -8,7 +8,6 @@ python -m speed.bench_meta_learning
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,12 +116,6 @@ def reference_evaluation(setting: Setting, t: Work) -> Tensor:
     return torch.stack(accuracy)
 
 
-def of_each_method(side: Callable[[Setting, Work], dict[str, T]], setting: Setting) -> dict[str, T]:
-    """What a side gives for the works of one method, for all methods."""
-    each = [side(setting, work_of(setting, method)) for method in META_LEARNERS]
-    return {name: value for works in each for name, value in works.items()}
-
-
 def both_works(
     setting: Setting, t: Work, backbone: nn.Module, train: Callable[..., float], evaluate: Callable[..., Tensor]
 ) -> dict[str, Measured]:
@@ -183,9 +176,6 @@ def flops(setting: Setting, t: Work) -> dict[str, float]:
     }
 
 
-TARGETS = {
-    work(method): {"fp32": ratio} for method in META_LEARNERS for work, ratio in ((training, 1.5), (evaluation, 5.0))
-}
 TOLERANCES = {
     # PIL rounds the augmented images to whole grey levels.
     "loss": {"fp32": 0.05, "bf16": 0.1},
@@ -195,8 +185,19 @@ TOLERANCES = {
     "update without augmentation": {"fp32": 0.3, "bf16": 0.7},
     "accuracy": {"fp32": 0.02, "bf16": 0.05},
 }
-REFERENCE, OURS = partial(of_each_method, reference), partial(of_each_method, ours)
-BENCH = Bench("meta_learning", TARGETS, REFERENCE, OURS, partial(of_each_method, flops), TOLERANCES)
+
+
+def bench_of(method: str) -> Bench:
+    """The benchmark of one method, which has processes of its own, as in metaLearning.py."""
+
+    def side(of: Callable[[Setting, Work], dict[str, T]]) -> Callable[[Setting], dict[str, T]]:
+        return lambda setting: of(setting, work_of(setting, method))
+
+    targets = {training(method): {"fp32": 1.5}, evaluation(method): {"fp32": 5.0}}
+    return Bench("meta_learning", targets, side(reference), side(ours), side(flops), TOLERANCES)
+
+
+BENCHES = [bench_of(method) for method in META_LEARNERS]
 
 if __name__ == "__main__":
-    run_script(lambda: run([BENCH], "python -m speed.bench_meta_learning", __doc__))
+    run_script(lambda: run(BENCHES, "python -m speed.bench_meta_learning", __doc__))

@@ -75,7 +75,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bench:
-    """One stage. targets: for each work the least ratio to the reference, by precision.
+    """One stage, of the module bench_<name>. targets: for each work the least ratio to the reference, by precision.
 
     reference and ours give a Measured for each work; flops the floating-point operations of each, of our path.
     tolerances: for each answer the largest relative error |ours - reference| / |reference|, by precision.
@@ -87,6 +87,11 @@ class Bench:
     ours: Callable[[Setting], dict[str, Measured]]
     flops: Callable[[Setting], dict[str, float]]
     tolerances: dict[str, dict[str, float]]
+
+    @property
+    def first_work(self) -> str:
+        """Which tells it from the others of its module."""
+        return next(iter(self.targets))
 
 
 def dataset(setting: Setting) -> Path:
@@ -255,6 +260,7 @@ def run_child(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, Meas
         answer = Path(folder) / "answer.pt"
         flags = ["--side", side, "--answer", answer, "--scale", setting.scale, "--precision", setting.precision]
         flags += ["--workers", setting.workers, "--folder", setting.folder, "--device", setting.device]
+        flags += ["--work", bench.first_work]
         flags += ["--images", setting.images] if setting.images else []
         command = [sys.executable, "-m", f"speed.bench_{bench.name}", *map(str, flags)]
         subprocess.run(command, check=True, cwd=Path(__file__).resolve().parent.parent)
@@ -280,7 +286,7 @@ def measure(bench: Bench, setting: Setting, repeats: int) -> list[dict[str, Any]
     errors: dict[str, float] = {}
     for i in range(repeats):
         for side in ("reference", "ours"):
-            print(f"{bench.name}: {side}, {i + 1} of {repeats}", file=sys.stderr, flush=True)
+            print(f"{bench.first_work}: {side}, {i + 1} of {repeats}", file=sys.stderr, flush=True)
             runs[side].append(run_child(bench, setting, side))
         errors |= compare(bench, setting.precision, runs["reference"][-1][0], runs["ours"][-1][0])
     limit, _ = run_child(bench, setting, "limit")
@@ -342,6 +348,7 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, default=Path("./results/tables/speed.json"), help="the JSON of the table")
     p.add_argument("--profile", action="store_true", help="only print where our side's time goes")
     p.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    p.add_argument("--work", help=argparse.SUPPRESS)
     p.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     return p
 
@@ -354,16 +361,18 @@ def run(benches: list[Bench], prog: str, description: str | None) -> None:
     device = select_device(args.device).type
     setting = Setting(args.scale, args.precision, args.images, args.workers, args.folder.resolve(), device)
     if args.side:
-        run_side(benches[0], setting, args.side, args.answer)
+        bench = next(bench for bench in benches if bench.first_work == args.work)
+        run_side(bench, setting, args.side, args.answer)
         return
     if args.profile:
         for bench in benches:
-            print(f"{bench.name}: ours, {args.precision}\n{profile(bench, setting)}")
+            print(f"{bench.first_work}: ours, {args.precision}\n{profile(bench, setting)}")
         return
     if setting.tiny:
         for bench in benches:
             errors = check(bench, setting)
-            print(f"{bench.name}: the same answers as the reference; largest relative error {max(errors.values()):.1g}")
+            same = f"the same answers as the reference; largest relative error {max(errors.values()):.1g}"
+            print(f"{bench.first_work}: {same}")
         return
     record = {"threads": torch.get_num_threads(), "repeats": args.repeats}
     rows: list[dict[str, Any]] = []
