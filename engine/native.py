@@ -60,6 +60,8 @@ def library() -> ctypes.CDLL | None:
 
     Raises UserError when it cannot be loaded.
     """
+    if not SOURCE.is_file():  # where the Python files alone were copied
+        return None
     path = library_path()
     try:
         return ctypes.CDLL(str(path)) if path.is_file() else None
