@@ -33,7 +33,7 @@ from engine.distributed import ALONE
 from engine.errors import RaisingParser, UserError
 from engine.files import atomic_file
 from engine.records import provenance, write_json
-from engine.run import Run, start_run
+from engine.run import Run, on_device, start_run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
 from methods.budget import check_fit
@@ -195,7 +195,8 @@ def source_without(
     """The source of a base set, without some of its classes; large features of it are mapped from disk."""
     counted = without_classes(split, left_out) if left_out else split
     if align_blocks == 0 and len(split.labels) * backbone.feature_dim > MAPPED:
-        return feature_source(cache.half_features(backbone, split), counted)
+        half = on_device(cache.half_features(backbone, split), cache.run.device)
+        return feature_source(half, counted)
     return cache.source(backbone, blocks_to_update(backbone, align_blocks), counted)
 
 

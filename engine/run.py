@@ -138,8 +138,9 @@ def move(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=device.type != "mps")
 
 
-def on_device(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 images moved to a GPU for good when they take less than half its free memory; else left mapped."""
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        return images.to(device)
-    return images
+def on_device(rows: Tensor, device: torch.device) -> Tensor:
+    """What a split has a row an image of, moved to a GPU for good when it takes less than half its free memory; else
+    left mapped."""
+    if device.type == "cuda" and rows.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return rows.to(device)
+    return rows

@@ -24,7 +24,7 @@ from engine.run import Run
 from methods.alignment import AlignmentSetting
 from methods.confidence import folds_together
 from methods.episodic_training import CHUNK_NUMBERS, episode_numbers
-from methods.evaluation import HEAD_CHUNK
+from methods.evaluation import heads_together
 from methods.feature_alignment import n_together, numbers_together
 from methods.features import BATCH, MAPPED, FeatureCache, UpdatedBlocks
 from methods.meta_learner import MetaLearner
@@ -32,6 +32,7 @@ from models import Model
 from models.backbone import Backbone
 
 FLOAT, LONG = 4, 8  # bytes
+MANY = 10**9  # episodes: as many as there may be
 SPARE = 40 * 10**6  # what PyTorch itself takes when it first computes
 HOLES = 1.5  # what a heap grows to, by what lives in it: freed memory lies in pieces
 
@@ -147,10 +148,11 @@ def check_base_training(
     """
     (base, *tests), d, side = splits, model.backbone.feature_dim, splits[0].images.shape[-1]
     batch, frozen = min(batch_size, len(base.labels)), isinstance(net, nn.Identity)
-    features = FLOAT * d * (max(len(split.labels) for split in tests) + frozen * len(base.labels))
+    numbers, n_largest = n_images(shape) * d, max(len(split.labels) for split in tests)
+    features = FLOAT * d * (n_largest + frozen * len(base.labels))
     shown = (batch, d) if frozen else (batch, 3, side, side)
     step = of_step(nn.Sequential(net, model.head), lambda both, x: both(x), shown, run) if batch else 0
-    heads = 2 * FLOAT * HEAD_CHUNK * n_images(shape) * d
+    heads = FLOAT * (heads_together(MANY, numbers, run) * numbers + n_largest * d)
     n_bytes = features + moments(model.backbone, model.head) + max(step, heads, of_batch(model.backbone, base))
     check(
         f"training in batches of {batch} images" if batch else "testing",

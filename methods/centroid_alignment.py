@@ -7,13 +7,15 @@ other centroids: the negative log-likelihood of a softmax over minus squared Euc
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.heads import one_hot_of
+
 
 def class_centroids(z: Tensor, y: Tensor, n_class: int = -1) -> Tensor:
     """Mean of the features of each class: z (n, d), y (n,) with every class in it -> (n_class, d), in float32.
 
     Without n_class a GPU waits until y is counted.
     """
-    member = F.one_hot(y, n_class).T.float()
+    member = one_hot_of(y, int(y.max()) + 1 if n_class < 0 else n_class).T
     return member @ z.float() / member.sum(1, keepdim=True)
 
 

@@ -18,7 +18,7 @@ from engine.run import move
 from methods.adversarial_alignment import CRITIC_BETAS, CriticSetting
 from methods.alignment import AlignmentSetting
 from models.critic import Critic
-from models.heads import mean_cross_entropy
+from models.heads import mean_cross_entropy, one_hot_of
 
 FULL = "full"
 # Of update (1) when it moves an adapter: as good as lower rates and better than higher ones on val classes.
@@ -72,7 +72,7 @@ FeatureLoss = Callable[[Samples, Samples], Tensor]
 
 def centroid_loss(support: Samples, related: Samples, n_way: int) -> Tensor:
     """The centroid alignment loss of each episode, summed: scalar. Equations 4-5; see centroid_alignment_loss."""
-    member = F.one_hot(support.y, n_way) * (support.weight > 0).unsqueeze(-1)
+    member = one_hot_of(support.y, n_way) * (support.weight > 0).unsqueeze(-1)
     centroids = (member / member.sum(1, keepdim=True)).mT @ support.z
     # Of -|z - mu|^2, the part -|z|^2 is the same for all classes.
     logits = 2.0 * related.z @ centroids.mT - centroids.square().sum(-1).unsqueeze(1)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -18,15 +17,16 @@ from data.episodes import Episodes, Task, class_major_labels
 from engine.precision import Precision, check_finite
 from engine.run import Run, move
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode, with_rate
-from methods.evaluation import HEAD_CHUNK
 from methods.feature_adapter import FULL, Adapter, FeatureLoss, Samples, feature_loss, new_adapter
 from methods.features import Source, UpdatedBlocks
 from methods.novel_finetune import fit_heads
 from methods.related_base import RelatedBase, draw_iterations, drawn_per_class, related_base_of_heads
-from models.heads import Head
+from models.heads import Head, one_hot_of
 
 # Features are float32, and so are their steps.
 FP32 = Precision()
+# Episodes aligned together; see evaluation.HEAD_CHUNK.
+TOGETHER = 40
 # Numbers that the episodes aligned together may hold, beside the features of the splits: 256 MB of them.
 MEMORY = 2**26
 
@@ -57,8 +57,8 @@ class AlignedFeatures:
 
 
 def n_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
-    """How many episodes of features of size d to align together: HEAD_CHUNK, or as few as keep within MEMORY."""
-    return max(1, min(HEAD_CHUNK, MEMORY // numbers_together(d, n_way, setting)))
+    """How many episodes of features of size d to align together: TOGETHER, or as few as keep within MEMORY."""
+    return max(1, min(TOGETHER, MEMORY // numbers_together(d, n_way, setting)))
 
 
 def numbers_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
@@ -71,17 +71,22 @@ def numbers_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
 
 
 def related_batches(
-    related_base: list[RelatedBase], z_base: Tensor, aug_size: int, n_iterations: int, generators: list[Generator]
+    related_base: list[RelatedBase],
+    z_base: Tensor,
+    setting: AlignmentSetting,
+    generators: list[Generator],
+    device: torch.device,
 ) -> Iterator[Samples]:
-    """The related samples of E episodes in each iteration, n_way * aug_size of each, padding included."""
-    each = zip(related_base, generators, strict=True)
-    picks = torch.stack([draw_iterations(related.samples, aug_size, n_iterations, g) for related, g in each], 1)
-    n_way, picks = picks.shape[2], move(picks.flatten(2), z_base.device)
+    """The related samples of E episodes in each iteration, n_way * aug_size of each, padding included, on `device`."""
+    each, aug_size = zip(related_base, generators, strict=True), setting.related.aug_size
+    picks = torch.stack([draw_iterations(found.samples, aug_size, setting.align_iters, g) for found, g in each], 1)
+    n_way, picks = picks.shape[2], picks.flatten(2)
     drawn = (picks[0] >= 0).float()
-    weight = drawn / drawn.sum(1, keepdim=True).clamp_min(1.0)
-    y = class_major_labels(n_way, aug_size, z_base.device).expand_as(weight)
-    for index in picks.clamp_min_(0):
-        yield Samples(z_base.index_select(0, index.flatten()).float().view(*index.shape, -1), y, weight)
+    weight = move(drawn / drawn.sum(1, keepdim=True).clamp_min(1.0), device)
+    y = class_major_labels(n_way, aug_size, device).expand_as(weight)
+    for index in move(picks.clamp_min_(0), z_base.device):
+        z = move(z_base.index_select(0, index.flatten()), device)  # a base set may have no room on a GPU
+        yield Samples(z.float().view(*index.shape, -1), y, weight)
 
 
 def padded(index: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -145,7 +150,7 @@ class FeatureUpdates:
     def step(self, samples: Samples, optimizer: torch.optim.Optimizer) -> None:
         """One step of the heads, by the gradient of their loss on adapted features of the samples, written out."""
         projected = self.head.project(self.adapted(samples.z))
-        one_hot = F.one_hot(samples.y, self.head.weight.shape[-2]).to(projected)
+        one_hot = one_hot_of(samples.y, self.head.weight.shape[-2])
         self.head.set_gradients(projected, samples.y, one_hot, samples.weight)
         optimizer.step()
 
@@ -183,7 +188,7 @@ def align_features(
     updates = FeatureUpdates(head, fitted, adapter, alignment_loss, setting, idle)
     curve = []
     generators = [run.generator("related draws", i) for i in numbers]
-    batches = related_batches(related_base, base.features, setting.related.aug_size, setting.align_iters, generators)
+    batches = related_batches(related_base, base.features, setting, generators, device)
     for iteration, related in enumerate(batches, 1):
         updates.align(support, related)
         updates.train_head(related)

@@ -10,8 +10,8 @@ times 100; 1e-6 is added to a probability before its logarithm; the number of at
 support samples. The LSTM reads the support class by class, so the order of the classes matters slightly.
 
 Ours: what the attention LSTM computes at each step from the query and from the support set does not depend
-on its state; that part is computed once. The numbers are the same, at a third of the work. Similarities and
-probabilities are in float32 under autocast. Any number of episodes goes through at once.
+on its state; that part is computed once. The numbers are the same, at a third of the work. All is in float32, also
+under autocast. Any number of episodes goes through at once.
 """
 
 import torch
@@ -63,10 +63,9 @@ class MatchingNet(MetaLearner):
     def forward(self, z_support: Tensor, z_query: Tensor) -> Tensor:
         """z_support (..., n_way, n_shot, d), z_query (..., n, d) -> log-probabilities (..., n, n_way)."""
         n_way, n_shot, d = z_support.shape[-3:]
-        support = self.embed_support(z_support.reshape(-1, n_way * n_shot, d))
-        query = self.embed_query(z_query.reshape(-1, *z_query.shape[-2:]), support)
         with float32_on(z_query.device.type):
-            support, query = support.float(), query.float()
+            support = self.embed_support(z_support.reshape(-1, n_way * n_shot, d).float())
+            query = self.embed_query(z_query.reshape(-1, *z_query.shape[-2:]).float(), support)
             support = support / (support.norm(dim=-1, keepdim=True) + NORM_EPS)
             query = query / (query.norm(dim=-1, keepdim=True) + NORM_EPS)
             similarity = SIMILARITY_SCALE / self.temperature * F.relu(query @ support.transpose(1, 2))

@@ -8,11 +8,10 @@ episodes, so that each head moves exactly as it would alone.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models import build_head
-from models.heads import Generators, Head
+from models.heads import Generators, Head, one_hot_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def fit_heads(
     """
     optimizer = torch.optim.Adam(head.parameters(), lr=lr, fused=True)
     projected = head.project(z_support)
-    one_hot = F.one_hot(y_support, head.weight.shape[-2]).to(projected.dtype)
+    one_hot = one_hot_of(y_support, head.weight.shape[-2])
     for _ in range(n_steps):
         head.set_gradients(projected, y_support, one_hot, weight)
         optimizer.step()

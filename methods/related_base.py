@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from engine.run import move
 from methods.features import Source
 from models.heads import Head
 
 # Base features scored together: their normalised copy stays in a core's cache, which halves the time.
 BASE_ROWS = 512
+GPU_BASE_ROWS = 2**14  # a GPU has a step of its own for each block
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,14 @@ def related_base_of_heads(head: Head, base: Source, setting: RelatedSetting) -> 
     chosen classes is predicted as w. The base features may be of half precision and mapped from disk: a block of them
     at a time is read.
     """
-    n_way, members = head.weight.shape[-2], base.split.members
-    y_base = base.split.labels.to(base.features.device)
+    n_way, members, device = head.weight.shape[-2], base.split.members, head.weight.device
+    rows = BASE_ROWS if device.type == "cpu" else GPU_BASE_ROWS
+    y_base = move(base.split.labels, device)
     # The last row is of samples that do not count.
-    total = torch.zeros(head.weight.shape[:-2].numel(), len(members) + 1, n_way, device=y_base.device)
+    total = torch.zeros(head.weight.shape[:-2].numel(), len(members) + 1, n_way, device=device)
     predicted = []
-    for z, y in zip(base.features.split(BASE_ROWS), y_base.split(BASE_ROWS), strict=True):
-        logits = head.logits(head(z)).view(-1, len(z), n_way)
+    for z, y in zip(base.features.split(rows), y_base.split(rows), strict=True):
+        logits = head.logits(head(move(z, device))).view(-1, len(z), n_way)
         best = logits.argmax(-1)
         vote = setting.related_score == "vote"
         total.index_add_(1, y, torch.nn.functional.one_hot(best, n_way).to(total) if vote else logits.softmax(-1))

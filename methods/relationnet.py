@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.meta_learner import MetaLearner
+from models.heads import one_hot_of
 
 KINDS = ("mse", "softmax")
 
@@ -81,5 +82,4 @@ class RelationNet(MetaLearner):
         """scores (..., n, n_way), y_query (n,) -> scalar: mean squared error to one-hot, or cross-entropy."""
         if self.kind == "softmax":
             return super().loss(scores, y_query)
-        one_hot = F.one_hot(y_query, scores.shape[-1]).to(scores)
-        return F.mse_loss(scores, one_hot.expand_as(scores))
+        return F.mse_loss(scores, one_hot_of(y_query, scores.shape[-1]).expand_as(scores))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from models.heads import one_hot_of
+
 
 class Critic(nn.Module):
     """The critic h([z, y]) of d features and `n_way` labels; its initial weights come from `generator`."""
@@ -36,5 +38,5 @@ class Critic(nn.Module):
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """z (n, d), y (n,) in 0..n_way-1 -> scores (n,)."""
         if self.conditional:
-            z = torch.cat([z, F.one_hot(y, self.n_way).to(z)], dim=1)
+            z = torch.cat([z, one_hot_of(y, self.n_way).to(z)], dim=1)
         return self.out(F.relu(self.hidden(z))).squeeze(1)

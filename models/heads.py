@@ -106,6 +106,14 @@ def products(projected: Tensor, weight: Tensor) -> Tensor:
     return (projected @ weight.mT).mT.contiguous().mT  # the faster order of the product, laid out anew
 
 
+def one_hot_of(y: Tensor, n_class: int) -> Tensor:
+    """Labels (..., n) as (..., n, n_class) of 0 and 1, lying as (..., n_class, n).
+
+    F.one_hot scatters, and for that a GPU that is to repeat itself takes dozens of operations.
+    """
+    return (torch.arange(n_class, device=y.device).unsqueeze(-1) == y.unsqueeze(-2)).float().mT
+
+
 def cross_entropy_gradient(logits: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> Tensor:
     """Gradient of the mean cross-entropy to the logits: (..., n, n_class).
 
@@ -222,11 +230,11 @@ class arcMax(Head):
         That of the logits s cos(theta + m), times s and, for the true class, times the slope of the margin.
         """
         factor = self.s / scores.shape[-2] if weight is None else self.s * weight.unsqueeze(-1)
-        index = y.unsqueeze(-1)
-        with_margin, slope = arc_margin(scores.gather(-1, index), self.m)
-        logits = scores.scatter(-1, index, with_margin).mul_(self.s)
+        is_true = one_hot > 0
+        with_margin, slope = arc_margin(scores.gather(-1, y.unsqueeze(-1)), self.m)
+        logits = torch.where(is_true, with_margin, scores).mul_(self.s)
         gradient = probabilities(logits).sub_(one_hot).mul_(factor)
-        return gradient.scatter_(-1, index, slope.mul_(gradient.gather(-1, index)))
+        return gradient.mul_(torch.where(is_true, slope, 1.0))
 
     def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> None:
         """The gradient of the scores, taken on to the weight."""
@@ -250,5 +258,4 @@ def arc_margin(true: Tensor, m: float) -> tuple[Tensor, Tensor]:
 
 def add_arc_margin(cosine: Tensor, y: Tensor, m: float) -> Tensor:
     """Cosines (..., n, n_class), of which those of the true class, y (..., n), are replaced by cos(theta + m)."""
-    index = y.unsqueeze(-1)
-    return cosine.scatter(-1, index, arc_margin(cosine.gather(-1, index), m)[0])
+    return torch.where(one_hot_of(y, cosine.shape[-1]) > 0, arc_margin(cosine, m)[0], cosine)

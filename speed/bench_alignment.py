@@ -25,8 +25,8 @@ from data.transforms import normalise
 from engine.generators import make_generator
 from engine.script import run_script
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
-from methods.evaluation import HEAD_CHUNK, count_predictions, share_right
-from methods.feature_alignment import AlignedFeatures, align_features
+from methods.evaluation import count_predictions, share_right
+from methods.feature_alignment import TOGETHER, AlignedFeatures, align_features
 from methods.features import FeatureCache, Source, UpdatedBlocks, blocks_to_update
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, draw_related, related_base_of_head
@@ -36,9 +36,9 @@ from speed import reference_loops as plain
 from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, run, timed
 
 WORK = "an alignment episode: 150 iterations"
-FEATURES = f"an episode aligned in feature space, of {HEAD_CHUNK} together"
+FEATURES = f"an episode aligned in feature space, of {TOGETHER} together"
 N_WAY, SEED, EPISODE = 5, 0, 0
-N_TOGETHER = {"tiny": 4, "full": HEAD_CHUNK}
+N_TOGETHER = {"tiny": 4, "full": TOGETHER}
 CHECKED_EPISODES = 4
 ITERATIONS = {"tiny": 2, "full": 150}
 TIMED_ITERATIONS = {"tiny": 2, "full": 10}

@@ -2,11 +2,14 @@
 
 The two sides are timed in child processes of one run, alternating: keep_memory() changes a whole process once it is
 called, the reference must run without it and ours with it, and a process has one peak of memory. A child imports and
-prepares first; only the work itself is timed, on a GPU after the whole side has run once to warm up. At tiny scale
-both sides run in this process, untimed, for the comparison alone.
+prepares first; only the work itself is timed. On a GPU both sides run in this process, ours with the settings of
+repeat_exactly, and each has run as a whole once before, to warm up. At tiny scale both sides run in this process,
+untimed, for the comparison alone.
 """
 
 import argparse
+import functools
+import gc
 import os
 import platform
 import resource
@@ -31,7 +34,7 @@ from engine.errors import UserError
 from engine.files import load_tensors, save_atomically
 from engine.precision import Precision
 from engine.records import provenance, write_json
-from engine.run import Run, keep_memory, select_device
+from engine.run import Run, keep_memory, repeat_exactly, select_device
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone
 
@@ -62,6 +65,11 @@ class Setting:
     def run(self) -> Run:
         """Of our path; the reference is in float32, as published."""
         return Run(torch.device(self.device), Precision(self.precision, self.device))
+
+    @property
+    def rounding(self) -> str:
+        """The precision whose tolerances hold: in fp32 a GPU's convolutions are of TF32, unless PyTorch is told."""
+        return "bf16" if self.device == "cuda" else self.precision
 
 
 @dataclass(frozen=True)
@@ -110,10 +118,12 @@ def dataset(setting: Setting) -> Path:
     return root
 
 
+@functools.lru_cache
 def load(setting: Setting, split: str) -> tuple[Split, list[Path]]:
     """A split as the scripts load it, decoded once, and the files of its images, which the reference decodes."""
     root = dataset(setting)
-    options = DataOptions(root.parent, setting.img_size, setting.folder / "cache", crop_scale=Augmentation().crop_scale)
+    crop, cache = Augmentation().crop_scale, setting.folder / "cache"
+    options = DataOptions(root.parent, setting.img_size, cache, num_workers=setting.workers, crop_scale=crop)
     loaded = load_split(options, root.name, split)
     return loaded, [root / split / name for name in loaded.image_names]
 
@@ -213,10 +223,11 @@ def peak_memory() -> int:
     return peak if platform.system() == "Darwin" else 1024 * peak
 
 
-def compare(
-    bench: Bench, precision: str, reference: dict[str, Measured], ours: dict[str, Measured]
-) -> dict[str, float]:
-    """The relative errors of our answers, by `work: answer`. Raises AssertionError when one is not within tolerance."""
+def compare(bench: Bench, rounding: str, reference: dict[str, Measured], ours: dict[str, Measured]) -> dict[str, float]:
+    """The relative errors of our answers, by `work: answer`, within the tolerances of a rounding (see Setting).
+
+    Raises AssertionError when one is not.
+    """
     assert reference.keys() == ours.keys() == bench.targets.keys(), (reference.keys(), ours.keys())
     errors = {}
     for work, expected in reference.items():
@@ -225,7 +236,7 @@ def compare(
             right, found = right.cpu(), ours[work].answer[name].cpu()
             assert found.shape == right.shape, f"{work}: {name} is {tuple(found.shape)}, not {tuple(right.shape)}"
             error = ((found - right).double().norm() / right.double().norm().clamp_min(1e-12)).item()
-            bound = bench.tolerances[name][precision]
+            bound = bench.tolerances[name][rounding]
             assert error <= bound, f"{work}: {name} is off by {error:.2g} of the reference's, more than {bound:g}"
             errors[f"{work}: {name}"] = error
     return errors
@@ -233,34 +244,40 @@ def compare(
 
 def check(bench: Bench, setting: Setting) -> dict[str, float]:
     """Run both sides once in this process and compare their answers; see compare."""
-    return compare(bench, setting.precision, bench.reference(setting), bench.ours(setting))
+    return compare(bench, setting.rounding, bench.reference(setting), bench.ours(setting))
 
 
-def run_side(bench: Bench, setting: Setting, side: str, answer: Path) -> None:
-    """One side in this process, its Measured and its peak of memory written to `answer`."""
-    if side != "reference":
+def measure_side(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, Measured], int]:
+    """One side in this process: its Measured and its peak of memory in bytes."""
+    if setting.device == "cuda":
+        torch.use_deterministic_algorithms(side == "ours", warn_only=True)
+    elif side != "reference":
         keep_memory()
     if side == "limit":
         peak = peak_flops(setting.run)
         note, counted = f"{peak / 1e9:.0f} GFLOP/s", bench.flops(setting)
-        measured = {work: Measured(flops / peak, {}, note) for work, flops in counted.items()}
-    else:
-        work = bench.ours if side == "ours" else bench.reference
-        if setting.device == "cuda":
-            work(setting)
-            torch.cuda.reset_peak_memory_stats()
-        measured = work(setting)
-    content = {work: vars(m) for work, m in measured.items()}
-    save_atomically(answer, {"measured": content, "peak_memory": peak_memory()})
+        return {work: Measured(flops / peak, {}, note) for work, flops in counted.items()}, 0
+    work = bench.ours if side == "ours" else bench.reference
+    if setting.device == "cuda":
+        work(setting)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return work(setting), peak_memory()
+
+
+def run_side(bench: Bench, setting: Setting, side: str, answer: Path) -> None:
+    """What measure_side gives, written to `answer`."""
+    measured, peak = measure_side(bench, setting, side)
+    save_atomically(answer, {"measured": {work: vars(m) for work, m in measured.items()}, "peak_memory": peak})
 
 
 def run_child(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, Measured], int]:
-    """run_side in a process of its own: its Measured and its peak of memory in bytes."""
+    """What measure_side gives in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.pt"
         flags = ["--side", side, "--answer", answer, "--scale", setting.scale, "--precision", setting.precision]
-        flags += ["--workers", setting.workers, "--folder", setting.folder, "--device", setting.device]
-        flags += ["--work", bench.first_work]
+        flags += ["--workers", setting.workers, "--folder", setting.folder, "--work", bench.first_work]
         flags += ["--images", setting.images] if setting.images else []
         command = [sys.executable, "-m", f"speed.bench_{bench.name}", *map(str, flags)]
         subprocess.run(command, check=True, cwd=Path(__file__).resolve().parent.parent)
@@ -282,14 +299,15 @@ def measure(bench: Bench, setting: Setting, repeats: int) -> list[dict[str, Any]
     """A row for each work: median seconds of both sides and the limit, their ratios, peaks of memory, errors."""
     for split in ("base", "val", "novel"):  # rendered and decoded before any side is timed
         load(setting, split)
+    run_one = measure_side if setting.device == "cuda" else run_child
     runs: dict[str, list[tuple[dict[str, Measured], int]]] = {"reference": [], "ours": []}
     errors: dict[str, float] = {}
     for i in range(repeats):
         for side in ("reference", "ours"):
             print(f"{bench.first_work}: {side}, {i + 1} of {repeats}", file=sys.stderr, flush=True)
-            runs[side].append(run_child(bench, setting, side))
-        errors |= compare(bench, setting.precision, runs["reference"][-1][0], runs["ours"][-1][0])
-    limit, _ = run_child(bench, setting, "limit")
+            runs[side].append(run_one(bench, setting, side))
+        errors |= compare(bench, setting.rounding, runs["reference"][-1][0], runs["ours"][-1][0])
+    limit, _ = run_one(bench, setting, "limit")
     rows = []
     for work, target in bench.targets.items():
         seconds = {side: statistics.median(run[work].seconds for run, _ in runs[side]) for side in runs}
@@ -360,6 +378,8 @@ def run(benches: list[Bench], prog: str, description: str | None) -> None:
         raise UserError(f"--repeats {args.repeats}: give at least 1")
     device = select_device(args.device).type
     setting = Setting(args.scale, args.precision, args.images, args.workers, args.folder.resolve(), device)
+    if device == "cuda":
+        repeat_exactly()
     if args.side:
         bench = next(bench for bench in benches if bench.first_work == args.work)
         run_side(bench, setting, args.side, args.answer)
@@ -384,6 +404,7 @@ def run(benches: list[Bench], prog: str, description: str | None) -> None:
             wrong.append(str(error))
         write_json(args.output, record | {"rows": rows} | provenance(vars(args), setting.run))
     print(markdown(rows))
-    print(f"\n{device}, {args.precision}, {record['threads']} threads, median of {args.repeats}; {args.output}")
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    print(f"\n{name}, {args.precision}, {record['threads']} threads, median of {args.repeats}; {args.output}")
     if wrong:
         sys.exit("\n".join(f"wrong answer: {line}" for line in wrong))

@@ -1,5 +1,6 @@
 """Settings and fixtures that several test modules share."""
 
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,9 @@ from engine.errors import UserError
 from engine.run import select_device
 from tests.helpers import CURVE, DEVICE, TRAIN, call, folders, make_benchmark
 
+# What is not marked `device` is the same on every machine: the scripts' --device auto finds no GPU.
+if DEVICE.type == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # One thread a test: the tensors are tiny, and threads that wait for each other on a busy machine are far slower.
 torch.set_num_threads(1)
 # The same examples in every run; no files.

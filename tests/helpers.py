@@ -62,11 +62,16 @@ def make_benchmark(root: Path, n_class=(6, 6, 6), n_images=8, side=20, seed=0) -
 
 
 def make_split(counts=(8,) * 6, side=16, seed=0, split="novel") -> Split:
-    """A split in memory: `counts` images of each class, every image a pattern of its class's own plus noise."""
+    """A split in memory: `counts` images of each class, every image a pattern of its class's own plus noise.
+
+    On the CPU, as a split is, whatever the default device.
+    """
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    pattern = torch.randint(40, 216, (len(counts), 3, side, side), generator=generator)
-    noise = torch.randint(-40, 40, (len(labels), 3, side, side), generator=generator)
+    with torch.device("cpu"):
+        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        pattern = torch.randint(40, 216, (len(counts), 3, side, side), generator=generator)
+        noise = torch.randint(-40, 40, (len(labels), 3, side, side), generator=generator)
+        sizes = torch.full((len(labels), 2), side)
     return Split(
         benchmark="toy",
         split=split,
@@ -75,7 +80,7 @@ def make_split(counts=(8,) * 6, side=16, seed=0, split="novel") -> Split:
         labels=labels,
         images=(pattern[labels] + noise).to(torch.uint8),
         train_images=None,
-        train_sizes=torch.full((len(labels), 2), side),
+        train_sizes=sizes,
         fingerprint=f"toy{seed}",
     )
 
@@ -160,14 +165,14 @@ def numbers(root: Path, script: str) -> dict:
     found.get("align_preset_auto", {}).pop("table", None)
     if script == "associative_alignment":
         found["metrics"] = (results / "logs" / table.stem / "metrics.jsonl").read_text()
-        episode = torch.load(results / "episodes" / f"{table.stem}.pt", weights_only=True)
+        episode = torch.load(results / "episodes" / f"{table.stem}.pt", "cpu", weights_only=True)
         found["features"] = [v.numpy().tobytes() for kind in ("support", "related") for v in episode[kind].values()]
     else:
         stem = table.stem.removeprefix(f"{script}_")
         rows = (results / "logs" / f"{stem}_bestModel" / "metrics.jsonl").read_text().splitlines()
         found["metrics"] = [{k: v for k, v in json.loads(row).items() if k != "seconds"} for row in rows]
         best = load_checkpoint(results / "models" / f"{stem}_bestModel.tar")
-        last = torch.load(results / "models" / f"{stem}_last.tar", weights_only=True)
+        last = torch.load(results / "models" / f"{stem}_last.tar", "cpu", weights_only=True)
         found["epoch"], found["val_accuracy"] = best.epoch, best.val_accuracy
         states = [best.backbone_state, best.head_state, last["backbone"], last["head"]]
         states += list(last["optimizer"]["state"].values())

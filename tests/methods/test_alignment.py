@@ -18,7 +18,7 @@ from methods.features import Source, UpdatedBlocks, blocks_to_update, image_sour
 from methods.novel_finetune import fit_heads
 from models import build_head
 from models.conv4 import Conv4
-from tests.helpers import golden, make_split
+from tests.helpers import DEVICE, golden, make_split
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def test_two_iterations_of_algorithm_1_follow_the_published_trace():
     support = Labelled(x_support, y_support)
     for i, picks in enumerate(g["picks"]):
         x_related = torch.cat([g["x_related"][w, picks[w]] for w in range(5)]).float()
-        related = Labelled(x_related, class_major_labels(5, picks.shape[1]))
+        related = Labelled(x_related, class_major_labels(5, picks.shape[1], DEVICE))
         losses = [updates.align(support, related), updates.train_head(related), updates.train_on_support(support)]
         torch.testing.assert_close(torch.tensor(losses), g["losses"][i], **many_steps)
         torch.testing.assert_close(head.weight.data, g[f"iter{i + 1}.clf"], **many_steps)

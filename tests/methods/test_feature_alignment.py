@@ -11,9 +11,8 @@ from engine.run import Run
 from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
 from methods.alignment import AlignmentSetting
 from methods.centroid_alignment import centroid_alignment_loss
-from methods.evaluation import HEAD_CHUNK
 from methods.feature_adapter import FULL, Critics, Samples, feature_loss, new_adapter
-from methods.feature_alignment import AlignedFeatures, FeatureUpdates, align_features, n_together
+from methods.feature_alignment import TOGETHER, AlignedFeatures, FeatureUpdates, align_features, n_together
 from methods.features import Source
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, draw_iterations, draw_related, drawn_per_class, related_base_of_head
@@ -199,11 +198,11 @@ def test_an_episode_does_not_depend_on_those_beside_it(changes):
 
 
 def test_fewer_episodes_go_together_when_each_holds_much():
-    assert n_together(256, 5, SETTING) == n_together(1600, 5, AlignmentSetting()) == HEAD_CHUNK
+    assert n_together(256, 5, SETTING) == n_together(1600, 5, AlignmentSetting()) == TOGETHER
     full = change(SETTING, align_adapter=FULL)
-    assert n_together(256, 5, full) == HEAD_CHUNK and 1 <= n_together(1600, 5, full) * 4 * 1600**2 <= 2**26
+    assert n_together(256, 5, full) == TOGETHER and 1 <= n_together(1600, 5, full) * 4 * 1600**2 <= 2**26
     assert n_together(10**5, 5, full) == 1
-    assert n_together(1600, 5, change(AlignmentSetting(), align_adapter=16, alignment="adversarial")) < HEAD_CHUNK
+    assert n_together(1600, 5, change(AlignmentSetting(), align_adapter=16, alignment="adversarial")) < TOGETHER
 
 
 def test_the_draws_of_all_iterations_are_those_of_one_after_another():
