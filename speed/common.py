@@ -83,7 +83,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bench:
-    """One stage, of the module bench_<name>. targets: for each work the least ratio to the reference, by precision.
+    """One stage, of the module bench_<name>. targets: the least ratio of each work to the reference on a CPU, by precision.
 
     reference and ours give a Measured for each work; flops the floating-point operations of each, of our path.
     tolerances: for each answer the largest relative error |ours - reference| / |reference|, by precision.
@@ -319,7 +319,7 @@ def measure(bench: Bench, setting: Setting, repeats: int) -> list[dict[str, Any]
                 "limit_seconds": limit[work].seconds,
                 "ratio": seconds["reference"] / seconds["ours"],
                 "ratio_to_limit": seconds["ours"] / limit[work].seconds,
-                "target": target.get(setting.precision),
+                "target": target.get(setting.precision) if setting.device == "cpu" else None,
                 "peak_memory": {side: statistics.median(peak for _, peak in runs[side]) for side in runs},
                 "errors": {name: error for name, error in errors.items() if name.startswith(f"{work}: ")},
                 "note": runs["ours"][-1][0][work].note,

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+import predict
 from args_parser import args_parser, from_flags
 from data.episodes import EpisodeShape, sample_episodes
 from data.transforms import Augmentation, TrainingImages
@@ -21,7 +22,20 @@ from methods.feature_alignment import align_episodes
 from methods.features import blocks_to_update, embed, image_source
 from methods.novel_finetune import HeadFit, fit_heads
 from models import BACKBONES, HEADS, build_backbone, build_head
-from tests.helpers import ALIGN, CHECKPOINT, DEVICE, STAGE_1, STAGE_3, TINY, TRAIN, call, folders, make_split, numbers
+from tests.helpers import (
+    ALIGN,
+    CHECKPOINT,
+    CURVE,
+    DEVICE,
+    STAGE_1,
+    STAGE_3,
+    TINY,
+    TRAIN,
+    call,
+    folders,
+    make_split,
+    numbers,
+)
 from tests.helpers import result as result_of
 from tests.helpers import run as run_process
 
@@ -221,13 +235,48 @@ def test_a_state_of_the_cpu_goes_on_on_the_device_and_back(trained, tmp_path):
         assert numbers(tmp_path, "transferLearning") == through
 
 
-def test_predict_labels_on_the_device(trained, tmp_path):
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", ["none", "centroid", "head alone", "adapter"])
+def test_predict_labels_on_the_device_and_its_classifier_elsewhere(kind, half, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "MAPPED", 0 if half else predict.MAPPED)
     novel = trained / "benchmarks" / "tiny" / "novel"
-    flags = ["--support", novel, "--query", novel, "--base", trained / "benchmarks" / "tiny", "--ft_n_epoch", 20]
-    flags += ["--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--quiet", "--cache_dir", tmp_path / "cache"]
-    flags += ["--checkpoint", trained / "results" / "models" / CHECKPOINT, "--out", tmp_path / "out"]
-    outcome = call("predict", *flags, "--device", NAME)
+    flags = ["--support", novel, "--base", trained / "benchmarks" / "tiny", "--ft_n_epoch", 20, *ALIGNMENTS[kind]]
+    flags += ["--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--save", tmp_path / "kept.tar"]
+    flags += ["--checkpoint", trained / "results" / "models" / CHECKPOINT, "--device", NAME]
+    label = ["--query", novel, "--quiet", "--cache_dir", tmp_path / "cache", "--out"]
+    outcome = call("predict", *flags, *label, tmp_path / "out")
     assert outcome.status == 0, outcome.err
+    outcome = call("predict", "--classifier", tmp_path / "kept.tar", *label, tmp_path / "again", "--device", "cpu")
+    assert outcome.status == 0, outcome.err
+    there, here = ((tmp_path / out / "predictions.csv").read_text().splitlines() for out in ("out", "again"))
+    assert len(there) == len(here) == 1 + 48
+    if ON_CPU:
+        assert there == here
+
+
+@pytest.mark.parametrize("n_blocks", [0, 1])
+def test_the_last_blocks_train_on_the_device(n_blocks, trained, tmp_path):
+    where = [*folders(tmp_path), "--benchmarks_dir", trained / "benchmarks", "--device", NAME]
+    given = ["--init_from", trained / "results" / "models" / CHECKPOINT, "--train_blocks", n_blocks]
+    outcome = call("transferLearning", *TRAIN, *where, *given)
+    assert outcome.status == 0, outcome.err
+
+
+def test_a_meta_learner_warms_up_on_the_device(trained, tmp_path):
+    where = [*folders(tmp_path), "--benchmarks_dir", trained / "benchmarks", "--device", NAME]
+    given = ["--init_from", trained / "results" / "models" / CHECKPOINT, "--warm_up_epochs", 1]
+    outcome = call("metaLearning", *META, "--method", "RelationNet", *where, *given)
+    assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.parametrize("kind", ["centroid", "adapter"])
+def test_an_episode_of_the_device_is_resumed_saved_and_drawn(kind, workspace):
+    flags = [*CURVE, *ALIGNMENTS[kind], *folders(workspace), "--device", NAME]
+    for n in (2, 3):
+        outcome = call("associative_alignment", *flags, "--n_episodes", n, "--resume", "--save_episode", n - 1)
+        assert outcome.status == 0, outcome.err
+    outcome = call("reporting.figures", workspace / "results")
+    assert outcome.status == 0 and "skipped" not in outcome.out, outcome
 
 
 def test_as_many_ranks_as_there_are_devices_agree_with_one(workspace):
