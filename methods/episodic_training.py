@@ -23,8 +23,8 @@ from methods.evaluation import EpisodeScores, count_predictions, share_right
 from methods.meta_learner import MetaLearner
 from models import Model, n_parameters
 
-# Episodes evaluated together: as many as keep their largest tensor, of which a few live at a time, at 64 MiB.
-CHUNK_NUMBERS = 2**24
+# Episodes evaluated together: as many as keep their largest tensor, of which a few live at a time, at 32 MiB.
+CHUNK_NUMBERS = 2**23
 
 
 def train_one_epoch(

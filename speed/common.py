@@ -83,7 +83,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bench:
-    """One stage, of the module bench_<name>. targets: the least ratio of each work to the reference on a CPU, by precision.
+    """One stage, of the module bench_<name>. targets: the least ratio of each work to the reference on a CPU.
 
     reference and ours give a Measured for each work; flops the floating-point operations of each, of our path.
     tolerances: for each answer the largest relative error |ours - reference| / |reference|, by precision.
