@@ -14,10 +14,10 @@ from data.transforms import Augmentation, training_images
 from engine.distributed import copy_rank_0, rank_0_first
 from engine.script import run_script
 from methods.budget import check_episodic_training
-from methods.episodic_training import evaluate_meta_learner, train_one_epoch
+from methods.episodic_training import train_one_epoch
 from methods.evaluation import EpisodeScores
-from methods.features import embed
 from methods.meta_learners import build_meta_learner, uses_maps
+from methods.split_evaluation import evaluate_on_split
 from models import Model, n_parameters
 from persistence.checkpoints import BackboneSpec, initial_backbone, load_state
 from persistence.files import TEST_FLAGS
@@ -63,7 +63,7 @@ def main() -> None:
     training, figures = Training(files, model, base, run, bool(args.init_from)), (0.0, 0.0)
 
     def validate() -> EpisodeScores:
-        return evaluate_meta_learner(learner, embed(backbone, val.images, run, maps=maps), val_episodes, run)
+        return evaluate_on_split(learner, backbone, val, val_episodes, run)
 
     with training.begin(val, args.n_epoch):
         for epoch in training.epochs(args.n_epoch, validate):
@@ -75,8 +75,7 @@ def main() -> None:
 
     # Novel test of the best model.
     training.load_best()
-    features = embed(backbone, novel.images, run, bar="embed novel", maps=maps)
-    scores = evaluate_meta_learner(learner, features, novel_episodes, run, bar="novel episodes")
+    scores = evaluate_on_split(learner, backbone, novel, novel_episodes, run, bar="novel")
     save_result(files, novel, novel_episodes, scores, run)
     print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")
 

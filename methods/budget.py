@@ -28,6 +28,7 @@ from methods.evaluation import heads_together
 from methods.feature_alignment import n_together, numbers_together
 from methods.features import BATCH, MAPPED, FeatureCache, UpdatedBlocks
 from methods.meta_learner import MetaLearner
+from methods.split_evaluation import image_shape, is_kept
 from models import Model
 from models.backbone import Backbone
 
@@ -177,12 +178,16 @@ def check_episodic_training(
         forward = partial(episode_scores, shape=train_shape)
         step = of_step(nn.ModuleList([backbone, learner]), forward, (n, 3, side, side), run)
         step, what = step + moments(backbone, learner), f"training on episodes of {n} images"
-    image = backbone.map_shape if learner.uses_maps else (backbone.feature_dim,)
+    image = image_shape(backbone, learner)
     of_image, n_query = math.prod(image), episodes.query[0].numel()
     together = min(len(episodes), max(1, CHUNK_NUMBERS // episode_numbers(learner, episodes, of_image)))
     scores = of_pass(learner, (together, episodes.n_way, episodes.n_shot, *image), (together, n_query, *image))
-    n_bytes = max(step, scores, of_batch(backbone, base))
-    n_bytes += FLOAT * of_image * max(len(split.labels) for split in tests)
+    n_bytes = max(step, scores, of_batch(backbone, base)) + max(
+        FLOAT * of_image * len(split.labels)
+        if is_kept(backbone, learner, len(split.labels))
+        else FLOAT * of_image * (len(episodes) * episodes.n_way + 2 * max(len(images) for images in split.members))
+        for split in tests
+    )
     check(what, n_bytes, "a smaller --train_n_query, --n_query or --img_size", run)
 
 

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 class MetaLearner(nn.Module):
     """Scores of query samples, given the support: made as MetaLearner(feature_dim, map_shape) for one backbone.
 
-    It works on the backbone's maps where uses_maps, and on its features otherwise. temperature: what its logits are
-    divided by, 1 as published.
+    It works on the backbone's maps where uses_maps, and on its features otherwise. takes_means: whether its scores
+    follow from the mean of each class's support alone, so that a support of these means has the same. temperature: what
+    its logits are divided by, 1 as published.
     """
 
     uses_maps: ClassVar[bool] = False
+    takes_means: ClassVar[bool] = False
     temperature: float = 1.0
 
     def __init__(self, feature_dim: int, map_shape: tuple[int, int, int]):

@@ -35,6 +35,7 @@ class RelationNet(MetaLearner):
     """
 
     uses_maps = True
+    takes_means = True
 
     def __init__(self, feature_dim: int, map_shape: tuple[int, int, int], kind: str = "mse", hidden: int = 8):
         super().__init__(feature_dim, map_shape)

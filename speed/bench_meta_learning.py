@@ -1,7 +1,8 @@
 """100 episodes of each meta-learner, training and evaluation, against one episode after another from files.
 
 Both sides are timed on a few training episodes, and the reference on a few episodes of evaluation, and scaled up to
-100: each costs the same. Our evaluation embeds the whole novel split, as metaLearning.py does.
+100: each costs the same. Our evaluation embeds the whole novel split, as metaLearning.py does, the maps of RelationNet
+a class at a time.
 
 python -m speed.bench_meta_learning
 """
@@ -23,6 +24,7 @@ from methods.episodic_training import evaluate_meta_learner, train_one_epoch
 from methods.features import embed
 from methods.meta_learner import MetaLearner
 from methods.meta_learners import META_LEARNERS, build_meta_learner, uses_maps
+from methods.split_evaluation import evaluate_on_split, is_kept
 from models import Model
 from models.backbone import Backbone
 from speed import reference_loops as plain
@@ -155,8 +157,7 @@ def our_training(setting: Setting, t: Work, augmentation: Augmentation | None) -
 
 def our_evaluation(setting: Setting, t: Work) -> Tensor:
     """Accuracy of all episodes, from the images."""
-    z_novel = embed(t.backbone, t.novel.images, setting.run, maps=t.learner.uses_maps)
-    return evaluate_meta_learner(t.learner, z_novel, t.novel_episodes, setting.run).accuracy
+    return evaluate_on_split(t.learner, t.backbone, t.novel, t.novel_episodes, setting.run).accuracy
 
 
 def ours(setting: Setting, t: Work) -> dict[str, Measured]:
@@ -170,8 +171,11 @@ def flops(setting: Setting, t: Work) -> dict[str, float]:
     some = Episodes(t.novel_episodes.index[:1] % len(z), t.novel_episodes.classes[:1], t.novel_episodes.n_shot)
     per_episode = count_flops(lambda: evaluate_meta_learner(t.learner, z, some, setting.run))
     trained = count_flops(lambda: our_training(setting, t, AUGMENTATION))
+    n_images = len(t.novel.labels)
+    if not is_kept(t.backbone, t.learner, n_images):  # embedded twice: those of a support
+        n_images += len(t.novel_episodes.support.unique())
     return {
-        evaluation(t.method): per_image * len(t.novel.labels) + per_episode * len(t.novel_episodes),
+        evaluation(t.method): per_image * n_images + per_episode * len(t.novel_episodes),
         training(t.method): trained * N_EPISODES / TIMED_TRAINING[setting.scale],
     }
 

@@ -1,0 +1,78 @@
+"""Evaluation of a meta-learner on a split, which is embedded once and kept, or, where it is too large, class by class.
+
+A learner that takes the mean of a class's support, and no more of it, can score the queries of one class after another:
+the means of all episodes are made first, then each class is embedded and its queries scored in all episodes that have
+it. Only one class of the split is in memory at a time, and the images of a support are embedded twice. The scores are
+the same but for rounding.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.benchmarks import Split
+from data.episodes import Episodes
+from engine.distributed import ALONE, gather_objects
+from engine.run import Run, move
+from methods.episodic_training import CHUNK_NUMBERS, evaluate_meta_learner
+from methods.evaluation import EpisodeScores
+from methods.features import INPUT_ROWS, MAPPED, embed
+from methods.meta_learner import MetaLearner
+from models.backbone import Backbone
+
+
+def image_shape(backbone: Backbone, learner: MetaLearner) -> tuple[int, ...]:
+    """The shape of what a learner takes of an image: (c, h, w) or (d,)."""
+    return backbone.map_shape if learner.uses_maps else (backbone.feature_dim,)
+
+
+def is_kept(backbone: Backbone, learner: MetaLearner, n_images: int) -> bool:
+    """Whether so many images are embedded once and kept: unless they are many and the learner can do without."""
+    return not learner.takes_means or n_images * math.prod(image_shape(backbone, learner)) <= MAPPED
+
+
+def evaluate_on_split(
+    learner: MetaLearner, backbone: Backbone, split: Split, episodes: Episodes, run: Run, bar: str = ""
+) -> EpisodeScores:
+    """Score the queries of all episodes of a split, in eval mode. `bar` names the progress bars; empty shows none."""
+    if not is_kept(backbone, learner, len(split.labels)):
+        return evaluate_class_by_class(learner, backbone, split, episodes, run, bar)
+    features = embed(backbone, split.images, run, bar and f"embed {bar}", learner.uses_maps)
+    return evaluate_meta_learner(learner, features, episodes, run, bar and f"{bar} episodes")
+
+
+@torch.no_grad()
+def support_means(learner: MetaLearner, backbone: Backbone, split: Split, episodes: Episodes, run: Run) -> Tensor:
+    """The mean of each support: (E, n_way, d), or (E, n_way, c, h, w) of maps."""
+    shape = image_shape(backbone, learner)
+    support, order = episodes.support.flatten().sort(stable=True)
+    sums = torch.zeros(len(order) // episodes.n_shot, *shape, device=run.device)
+    for image, row in zip(*(each.split(INPUT_ROWS) for each in (support, order // episodes.n_shot)), strict=True):
+        once, index = image.unique(return_inverse=True)
+        z = embed(backbone, split.images[once], run, maps=learner.uses_maps)
+        sums.index_add_(0, move(row, run.device), z[move(index, run.device)])
+    return sums.div_(episodes.n_shot).unflatten(0, (-1, episodes.n_way))
+
+
+@torch.no_grad()
+def evaluate_class_by_class(
+    learner: MetaLearner, backbone: Backbone, split: Split, episodes: Episodes, run: Run, bar: str = ""
+) -> EpisodeScores:
+    """What evaluate_on_split gives, with the features of one class in memory. The ranks share out the classes."""
+    learner.eval()
+    alone, (n_way, n_query) = replace(run, ranks=ALONE), episodes.query.shape[1:]
+    means = support_means(learner, backbone, split, episodes, alone)
+    chunk = max(1, CHUNK_NUMBERS // (n_way * n_query * means[0, 0].numel()))
+    counts = torch.zeros(len(episodes), n_way, n_way, dtype=torch.long)
+    for c in run.bar(run.ranks.share(range(len(split.class_names))), bar, "class"):
+        at = (episodes.classes == c).nonzero()
+        images, index = episodes.query[at[:, 0], at[:, 1]].unique(return_inverse=True)
+        z = embed(backbone, split.images[images], alone, maps=learner.uses_maps) if len(at) else means[:0, 0]
+        for part, query in zip(at.split(chunk), index.split(chunk), strict=True):
+            e, way = part.unbind(1)
+            scores = learner(means[move(e, run.device)].unsqueeze(2), z[move(query, run.device)])
+            counts[e, way] = F.one_hot(scores.argmax(-1), n_way).sum(1).cpu()
+    return EpisodeScores(torch.stack(gather_objects(counts, run.ranks)).sum(0))
