@@ -14,9 +14,13 @@ NEARLY_ALL = 0.8
 
 
 def free_memory(device: torch.device) -> int | None:
-    """The bytes that are free on a GPU, or of the machine for its CPU; None where nothing says how many."""
+    """The bytes that are free on a GPU, or of the machine for its CPU; None where nothing says how many.
+
+    On a GPU those are free as well that PyTorch has taken and does not use.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
     except OSError:

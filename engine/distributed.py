@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -150,11 +150,6 @@ def data_parallel(module: nn.Module, ranks: Ranks) -> nn.Module:
     """
     learns = any(p.requires_grad for p in module.parameters())
     return DistributedDataParallel(module) if ranks.n > 1 and learns else module
-
-
-def plain_module(module: nn.Module) -> nn.Module:
-    """What data_parallel was given."""
-    return cast(nn.Module, module.module) if isinstance(module, DistributedDataParallel) else module
 
 
 @torch.no_grad()

@@ -48,9 +48,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError, and Ctrl-C, too
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
+    except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be written ({reason}): free some space or give another folder") from error
 
@@ -74,7 +72,12 @@ def save_atomically(path: Path, content: dict[str, Any] | Tensor) -> None:
     Raises UserError when it cannot be written; the file that was there before is then intact.
     """
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # which torch.save makes of a full disk, and of Ctrl-C
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise OSError(str(error)) from error
         file.flush()
         os.fsync(file.fileno())
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data.episodes import EpisodeShape, sample_episodes
 from data.image_cache import ImageFiles, load_images
-from engine.budget import check_disk, check_memory, compare
+from engine.budget import check_disk, check_memory, compare, free_memory
 from engine.errors import UserError
 from engine.run import Run
 from methods.features import FeatureCache
@@ -41,6 +41,12 @@ def test_memory_is_that_of_the_device_of_the_run(monkeypatch, kind, named):
             check_memory("it", 10**9, "take less", device)
     else:
         check_memory("it", 10**18, "take less", device)  # nothing says how much is free
+
+
+def test_what_pytorch_keeps_of_a_gpu_and_does_not_use_is_free(monkeypatch):
+    for name, n_bytes in (("mem_get_info", (10, 100)), ("memory_reserved", 50), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, n_bytes=n_bytes: n_bytes)
+    assert free_memory(torch.device("cuda")) == 40
 
 
 def test_huge_numbers_of_episodes_end_before_they_are_drawn():
