@@ -17,7 +17,7 @@ from engine.distributed import join_ranks
 from engine.errors import OneLineParser
 from engine.run import Run, start_run
 from methods.alignment import ALIGNMENTS
-from methods.feature_adapter import ADAPTER_LR, FULL
+from methods.feature_adapter import ADAPTER_LR, FEATURE_LOSSES, FULL
 from methods.meta_learners import META_LEARNERS
 from methods.setting_choice import CHOSEN_FLAGS
 from models import BACKBONES, HEADS, OTHERS, OTHERS_USAGE, native_img_size
@@ -474,6 +474,8 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
         parser.error("argument --alignment: in head nothing but the head moves: give --align_blocks 0 as well")
     if args.alignment in ("head", "naive") and args.align_adapter:
         parser.error(f"argument --align_adapter: nothing moves it in --alignment {args.alignment}: leave it out")
+    if args.align_adapter and args.alignment not in (*FEATURE_LOSSES, "none", None):
+        parser.error(f"argument --align_adapter: {args.alignment} alignment has no loss in feature space: leave it out")
     if args.align_blocks == 0 and not args.align_adapter and args.alignment not in ("head", "none", None):
         parser.error(
             f"argument --align_blocks: 0 leaves nothing for {args.alignment} alignment to move: give --align_adapter, "

@@ -189,7 +189,9 @@ def align_episode(
 
     head.rescale(setting.align_s, setting.align_m)
     alignment_loss = ALIGNMENTS[setting.alignment](d, n_way, setting, run.generator("critic", i), run.device)
-    updates = Updates(blocks.updated, head, fitted, alignment_loss, setting, run.precision)
+    # With a scaler of its own: that of fp16 remembers, and an episode depends on none before it.
+    precision = Precision(run.precision.name, run.precision.device_type)
+    updates = Updates(blocks.updated, head, fitted, alignment_loss, setting, precision)
     support = Labelled(novel.enter(task.support), y_support)
     generator = run.generator("related draws", i)
     losses, curve = Losses(f"episode {i}, iteration"), []

@@ -143,10 +143,17 @@ def same_label(first: Samples, second: Samples) -> Tensor:
     return first.y.unsqueeze(2) == second.y.unsqueeze(1)
 
 
+# By the name of an alignment, what makes its loss in feature space, of as many episodes as generators.
+FEATURE_LOSSES: dict[str, Callable[..., FeatureLoss]] = {
+    "centroid": lambda d, n_way, *_: partial(centroid_loss, n_way=n_way),
+    "adversarial": lambda d, n_way, setting, *generators_and_device: Critics(
+        d, n_way, setting.critic, *generators_and_device
+    ),
+}
+
+
 def feature_loss(
     d: int, n_way: int, setting: AlignmentSetting, generators: Sequence[Generator], device: torch.device
 ) -> FeatureLoss:
-    """The alignment loss that a setting names, of as many episodes as generators."""
-    if setting.alignment == "adversarial":
-        return Critics(d, n_way, setting.critic, generators, device)
-    return partial(centroid_loss, n_way=n_way)
+    """The alignment loss that a setting names, of as many episodes as generators. Raises KeyError for another."""
+    return FEATURE_LOSSES[setting.alignment](d, n_way, setting, generators, device)

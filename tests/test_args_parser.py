@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from args_parser import STAGES, args_parser, from_flags, stage_parser
-from engine.errors import UserError
+from args_parser import STAGES, args_parser, check_feature_space, from_flags, stage_parser
+from engine.errors import OneLineParser, UserError
 
 NEEDED = {"predict": ["--support", "s", "--query", "q", "--checkpoint", "c"]}  # the flags a stage cannot do without
 
@@ -305,3 +305,9 @@ def test_in_feature_space_the_head_alone_learns_unless_there_is_an_adapter():
         1e-4,
         1e-3,
     )
+
+
+def test_an_adapter_is_refused_for_an_alignment_without_a_loss_in_feature_space():
+    flags = Namespace(align_adapter=2, align_blocks=0, alignment="nearest")
+    with pytest.raises(UserError, match="nearest alignment has no loss in feature space"):
+        check_feature_space(flags, OneLineParser())

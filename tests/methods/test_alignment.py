@@ -121,6 +121,14 @@ def test_an_episode_leaves_no_trace_in_the_next():
     assert alone.losses == after_another.losses and torch.equal(alone.aligned, after_another.aligned)
 
 
+def test_in_fp16_too_an_episode_depends_on_none_before_it():
+    align, _, _ = tiny_episode_run()
+    run = Run(precision=Precision("fp16"))
+    first = align(run=run)
+    run.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-12)  # as overflows would leave it
+    assert align(run=run).losses == first.losses and run.precision.scaler.get_scale() == 2.0**-12
+
+
 def test_a_query_is_scored_without_regard_to_the_other_queries():
     _, given, net = tiny_episode_run()
     head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)
