@@ -32,7 +32,7 @@ from methods.split_evaluation import image_shape, is_kept
 from models import Model
 from models.backbone import Backbone
 
-FLOAT, LONG = 4, 8  # bytes
+HALF, FLOAT, LONG = 2, 4, 8  # bytes
 MANY = 10**9  # episodes: as many as there may be
 SPARE = 40 * 10**6  # what PyTorch itself takes when it first computes
 HOLES = 1.5  # what a heap grows to, by what lives in it: freed memory lies in pieces
@@ -72,9 +72,12 @@ def storages(values: object) -> Iterator[torch.UntypedStorage]:
 def without_numbers(module: nn.Module) -> nn.Module:
     """A copy of a module on the meta device, in train mode; the module's own numbers are not copied on the way."""
     memo: dict[int, object] = {}
-    for p in module.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
+    # The last blocks of a backbone bring a method of it along, and so the whole of it.
+    owners = [getattr(getattr(m, "pool_and_flatten", None), "__self__", m) for m in module.modules()]
+    for owner in {id(o): o for o in (module, *owners)}.values():
+        for p in owner.parameters():
+            memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        memo |= {id(b): torch.empty_like(b, device="meta") for b in owner.buffers()}
     return copy.deepcopy(module, memo).train()
 
 
@@ -149,9 +152,11 @@ def check_base_training(
     """
     (base, *tests), d, side = splits, model.backbone.feature_dim, splits[0].images.shape[-1]
     batch, frozen = min(batch_size, len(base.labels)), isinstance(net, nn.Identity)
+    # Each rank has a GPU of its own; on a CPU they share the memory.
+    mine = math.ceil(batch / run.ranks.n) if run.device.type == "cuda" else batch
     numbers, n_largest = n_images(shape) * d, max(len(split.labels) for split in tests)
     features = FLOAT * d * (n_largest + frozen * len(base.labels))
-    shown = (batch, d) if frozen else (batch, 3, side, side)
+    shown = (mine, d) if frozen else (mine, 3, side, side)
     step = of_step(nn.Sequential(net, model.head), lambda both, x: both(x), shown, run) if batch else 0
     heads = FLOAT * (heads_together(MANY, numbers, run) * numbers + n_largest * d)
     n_bytes = features + moments(model.backbone, model.head) + max(step, heads, of_batch(model.backbone, base))
@@ -235,8 +240,10 @@ def check_fit(
     """Raise UserError when the classifier of predict.py takes more memory to fit than is free; see check_alignment."""
     d, k, n_way = backbone.feature_dim, len(user.labels), len(user.class_names)
     n_base = len(base.labels) if base else 0
-    if blocks.in_feature_space and n_base * d > MAPPED:
-        n_base = 0  # their features stay on the disk
+    of_base = FLOAT * d * n_base
+    if blocks.in_feature_space and n_base * d > MAPPED:  # mapped from disk, or on a GPU where they have room
+        half = HALF * d * n_base
+        of_base = half if run.device.type == "cuda" and half < (free_memory(run.device) or 0) / 2 else 0
     shape = EpisodeShape(n_way, math.ceil(k / n_way), math.ceil(k / n_way))  # the support is what is scored
     work = [of_batch(backbone, user)]
     for setting in settings:
@@ -245,7 +252,7 @@ def check_fit(
         else:
             n = folds_together(k, d, n_way, setting) if len(settings) == 1 else n_together(d, n_way, setting)
             work.append(features_aligned(d, base, shape, setting, n))
-    kept = FLOAT * d * (k + n_base) + (on_gpu(blocks, [base], run) if base else 0)
+    kept = FLOAT * d * k + of_base + (on_gpu(blocks, [base], run) if base else 0)
     check("fitting the classifier", kept + max(work), alignment_flags(blocks, settings), run)
 
 

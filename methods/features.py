@@ -112,6 +112,9 @@ def blocks_to_update(backbone: Backbone, align_blocks: int | None) -> UpdatedBlo
     updated: nn.Module = backbone
     if align_blocks not in (None, len(backbone.blocks())):
         below, updated = split_backbone(backbone, align_blocks)
+        learning = {id(p) for p in updated.parameters()}
+        for p in backbone.parameters():  # those below, and of what a library's model has behind its blocks
+            p.requires_grad_(p.requires_grad and id(p) in learning)
     return UpdatedBlocks(below, updated, {name: value.clone() for name, value in updated.state_dict().items()})
 
 

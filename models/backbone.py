@@ -51,7 +51,10 @@ class Backbone(nn.Module):
 
 
 class LastBlocks(nn.Module):
-    """The last `n_blocks` blocks of a backbone, sharing its weights: what block -n_blocks takes -> (b, d)."""
+    """The last `n_blocks` blocks of a backbone, sharing its weights: what block -n_blocks takes -> (b, d).
+
+    Parameters of pool_and_flatten, which models of libraries may have, are the backbone's and none of these.
+    """
 
     def __init__(self, backbone: Backbone, n_blocks: int):
         super().__init__()

@@ -54,7 +54,7 @@ class GlobalBatchNorm(nn.Module):
             x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
             return self.then(x)
         full = x.float()
-        n = torch.tensor([full.numel() // full.shape[1]], dtype=torch.float32, device=x.device)
+        n = torch.full((1,), float(full.numel() // full.shape[1]), device=x.device)  # a copy would wait for a GPU
         dist.all_reduce(n)
         mean = SumOverProcesses.apply(full.sum((0, 2, 3))) / n
         centred = full - mean.view(-1, 1, 1)

@@ -9,6 +9,7 @@ from torch import nn
 import engine.budget
 import methods.budget
 from data.episodes import EpisodeShape, sample_episodes
+from engine.distributed import Ranks
 from engine.precision import Precision
 from engine.run import Run
 from methods.alignment import AlignmentSetting
@@ -17,6 +18,7 @@ from methods.budget import (
     HOLES,
     Live,
     check_alignment,
+    check_base_training,
     check_fit,
     episode_scores,
     of_pass,
@@ -27,7 +29,7 @@ from methods.budget import (
 from methods.features import FeatureCache, blocks_to_update
 from methods.meta_learners import META_LEARNERS, build_meta_learner
 from methods.setting_choice import candidates
-from models import build_backbone
+from models import Model, build_backbone, build_head
 from models.backbone import split_backbone
 from tests.helpers import ALIGN, CHECKPOINT, TINY, TRAIN, call, folders, make_split
 
@@ -168,3 +170,25 @@ def test_each_stage_ends_in_one_line_where_memory_is_short(workspace, tmp_path, 
     outcome = call(script, *flags, *folders(workspace))
     assert outcome.status == 2 and outcome.err.count("\n") == 1
     assert "of which 0.0 GB are free" in outcome.err and named in outcome.err
+
+
+def test_a_copy_without_numbers_copies_none_of_what_is_behind_the_last_blocks():
+    backbone = build_backbone("WideResNet", 16)
+    last = split_backbone(backbone, 1)[1]
+    copied = without_numbers(last).pool_and_flatten.__self__
+    assert copied is not backbone and all(value.is_meta for value in copied.state_dict().values())
+
+
+@pytest.mark.parametrize(("device", "n_images"), [("cuda", 16), ("cpu", 64)])
+def test_a_rank_has_its_share_of_a_batch_on_a_gpu_of_its_own_and_all_of_it_in_the_memory_they_share(
+    device, n_images, monkeypatch
+):
+    monkeypatch.setattr(engine.budget, "free_memory", lambda device: 10**12)
+    shapes = []
+    monkeypatch.setattr(methods.budget, "of_step", lambda module, forward, shape, run: shapes.append(shape) or 0)
+    net = build_backbone("Conv4", 16)
+    model = Model(net, build_head("arcMax", net.feature_dim, 6, 15.0, 0.1), 1e-3)
+    run = Run(device=torch.device(device), ranks=Ranks(1, 4, 1))
+    splits = [make_split((20,) * 6)] * 3
+    check_base_training(model, net, splits, 64, EpisodeShape(3, 2, 3), run)
+    assert shapes == [(n_images, 3, 16, 16)]

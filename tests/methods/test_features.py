@@ -47,6 +47,26 @@ def test_embedding_does_not_depend_on_the_batch_size_and_ends_in_eval_mode(backb
         torch.testing.assert_close(again, reference, rtol=1e-5, atol=1e-6)
 
 
+class WithTail(Conv4):
+    """A Conv4 that has a layer behind its blocks, as some models of libraries have."""
+
+    def __init__(self):
+        super().__init__(16, width=4)
+        self.tail = nn.Linear(4, 4)
+
+    def pool_and_flatten(self, feature_map):
+        return self.tail(feature_map.flatten(1))
+
+
+def test_only_the_last_blocks_get_a_gradient_and_not_what_is_behind_them():
+    backbone = WithTail()
+    backbone.layers[3].bn.weight.requires_grad_(False)  # by the user's own wish
+    blocks = blocks_to_update(backbone, 1)
+    blocks.updated(torch.rand(2, 4, 2, 2)).sum().backward()
+    with_gradient = {name for name, p in backbone.named_parameters() if p.grad is not None}
+    assert with_gradient == {"layers.3.conv.weight", "layers.3.conv.bias", "layers.3.bn.bias"}
+
+
 def test_embedding_changes_no_weight_and_no_statistic(backbone):
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     embed(backbone.train(), make_split(side=16).images, FP32)
