@@ -38,10 +38,12 @@ TIMED_EVALUATION = {"tiny": 2, "full": 2}
 
 
 def training(method: str) -> str:
+    """The name of a method's training as a work."""
     return f"{method}: training, 100 episodes"
 
 
 def evaluation(method: str) -> str:
+    """The name of a method's evaluation as a work."""
     return f"{method}: evaluation, 100 episodes"
 
 
@@ -62,6 +64,7 @@ class Work:
 
 
 def work_of(setting: Setting, method: str) -> Work:
+    """The same on both sides."""
     base, base_paths = load(setting, "base")
     novel, novel_paths = load(setting, "novel")
     n_shot, n_train_query, n_query = (2, 3, 4) if setting.tiny else (5, 16, 50)
@@ -145,6 +148,7 @@ def both_works(
 
 
 def reference(setting: Setting, t: Work) -> dict[str, Measured]:
+    """Both works by the plain loop."""
     return both_works(setting, t, t.plain_backbone, reference_training, reference_evaluation)
 
 
@@ -161,6 +165,7 @@ def our_evaluation(setting: Setting, t: Work) -> Tensor:
 
 
 def ours(setting: Setting, t: Work) -> dict[str, Measured]:
+    """Both works as metaLearning.py does them."""
     return both_works(setting, t, t.backbone, our_training, our_evaluation)
 
 

@@ -103,6 +103,7 @@ def ours(setting: Setting) -> dict[str, Measured]:
 
 
 def flops(setting: Setting) -> dict[str, float]:
+    """Those of the scores of all base features."""
     t = work(setting)
     return {WORK: count_flops(lambda: related_base_of_head(t.head, t.base, RelatedSetting(N_B[setting.scale])))}
 

@@ -91,10 +91,12 @@ def measured_rate(backbone_name: str, training: float, precision: Precision) -> 
 
 
 def digits(value: float) -> str:
+    """A number with as many digits as its size asks for."""
     return f"{value:,.{0 if value >= 10 else 1 if value >= 1 else 4}f}"
 
 
 def duration(seconds: float) -> str:
+    """Seconds in hours, or in minutes below one."""
     return f"{digits(seconds / 3600)} h" if seconds >= 3600 else f"{digits(seconds / 60)} min"
 
 

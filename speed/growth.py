@@ -72,6 +72,7 @@ def new_model(backbone_name: str, n_class: int) -> Model:
 def base_training(folder: str, n: int, n_steps: int) -> dict[str, float]:
     """Seconds of the fastest of n_steps training steps on images spread over a cache of n; memory afterwards."""
     keep_memory()
+    torch.set_num_threads(1)  # of this row's own process; with more, the seconds would hold their waiting
     n_read, bytes_each = min(n_steps * BATCH, n - n % BATCH or n), 3 * SIZE**2
     stride, generator = n // n_read, make_generator(0, "images")
     path = Path(folder) / f"{n}.bin"
