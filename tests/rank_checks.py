@@ -13,9 +13,15 @@ from pathlib import Path
 
 import torch
 
-from engine.distributed import gather_objects, gather_rows, join_ranks
+from data.episodes import EpisodeShape, sample_episodes
+from engine.distributed import ALONE, gather_objects, gather_rows, join_ranks
 from engine.errors import UserError
+from engine.run import Run
 from engine.script import run_script
+from methods.meta_learners import build_meta_learner
+from methods.split_evaluation import evaluate_class_by_class
+from models import build_backbone
+from tests.helpers import make_split
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -49,6 +55,18 @@ def check_exchange(ranks) -> None:
             assert torch.equal(got, rows[:n]) and got.is_contiguous(memory_format=form)
 
 
+def check_class_by_class(ranks) -> None:
+    """The ranks share out the classes of a split, and all of them have all scores."""
+    torch.manual_seed(0)
+    split, backbone = make_split((8,) * 5), build_backbone("Conv4", 16, relation=True)
+    learner = build_meta_learner("RelationNet", backbone)
+    episodes = sample_episodes(split, EpisodeShape(3, 2, 4), 5, 0)
+    together, alone = (
+        evaluate_class_by_class(learner, backbone, split, episodes, Run(ranks=r)) for r in (ranks, ALONE)
+    )
+    assert together.counts.sum() == 5 * 3 * 4 and torch.equal(together.counts, alone.counts)
+
+
 def fail_at(module_name: str, function: str, n: int, how: str) -> None:
     module = importlib.import_module(module_name)
     real, calls = getattr(module, function), []
@@ -68,6 +86,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     ranks = join_ranks()
     check_exchange(ranks)
+    check_class_by_class(ranks)
     if not ranks.first:
         forbid_writing(job["root"])
     if job["fails"] and ranks.rank == 1:
