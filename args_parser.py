@@ -235,7 +235,7 @@ TRANSFER: Table = [
     flag("--method",               list(HEADS),                     "arcMax",
          "head: a linear layer (softMax), scaled cosine (cosMax) or cosine with an angular margin (arcMax)"),
     flag("--n_epoch",              COUNT_OR_0,                      600,
-         "epochs over the base classes; 0 tests --init_from as it is"),
+         "epochs over the base classes; 0 tests --init_from, or --weights, as it is"),
     flag("--batch_size",           COUNT,                           64,
          "images in a step, of all processes together if there are several"),
     flag("--sync_bn",              SWITCH,                          False,
@@ -484,7 +484,7 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
 
 
 def check_weights(stage: str, args: argparse.Namespace, parser: OneLineParser) -> None:
-    """An error when weights are of no library, or a part of a backbone is to stand still that has not been trained.
+    """An error when weights are of no library, or a backbone is to stand still or be tested that has not been trained.
 
     Of stage 1, --freeze and --train_blocks 0 become one.
     """
@@ -503,6 +503,8 @@ def check_weights(stage: str, args: argparse.Namespace, parser: OneLineParser) -
         if args.train_blocks is not None and is_new:
             name = "--freeze" if args.freeze else "--train_blocks"
             parser.error(f"argument {name}: of a trained backbone: give --init_from, or --weights DEFAULT or a file")
+        if not args.n_epoch and is_new:
+            parser.error("argument --n_epoch: 0 tests a trained backbone: give --init_from or --weights")
 
 
 def check_auto(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[str]) -> None:

@@ -41,9 +41,9 @@ from methods.classifier import Classifier, fit_classifier
 from methods.features import MAPPED, FeatureCache, Source, blocks_to_update, feature_source
 from methods.prediction import UNSURE, Predictions, alignment_notes, least_sure_first, user_split
 from methods.setting_choice import candidates
-from models import BACKBONES
+from models import BACKBONES, OTHERS
 from models.backbone import Backbone
-from persistence.checkpoints import Checkpoint, create_backbone, load_backbone
+from persistence.checkpoints import create_backbone, load_backbone
 from persistence.classifier import load_classifier, save_classifier
 from persistence.labelling import Part, Parts, label_all, label_images
 from persistence.setting_choice import choose_for_support
@@ -118,7 +118,7 @@ def fit(
     queries: Sequence[Path],
 ) -> Fitted:
     """Fit a classifier to examples (see open_image), with what it takes from a base set that shares none of them."""
-    backbone, checkpoint, img_size, facts = trained_backbone(args)
+    backbone, img_size, facts = trained_backbone(args)
     backbone = backbone.to(run.device).to(memory_format=torch.channels_last)
     blocks = blocks_to_update(backbone, args.align_blocks)
     images, _, _ = decode_views(examples, len(examples), img_size, args.num_workers, args.quiet)
@@ -152,11 +152,10 @@ def fit(
             setting, notes = choice.setting, notes + [line.removeprefix("note: ") for line in choice.lines]
     classifier, episode = fit_classifier(backbone, blocks, user, base, setting, run)
     related: dict[str, list[str]] = {}
-    if base is not None:
+    if base is not None and setting.alignment != "none":
         notes += alignment_notes(episode, setting, class_names, len(base.split.class_names))
-        if setting.alignment != "none":
-            pairs = zip(class_names, episode.related.classes, strict=True)
-            related = {name: [base.split.class_names[b] for b in classes] for name, classes in pairs}
+        pairs = zip(class_names, episode.related.classes, strict=True)
+        related = {name: [base.split.class_names[b] for b in classes] for name, classes in pairs}
     paths = [
         Path(example) if isinstance(example, str | Path) else Path(n)
         for example, n in zip(examples, names, strict=True)
@@ -164,12 +163,12 @@ def fit(
     return Fitted(classifier, facts | {"alignment": setting.alignment, "method": args.method}, paths, related, notes)
 
 
-def trained_backbone(args: argparse.Namespace) -> tuple[Backbone, Checkpoint | None, int, dict[str, Any]]:
-    """The backbone, its checkpoint if it is of one, its image size, and what a record says of it."""
+def trained_backbone(args: argparse.Namespace) -> tuple[Backbone, int, dict[str, Any]]:
+    """The backbone, its image size, and what a record says of it."""
     if not args.checkpoint:
         name, img_size = args.backbone, args.img_size
         backbone = create_backbone(name, img_size, args.seed, weights=args.weights)
-        return backbone, None, img_size, {"backbone": name, "img_size": img_size}
+        return backbone, img_size, {"backbone": name, "img_size": img_size}
     if not args.checkpoint.is_file():
         raise UserError(
             f"no checkpoint {args.checkpoint}: give the path of a *_bestModel.tar; 'make demo' or transferLearning.py "
@@ -178,7 +177,7 @@ def trained_backbone(args: argparse.Namespace) -> tuple[Backbone, Checkpoint | N
     backbone, checkpoint = load_backbone(args.checkpoint, args.backbone, args.img_size)
     facts: dict[str, Any] = {"checkpoint_stage": checkpoint.stage, "checkpoint_dataset": checkpoint.dataset}
     facts |= {"backbone": checkpoint.backbone, "img_size": checkpoint.img_size}
-    return backbone, checkpoint, checkpoint.img_size, facts
+    return backbone, checkpoint.img_size, facts
 
 
 def base_options(args: argparse.Namespace, img_size: int) -> DataOptions:
@@ -292,7 +291,8 @@ class FewShotClassifier:
 
     def arguments(self) -> argparse.Namespace:
         """The flags of predict.py, for images that are no folders."""
-        named = self.backbone is not None and (str(self.backbone) in BACKBONES or ":" in str(self.backbone))
+        name = str(self.backbone)
+        named = self.backbone is not None and (name in BACKBONES or OTHERS.fullmatch(name) is not None)
         given = {"support": "images", "query": "images", "backbone" if named else "checkpoint": self.backbone}
         return arguments(given | {"base": self.base} | self.flags)
 
@@ -359,10 +359,11 @@ def prepare_out(args: argparse.Namespace) -> Path:
     """Make the output folder, and say where parts are kept in it. Raises UserError, before any work, when it cannot be
     written or holds predictions, or when what is to be written elsewhere is there."""
     out, parts = args.out, args.out / "predictions.parts"
-    if args.query and not (args.overwrite or args.resume):
-        if (out / "predictions.csv").exists():
+    if args.query and not args.overwrite:
+        stopped = parts.exists()
+        if (out / "predictions.csv").exists() and not (args.resume and stopped):
             raise UserError(f"{out} holds predictions already: give --overwrite to replace them, or another --out")
-        if parts.exists():
+        if stopped and not args.resume:
             raise UserError(f"{out} holds predictions that were stopped: give --resume to go on, or --overwrite")
     if args.save and args.save.exists() and not (args.overwrite or args.resume):
         raise UserError(f"{args.save} is there already: give --overwrite to replace it, or another --save")
@@ -375,6 +376,19 @@ def prepare_out(args: argparse.Namespace) -> Path:
     if args.overwrite:
         shutil.rmtree(parts, ignore_errors=True)
     return parts
+
+
+def keep_classifier(args: argparse.Namespace, fitted: Fitted) -> None:
+    """Write the classifier to --save; with --resume one that is there stays. Raises UserError when it is another."""
+    if not (args.resume and args.save.exists()):
+        save_classifier(args.save, fitted.classifier, fitted.facts)
+        return
+    try:
+        digest = load_classifier(args.save, args.backbone)[0].digest
+    except UserError:  # of another backbone, or damaged
+        digest = ""
+    if digest != fitted.classifier.digest:
+        raise UserError(f"{args.save} is of another classifier: give --overwrite to replace it, or another --save")
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -466,7 +480,8 @@ def print_classifier(fitted: Fitted, notes: list[str]) -> None:
     for note in notes:
         print(f"note: {note}")
     facts = fitted.facts
-    alignment = f"{facts['alignment']} alignment with {facts['base']}" if "base" in facts else "no alignment"
+    aligned = facts["alignment"] != "none" and "base" in facts
+    alignment = f"{facts['alignment']} alignment with {facts['base']}" if aligned else "no alignment"
     print(f"{facts['method']} head on {facts['backbone']}, {alignment}")
     print("\n".join(confidence_lines(fitted.classifier)))
 
@@ -477,7 +492,7 @@ def main() -> None:
     parts = prepare_out(args)
     fitted, run = fitted_or_kept(args)
     if args.save:
-        save_classifier(args.save, fitted.classifier, fitted.facts)
+        keep_classifier(args, fitted)
     if args.query:
         write_outputs(args, fitted, run, parts, began)
     else:

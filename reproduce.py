@@ -46,6 +46,7 @@ TAKEN = {
     "--n_shot": "give --shots",
     "--test_n_way": "give --ways",
     "--preset": "give --scale",
+    "--align_preset": "the rows are the published updates; give the flags that it stands for (docs/tuning.md)",
     "--init_from": "each row has its own checkpoint",
     "--episodes_file": "all rows share episodes as it is",
     "--resume": "it is what every row does",
@@ -147,9 +148,11 @@ def stage_flags(args: Namespace, passed: dict[str, list[str]]) -> dict[str, list
     return flags
 
 
-def recorded_flags(row: Row) -> dict[str, Any]:
-    """The flags of a row as its result records them: with the precision that `auto` becomes on this machine."""
-    flags = vars(args_parser(row.stage, row.flags))
+def recorded_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a row as its result records them: with the precision that `auto` becomes on this machine.
+
+    Raises UserError when it has no such device.
+    """
     return flags | {"precision": choose_precision(flags["precision"], select_device(flags["device"]).type)}
 
 
@@ -171,7 +174,7 @@ def main() -> None:
     novel = args.novel_dataset or args.dataset
     plan = Plan(args.dataset, novel, args.results_dir, args.checkpoint_dir, stage_flags(args, passed))
     rows = table_rows(args.table, plan, args.backbones, args.shots, args.ways)
-    configs = [recorded_flags(row) for row in rows]  # a value out of range ends here
+    flags = [vars(args_parser(row.stage, row.flags)) for row in rows]  # a value out of range ends here
     commands = [script_command(STAGES[row.stage][0], row.flags, args.nproc_per_node) for row in rows]
     if args.dry_run:
         print("\n".join(map(shown, commands)))
@@ -180,6 +183,7 @@ def main() -> None:
     summary = args.summary_dir / f"reproduce_{args.table}_{'_to_'.join(dict.fromkeys([args.dataset, novel]))}"
     about = {"table": args.table, "dataset": args.dataset, "novel_dataset": novel, "scale": args.scale}
     about["command"] = shlex.join(["python", "reproduce.py", *sys.argv[1:]])
+    configs = [recorded_flags(each) for each in flags]
     todo = [row for row, config in zip(rows, configs, strict=True) if not finished(row, config)]
     print(f"{len(todo)} of {len(rows)} rows to run", flush=True)
     text = ""

@@ -1,7 +1,7 @@
 """Stage 1: train a backbone on the base classes with a softMax, cosMax or arcMax head, then test on the novel classes.
 
 python transferLearning.py --dataset miniImagenet --method arcMax --n_shot 5      # the published protocol
-python transferLearning.py --preset laptop                                        # about 3 minutes on 2 CPU cores
+python transferLearning.py --preset laptop                                        # under a minute on 2 CPU cores
 """
 
 from functools import cache, partial

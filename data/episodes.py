@@ -142,7 +142,7 @@ def write_episodes(path: Path, split: Split, episodes: Episodes) -> None:
         "episodes": inverse.tolist(),
     }
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(record, separators=(",", ":")))
+        temporary.write_text(json.dumps(record, separators=(",", ":")), encoding="utf-8")
 
 
 def read_episodes(path: Path, split: Split, shape: EpisodeShape, n_episodes: int) -> Episodes:

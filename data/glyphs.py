@@ -105,7 +105,8 @@ def render_glyphs(
             generator = torch.Generator().manual_seed(seed * 0x110000 + ord(character))
             for i in range(n_images):
                 render_image(tiles, generator).save(folder / f"{i:04d}.jpg", quality=90)
-        (unfinished / SETTINGS).write_text(json.dumps({"benchmark": "glyphs", "seed": seed, "version": VERSION}))
+        settings = {"benchmark": "glyphs", "seed": seed, "version": VERSION}
+        (unfinished / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
         try:
             if outdated_seed(out) is not None:
                 os.rename(out, Path(temporary) / "older")

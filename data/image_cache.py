@@ -389,7 +389,7 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
         "eval_shape": [len(sizes), 3, img_size, img_size],
         "fingerprint": fingerprint.hexdigest()[:16],
     }
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:

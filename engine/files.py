@@ -148,7 +148,7 @@ def read_json(path: Path, lines: bool = False) -> Any:
     null; OSError when it cannot be opened.
     """
     check_regular(path)
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     parts = text.splitlines() if lines else [text]
     try:
         found = [json.loads(part, parse_float=finite, parse_constant=finite) for part in parts]

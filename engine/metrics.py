@@ -52,7 +52,7 @@ class MetricsLog:
     def keep(self, rows: list[dict[str, Any]]) -> None:
         """Make the file hold these rows alone, those of the steps that a resumed run has done."""
         with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(plain(row)) + "\n" for row in rows))
+            temporary.write_text("".join(json.dumps(plain(row)) + "\n" for row in rows), encoding="utf-8")
 
 
 def open_metrics(folder: Path, tensorboard: bool) -> MetricsLog:

@@ -77,14 +77,14 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a JSON file atomically. Raises UserError when the folder cannot be written."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(plain(record), indent=1) + "\n")
+        temporary.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Append one line to a metrics file. Raises UserError when the folder cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(plain(record)) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): free some space or give another folder") from error

@@ -171,7 +171,7 @@ def custom_network(name: str) -> nn.Module:
 def load_weights(net: nn.Module, name: str, path: Path) -> None:
     """Load a state dict into a model without classifier; what the file holds beyond that is ignored.
 
-    Raises ValueError when the file is no state dict of this model.
+    Raises ValueError when the file is no state dict of this model, or a .safetensors without that package.
     """
     try:
         if path.suffix == ".safetensors":
@@ -180,6 +180,8 @@ def load_weights(net: nn.Module, name: str, path: Path) -> None:
             state = load_file(path)
         else:
             state = load_tensors(path, "cpu")
+    except ImportError as error:
+        raise ValueError(f"--weights {path} needs safetensors: pip install safetensors") from error
     except Exception as error:  # a damaged file of safetensors raises an exception of its own
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"--weights {path} cannot be read as a state dict of {name}: {reason}") from error

@@ -48,8 +48,9 @@ def choose_and_keep(
         episodes = sample_episodes(val, shape, N_EPISODES, run.seed)
     except UserError as error:
         return no_choice(setting, error)
-    # Another weight, image, protocol or candidate, another name.
-    facts = (val.fingerprint, base.split.fingerprint, shape, run.seed, run.precision.name, N_EPISODES)
+    # Another weight, image, base class, protocol or candidate, another name.
+    splits = (val.fingerprint, base.split.fingerprint, tuple(base.split.class_names))
+    facts = (*splits, shape, run.seed, run.precision.name, N_EPISODES)
     asked = {flags: replace(each, record_curve=0) for flags, each in settings.items()}
     path = stem.with_name(f"{stem.stem}_auto_{weights_digest(backbone, *facts, asked)}.json")
     rows = read_rows(path, list(settings))

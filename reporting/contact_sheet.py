@@ -52,8 +52,8 @@ def draw_cell(sheet: Image.Image, x: int, y: int, predictions: Predictions, i: i
     colour = ORANGE if wrong else BLUE
 
     sheet.paste(picture(predictions.paths[i]), (x, y))
-    example = predictions.nearest[i]  # of a kept classifier, a name alone
-    known = example.is_absolute() or example.exists()
+    example = predictions.nearest[i]  # of a kept classifier, a name or a path that may be gone
+    known = example.is_file()
     sheet.paste(picture(example) if known else Image.new("RGB", (SIDE, SIDE), PALE), (x + SIDE + GAP, y))
     draw.rectangle((x - 2, y - 2, x + SIDE + 1, y + SIDE + 1), outline=colour, width=2)
 

@@ -10,6 +10,7 @@ The last three are of the newest result, or of the one that --result names.
 """
 
 import argparse
+import glob
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,12 @@ def draw_all(results_dir: Path, result: str | None, projection: str) -> None:
     """Draw what there is, a line each; what there is not, in a line that says what would make it."""
     logs = training_logs(results_dir)
     curves = [record for record in read_results(results_dir) if record.get("curve")]
-    table = newest(results_dir / "tables", f"{result or '*'}.json", has_confusion)
+    stem = glob.escape(Path(result).name.removesuffix(".json")) if result else "*"
+    table = newest(results_dir / "tables", f"{stem}.json", has_confusion)
     tested = read_record(table) if table else {}
-    saved = newest(results_dir / "episodes", f"{result or '*'}.pt", Path.is_file)
+    saved = newest(results_dir / "episodes", f"{stem}.pt", Path.is_file)
     if result and not (table or saved):
-        raise UserError(f"--result {result}: no such file in {results_dir / 'tables'}: name one, without .json")
+        raise UserError(f"--result {result}: no such file in {results_dir / 'tables'}: name one")
     episode = read_episode(saved) if saved else {}
     stage = f"run {STAGE_3}"
     figures: dict[str, tuple[Any, Callable[[], Figure], str]] = {
@@ -75,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
     parser.add_argument("--projection", choices=["pca", "tsne"], default="pca", help="tsne needs scikit-learn")
-    parser.add_argument("--result", metavar="NAME", help="draw this result, a file of tables/ without .json")
+    parser.add_argument("--result", metavar="NAME", help="draw this result, a file of tables/, with or without .json")
     args = parser.parse_args()
     draw_all(args.results_dir, args.result, args.projection)
 

@@ -109,9 +109,9 @@ def results_table(records: list[dict[str, Any]]) -> str:
     heads = [("task", False, ""), ("method", False, ""), ("backbone", False, ""), ("accuracy, %", True, "")]
     heads += [("paired gain", True, ""), ("episodes", True, "count"), ("seconds", True, "count")]
     note = (
-        f"Accuracy on novel classes with its 95% interval, drawn from {low:g} to {high:g} %; bold is the best of its "
-        "task. The paired gain is that of alignment over fine-tuning of the same episodes; it is grey where its "
-        "interval holds zero. A column's name sorts by it."
+        "Accuracy on novel classes, or on val ones where it says so, with its 95% interval, drawn from "
+        f"{low:g} to {high:g} %; bold is the best of its task. The paired gain is that of alignment over fine-tuning "
+        "of the same episodes; it is grey where its interval holds zero. A column's name sorts by it."
     )
     return (
         f'<p class="note">{note}</p><table class="results"><caption class="hidden">results</caption>'

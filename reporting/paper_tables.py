@@ -301,5 +301,5 @@ def write_table(stem: Path, about: dict[str, Any], records: Sequence[dict[str, A
     text = f"# {title}\n\nmade by `{about['command']}`\n\n{markdown(records)}\n"
     write_json(stem.with_name(f"{stem.name}.json"), {**about, "rows": list(records)})
     with atomic_file(stem.with_name(f"{stem.name}.md")) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     return text

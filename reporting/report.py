@@ -31,7 +31,7 @@ CONTROL = ACCURACY | {"difference": {"accuracy": float, "ci95": float | None}}
 CURVE = {"iteration": int, "accuracy": float, "ci95": float | None, "gain": float, "gain_ci95": float | None}
 LATER: Schema = {
     **{"nearest_mean": {"Euclidean": CONTROL, "cosine": CONTROL}, "curve": [CURVE]},
-    "confusion": dict[str, dict[str, int]],
+    **{"confusion": dict[str, dict[str, int]], "novel_dataset": str},
 }
 EPOCH: Schema = {"epoch": int} | dict.fromkeys(("loss", "base_accuracy", "val_accuracy", "val_ci95"), float | None)
 HEADER = "dataset,backbone,task,method,accuracy %,paired gain,over nearest mean,episodes,seconds".split(",")
@@ -120,6 +120,14 @@ def variant(record: dict[str, Any]) -> str:
     return f", last {blocks} block{'s' * (blocks > 1)}" if isinstance(blocks, int) and blocks else ""
 
 
+def tested_on(record: dict[str, Any]) -> str:
+    """What a result is of: `CUB`, `miniImagenet to CUB` of classes of another benchmark, `CUB, val` of val classes."""
+    dataset = record["dataset"]
+    novel = record.get("novel_dataset", dataset)
+    name = dataset if novel == dataset else f"{dataset} to {novel}"
+    return f"{name}, val" if record.get("config", {}).get("test_split") == "val" else name
+
+
 def table_rows(record: dict[str, Any]) -> list[list[str]]:
     """The rows of one result: of alignment, its controls of the same episodes too.
 
@@ -127,7 +135,7 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
     the two distances.
     """
     protocol = [
-        record["dataset"],
+        tested_on(record),
         f"{record['backbone']}, {record['img_size']} px",
         f"{record['n_way']}-way {record['n_shot']}-shot",
     ]
@@ -160,9 +168,13 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results by dataset, backbone, way and shots, those of stage 1 first."""
-    return sorted(
-        records, key=lambda r: (r["dataset"], r["backbone"], r["n_way"], r["n_shot"], r["stage"] != "transferLearning")
+    """Results by dataset (its own novel classes first), backbone, way and shots, those of stage 1 first."""
+    return sorted(  # a bare name comes before one that goes on
+        records,
+        key=lambda r: (
+            *(r["dataset"], tested_on(r), r["backbone"]),
+            *(r["n_way"], r["n_shot"], r["stage"] != "transferLearning"),
+        ),
     )
 
 
@@ -195,14 +207,14 @@ def trainings_lines(files: list[Path]) -> list[str]:
     """Means of one result over several trainings, each with its 95% interval between trainings.
 
     Each training counts as one value, so that the interval is Student's t of so few. Raises UserError when one is no
-    result, or they are of different methods or protocols.
+    result, or they are of different methods, backbones or protocols.
     """
     records = [stage_result(file) for file in files]
     for file, record in zip(files, records, strict=True):
-        for key in (*PAIR_KEYS, "stage", "method", "alignment"):
+        for key in (*PAIR_KEYS, "stage", "dataset", "backbone", "img_size", "method", "alignment"):
             if record.get(key) != records[0].get(key):
                 found = f"{file} has {key} {record.get(key)}, {files[0]} {records[0].get(key)}"
-                raise UserError(f"{found}: name results of one method and protocol")
+                raise UserError(f"{found}: name results of one method, backbone and protocol")
     values = {"accuracy": [record["accuracy"] for record in records]}
     if "alignment" in records[0]:
         values["fine-tuning"] = [record["fine_tuning"]["accuracy"] for record in records]

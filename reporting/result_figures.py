@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from reporting.figure_style import GREY, INK, colour, label_text, line_style
+from reporting.report import tested_on
 
 Rows = list[dict[str, Any]]
 MAX_LABELS = 40  # classes named at each side of a confusion matrix
@@ -28,7 +29,7 @@ def band(axes: Axes, x: list[float], rows: Rows, keys: tuple[str, str], line: di
 def run_name(record: dict[str, Any]) -> str:
     """A result in words: method, alignment and task."""
     alignment = f" {record['alignment']}" if "alignment" in record else ""
-    return f"{record['method']}{alignment}, {record['dataset']} {record['n_way']}-way {record['n_shot']}-shot"
+    return f"{record['method']}{alignment}, {tested_on(record)} {record['n_way']}-way {record['n_shot']}-shot"
 
 
 def curve_figure(records: list[dict[str, Any]]) -> Figure:

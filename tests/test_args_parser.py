@@ -185,6 +185,7 @@ def test_data_aug_is_a_flag_with_or_without_a_value():
         ("--n_sho 1", "unrecognized arguments: --n_sho 1"),
         ("--weights DEFAULT", "argument --weights: it is for torchvision:NAME and timm:NAME, not for Conv4"),
         ("--weights w --backbone torchvision:resnet18 --init_from c", "--init_from brings its own weights"),
+        ("--n_epoch 0", "argument --n_epoch: 0 tests a trained backbone: give --init_from or --weights"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line(flags, line):

@@ -16,6 +16,7 @@ from engine.files import fits, read_json
 
 SPLITS = ("base", "val", "novel")
 TAGS = {"base": "train", "val": "val", "novel": "test"}  # what other people's files call the splits
+CLASSES = "classes"  # the setting of a split at random that says which classes were dealt to which split
 SPLIT_FILES = Path(__file__).parents[2] / "fs_benchmarks" / "splits"
 
 Flag = dict[str, Any]  # the options of add_argument

@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from data.converters.converter import SOURCE, SPLIT_FILE, SPLITS, Conversion, Converter, ImageItem, check_split
+from data.converters.converter import (
+    CLASSES,
+    SOURCE,
+    SPLIT_FILE,
+    SPLITS,
+    Conversion,
+    Converter,
+    ImageItem,
+    check_split,
+)
 from data.image_cache import IMAGE_SUFFIXES, regular_bytes
 from data.listing import list_folder
 from engine.errors import UserError
@@ -47,7 +56,9 @@ def convert_folder(
     )
     n_images = sum(len(images[class_name]) for _, class_name in classes)
     n_classes = {part: len(class_lists[part]) for part in SPLITS}
-    settings: dict[str, object] = {"split_file": split_file} if split_file else {"split": split, "seed": seed}
+    # A class more or less and the others are dealt otherwise, so that what was dealt is recorded.
+    dealt = {"split": split, "seed": seed, CLASSES: class_lists}
+    settings: dict[str, object] = {"split_file": split_file} if split_file else {**dealt}
     return Conversion(items, n_images, n_classes, settings=settings, title=name or source.resolve().name)
 
 

@@ -84,7 +84,7 @@ def _from_csv(source: Path) -> Iterator[ImageItem]:
     for split, tag in TAGS.items():
         path = source / f"{tag}.csv"
         try:
-            lines = path.read_text().splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
             reader = csv.DictReader(lines)
             rows = list(reader)
         except (UnicodeDecodeError, csv.Error) as error:

@@ -9,13 +9,14 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data.converters.converter import SPLITS, Conversion, ImageItem
+from data.converters.converter import CLASSES, SPLITS, Conversion, ImageItem
 from data.image_cache import decodable, to_rgb
 from engine.errors import UserError
 from engine.files import atomic_file, is_text, read_json
 
 SETTINGS = "prepared.json"
 SHOWN = 5  # names in an error line; the rest is counted
+NAMES = {CLASSES: "set of classes"}  # of settings, where an error line does not name a flag
 
 
 def write_benchmark(
@@ -38,6 +39,7 @@ def write_benchmark(
     """
     work = folder if folder.exists() else folder.with_name(f".{folder.name}.partial")
     _check_settings(work, {"benchmark": benchmark} | conversion.settings | {"img_size": img_size})
+    _check_classes(work, conversion.settings.get(CLASSES))
     unreadable: list[str] = []
     missing: list[str] = []
     for item in tqdm(conversion.items, total=conversion.n_items, desc=f"preparing {folder.name}", unit="image"):
@@ -116,7 +118,9 @@ def _check_settings(work: Path, settings: dict[str, object]) -> None:
             earlier = None
         if not isinstance(earlier, dict):
             raise UserError(f"'{file}' is damaged: delete '{work}', or give another folder with --out")
-        different = [key for key in settings if earlier.get(key) != settings[key]]
+        # An earlier version recorded no classes.
+        compared = [key for key in settings if key != CLASSES or key in earlier]
+        different = [NAMES.get(key, key) for key in compared if earlier.get(key) != settings[key]]
         if different:
             raise UserError(
                 f"'{work}' was prepared with another {', '.join(different)}: delete it, or give another folder "
@@ -126,7 +130,22 @@ def _check_settings(work: Path, settings: dict[str, object]) -> None:
         raise UserError(f"'{work}' exists and was not made by this command: give another folder with --out")
     else:
         with atomic_file(file) as temporary:
-            temporary.write_text(json.dumps(settings))
+            temporary.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _check_classes(work: Path, dealt: object) -> None:
+    """Make sure that no class of a split at random, {split: [class]}, is in another split of `work` already.
+
+    That is so where an earlier version, which recorded no classes, has made it of other ones.
+    """
+    for split, class_names in dealt.items() if isinstance(dealt, dict) else ():
+        for other in SPLITS:
+            twice = [name for name in class_names if other != split and (work / other / name).is_dir()]
+            if twice:
+                raise UserError(
+                    f"'{work}' has {_some(twice)} in {other}, now dealt to {split}: the source has other classes than "
+                    "it had; delete it, or give another folder with --out"
+                )
 
 
 def _digest(content: dict[str, object]) -> str:

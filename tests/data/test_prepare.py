@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import tracemalloc
@@ -680,6 +681,22 @@ def test_folder_split_at_random(prepare, tmp_path):
     assert len(list((tmp_path / "out/other/novel").iterdir())) == 3
     line = prepare("folder", "--source", source, "--seed", "1", fails=True)
     assert "was prepared with another seed" in line
+
+
+def test_a_folder_of_other_classes_is_not_dealt_anew(prepare, tmp_path):
+    source, out = make_folder(tmp_path / "photos"), tmp_path / "out/photos"
+    prepare("folder", "--source", source)
+    whole, settings = images_in(out), json.loads((out / "prepared.json").read_text())
+    write(source / "class10" / "0.jpg", encoded())
+    assert "was prepared with another set of classes: delete it" in prepare("folder", "--source", source, fails=True)
+    del settings["classes"]  # as an earlier version left it
+    write(out / "prepared.json", json.dumps(settings))
+    line = prepare("folder", "--source", source, fails=True)
+    assert "the source has other classes than it had; delete it" in line and " now dealt to " in line
+    assert images_in(out) == whole
+    shutil.rmtree(source / "class10")
+    prepare("folder", "--source", source)
+    assert images_in(out) == whole
 
 
 def test_folder_split_by_lists(prepare, tmp_path):

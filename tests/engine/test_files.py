@@ -5,6 +5,7 @@ import os
 import pickle
 import platform
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from engine.files import (
     save_atomically,
     weights_digest,
 )
+from tests.helpers import ROOT
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
@@ -214,3 +216,16 @@ def test_a_digest_follows_from_names_weights_statistics_and_facts():
         digest(lambda layer: None, "map"),
     ]
     assert len({same, *others}) == 5
+
+
+def test_json_is_read_as_utf_8_whatever_the_locale(tmp_path):
+    (tmp_path / "result.json").write_text('{"class": "kümmel"}', encoding="utf-8")
+    code = "import sys, pathlib, engine.files as f; print(ascii(f.read_json(pathlib.Path(sys.argv[1]))))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "result.json"],
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stdout == "{'class': 'k\\xfcmmel'}\n", done.stderr[-1000:]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data.episodes import EpisodeShape, sample_episodes
+from data.user_base import without_classes
 from engine.errors import UserError
 from engine.run import Run
 from methods import setting_choice
@@ -109,10 +110,11 @@ def kept_choice(tmp_path, small_choice):
     cache = FeatureCache(tmp_path / "cache", run)
     z_base = feature_source(cache.features(backbone, base), base)
 
-    def choose(shape=ONE_SHOT, val=val, **changes):
+    def choose(shape=ONE_SHOT, val=val, left_out=(), **changes):
         setting = dataclasses.replace(SETTING, **changes)
+        source = dataclasses.replace(z_base, split=without_classes(base, left_out))
         setting, record, lines = kept.choose_and_keep(
-            tmp_path / "best.tar", backbone, val, z_base, cache, shape, setting
+            tmp_path / "best.tar", backbone, val, source, cache, shape, setting
         )
         print("\n".join(lines))
         return setting, record
@@ -165,12 +167,13 @@ def test_a_second_run_reads_the_table_and_a_damaged_one_is_made_anew(kept_choice
         assert path.read_text() == text
 
 
-def test_another_protocol_or_val_split_has_a_table_of_its_own(kept_choice, tmp_path):
+def test_another_protocol_val_split_or_set_of_base_classes_has_a_table_of_its_own(kept_choice, tmp_path):
     kept_choice()
     kept_choice(EpisodeShape(5, 2, 5))
     kept_choice(align_m=0.1)
     kept_choice(val=make_split((20,) * 6, split="val", seed=9))
-    assert len(list(tmp_path.glob("best_auto_*.json"))) == 4
+    kept_choice(left_out=[5])  # a class that the user has too
+    assert len(list(tmp_path.glob("best_auto_*.json"))) == 5
 
 
 @pytest.mark.parametrize(
@@ -227,6 +230,7 @@ def test_predict_chooses_on_the_val_classes_of_its_base_set_if_they_are_enough(w
         assert f"note: chosen: python predict.py --support {support}" in outcome.out and chosen in outcome.out
     else:  # 8 of the 8 images of a val class leave none to ask for
         assert not tables and "auto cannot choose on val, so it is fine-tuning" in outcome.out
+        assert "head on Conv4, no alignment\n" in outcome.out and "related base classes a class" not in outcome.out
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,12 @@ def test_without_timm_one_line_says_so(monkeypatch):
         native_img_size("timm:resnet18")
 
 
+def test_without_safetensors_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match="--weights .*x.safetensors needs safetensors: pip install safetensors"):
+        build_backbone("timm:test_resnet", SIDE, weights=str(tmp_path / "x.safetensors"))
+
+
 NETS = """
 import torch
 from torch import nn

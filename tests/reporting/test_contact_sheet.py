@@ -1,6 +1,7 @@
 """The contact sheet: its pictures and its texts."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from methods.prediction import Predictions
 from reporting.contact_sheet import (
     CAPTION,
     COLUMNS,
+    GAP,
     HEADER,
     MARGIN,
     PAIR,
@@ -22,7 +24,7 @@ from reporting.contact_sheet import (
     typeface,
     write_sheet,
 )
-from reporting.figure_style import BLUE, ORANGE
+from reporting.figure_style import BLUE, ORANGE, PALE
 
 
 def test_pictures_are_upright_whole_and_square(tmp_path):
@@ -95,3 +97,12 @@ def test_a_sheet_is_written_as_a_png_and_nothing_is_left_beside_it(predictions, 
     predictions.paths[1].unlink()
     with pytest.raises(UserError, match="q1.png"):
         write_sheet(tmp_path / "out" / "other.png", predictions, 2)
+
+
+def test_the_place_of_an_example_that_is_gone_is_empty(predictions, tmp_path):
+    """Those of a kept classifier are names, or paths of where it was made."""
+    (tmp_path / "folder").mkdir()
+    for example in (tmp_path / "gone.png", tmp_path / "folder", Path("heron/0.png")):
+        sheet = draw_sheet(dataclasses.replace(predictions, nearest=[example] * 6), 1)
+        x, y = MARGIN + SIDE + GAP + SIDE // 2, HEADER + SIDE // 2
+        assert sheet.getpixel((x, y)) == ImageColor.getrgb(PALE)

@@ -43,8 +43,11 @@ def test_a_result_is_named_or_the_newest(aligned_copy):
     results = aligned_copy / "results"
     outcome = call("reporting.figures", results, "--result", STAGE_1)
     assert outcome.status == 0 and "skipped projection.png" in outcome.out and "confusion.png" in outcome.out
-    outcome = call("reporting.figures", results, "--result", "absent")
-    assert outcome.status == 2 and "--result absent" in outcome.err and outcome.err.count("\n") == 1
+    for name in (f"{STAGE_1}.json", results / "tables" / f"{STAGE_1}.json"):
+        assert "skipped projection.png" in call("reporting.figures", results, "--result", name).out
+    for name in ("absent", "[", "*", "/", "/absent/x.json"):
+        outcome = call("reporting.figures", results, "--result", name)
+        assert outcome.status == 2 and f"--result {name}" in outcome.err and outcome.err.count("\n") == 1
 
 
 def test_a_damaged_episode_is_one_clear_line(aligned_copy):

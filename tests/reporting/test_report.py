@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from reporting.page import results_table
+from reporting.report import in_order, read_results
+from reporting.result_figures import run_name
 from tests.helpers import call
 
 
@@ -57,8 +60,9 @@ def test_over_trainings_the_interval_is_between_them(tmp_path):
     assert outcome.status == 0, outcome.err
     # Student's t of two degrees of freedom, 4.303, times 2 / sqrt(3).
     assert " ".join(outcome.out.split()) == "accuracy 72.00 ± 4.97 over 3 trainings: 70.00, 72.00, 74.00"
-    other = call("reporting.report", "--trainings", *files, write(tmp_path / "other.json", [70.0], n_shot=5))
-    assert other.status == 2 and "n_shot 5" in other.err and other.err.count("\n") == 1
+    for key, value in {"n_shot": 5, "dataset": "other", "backbone": "ResNet12", "img_size": 42}.items():
+        other = call("reporting.report", "--trainings", *files, write(tmp_path / "other.json", [70.0], **{key: value}))
+        assert other.status == 2 and f"{key} {value}" in other.err and other.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -108,3 +112,18 @@ def test_the_table_has_the_controls_of_an_alignment_once_and_takes_older_results
     aligned_rows = {row[0]: row[2:4] for row in rows if "alignment" in row[0]}
     assert aligned_rows["arcMax, head alignment"] == ["+10.00 ± nan", "+5.00 ± 0.50"]
     assert aligned_rows["arcMax, centroid alignment"] == ["+10.00 ± nan", ""]
+
+
+def test_a_row_says_when_its_episodes_are_not_of_the_datasets_novel_classes(tmp_path):
+    (tmp_path / "tables").mkdir()
+    kinds = {"a": ({}, "val"), "b": ({"novel_dataset": "birds"}, "novel"), "c": ({"novel_dataset": "birds"}, "val")}
+    kinds |= {"d": ({"novel_dataset": "toy"}, "novel"), "e": ({"backbone": "ResNet12"}, "novel")}
+    for name, (more, split) in kinds.items():
+        config = {"episodes_file": None, "test_split": split}
+        write(tmp_path / "tables" / f"{name}.json", [50.0], config=config, **more)
+    (tmp_path / "tables" / "f.json").write_text((tmp_path / "tables" / "e.json").read_text().replace("toy", "aaa"))
+    rows = [line.split("|") for line in call("reporting.report", tmp_path).out.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == ["aaa", "toy", "toy", "toy to birds", "toy to birds, val", "toy, val"]
+    assert "on val ones where it says so" in results_table(read_results(tmp_path))
+    names = [run_name(record) for record in in_order(read_results(tmp_path))]
+    assert names[3:5] == [f"arcMax, {where} 5-way 1-shot" for where in ("toy to birds", "toy to birds, val")]

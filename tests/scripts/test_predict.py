@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -517,6 +518,25 @@ def test_a_stopped_run_goes_on_and_gives_the_same(root, monkeypatch):
     assert {p.name for p in (root / "out").iterdir()} == WRITTEN
 
 
+def test_resume_replaces_neither_finished_predictions_nor_another_classifier(root):
+    path = root / "my.classifier"
+    assert script(root, save=path).status == 0
+    kept = {file: file.read_bytes() for file in (path, *(root / "out").iterdir())}
+    for more in ({}, {"ft_s": 7}):
+        outcome = script(root, resume=True, **more)
+        assert outcome.status == 2 and "holds predictions already" in outcome.err, outcome.err
+    outcome = script(root, resume=True, save=path, ft_s=7, out="other")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1, outcome.err
+    assert f"{path} is of another classifier: give --overwrite to replace it, or another --save" in outcome.err
+    written = path.stat().st_mtime_ns
+    outcome = script(root, resume=True, save=path, out="other")
+    assert outcome.status == 0, outcome.err
+    assert path.stat().st_mtime_ns == written and {file: file.read_bytes() for file in kept} == kept
+    path.write_bytes(b"damaged")
+    outcome = script(root, resume=True, save=path, out="third")
+    assert outcome.status == 2 and "is of another classifier" in outcome.err and path.read_bytes() == b"damaged"
+
+
 # Any folder as base.
 
 
@@ -578,6 +598,14 @@ def test_the_classifier_in_python_is_predict(root):
     np.testing.assert_array_equal(again.predict_proba(queries), made.predict_proba(queries))
 
 
+def test_a_name_is_a_backbone_and_a_path_with_a_colon_a_checkpoint():
+    for path in (r"C:\models\best.tar", "runs/12:30/best.tar", Path("timm:best.tar/best.tar")):
+        args = FewShotClassifier(path).arguments()
+        assert (args.checkpoint, args.backbone) == (Path(path), None)
+    args = FewShotClassifier("torchvision:resnet18", weights="DEFAULT").arguments()
+    assert (args.checkpoint, args.backbone) == (None, "torchvision:resnet18")
+
+
 def test_scikit_learn_clones_and_cross_validates(root):
     base = pytest.importorskip("sklearn.base")
     from sklearn.model_selection import cross_val_score
@@ -605,6 +633,7 @@ def test_scikit_learn_clones_and_cross_validates(root):
         (lambda c, x, y: c.fit(["absent.png", *x[1:]], y), "absent.png cannot be decoded"),
         (lambda c, x, y: c.set_params(nonsense=1).fit(x, y), "--nonsense"),
         (lambda c, x, y: c.set_params(backbone=None).fit(x, y), "no trained backbone"),
+        (lambda c, x, y: c.set_params(backbone="torchvision:").fit(x, y), "no checkpoint torchvision:"),
         (lambda c, x, y: c.load("absent.classifier"), "no classifier absent.classifier"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 import reproduce
 from args_parser import STAGES, args_parser
+from engine.errors import UserError
 from reporting.paper_tables import SCRIPTS, TABLES
 from tests.helpers import call, make_benchmark
 
@@ -130,6 +131,16 @@ def test_torchrun_is_put_before_the_script():
         assert words[6] in STAGE_OF
 
 
+def test_the_commands_are_printed_where_their_device_is_not(monkeypatch):
+    def absent(name):
+        raise UserError(f"no device {name}")
+
+    monkeypatch.setattr(reproduce, "select_device", absent)
+    assert {args.device for _, args in commands("--table", "ways", "--device", "cuda")} == {"cuda"}
+    outcome = call("reproduce", "--table", "ways", "--device", "cuda")
+    assert outcome.status == 2 and "no device cuda" in outcome.err
+
+
 def test_a_flag_goes_to_the_stages_that_know_it():
     flags = ["--crop_scale", "0.5", "1", "--aug_size=7", "--", "--seed", 3]
     for stage, args in commands("--table", "main", "--backbones", "Conv4", *flags):
@@ -144,6 +155,7 @@ def test_a_flag_goes_to_the_stages_that_know_it():
         (["--n_shots", 1], ["--n_shots", "any stage"]),
         (["--n_shot", 1], ["--n_shot", "--shots"]),
         (["--overwrite"], ["--overwrite", "--results_dir"]),
+        (["--align_preset", "tuned"], ["--align_preset", "published updates", "docs/tuning.md"]),
         (["stray"], ["stray"]),
         (["--n_epoch", "many"], ["--n_epoch", "many"]),
         (["--novel_dataset", "CUB"], ["--novel_dataset", "crossdomain"]),
