@@ -77,7 +77,7 @@ def main() -> None:
     training.load_best()
     scores = evaluate_on_split(learner, backbone, novel, novel_episodes, run, bar="novel")
     save_result(files, novel, novel_episodes, scores, run)
-    print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")
+    print(f"checkpoint {files.best if args.n_epoch else args.init_from or args.weights}, result {files.table}")
 
 
 if __name__ == "__main__":

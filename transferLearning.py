@@ -75,7 +75,7 @@ def main() -> None:
     features = embed(backbone, novel.images, run, bar="embed novel")
     scores = evaluate_heads(features, novel_episodes, fit, run, bar="novel episodes")
     save_result(files, novel, novel_episodes, scores, run)
-    print(f"checkpoint {files.best if args.n_epoch else args.init_from}, result {files.table}")
+    print(f"checkpoint {files.best if args.n_epoch else args.init_from or args.weights}, result {files.table}")
 
 
 if __name__ == "__main__":
