@@ -150,8 +150,10 @@ def fail_to_save(monkeypatch, error):
     monkeypatch.setattr(torch, "save", save)
 
 
-@pytest.mark.parametrize("fail", [fail_to_replace, fail_to_save])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter\nfailed")])
+FULL, WRITER = OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter\nfailed")
+
+
+@pytest.mark.parametrize(("fail", "error"), [(fail_to_replace, FULL), (fail_to_save, FULL), (fail_to_save, WRITER)])
 def test_a_failing_write_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, monkeypatch, saved, fail, error):
     path = tmp_path / "model.tar"
     shutil.copy(saved[0], path)
