@@ -28,6 +28,11 @@ def free_memory(device: torch.device) -> int | None:
     return 1024 * int(found[1]) if found and device.type == "cpu" else None
 
 
+def has_room(n_bytes: int, device: torch.device, taken: int = 0) -> bool:
+    """Whether so much is moved to a GPU for good: where it is less than half of what is free, `taken` beside it."""
+    return device.type == "cuda" and n_bytes < ((free_memory(device) or 0) - taken) / 2
+
+
 def check_memory(what: str, n_bytes: int, remedy: str, device: torch.device = CPU) -> None:
     """Raise UserError when `what` takes more than the memory that is free; print a note when it takes nearly all.
 

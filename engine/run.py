@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from engine.budget import free_memory
+from engine.budget import has_room
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
 from engine.generators import make_generator, seeded
@@ -140,8 +140,6 @@ def move(values: Tensor, device: torch.device) -> Tensor:
 
 
 def on_device(rows: Tensor, device: torch.device) -> Tensor:
-    """What a split has a row an image of, moved to a GPU for good when it takes less than half its free memory; else
-    left mapped."""
-    if device.type == "cuda" and rows.nbytes < (free_memory(device) or 0) / 2:
-        return rows.to(device)
-    return rows
+    """What a split has a row an image of, moved to a GPU for good when it has room there (see has_room); else left
+    mapped."""
+    return rows.to(device) if has_room(rows.nbytes, device) else rows

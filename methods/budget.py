@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from data.benchmarks import Split
 from data.episodes import Episodes, EpisodeShape, check_episodes_fit
-from engine.budget import check_memory, free_memory
+from engine.budget import check_memory, has_room
 from engine.run import Run
 from methods.alignment import AlignmentSetting
 from methods.confidence import folds_together
@@ -243,7 +243,7 @@ def check_fit(
     of_base = FLOAT * d * n_base
     if blocks.in_feature_space and n_base * d > MAPPED:  # mapped from disk, or on a GPU where they have room
         half = HALF * d * n_base
-        of_base = half if run.device.type == "cuda" and half < (free_memory(run.device) or 0) / 2 else 0
+        of_base = half if has_room(half, run.device) else 0
     shape = EpisodeShape(n_way, math.ceil(k / n_way), math.ceil(k / n_way))  # the support is what is scored
     work = [of_batch(backbone, user)]
     for setting in settings:
@@ -296,12 +296,12 @@ def entering(blocks: UpdatedBlocks, split: Split) -> tuple[int, ...]:
 
 def on_gpu(blocks: UpdatedBlocks, splits: Sequence[Split], run: Run) -> int:
     """Bytes of what enters the updated blocks of whole splits, where that is moved to a GPU (see on_device)."""
-    moved, free = 0, free_memory(run.device)
-    if run.device.type == "cuda" and free and not blocks.in_feature_space:
+    moved = 0
+    if run.device.type == "cuda" and not blocks.in_feature_space:
         for split in splits:
             of_image = math.prod(entering(blocks, split)) * (1 if blocks.below is None else FLOAT)
-            if (n_bytes := of_image * len(split.labels)) < (free - moved) / 2:
-                moved += n_bytes
+            n_bytes = of_image * len(split.labels)
+            moved += n_bytes if has_room(n_bytes, run.device, moved) else 0
     return moved
 
 

@@ -59,10 +59,10 @@ def mean_and_ci95(values: Tensor) -> tuple[float, float]:
 
 
 def count_predictions(scores: Tensor, n_way: int) -> Tensor:
-    """Queries of each true class by predicted class: class-major scores (..., n_way * n_query, n_way) ->
-    (..., n_way, n_way), rows true, columns predicted."""
+    """Queries of each of n_way true classes by predicted class: class-major scores (..., n_way * n_query, n_class) ->
+    (..., n_way, n_class), rows true, columns predicted."""
     predicted = scores.argmax(-1).unflatten(-1, (n_way, -1))
-    return F.one_hot(predicted, n_way).sum(-2)
+    return F.one_hot(predicted, scores.shape[-1]).sum(-2)
 
 
 def share_right(counts: Tensor) -> Tensor:

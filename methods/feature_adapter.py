@@ -146,9 +146,7 @@ def same_label(first: Samples, second: Samples) -> Tensor:
 # By the name of an alignment, what makes its loss in feature space, of as many episodes as generators.
 FEATURE_LOSSES: dict[str, Callable[..., FeatureLoss]] = {
     "centroid": lambda d, n_way, *_: partial(centroid_loss, n_way=n_way),
-    "adversarial": lambda d, n_way, setting, *generators_and_device: Critics(
-        d, n_way, setting.critic, *generators_and_device
-    ),
+    "adversarial": lambda d, n_way, setting, *drawn_on: Critics(d, n_way, setting.critic, *drawn_on),
 }
 
 

@@ -10,7 +10,6 @@ import math
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.benchmarks import Split
@@ -18,7 +17,7 @@ from data.episodes import Episodes
 from engine.distributed import ALONE, gather_objects
 from engine.run import Run, move
 from methods.episodic_training import CHUNK_NUMBERS, evaluate_meta_learner
-from methods.evaluation import EpisodeScores
+from methods.evaluation import EpisodeScores, count_predictions
 from methods.features import INPUT_ROWS, MAPPED, embed
 from methods.meta_learner import MetaLearner
 from models.backbone import Backbone
@@ -46,7 +45,7 @@ def evaluate_on_split(
 
 @torch.no_grad()
 def support_means(learner: MetaLearner, backbone: Backbone, split: Split, episodes: Episodes, run: Run) -> Tensor:
-    """The mean of each support: (E, n_way, d), or (E, n_way, c, h, w) of maps."""
+    """The mean of each support: (E, n_way, d), or (E, n_way, c, h, w) of maps. The ranks share out the images."""
     shape = image_shape(backbone, learner)
     support, order = episodes.support.flatten().sort(stable=True)
     sums = torch.zeros(len(order) // episodes.n_shot, *shape, device=run.device)
@@ -64,15 +63,17 @@ def evaluate_class_by_class(
     """What evaluate_on_split gives, with the features of one class in memory. The ranks share out the classes."""
     learner.eval()
     alone, (n_way, n_query) = replace(run, ranks=ALONE), episodes.query.shape[1:]
-    means = support_means(learner, backbone, split, episodes, alone)
+    means = support_means(learner, backbone, split, episodes, run)
     chunk = max(1, CHUNK_NUMBERS // (n_way * n_query * means[0, 0].numel()))
     counts = torch.zeros(len(episodes), n_way, n_way, dtype=torch.long)
     for c in run.bar(run.ranks.share(range(len(split.class_names))), bar, "class"):
         at = (episodes.classes == c).nonzero()
+        if not len(at):
+            continue
         images, index = episodes.query[at[:, 0], at[:, 1]].unique(return_inverse=True)
-        z = embed(backbone, split.images[images], alone, maps=learner.uses_maps) if len(at) else means[:0, 0]
+        z = embed(backbone, split.images[images], alone, maps=learner.uses_maps)
         for part, query in zip(at.split(chunk), index.split(chunk), strict=True):
             e, way = part.unbind(1)
             scores = learner(means[move(e, run.device)].unsqueeze(2), z[move(query, run.device)])
-            counts[e, way] = F.one_hot(scores.argmax(-1), n_way).sum(1).cpu()
+            counts[e, way] = count_predictions(scores.flatten(0, 1), len(part)).cpu()
     return EpisodeScores(torch.stack(gather_objects(counts, run.ranks)).sum(0))

@@ -56,9 +56,9 @@ def convert_folder(
     )
     n_images = sum(len(images[class_name]) for _, class_name in classes)
     n_classes = {part: len(class_lists[part]) for part in SPLITS}
-    # A class more or less and the others are dealt otherwise, so that what was dealt is recorded.
-    dealt = {"split": split, "seed": seed, CLASSES: class_lists}
-    settings: dict[str, object] = {"split_file": split_file} if split_file else {**dealt}
+    settings: dict[str, object] = {"split_file": split_file}
+    if not split_file:  # a class more or less and the others are dealt otherwise: what was dealt is recorded
+        settings = {"split": split, "seed": seed, CLASSES: class_lists}
     return Conversion(items, n_images, n_classes, settings=settings, title=name or source.resolve().name)
 
 
