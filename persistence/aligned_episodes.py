@@ -124,8 +124,7 @@ class AlignedEpisodes:
     def save(self) -> None:
         """Write the state, if any episode is done and this is the first rank."""
         if self.rows and self.run.ranks.first:
-            kept = {"scaler": self.run.precision.scaler.state_dict(), "episodes": self.digests[: len(self.rows)]}
-            self.files.save_state(**kept, **self.tensors())
+            self.files.save_state(episodes=self.digests[: len(self.rows)], **self.tensors())
 
     def restore(self) -> None:
         """Go on after the episodes of the state, no more than there are to be. Raises UserError if it does not fit."""
@@ -138,7 +137,6 @@ class AlignedEpisodes:
                 raise ValueError("its columns are of other episodes")
             columns = [state[name][: len(self.episodes)] for name in COLUMNS]
             self.rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
-            self.run.precision.scaler.load_state_dict(state["scaler"])
             metrics = [self.metrics_row(i) for i in range(len(self.rows))]
             same = state.get("episodes", self.digests)[: len(self.rows)] == self.digests[: len(self.rows)]
         if not same:

@@ -25,8 +25,9 @@ from persistence.checkpoints import load_checkpoint
 
 STATE_FORMAT = "associative-alignment-state/1"
 # What every state holds, those of stages 1 and 2, and that of stage 3, whose columns have a row an episode.
-EVERY_STATE: Schema = {"config": FLAGS, "made_from": dict[str, str], "seconds": float, "scaler": dict[str, float]}
+EVERY_STATE: Schema = {"config": FLAGS, "made_from": dict[str, str], "seconds": float}
 TRAINING_STATE: Schema = EVERY_STATE | {
+    "scaler": dict[str, float],
     **{"n_done": int, "best": float, "backbone": dict[str, Tensor], "head": dict[str, Tensor]},
     "optimizer": {"state": dict[int, dict[str, Tensor]]},
 }
