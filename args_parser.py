@@ -21,7 +21,7 @@ from methods.feature_adapter import ADAPTER_LR, FEATURE_LOSSES, FULL
 from methods.meta_learners import META_LEARNERS
 from methods.setting_choice import CHOSEN_FLAGS
 from models import BACKBONES, HEADS, OTHERS, OTHERS_USAGE, native_img_size
-from persistence.files import Folders, RunFiles, RunName, training_files
+from persistence.run_files import Folders, RunFiles, RunName, training_files
 
 T = TypeVar("T")
 

@@ -18,14 +18,14 @@ from engine.script import run_script
 from methods.alignment import AlignmentSetting
 from methods.budget import check_alignment
 from methods.feature_alignment import align_episodes, n_together
-from methods.features import FeatureCache, blocks_to_update
+from methods.features import FeatureCache, trainable_blocks
 from methods.related_base import exceeding_notes
 from methods.setting_choice import candidates
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
 from persistence.checkpoints import check_base_classes, load_backbone
-from persistence.files import LENGTH_FLAGS, Folders, RunName, alignment_files
+from persistence.chosen_setting import choose_and_keep
+from persistence.run_files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from persistence.saved_episode import gather_episode
-from persistence.setting_choice import choose_and_keep
 
 SAVE_EVERY = 5  # episodes
 
@@ -53,7 +53,7 @@ def main() -> None:
     path = args.init_from or files.best
     backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)
     check_base_classes(path, checkpoint, args.dataset, base.class_names)
-    blocks = blocks_to_update(backbone.to(run.device).to(memory_format=torch.channels_last), args.align_blocks)
+    blocks = trainable_blocks(backbone.to(run.device).to(memory_format=torch.channels_last), args.align_blocks)
     cache, setting, chosen = FeatureCache(args.cache_dir, run), from_flags(AlignmentSetting, args), None
     settings = list(candidates(setting).values()) if is_auto else [setting]
     check_alignment(blocks, backbone, splits, episodes, settings, cache)

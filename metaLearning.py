@@ -20,9 +20,9 @@ from methods.meta_learners import build_meta_learner, uses_maps
 from methods.split_evaluation import evaluate_on_split
 from models import Model, n_parameters
 from persistence.checkpoints import BackboneSpec, initial_backbone, load_state
-from persistence.files import TEST_FLAGS
 from persistence.results import save_result
-from persistence.training import Training
+from persistence.run_files import TEST_FLAGS
+from persistence.training import TrainState
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
     print(f"{base.summary}; {run.device}, {args.precision}")
 
     # Episodic training; the model of the best validation accuracy is kept.
-    training, figures = Training(files, model, base, run, bool(args.init_from)), (0.0, 0.0)
+    training, figures = TrainState(files, model, base, run, bool(args.init_from)), (0.0, 0.0)
 
     def validate() -> EpisodeScores:
         return evaluate_on_split(learner, backbone, val, val_episodes, run)

@@ -33,20 +33,20 @@ from engine.distributed import ALONE
 from engine.errors import RaisingParser, UserError
 from engine.files import atomic_file
 from engine.records import provenance, write_json
-from engine.run import Run, on_device, start_run
+from engine.run import Run, move_if_fits, start_run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
 from methods.budget import check_fit
 from methods.classifier import Classifier, fit_classifier
-from methods.features import MAPPED, FeatureCache, Source, blocks_to_update, feature_source
+from methods.features import MAPPED, FeatureCache, Source, feature_source, trainable_blocks
 from methods.prediction import UNSURE, Predictions, alignment_notes, least_sure_first, user_split
 from methods.setting_choice import candidates
 from models import BACKBONES, OTHERS
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone, load_backbone
+from persistence.chosen_setting import choose_for_support
 from persistence.classifier import load_classifier, save_classifier
 from persistence.labelling import Part, Parts, label_all, label_images
-from persistence.setting_choice import choose_for_support
 from reporting.contact_sheet import write_sheet
 from reporting.page import write_predictions
 from reporting.prediction_files import PartialTable, confidence_lines, prediction_record, summary_lines, write_csv
@@ -120,7 +120,7 @@ def fit(
     """Fit a classifier to examples (see open_image), with what it takes from a base set that shares none of them."""
     backbone, img_size, facts = trained_backbone(args)
     backbone = backbone.to(run.device).to(memory_format=torch.channels_last)
-    blocks = blocks_to_update(backbone, args.align_blocks)
+    blocks = trainable_blocks(backbone, args.align_blocks)
     images, _, _ = decode_views(examples, len(examples), img_size, args.num_workers, args.quiet)
     user = user_split(class_names, names, torch.tensor(labels), images)
     setting, base, notes = from_flags(AlignmentSetting, args), None, []
@@ -194,9 +194,9 @@ def source_without(
     """The source of a base set, without some of its classes; large features of it are mapped from disk."""
     counted = without_classes(split, left_out) if left_out else split
     if align_blocks == 0 and len(split.labels) * backbone.feature_dim > MAPPED:
-        half = on_device(cache.half_features(backbone, split), cache.run.device)
+        half = move_if_fits(cache.half_features(backbone, split), cache.run.device)
         return feature_source(half, counted)
-    return cache.source(backbone, blocks_to_update(backbone, align_blocks), counted)
+    return cache.source(backbone, trainable_blocks(backbone, align_blocks), counted)
 
 
 def predict(

@@ -20,9 +20,9 @@ from methods.novel_finetune import HeadFit
 from models import Model, build_head, n_parameters
 from models.global_batch_norm import use_global_batch_norm
 from persistence.checkpoints import BackboneSpec, initial_backbone
-from persistence.files import TEST_FLAGS
 from persistence.results import save_result
-from persistence.training import Training
+from persistence.run_files import TEST_FLAGS
+from persistence.training import TrainState
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     check_base_training(model, net, (base, val, novel), args.n_epoch and args.batch_size, shape, run)
 
     # Base training; the model of the best validation accuracy is kept. A frozen backbone embeds once.
-    fit, training = from_flags(HeadFit, args), Training(files, model, base, run, bool(args.init_from))
+    fit, training = from_flags(HeadFit, args), TrainState(files, model, base, run, bool(args.init_from))
 
     def validate() -> EpisodeScores:
         return evaluate_heads(embed(backbone, val.images, run), val_episodes, fit, run)

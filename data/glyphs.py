@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from data.converters.converter import SPLITS
 from data.converters.writing import SETTINGS
 from engine.errors import UserError
-from engine.files import fits, read_json
+from engine.files import matches_schema, read_json
 from engine.run import progress_bar
 
 # Of the rendering. Raise it with any change of the images: older ones are rendered anew, older checkpoints refused.
@@ -58,7 +58,9 @@ def outdated_seed(folder: Path) -> int | None:
         settings = read_json(folder / SETTINGS)
     except (OSError, ValueError):
         return None
-    ours = fits(settings, {"benchmark": str, "version": int, "seed": int}) and settings["benchmark"] == "glyphs"
+    ours = (
+        matches_schema(settings, {"benchmark": str, "version": int, "seed": int}) and settings["benchmark"] == "glyphs"
+    )
     return int(settings["seed"]) if ours and settings["version"] != VERSION else None
 
 

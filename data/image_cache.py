@@ -38,7 +38,7 @@ from torch import Tensor
 
 from engine.budget import check_disk, check_memory
 from engine.errors import UserError
-from engine.files import check_regular, fits, read_json
+from engine.files import check_regular, matches_schema, read_json
 from engine.lock import held, is_free
 from engine.run import progress_bar
 
@@ -325,7 +325,7 @@ def is_complete(folder: Path, shape: list[int], n_pixels: int) -> bool:
     """Whether a cache folder holds evaluation views of this shape and, of n_pixels if any, all training images."""
     try:
         meta, sizes = read_json(folder / "meta.json"), original_sizes(folder)
-        known = fits(meta, {"eval_shape": list[int], "fingerprint": str}) and meta["eval_shape"] == shape
+        known = matches_schema(meta, {"eval_shape": list[int], "fingerprint": str}) and meta["eval_shape"] == shape
         if not known or len(sizes) != shape[0]:
             return False
         n_bytes = {"eval.bin": math.prod(shape)}

@@ -5,7 +5,7 @@ from typing import Any
 
 from data.image_cache import IMAGE_SUFFIXES
 from engine.errors import UserError
-from engine.files import fits, misfit, read_json
+from engine.files import matches_schema, misfit, read_json
 
 # A published json list: names are those of classes, and of images with their folders.
 LIST = {"label_names": list[str], "image_names": list[str], "image_labels": list[Any]}
@@ -51,7 +51,7 @@ def list_json(file: Path, image_root: Path | None) -> tuple[list[str], list[Path
         raise UserError(
             f"{file} has {len(names)} image_names and {len(raw_labels)} image_labels: expected as many of each"
         )
-    if not fits(raw_labels, list[int]) or min(raw_labels) < 0:
+    if not matches_schema(raw_labels, list[int]) or min(raw_labels) < 0:
         raise UserError(f"{file} has image_labels that are not whole numbers from 0: number the classes from 0")
     if len(set(label_names)) < len(label_names):
         twice = next(name for name in label_names if label_names.count(name) > 1)

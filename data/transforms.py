@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from data.benchmarks import Split
 from data.image_cache import UnequalImages
 from engine.normalisation import IMAGENET, Normalisation
-from engine.run import move, on_device
+from engine.run import move, move_if_fits
 
 # PIL's integer weights of RGB -> L (ITU-R 601-2), over 65536.
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
@@ -197,7 +197,7 @@ def training_images(
     """What a stage trains on: the images of a base split, on the device for good where they have room there."""
     images = base.images if augmentation is None or base.train_images is None else base.train_images
     if isinstance(images, UnequalImages):
-        images = replace(images, pixels=on_device(images.pixels, device))
+        images = replace(images, pixels=move_if_fits(images.pixels, device))
     else:
-        images = on_device(images, device)
+        images = move_if_fits(images, device)
     return TrainingImages(images, base.train_sizes, base.labels, base.images.shape[-1], augmentation, device, by)

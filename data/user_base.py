@@ -18,7 +18,7 @@ from data.benchmarks import DataOptions, Split, list_split, load_listed
 from data.image_cache import image_bytes
 from data.listing import list_folder
 from engine.errors import UserError
-from engine.files import fits, load_tensors, save_atomically
+from engine.files import load_tensors, matches_schema, save_atomically
 
 
 def load_base(folder: Path, options: DataOptions) -> tuple[Split, list[Path]]:
@@ -55,7 +55,7 @@ def base_hashes(paths: Sequence[Path], split: Split, cache_dir: Path) -> np.ndar
     path = cache_dir / f"hashes_{split.benchmark}_{split.split}_{split.fingerprint}.pt"
     with contextlib.suppress(OSError, ValueError):  # not there or damaged: made below
         kept = load_tensors(path, "cpu")
-        if fits(kept, Tensor) and kept.shape == (len(paths),) and kept.dtype == torch.int64:
+        if matches_schema(kept, Tensor) and kept.shape == (len(paths),) and kept.dtype == torch.int64:
             return np.asarray(kept)
     hashes = np.fromiter(map(content_hash, paths), np.int64, len(paths))
     save_atomically(path, torch.from_numpy(hashes))

@@ -179,7 +179,7 @@ def read_record(path: Path, form: str, schema: Schema, what: str, remedy: str) -
     """
     try:
         record = load_tensors(path, "cpu")
-        if not fits(record, {"format": str}) or record["format"] != form:
+        if not matches_schema(record, {"format": str}) or record["format"] != form:
             raise ValueError(f"it has no format {form!r}")
         if wrong := misfit(record, schema):
             raise ValueError(wrong)
@@ -195,12 +195,12 @@ def misfit(record: dict[str, Any], schema: Schema) -> str:
     for key, kind in schema.items():
         if key not in record:
             return f"it lacks {key!r}"
-        if not fits(record[key], kind):
+        if not matches_schema(record[key], kind):
             return f"its {key!r} is of another type"
     return ""
 
 
-def fits(value: Any, kind: Any) -> bool:
+def matches_schema(value: Any, kind: Any) -> bool:
     """Whether a value is of a type: a class, a union, list[...], dict[...], a Schema, or [Schema] for a list of them.
 
     An int, of 64 bits, will do for a float; a str is one that can be written; a Tensor has all the numbers it claims.
@@ -208,16 +208,20 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if isinstance(kind, dict):
-        return isinstance(value, dict) and all(key in value and fits(value[key], part) for key, part in kind.items())
+        return isinstance(value, dict) and all(
+            key in value and matches_schema(value[key], part) for key, part in kind.items()
+        )
     if isinstance(kind, list):
-        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+        return isinstance(value, list) and all(matches_schema(item, kind[0]) for item in value)
     parts = get_args(kind)
     if get_origin(kind) is UnionType:
-        return any(fits(value, part) for part in parts)
+        return any(matches_schema(value, part) for part in parts)
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+        return isinstance(value, list) and all(matches_schema(item, parts[0]) for item in value)
     if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            matches_schema(k, parts[0]) and matches_schema(v, parts[1]) for k, v in value.items()
+        )
     if isinstance(value, bool):
         return kind is bool
     if isinstance(value, int) and not -(2**63) <= value < 2**63:

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files import atomic_file
-from engine.records import append_jsonl, plain
+from engine.records import append_jsonl, to_json
 
 # What TensorBoard's files are called.
 EVENTS = "events.out.tfevents.*"
@@ -44,7 +44,7 @@ class MetricsLog:
             return
         if self.writer is None:
             self.writer = self.writer_class(log_dir=str(self.path.parent), purge_step=step)
-        for name, value in plain(row).items():
+        for name, value in to_json(row).items():
             if isinstance(value, int | float):
                 self.writer.add_scalar(name, value, step)
         self.writer.flush()
@@ -52,7 +52,7 @@ class MetricsLog:
     def keep(self, rows: list[dict[str, Any]]) -> None:
         """Make the file hold these rows alone, those of the steps that a resumed run has done."""
         with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(plain(row)) + "\n" for row in rows), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(to_json(row)) + "\n" for row in rows), encoding="utf-8")
 
 
 def open_metrics(folder: Path, tensorboard: bool) -> MetricsLog:

@@ -54,7 +54,7 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, torch.bfloat16 if self.name == "bf16" else torch.float16)
 
-    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    def backward_and_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         """One step of the optimiser on a loss, returned detached; fp16 scales it so that small gradients survive.
 
         What the optimiser's parameters held as gradients before is dropped.

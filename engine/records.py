@@ -61,12 +61,12 @@ def provenance(config: dict[str, Any], run: Run) -> dict[str, Any]:
     }
 
 
-def plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """A value as JSON can hold it: paths as text, NaN and infinity as null."""
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [to_json(v) for v in value]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
@@ -77,7 +77,7 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a JSON file atomically. Raises UserError when the folder cannot be written."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -85,6 +85,6 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(record)) + "\n")
+            file.write(json.dumps(to_json(record)) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): free some space or give another folder") from error

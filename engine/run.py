@@ -139,7 +139,7 @@ def move(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=device.type != "mps")
 
 
-def on_device(rows: Tensor, device: torch.device) -> Tensor:
+def move_if_fits(rows: Tensor, device: torch.device) -> Tensor:
     """What a split has a row an image of, moved to a GPU for good when it has room there (see has_room); else left
     mapped."""
     return rows.to(device) if has_room(rows.nbytes, device) else rows

@@ -20,7 +20,7 @@ from engine.precision import Losses, Precision
 from engine.run import Run, move
 from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
 from methods.centroid_alignment import centroid_alignment_loss
-from methods.features import INPUT_ROWS, Source, UpdatedBlocks, updated_features
+from methods.features import INPUT_ROWS, Source, TrainableBlocks, updated_features
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedBase, RelatedSetting, draw_related, drawn_per_class, related_base_of_head
 from models.heads import Head
@@ -130,21 +130,21 @@ class Updates:
         with self.precision.autocast():
             z_related, z_support = self.backbone(related.x), self.backbone(support.x)
         loss = self.alignment_loss(z_support, support.y, z_related, related.y)
-        return self.precision.step(loss, self.align_optimizer)
+        return self.precision.backward_and_step(loss, self.align_optimizer)
 
     def train_head(self, related: Labelled) -> Tensor:
         """(2): one step of the head on related samples; the backbone, in eval mode, needs no gradient."""
         self.backbone.eval()
         with torch.no_grad(), self.precision.autocast():
             z_related = self.backbone(related.x)
-        return self.precision.step(self.head.loss(self.head(z_related), related.y), self.related_optimizer)
+        return self.precision.backward_and_step(self.head.loss(self.head(z_related), related.y), self.related_optimizer)
 
     def train_on_support(self, support: Labelled) -> Tensor:
         """(3): one step of backbone and head on the support."""
         self.backbone.train(self.batch_statistics)
         with self.precision.autocast():
             z_support = self.backbone(support.x)
-        return self.precision.step(self.head.loss(self.head(z_support), support.y), self.support_optimizer)
+        return self.precision.backward_and_step(self.head.loss(self.head(z_support), support.y), self.support_optimizer)
 
 
 def with_rate(optimizer: torch.optim.Optimizer, lr: float) -> torch.optim.Optimizer:
@@ -155,7 +155,7 @@ def with_rate(optimizer: torch.optim.Optimizer, lr: float) -> torch.optim.Optimi
 
 
 def align_episode(
-    blocks: UpdatedBlocks,
+    blocks: TrainableBlocks,
     task: Task,
     novel: Source,
     base: Source | None,
@@ -192,7 +192,7 @@ def align_episode(
     # With a scaler of its own: that of fp16 remembers, and an episode depends on none before it.
     precision = Precision(run.precision.name, run.precision.device_type)
     updates = Updates(blocks.updated, head, fitted, alignment_loss, setting, precision)
-    support = Labelled(novel.enter(task.support), y_support)
+    support = Labelled(novel.block_inputs(task.support), y_support)
     generator = run.generator("related draws", i)
     losses, curve = Losses(f"episode {i}, iteration"), []
     no_loss = torch.full((), math.nan, device=run.device)
@@ -201,7 +201,7 @@ def align_episode(
             align_loss = related_loss = no_loss
             if base is not None and n_drawn:
                 picks, y_related = draw_related(related.samples, setting.related.aug_size, generator)
-                drawn = Labelled(base.enter(picks), move(y_related, run.device))
+                drawn = Labelled(base.block_inputs(picks), move(y_related, run.device))
                 align_loss = updates.align(support, drawn)
                 related_loss = updates.train_head(drawn)
             support_loss = updates.train_on_support(support)

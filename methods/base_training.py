@@ -65,7 +65,7 @@ def train_one_epoch(
         scores = model.classifier(z)
         # The last batch may leave a rank without images: it takes part in the average with a gradient of zero.
         loss = head.loss(scores, y) if len(y) else scores.sum()
-        run.precision.step(loss * (len(y) * ranks.n / len(index)), model.optimizer)
+        run.precision.backward_and_step(loss * (len(y) * ranks.n / len(index)), model.optimizer)
         sizes.append(len(y))
         if losses.add(loss, (scores.argmax(1) == y).sum()):
             bar.set_postfix_str(f"loss {losses.rows[-1][0]:.3f}", refresh=False)

@@ -26,7 +26,7 @@ from methods.confidence import folds_together
 from methods.episodic_training import CHUNK_NUMBERS, episode_numbers
 from methods.evaluation import heads_together
 from methods.feature_alignment import n_together, numbers_together
-from methods.features import BATCH, MAPPED, FeatureCache, UpdatedBlocks
+from methods.features import BATCH, MAPPED, FeatureCache, TrainableBlocks
 from methods.meta_learner import MetaLearner
 from methods.split_evaluation import image_shape, is_kept
 from models import Model
@@ -205,7 +205,7 @@ def episode_scores(modules: nn.Module, x: Tensor, shape: EpisodeShape) -> Tensor
 
 
 def check_alignment(
-    blocks: UpdatedBlocks,
+    blocks: TrainableBlocks,
     backbone: Backbone,
     splits: Sequence[Split],
     episodes: Episodes,
@@ -230,7 +230,7 @@ def check_alignment(
 
 
 def check_fit(
-    blocks: UpdatedBlocks,
+    blocks: TrainableBlocks,
     backbone: Backbone,
     base: Split | None,
     user: Split,
@@ -279,7 +279,7 @@ def features_aligned(d: int, base: Split | None, shape: EpisodeShape, setting: A
 
 
 def blocks_aligned(
-    blocks: UpdatedBlocks, backbone: Backbone, base: Split, shape: EpisodeShape, setting: AlignmentSetting, run: Run
+    blocks: TrainableBlocks, backbone: Backbone, base: Split, shape: EpisodeShape, setting: AlignmentSetting, run: Run
 ) -> int:
     """Bytes of an episode whose alignment moves blocks."""
     n_related = min(setting.related.n_B, len(base.members) // shape.n_way) * max(map(len, base.members))
@@ -288,14 +288,14 @@ def blocks_aligned(
     return step + moments(blocks.updated, optimizers=2) + critic_bytes(backbone.feature_dim, n, setting)
 
 
-def entering(blocks: UpdatedBlocks, split: Split) -> tuple[int, ...]:
+def entering(blocks: TrainableBlocks, split: Split) -> tuple[int, ...]:
     """The shape of what enters the updated blocks of an image."""
     side = split.images.shape[-1]
     return (3, side, side) if blocks.below is None else outcome(blocks.below, side)
 
 
-def on_gpu(blocks: UpdatedBlocks, splits: Sequence[Split], run: Run) -> int:
-    """Bytes of what enters the updated blocks of whole splits, where that is moved to a GPU (see on_device)."""
+def on_gpu(blocks: TrainableBlocks, splits: Sequence[Split], run: Run) -> int:
+    """Bytes of what enters the updated blocks of whole splits, where that is moved to a GPU (see move_if_fits)."""
     moved = 0
     if run.device.type == "cuda" and not blocks.in_feature_space:
         for split in splits:
@@ -305,7 +305,7 @@ def on_gpu(blocks: UpdatedBlocks, splits: Sequence[Split], run: Run) -> int:
     return moved
 
 
-def alignment_flags(blocks: UpdatedBlocks, settings: Sequence[AlignmentSetting]) -> str:
+def alignment_flags(blocks: TrainableBlocks, settings: Sequence[AlignmentSetting]) -> str:
     """The flags that make alignment take less memory."""
     flags = ["a smaller --aug_size"]
     flags += [] if blocks.in_feature_space else ["fewer --align_blocks"]

@@ -17,7 +17,7 @@ from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
 from methods.confidence import Confidence, cross_validate, least_cosine, nearest
 from methods.feature_adapter import Adapter
 from methods.feature_alignment import align_features
-from methods.features import Source, UpdatedBlocks, embed, image_source
+from methods.features import Source, TrainableBlocks, embed, image_source
 from methods.novel_finetune import HeadFit, fit_heads
 from models.backbone import Backbone
 from models.heads import Head
@@ -95,7 +95,7 @@ def fitted_head(z: Tensor, y: Tensor, fit: HeadFit, run: Run) -> Head:
 
 
 def aligned_episode(
-    blocks: UpdatedBlocks, novel: Source, y: Tensor, base: Source | None, setting: AlignmentSetting, run: Run
+    blocks: TrainableBlocks, novel: Source, y: Tensor, base: Source | None, setting: AlignmentSetting, run: Run
 ) -> AlignedEpisode:
     """The episode whose support is all of `novel`, of labels y (k,); without a base set, setting.alignment is none."""
     everything = torch.arange(len(y))
@@ -119,7 +119,7 @@ def alone(head: Head, d: int, setting: AlignmentSetting, run: Run) -> Head:
 
 
 def fit_classifier(
-    backbone: Backbone, blocks: UpdatedBlocks, user: Split, base: Source | None, setting: AlignmentSetting, run: Run
+    backbone: Backbone, blocks: TrainableBlocks, user: Split, base: Source | None, setting: AlignmentSetting, run: Run
 ) -> tuple[Classifier, AlignedEpisode]:
     """The classifier of a support, given as a split, and the episode that made it. The backbone moves in alignment.
 

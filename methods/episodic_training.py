@@ -51,7 +51,7 @@ def train_one_epoch(
         z = z.float().unflatten(0, tuple(index.shape))
         scores = learner(z[:, : episodes.n_shot], z[:, episodes.n_shot :].flatten(0, 1))
         loss = learner.loss(scores, y_query)
-        run.precision.step(loss, model.optimizer)
+        run.precision.backward_and_step(loss, model.optimizer)
         if losses.add(loss, share_right(count_predictions(scores, episodes.n_way)).mean()):
             mean_loss, accuracy = means(losses)
             bar.set_postfix_str(f"loss {mean_loss:.3f}, accuracy {100 * accuracy:.1f}", refresh=False)

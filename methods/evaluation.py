@@ -119,7 +119,7 @@ def nearest_mean(features: Tensor, episodes: Episodes) -> dict[str, EpisodeScore
     return {name: EpisodeScores(torch.cat(parts)) for name, parts in counts.items()}
 
 
-def accuracy_per_class(scores: EpisodeScores, episodes: Episodes, class_names: list[str]) -> dict[str, float]:
+def per_class_accuracy(scores: EpisodeScores, episodes: Episodes, class_names: list[str]) -> dict[str, float]:
     """Mean accuracy (%) of each class over the episodes that it was part of."""
     classes, correct = episodes.classes.flatten(), scores.correct.flatten().double()
     total = torch.zeros(len(class_names), dtype=torch.double).index_add_(0, classes, correct)

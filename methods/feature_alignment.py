@@ -18,7 +18,7 @@ from engine.precision import Precision, check_finite
 from engine.run import Run, move
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode, with_rate
 from methods.feature_adapter import FULL, Adapter, FeatureLoss, Samples, feature_loss, new_adapter
-from methods.features import Source, UpdatedBlocks
+from methods.features import Source, TrainableBlocks
 from methods.novel_finetune import fit_heads
 from methods.related_base import RelatedBase, draw_iterations, drawn_per_class, related_base_of_heads
 from models.heads import Head, one_hot_of
@@ -134,7 +134,7 @@ class FeatureUpdates:
                 z = self.adapted(torch.cat([support.z, related.z], 1))
                 z_support, z_related = z.split([support.z.shape[1], related.z.shape[1]], 1)
                 loss = self.alignment_loss(replace(support, z=z_support), replace(related, z=z_related))
-            FP32.step(loss, self.align_optimizer)
+            FP32.backward_and_step(loss, self.align_optimizer)
 
     def train_head(self, related: Samples) -> None:
         """(2): one step of the heads on related samples."""
@@ -201,7 +201,7 @@ def align_features(
 
 
 def align_episodes(
-    blocks: UpdatedBlocks,
+    blocks: TrainableBlocks,
     episodes: Episodes,
     novel: Source,
     base: Source,

@@ -17,10 +17,10 @@ from data.transforms import network_input
 from engine.budget import check_disk
 from engine.distributed import gather_objects, gather_rows, rank_0_first
 from engine.errors import UserError
-from engine.files import atomic_file, fits, load_tensors, save_atomically, weights_digest
+from engine.files import atomic_file, load_tensors, matches_schema, save_atomically, weights_digest
 from engine.normalisation import IMAGENET, Normalisation
 from engine.precision import Precision
-from engine.run import Run, move, on_device
+from engine.run import Run, move, move_if_fits
 from models.backbone import Backbone, split_backbone
 
 # Images that go through a network together: no more than a training batch, so that this does not set the peak of
@@ -72,7 +72,7 @@ def embed(backbone: Backbone, images: Tensor, run: Run, bar: str = "", maps: boo
 
 
 @dataclass(frozen=True)
-class UpdatedBlocks:
+class TrainableBlocks:
     """A backbone in two: `below`, which stands still (None if nothing does), and `updated`, which alignment moves.
 
     initial: the state that `updated` starts every episode from. In feature space the whole backbone stands still,
@@ -100,14 +100,14 @@ def check_blocks(backbone: Backbone, asked: int | None, flag: str) -> None:
         raise UserError(f"{flag} {asked}, but the backbone has {n_blocks} blocks: give fewer")
 
 
-def blocks_to_update(backbone: Backbone, align_blocks: int | None) -> UpdatedBlocks:
+def trainable_blocks(backbone: Backbone, align_blocks: int | None) -> TrainableBlocks:
     """The last align_blocks blocks of a backbone, or all, as what alignment updates; 0 are none, in feature space.
 
     Raises UserError when the backbone has fewer.
     """
     check_blocks(backbone, align_blocks, "--align_blocks")
     if align_blocks == 0:
-        return UpdatedBlocks(None, nn.Identity(), {})
+        return TrainableBlocks(None, nn.Identity(), {})
     below: nn.Sequential | None = None
     updated: nn.Module = backbone
     if align_blocks not in (None, len(backbone.blocks())):
@@ -115,25 +115,25 @@ def blocks_to_update(backbone: Backbone, align_blocks: int | None) -> UpdatedBlo
         learning = {id(p) for p in updated.parameters()}
         for p in backbone.parameters():  # those below, and of what a library's model has behind its blocks
             p.requires_grad_(p.requires_grad and id(p) in learning)
-    return UpdatedBlocks(below, updated, {name: value.clone() for name, value in updated.state_dict().items()})
+    return TrainableBlocks(below, updated, {name: value.clone() for name, value in updated.state_dict().items()})
 
 
 @dataclass(frozen=True)
 class Source:
     """A split that episodes take images from: features (N, d) by the backbone before alignment, and a way in again.
 
-    enter: images at an index (n,) -> what the updated blocks take of them, channels-last, on the run's device.
+    block_inputs: images at an index (n,) -> what the updated blocks take of them, channels-last, on the run's device.
     """
 
     features: Tensor
-    enter: Callable[[Tensor], Tensor]
+    block_inputs: Callable[[Tensor], Tensor]
     split: Split
 
 
-def image_source(backbone: Backbone, blocks: UpdatedBlocks, split: Split, run: Run, bar: str = "") -> Source:
+def image_source(backbone: Backbone, blocks: TrainableBlocks, split: Split, run: Run, bar: str = "") -> Source:
     """The source of a split of which nothing is kept on disk; what the blocks take is made when it is asked for."""
 
-    def enter(index: Tensor) -> Tensor:
+    def block_inputs(index: Tensor) -> Tensor:
         parts = (split.images[part] for part in index.cpu().split(BATCH))
         batches = (network_input(part, run.device, backbone.normalisation) for part in parts)
         if blocks.below is None:
@@ -143,7 +143,7 @@ def image_source(backbone: Backbone, blocks: UpdatedBlocks, split: Split, run: R
         return entering.contiguous(memory_format=torch.channels_last)
 
     features = embed(backbone, split.images, run, bar)
-    return feature_source(features, split) if blocks.in_feature_space else Source(features, enter, split)
+    return feature_source(features, split) if blocks.in_feature_space else Source(features, block_inputs, split)
 
 
 def feature_source(features: Tensor, split: Split) -> Source:
@@ -152,11 +152,11 @@ def feature_source(features: Tensor, split: Split) -> Source:
 
 
 @torch.no_grad()
-def updated_features(blocks: UpdatedBlocks, source: Source, index: Tensor, precision: Precision) -> Tensor:
+def updated_features(blocks: TrainableBlocks, source: Source, index: Tensor, precision: Precision) -> Tensor:
     """Features (n, d) of the images at `index` (n,) by the blocks as they are now, in eval mode: no image sees
     another."""
     blocks.updated.eval()
-    batches = (x for part in index.split(INPUT_ROWS) for x in source.enter(part).split(BATCH))
+    batches = (x for part in index.split(INPUT_ROWS) for x in source.block_inputs(part).split(BATCH))
     return torch.cat(list(outputs(blocks.updated, batches, precision)))
 
 
@@ -179,22 +179,22 @@ class FeatureCache:
         self.folder = folder
         self.run = run
 
-    def source(self, backbone: Backbone, blocks: UpdatedBlocks, split: Split) -> Source:
+    def source(self, backbone: Backbone, blocks: TrainableBlocks, split: Split) -> Source:
         """The source of a split, its features, and what enters the updated blocks if others are below, kept here."""
         run, features, by = self.run, self.features(backbone, split), backbone.normalisation
         if blocks.in_feature_space:
             return feature_source(features, split)
         if blocks.below is None:
-            images = on_device(split.images, run.device)
+            images = move_if_fits(split.images, run.device)
             return Source(features, lambda i: network_input(images[move(i, images.device)], run.device, by), split)
         with rank_0_first(run.ranks):
-            activations = on_device(self.activations(blocks.below, split, by), run.device)
+            activations = move_if_fits(self.activations(blocks.below, split, by), run.device)
 
-        def enter(index: Tensor) -> Tensor:
+        def block_inputs(index: Tensor) -> Tensor:
             x = move(activations[move(index, activations.device)], run.device)
             return x.contiguous(memory_format=torch.channels_last)
 
-        return Source(features, enter, split)
+        return Source(features, block_inputs, split)
 
     def features(self, backbone: Backbone, split: Split) -> Tensor:
         """Features of a whole split (N, d)."""
@@ -203,7 +203,11 @@ class FeatureCache:
         if path.is_file():
             with contextlib.suppress(OSError, ValueError):  # damaged: embed anew
                 kept, shape = load_tensors(path, self.run.device), (len(split.images), backbone.feature_dim)
-                features = kept if fits(kept, Tensor) and kept.shape == shape and kept.dtype == torch.float32 else None
+                features = (
+                    kept
+                    if matches_schema(kept, Tensor) and kept.shape == shape and kept.dtype == torch.float32
+                    else None
+                )
         found = all(gather_objects(features is not None, self.run.ranks))
         if found and features is not None:
             return features
@@ -254,7 +258,7 @@ class FeatureCache:
                 array.tofile(file)
         return map_rows(path, n, dtype)
 
-    def holds(self, backbone: Backbone, blocks: UpdatedBlocks, split: Split) -> bool:
+    def holds(self, backbone: Backbone, blocks: TrainableBlocks, split: Split) -> bool:
         """Whether all that `source` computes is here already."""
         paths = [self.features_path(backbone, split)]
         if blocks.below is not None:

@@ -20,8 +20,8 @@ from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95, 
 from methods.features import Source
 from methods.related_base import empty_notes
 from persistence.checkpoints import Checkpoint
-from persistence.files import COLUMNS, RunFiles
 from persistence.results import accuracy_record, curve_record, difference_record, paired_difference, percent, run_record
+from persistence.run_files import COLUMNS, RunFiles
 from persistence.saved_episode import read_episodes
 
 

@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.files import FLAGS, misfit, read_record, save_atomically
 from engine.generators import seeded
 from engine.normalisation import IMAGENET, Normalisation
-from engine.records import plain
+from engine.records import to_json
 from engine.run import Run
 from models import build_backbone
 from models.backbone import Backbone
@@ -56,7 +56,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     for states in ("backbone_state", "head_state"):
         content[states] = {k: v.detach().cpu().contiguous() for k, v in content[states].items()}
-    content["config"] = plain(content["config"])
+    content["config"] = to_json(content["config"])
     content["normalisation"] = [list(part) for part in content["normalisation"]]
     save_atomically(path, content)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.files import Schema, misfit, read_record, save_atomically, weights_digest
 from engine.normalisation import Normalisation
-from engine.records import plain
+from engine.records import to_json
 from methods.classifier import Classifier
 from methods.confidence import Confidence
 from methods.feature_adapter import Adapter
@@ -65,7 +65,7 @@ def save_classifier(path: Path, classifier: Classifier, facts: dict[str, Any]) -
     backbone, adapter, confidence = classifier.backbone, classifier.adapter, classifier.confidence
     content = {
         "format": FORMAT,
-        "facts": plain(facts),
+        "facts": to_json(facts),
         "backbone_digest": weights_digest(backbone),
         "backbone_state": {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()},
         "aligned_state": moved(backbone, classifier.aligned),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.user_images import decode_views
 from engine.errors import UserError
-from engine.files import Schema, fits, load_tensors, save_atomically
+from engine.files import Schema, load_tensors, matches_schema, save_atomically
 from engine.run import Run
 from methods.budget import check_labelling
 from methods.classifier import Answers, Classifier, classify
@@ -45,7 +45,7 @@ class Parts:
             content = load_tensors(path, "cpu")
         except ValueError:  # damaged: made anew
             return None
-        if not fits(content, PART_FILE):
+        if not matches_schema(content, PART_FILE):
             return None
         n, answers = len(content["kept"]), content["answers"]
         shapes = {"probabilities": (n, n_way), "finetuned": (n, n_way), "cosine": (n,), "nearest": (n,)}

@@ -9,8 +9,8 @@ from data.benchmarks import Split
 from data.episodes import Episodes
 from engine.records import provenance, write_json
 from engine.run import Run
-from methods.evaluation import EpisodeScores, accuracy_per_class, confusion_record, mean_and_ci95
-from persistence.files import RunFiles
+from methods.evaluation import EpisodeScores, confusion_record, mean_and_ci95, per_class_accuracy
+from persistence.run_files import RunFiles
 
 
 def percent(mean: float, ci95: float) -> str:
@@ -24,7 +24,7 @@ def accuracy_record(scores: EpisodeScores, episodes: Episodes, class_names: list
     return {
         "accuracy": round(100 * mean, 3),
         "ci95": round(100 * ci95, 3) if len(episodes) > 1 else None,
-        "accuracy_per_class": accuracy_per_class(scores, episodes, class_names),
+        "accuracy_per_class": per_class_accuracy(scores, episodes, class_names),
         "accuracy_per_episode": [round(100 * a, 3) for a in scores.accuracy.tolist()],
         "confusion": confusion_record(scores.counts, episodes, class_names),
     }

@@ -14,11 +14,11 @@ from torch import Generator, Tensor
 from data.benchmarks import Split
 from data.episodes import Episodes
 from engine.errors import UserError
-from engine.files import fits, read_record
+from engine.files import matches_schema, read_record
 from engine.precision import Precision
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting
-from methods.features import Source, UpdatedBlocks, updated_features
+from methods.features import Source, TrainableBlocks, updated_features
 from methods.prediction import logits_of
 from methods.related_base import draw_related
 from models.heads import unit
@@ -51,7 +51,7 @@ def first_draw(episode: AlignedEpisode, generator: Generator) -> tuple[Tensor, T
 
 
 def before_and_after(
-    source: Source, index: Tensor, labels: Tensor, blocks: UpdatedBlocks, precision: Precision
+    source: Source, index: Tensor, labels: Tensor, blocks: TrainableBlocks, precision: Precision
 ) -> dict[str, Tensor]:
     """Features (n, d) of the images at index (n,) before alignment, and by the blocks as alignment left them."""
     before = source.features[index.to(source.features.device)].cpu()
@@ -95,7 +95,7 @@ def gather_episode(
     episode: AlignedEpisode,
     novel: Source,
     base: Source,
-    blocks: UpdatedBlocks,
+    blocks: TrainableBlocks,
     setting: AlignmentSetting,
     run: Run,
 ) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def sound(record: dict[str, Any]) -> bool:
         and len(record["related_classes"]) == n_way
         and (
             "logits" not in record
-            or fits(record, QUERIES)
+            or matches_schema(record, QUERIES)
             and all(logits.shape == (len(labels), n_way) for logits in record["logits"].values())
             and all(x.shape[:2] == (len(record[kind]["labels"]), 3) for kind, x in record["images"].items())
             and len(record["nearest"]) == len(labels)
@@ -168,7 +168,7 @@ def read_episodes(path: Path) -> list[dict[str, Any]]:
     first = read_record(path, EPISODE_FORMAT, EPISODE, "saved episode", remedy)
     more = first.pop("more", [])
     records = [first, *more] if isinstance(more, list) else []
-    if not records or not all(fits(record, EPISODE) and sound(record) for record in records):
+    if not records or not all(matches_schema(record, EPISODE) and sound(record) for record in records):
         raise UserError(f"{path} is a damaged saved episode: {remedy}")
     return [record | {"result": path.stem} for record in records]
 

@@ -15,18 +15,18 @@ from data.benchmarks import Split
 from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.distributed import rank_0_first
 from engine.errors import UserError
-from engine.files import fits, read_json
-from engine.records import plain
+from engine.files import matches_schema, read_json
+from engine.records import to_json
 from engine.run import Run
 from methods.evaluation import EpisodeScores, mean_and_ci95
 from models import Model, n_parameters
 from persistence.checkpoints import Checkpoint, load_checkpoint, load_state, save_checkpoint
-from persistence.files import RunFiles
 from persistence.results import percent
+from persistence.run_files import RunFiles
 
 
 @dataclass
-class Training:
+class TrainState:
     """A model that is trained on a base split, and how far that has come.
 
     competes: whether the model that it begins with may be the best one. n_done: epochs; best: the highest validation
@@ -105,7 +105,7 @@ class Training:
         )
         row: dict[str, Any] = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
         row |= {"val_accuracy": 100 * accuracy, "val_ci95": 100 * ci95, "seconds": seconds}
-        self.rows.append(plain(row))
+        self.rows.append(to_json(row))
         self.files.metrics.write(epoch, row, self.first)
 
     def checkpoint(self, epoch: int) -> Checkpoint:
@@ -141,7 +141,7 @@ class Training:
             self.n_done, self.best = state["n_done"], state["best"]
             n_rows = self.n_done - self.first
             self.rows = state["rows"] if "rows" in state else read_json(metrics, lines=True)[:n_rows]
-            if not fits(self.rows, list[dict[str, float | None]]) or len(self.rows) != n_rows:
+            if not matches_schema(self.rows, list[dict[str, float | None]]) or len(self.rows) != n_rows:
                 raise ValueError("its rows are of other epochs")
         if self.n_done > n_epoch:
             raise UserError(f"{last} has done {self.n_done} epochs, more than --n_epoch {n_epoch}: give at least that")

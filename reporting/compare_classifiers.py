@@ -24,7 +24,7 @@ from engine.script import run_script
 from methods.alignment import AlignmentSetting
 from methods.confidence import calibration_error, cross_validate, left_out_logits
 from methods.evaluation import mean_and_ci95
-from methods.features import FeatureCache, Source, blocks_to_update, feature_source
+from methods.features import FeatureCache, Source, feature_source, trainable_blocks
 from methods.related_base import RelatedSetting
 from models.heads import unit
 from persistence.checkpoints import load_backbone
@@ -183,7 +183,7 @@ def main() -> None:
         FeatureCache(args.cache_dir, run),
     )
     splits = {split: load_split(options, args.dataset, split) for split in ("base", "val", "novel")}
-    sources = {name: cache.source(backbone, blocks_to_update(backbone, 0), split) for name, split in splits.items()}
+    sources = {name: cache.source(backbone, trainable_blocks(backbone, 0), split) for name, split in splits.items()}
     for n_shot in args.n_shot:
         print("\n".join(compare(sources, n_shot, on, run)), flush=True)
 

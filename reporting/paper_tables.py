@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from engine.errors import UserError
-from engine.files import Schema, atomic_file, fits
+from engine.files import Schema, atomic_file, matches_schema
 from engine.records import write_json
 from methods.meta_learners import META_LEARNERS
 from models import HEADS
-from persistence.files import RunName, differences
 from persistence.results import paired_difference
+from persistence.run_files import RunName, differences
 from reporting.report import interval, markdown_table, signed, stage_result
 
 TABLES = ("main", "ablation", "crossdomain", "ways")
@@ -198,7 +198,7 @@ def finished(row: Row, config: Mapping[str, Any]) -> dict[str, Any] | None:
         record = stage_result(row.result)
     except (OSError, UserError):
         return None
-    if not fits(record, MADE_WITH) or differences(dict(config), record["config"]):
+    if not matches_schema(record, MADE_WITH) or differences(dict(config), record["config"]):
         return None
     stale = row.checkpoint.exists() and row.checkpoint.stat().st_mtime > row.result.stat().st_mtime
     return None if stale else record

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from engine.errors import OneLineParser, UserError
-from engine.files import FLAGS, Schema, fits, misfit, read_json
+from engine.files import FLAGS, Schema, matches_schema, misfit, read_json
 from engine.script import run_script
 from methods.evaluation import mean_and_ci95
 from persistence.results import paired_difference, percent
@@ -90,8 +90,8 @@ def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
     for file in sorted((results_dir / "logs").glob("*/metrics.jsonl")):
         try:
             rows = read_json(file, lines=True)
-            if rows and not fits(rows[0], {"episode": int}):  # those of stage 3 are of episodes
-                if not fits(rows, [EPOCH]):
+            if rows and not matches_schema(rows[0], {"episode": int}):  # those of stage 3 are of episodes
+                if not matches_schema(rows, [EPOCH]):
                     raise ValueError("it has a line that is not of an epoch")
                 name = file.parent.name.removesuffix("_bestModel").replace("_", " ")
                 logs[name] = [{key: row[key] for key in EPOCH} for row in rows]

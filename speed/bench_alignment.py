@@ -27,7 +27,7 @@ from engine.script import run_script
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
 from methods.evaluation import count_predictions, share_right
 from methods.feature_alignment import TOGETHER, AlignedFeatures, align_features
-from methods.features import FeatureCache, Source, UpdatedBlocks, blocks_to_update
+from methods.features import FeatureCache, Source, TrainableBlocks, trainable_blocks
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, draw_related, related_base_of_head
 from models.backbone import Backbone
@@ -62,7 +62,7 @@ class Episode:
     novel: Source
     chunk: list[Task]
     backbone: Backbone
-    blocks: UpdatedBlocks
+    blocks: TrainableBlocks
 
     @property
     def task(self) -> Task:
@@ -74,7 +74,7 @@ def episode_of(setting: Setting) -> Episode:
     base, _ = load(setting, "base")
     novel, _ = load(setting, "novel")
     backbone = new_conv4(setting, base)
-    blocks = blocks_to_update(backbone, None)
+    blocks = trainable_blocks(backbone, None)
     cache = FeatureCache(setting.folder / "cache", setting.run)
     base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
     shape = EpisodeShape(N_WAY, 2, 5) if setting.tiny else EpisodeShape(N_WAY, 5, 50)

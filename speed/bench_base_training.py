@@ -138,7 +138,7 @@ def steps_alone(setting: Setting, t: Work, x: Tensor, y: Tensor) -> None:
     for _ in range(N_STEPS[setting.scale]):
         with precision.autocast():
             z = t.backbone(x)
-        precision.step(t.head.loss(t.head(z), y), optimizer)
+        precision.backward_and_step(t.head.loss(t.head(z), y), optimizer)
 
 
 def flops(setting: Setting) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.episodes import EpisodeShape, sample_episodes
 from engine.generators import make_generator
 from engine.script import run_script
-from methods.features import FeatureCache, Source, blocks_to_update, embed
+from methods.features import FeatureCache, Source, embed, trainable_blocks
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, related_base_of_head
 from models.backbone import Backbone
@@ -46,7 +46,7 @@ def work(setting: Setting) -> Work:
     novel, _ = load(setting, "novel")
     backbone = new_conv4(setting, base)
     cache = FeatureCache(setting.folder / "cache", setting.run)
-    source = cache.source(backbone, blocks_to_update(backbone, None), base)
+    source = cache.source(backbone, trainable_blocks(backbone, None), base)
     task = sample_episodes(novel, EpisodeShape(N_WAY, N_SHOT, 1), 1, seed=0).task(0)
     head = FIT.new_head(backbone.feature_dim, N_WAY, make_generator(0, "head", 0)).to(setting.run.device)
     z_support = embed(backbone, novel.images[task.support], setting.run)

@@ -84,7 +84,7 @@ def measured_rate(backbone_name: str, training: float, precision: Precision) -> 
     def step() -> None:
         with precision.autocast():
             z = model.net(x)
-        precision.step(cast(Head, model.head).loss(model.head(z), y), model.optimizer)
+        precision.backward_and_step(cast(Head, model.head).loss(model.head(z), y), model.optimizer)
 
     step()
     return n, n * training / min(cpu_seconds(step) for _ in range(2))

@@ -19,7 +19,7 @@ from methods.adversarial_alignment import CriticSetting
 from methods.alignment import AlignmentSetting, align_episode
 from methods.base_training import train_one_epoch
 from methods.evaluation import evaluate_heads
-from methods.features import blocks_to_update, embed, image_source
+from methods.features import embed, image_source, trainable_blocks
 from methods.novel_finetune import HeadFit
 from methods.related_base import RelatedSetting
 from models import Model, build_head
@@ -45,7 +45,7 @@ def soak_alignment(n_episodes: int) -> Iterator[float]:
     keep_memory()
     run, base, novel = Run(), random_split("base", 20, 20, 0), random_split("novel", 8, 10, 1)
     backbone = create_backbone("Conv4", SIDE, seed=0).to(memory_format=torch.channels_last)
-    blocks = blocks_to_update(backbone, None)
+    blocks = trainable_blocks(backbone, None)
     fit, related, critic = HeadFit(ft_n_epoch=20), RelatedSetting(n_B=3, aug_size=5), CriticSetting(critic_hidden=32)
     base_source, novel_source = (image_source(backbone, blocks, split, run) for split in (base, novel))
     for i in range(n_episodes):

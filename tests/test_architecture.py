@@ -166,8 +166,8 @@ BAD = {
     ),
     "methods import persistence": (
         forbidden_arrows,
-        {"methods/bad.py": "def f():\n    from persistence import files as kept"},
-        "methods.bad -> persistence.files",
+        {"methods/bad.py": "def f():\n    from persistence import run_files as kept"},
+        "methods.bad -> persistence.run_files",
     ),
     "methods import reporting": (
         forbidden_arrows,
@@ -176,8 +176,8 @@ BAD = {
     ),
     "a relative import": (
         forbidden_arrows,
-        {"data/converters/bad.py": "from ...persistence import files"},
-        "data.converters.bad -> persistence.files",
+        {"data/converters/bad.py": "from ...persistence import run_files"},
+        "data.converters.bad -> persistence.run_files",
     ),
     "a room imports a script": (
         forbidden_arrows,

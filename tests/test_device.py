@@ -15,11 +15,11 @@ from data.episodes import EpisodeShape, sample_episodes
 from data.transforms import Augmentation, TrainingImages
 from engine import run as engine_run
 from engine.precision import Precision
-from engine.run import Run, on_device
+from engine.run import Run, move_if_fits
 from methods.alignment import AlignmentSetting
 from methods.evaluation import evaluate_heads
 from methods.feature_alignment import align_episodes
-from methods.features import blocks_to_update, embed, image_source
+from methods.features import embed, image_source, trainable_blocks
 from methods.novel_finetune import HeadFit, fit_heads
 from models import BACKBONES, HEADS, build_backbone, build_head
 from tests.helpers import (
@@ -138,7 +138,7 @@ def test_an_episode_aligned_on_the_device_scores_as_on_the_cpu(kind):
     for device in (DEVICE, torch.device("cpu")):
         torch.manual_seed(0)
         run, net = Run(device=device), build_backbone("Conv4", 16)
-        blocks = blocks_to_update(net.to(device, memory_format=torch.channels_last), args.align_blocks)
+        blocks = trainable_blocks(net.to(device, memory_format=torch.channels_last), args.align_blocks)
         novel, base = make_split((10,) * 4), make_split((10,) * 6, seed=1, split="base")
         episodes = sample_episodes(novel, EpisodeShape(3, 2, 3), 2, 0)
         sources = [image_source(net, blocks, split, run) for split in (novel, base)]
@@ -171,10 +171,10 @@ def test_fp16_skips_a_step_whose_gradient_overflows_and_goes_on():
     precision = Precision("fp16", DEVICE.type)
     weight = torch.nn.Parameter(torch.ones(3, device=DEVICE))
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    precision.step((weight * 1e38).sum() * 1e10, optimizer)
+    precision.backward_and_step((weight * 1e38).sum() * 1e10, optimizer)
     assert weight.detach().tolist() == [1.0, 1.0, 1.0]
     scale = precision.scaler.get_scale()
-    precision.step(weight.sum(), optimizer)
+    precision.backward_and_step(weight.sum(), optimizer)
     assert weight.detach().tolist() == pytest.approx([0.9, 0.9, 0.9])
     assert scale < 65536.0
 
@@ -182,9 +182,9 @@ def test_fp16_skips_a_step_whose_gradient_overflows_and_goes_on():
 def test_images_that_take_more_than_half_of_the_device_stay_where_they_are(monkeypatch):
     images = torch.zeros(10, 3, 8, 8, dtype=torch.uint8)
     if DEVICE.type == "cuda":
-        assert on_device(images, DEVICE).device.type == "cuda"
+        assert move_if_fits(images, DEVICE).device.type == "cuda"
     monkeypatch.setattr(engine_run.torch.cuda, "mem_get_info", lambda device: (images.nbytes, 2**40))
-    assert on_device(images, torch.device("cuda")).device.type == "cpu"
+    assert move_if_fits(images, torch.device("cuda")).device.type == "cpu"
 
 
 @pytest.mark.parametrize("method", HEADS)

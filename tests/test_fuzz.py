@@ -55,12 +55,12 @@ from methods.features import FeatureCache
 from models.backbone import split_backbone
 from models.pretrained import load_weights
 from persistence.checkpoints import create_backbone, load_backbone
+from persistence.chosen_setting import read_rows
 from persistence.classifier import load_classifier
-from persistence.files import ALIGNMENT_STATE, STATE_FORMAT, TRAINING_STATE
 from persistence.import_published import import_published
 from persistence.labelling import Part, Parts
+from persistence.run_files import ALIGNMENT_STATE, STATE_FORMAT, TRAINING_STATE
 from persistence.saved_episode import read_episodes as read_saved
-from persistence.setting_choice import read_rows
 from reporting.paper_tables import finished
 from reporting.report import read_results, table_rows, training_logs
 from tests.helpers import CHECKPOINT, CURVE, RUN, STAGE_1, STAGE_3, TRAIN, call, folders, make_split

@@ -26,7 +26,7 @@ from data.converters.converter import (
 )
 from data.converters.safe_pickle import StoredArray, load_pickle
 from engine.errors import UserError
-from engine.files import fits
+from engine.files import matches_schema
 
 PER_CLASS = 600
 ARCHIVE = "cifar-100-python.tar.gz"
@@ -43,7 +43,7 @@ def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Conversion:
     with open_tree(source) as tree:
         parts = {part: _load(tree, part, "data", "fine_labels", "coarse_labels") for part in ("train", "test")}
         fine_names, coarse_names = _load(tree, "meta", "fine_label_names", "coarse_label_names")
-    if not fits(fine_names, list[str]) or not fits(coarse_names, list[str]):
+    if not matches_schema(fine_names, list[str]) or not matches_schema(coarse_names, list[str]):
         raise UserError(f"'{source}': fine_label_names and coarse_label_names are not lists of names")
     coarse_of_fine: dict[str, str] = {}
     images: list[tuple[str, str, Callable[[], NDArray[np.uint8]]]] = []  # class, file, what reads it

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data.image_cache import MAX_PIXELS
 from engine.errors import UserError
-from engine.files import fits, read_json
+from engine.files import matches_schema, read_json
 
 SPLITS = ("base", "val", "novel")
 TAGS = {"base": "train", "val": "val", "novel": "test"}  # what other people's files call the splits
@@ -80,7 +80,7 @@ def read_split_file(path: str | Path) -> dict[str, Any]:
         content = read_json(Path(path))
         lists = content.get("coarse_labels", content) if isinstance(content, dict) else {}
         for split in SPLITS:
-            if not fits(lists, {split: list[str] | dict[str, list[int]]}):
+            if not matches_schema(lists, {split: list[str] | dict[str, list[int]]}):
                 raise ValueError(f"its {split} is neither a list of names nor lists of positions by name")
     except (OSError, ValueError) as error:
         raise UserError(f"--split_file '{path}' is not a JSON of base, val and novel classes ({error})") from None
@@ -92,8 +92,8 @@ def read_split_file(path: str | Path) -> dict[str, Any]:
 
 
 def check_split(split_file: dict[str, Any], kind: Any, what: str) -> None:
-    """Raise UserError when base, val and novel of a split file are not of a type (see fits): `what` says of which."""
-    if not fits(split_file, dict.fromkeys(SPLITS, kind)):
+    """Raise UserError when base, val and novel of a split file are not of a type: `what` says of which."""
+    if not matches_schema(split_file, dict.fromkeys(SPLITS, kind)):
         raise UserError(f"--split_file does not give base, val and novel as {what}: give one that is of this benchmark")
 
 

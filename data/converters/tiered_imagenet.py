@@ -29,7 +29,7 @@ from data.converters.converter import (
 )
 from data.converters.safe_pickle import StoredArray, load_pickle_file
 from engine.errors import UserError
-from engine.files import fits
+from engine.files import matches_schema
 
 N_CLASSES = {"base": 351, "val": 97, "novel": 160}
 N_IMAGES = {"base": 448695, "val": 124261, "novel": 206209}
@@ -72,7 +72,7 @@ def _class_of_image(path: Path, split: str) -> list[str]:
     labels = whole_numbers(content[key], f"'{path}': its labels")
     titles = content.get("label_specific_str", [])
     # One title a class, in the order of the labels; anything else is no name of a class.
-    named = fits(titles, list[str]) and len(titles) == len(set(labels))
+    named = matches_schema(titles, list[str]) and len(titles) == len(set(labels))
     slugs = {i: re.sub(r"[^A-Za-z0-9]+", "_", title).strip("_") for i, title in enumerate(titles)} if named else {}
     names = {label: "_".join(filter(None, (f"{split}_{label:03d}", slugs.get(label)))) for label in set(labels)}
     return [names[label] for label in labels]
@@ -81,7 +81,7 @@ def _class_of_image(path: Path, split: str) -> list[str]:
 def _encoded_images(path: Path, n_images: int) -> Iterator[Any]:
     """For each image of the list of PNG files, a function that reads its bytes."""
     images = load_pickle_file(path)
-    if not fits(images, list[StoredArray]) or len(images) != n_images:
+    if not matches_schema(images, list[StoredArray]) or len(images) != n_images:
         raise UserError(f"'{path}' is not a list of {n_images} arrays, one for each image that has a label")
     for image in images:
         yield image.array.tobytes

@@ -16,9 +16,9 @@ from engine.errors import UserError
 from engine.files import (
     FLAGS,
     atomic_file,
-    fits,
     folder_name,
     load_tensors,
+    matches_schema,
     read_json,
     read_record,
     save_atomically,
@@ -148,11 +148,24 @@ def test_what_asks_for_a_function_is_told_what_is_read(tmp_path):
 
 def test_types_are_those_of_plain_values():
     config = {"lr": 1e-3, "flip": True, "file": None, "crop": [0.1, 1], "name": "x"}
-    assert fits(config, FLAGS) and not fits(config | {"lr": torch.zeros(2)}, FLAGS)
-    assert not fits(config | {"crop": [[1]]}, FLAGS) and not fits(config | {1: 2}, FLAGS) and not fits([], FLAGS)
-    assert fits(3, float) and not fits(True, float) and not fits(3.0, int) and fits("x", str | None)
+    assert matches_schema(config, FLAGS) and not matches_schema(config | {"lr": torch.zeros(2)}, FLAGS)
+    assert (
+        not matches_schema(config | {"crop": [[1]]}, FLAGS)
+        and not matches_schema(config | {1: 2}, FLAGS)
+        and not matches_schema([], FLAGS)
+    )
+    assert (
+        matches_schema(3, float)
+        and not matches_schema(True, float)
+        and not matches_schema(3.0, int)
+        and matches_schema("x", str | None)
+    )
     nested = {"a": {"b": list[int]}}
-    assert fits({"a": {"b": [1, 2]}}, nested) and not fits({"a": {"b": [1.5]}}, nested) and not fits({"a": []}, nested)
+    assert (
+        matches_schema({"a": {"b": [1, 2]}}, nested)
+        and not matches_schema({"a": {"b": [1.5]}}, nested)
+        and not matches_schema({"a": []}, nested)
+    )
 
 
 @pytest.mark.parametrize(

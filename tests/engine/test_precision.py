@@ -32,14 +32,14 @@ def test_a_step_is_the_optimisers_own(name):
         optimizer.step()
         return loss.item()
 
-    torch.testing.assert_close(stepped(Precision(name, "cpu").step), stepped(plain_step))
+    torch.testing.assert_close(stepped(Precision(name, "cpu").backward_and_step), stepped(plain_step))
 
 
 def test_fp16_skips_a_step_whose_gradients_overflow():
     precision = Precision("fp16", "cpu")
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    precision.step((weight * math.inf).sum(), optimizer)
+    precision.backward_and_step((weight * math.inf).sum(), optimizer)
     assert weight.item() == 1.0
 
 

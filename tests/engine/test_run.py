@@ -11,7 +11,7 @@ from tqdm import tqdm
 from engine import run
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
-from engine.run import Run, device_of_rank, on_device, select_device, start_run
+from engine.run import Run, device_of_rank, move_if_fits, select_device, start_run
 
 
 def with_accelerators(monkeypatch, cuda, mps):
@@ -72,7 +72,7 @@ def test_kept_memory_is_used_again_without_page_faults():
 
 def test_on_a_cpu_images_stay_mapped():
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    assert on_device(images, torch.device("cpu")) is images
+    assert move_if_fits(images, torch.device("cpu")) is images
 
 
 def test_ranks_have_a_gpu_each_or_share_the_cpu(monkeypatch):

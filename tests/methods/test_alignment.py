@@ -14,7 +14,7 @@ from engine.precision import Precision
 from engine.run import Run
 from methods.alignment import ALIGNMENTS, AlignmentSetting, Labelled, Updates, align_episode
 from methods.centroid_alignment import centroid_alignment_loss
-from methods.features import Source, UpdatedBlocks, blocks_to_update, image_source, updated_features
+from methods.features import Source, TrainableBlocks, image_source, trainable_blocks, updated_features
 from methods.novel_finetune import fit_heads
 from models import build_head
 from models.conv4 import Conv4
@@ -37,7 +37,7 @@ def scores_of(net: nn.Module, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Scores (n, n_way) of the input x (n, 3, h, w), as those of queries are made."""
     source = Source(torch.empty(0), lambda index: x[index], make_split())
     with torch.no_grad():
-        return head(updated_features(UpdatedBlocks(None, net, {}), source, torch.arange(len(x)), Precision()))
+        return head(updated_features(TrainableBlocks(None, net, {}), source, torch.arange(len(x)), Precision()))
 
 
 @pytest.mark.device
@@ -95,7 +95,7 @@ def tiny_episode_run(n_base_class: int = 6):
     torch.manual_seed(0)
     run, net = Run(), Conv4(img_size=16, width=8)
     flags = "--ft_n_epoch 30 --align_iters 3 --n_B 2 --aug_size 4 --critic_hidden 16".split()
-    blocks = blocks_to_update(net, None)
+    blocks = trainable_blocks(net, None)
     novel, base = make_split((10,) * 3), make_split((10,) * n_base_class, seed=1, split="base")
     index = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:15].view(1, 3, 5)
     given = {
@@ -132,7 +132,7 @@ def test_in_fp16_too_an_episode_depends_on_none_before_it():
 def test_a_query_is_scored_without_regard_to_the_other_queries():
     _, given, net = tiny_episode_run()
     head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)
-    x = given["novel"].enter(torch.arange(30))
+    x = given["novel"].block_inputs(torch.arange(30))
     net.train()  # updated_features must see to the mode itself
     together = scores_of(net, head, x)
     alone = torch.cat([scores_of(net, head, x[i : i + 1]) for i in range(len(x))])
@@ -159,7 +159,7 @@ def test_with_no_related_image_at_all_only_the_support_is_learned(n_base_class):
 def test_updates_of_the_last_blocks_leave_those_below_as_they_were_and_move_all_of_theirs():
     align, given, net = tiny_episode_run()
     before = copy.deepcopy(net.state_dict())
-    blocks = blocks_to_update(net, 1)
+    blocks = trainable_blocks(net, 1)
     sources = {name: image_source(net, blocks, given[name].split, given["run"]) for name in ("novel", "base")}
     episode = align(blocks=blocks, **sources)
     moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
@@ -180,8 +180,8 @@ def tiny_updates(alignment_loss=centroid_alignment_loss, **setting):
     """Updates of a small Conv4 and a head fitted in 3 steps at 0.1, with 6 support and 9 related images."""
     _, given, net = tiny_episode_run()
     head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)
-    support = Labelled(given["novel"].enter(given["task"].support), given["task"].y_support)
-    related = Labelled(given["base"].enter(torch.arange(9)), class_major_labels(3, 3))
+    support = Labelled(given["novel"].block_inputs(given["task"].support), given["task"].y_support)
+    related = Labelled(given["base"].block_inputs(torch.arange(9)), class_major_labels(3, 3))
     fitted = fit_heads(head, given["novel"].features[given["task"].support], support.y, 3, 0.1)
     return Updates(net, head, fitted, alignment_loss, AlignmentSetting(**setting), Precision()), support, related
 

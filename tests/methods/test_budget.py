@@ -26,7 +26,7 @@ from methods.budget import (
     outcome,
     without_numbers,
 )
-from methods.features import FeatureCache, blocks_to_update
+from methods.features import FeatureCache, trainable_blocks
 from methods.meta_learners import META_LEARNERS, build_meta_learner
 from methods.setting_choice import candidates
 from models import Model, build_backbone, build_head
@@ -114,7 +114,7 @@ def test_what_is_cached_is_not_embedded_again(tmp_path, monkeypatch):
     backbone, cache, splits = build_backbone("Conv4", 16), FeatureCache(tmp_path, RUN), [make_split(split="base")]
     episodes = sample_episodes(splits[0], EpisodeShape(2, 1, 1), 1, 0)
     for align_blocks in (0, 1):
-        blocks = blocks_to_update(backbone, align_blocks)
+        blocks = trainable_blocks(backbone, align_blocks)
         asked = (blocks, backbone, splits, episodes, [AlignmentSetting(alignment="none")], cache)
         check_alignment(*asked)
         cache.source(backbone, blocks, splits[0])
@@ -122,14 +122,14 @@ def test_what_is_cached_is_not_embedded_again(tmp_path, monkeypatch):
     cold, warm, cold_blocks, warm_blocks = estimates
     assert warm < cold and warm_blocks <= cold_blocks
     assert cache.holds(backbone, blocks, splits[0])
-    assert not cache.holds(backbone, blocks_to_update(backbone, 2), splits[0])
+    assert not cache.holds(backbone, trainable_blocks(backbone, 2), splits[0])
 
 
 def test_the_largest_of_the_settings_that_are_tried_counts(tmp_path, monkeypatch):
     estimates = []
     monkeypatch.setattr(methods.budget, "check_memory", lambda what, n_bytes, *_: estimates.append(n_bytes))
     backbone, split = build_backbone("Conv4", 16), make_split(split="base")
-    blocks = blocks_to_update(backbone, 0)
+    blocks = trainable_blocks(backbone, 0)
     tried = list(candidates(AlignmentSetting()).values())
     for settings in (tried, *([each] for each in tried)):
         check_fit(blocks, backbone, split, split, settings, RUN)

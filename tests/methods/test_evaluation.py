@@ -13,13 +13,13 @@ from methods import evaluation
 from methods.evaluation import (
     T_975,
     EpisodeScores,
-    accuracy_per_class,
     confusion_matrix,
     confusion_record,
     count_predictions,
     evaluate_heads,
     mean_and_ci95,
     nearest_mean,
+    per_class_accuracy,
     share_right,
 )
 from methods.novel_finetune import HeadFit, fit_heads
@@ -161,7 +161,7 @@ def test_accuracy_per_class_pools_the_episodes_that_a_class_was_part_of():
     counts = torch.tensor([[[20, 0], [10, 10]], [[0, 20], [15, 5]], [[10, 10], [18, 2]]])
     scores = EpisodeScores(counts)
     episodes = Episodes(torch.zeros(3, 2, 2, dtype=torch.long), classes, 1)
-    table = accuracy_per_class(scores, episodes, ["ant", "bee", "cat", "never drawn"])
+    table = per_class_accuracy(scores, episodes, ["ant", "bee", "cat", "never drawn"])
     assert table == {"ant": 75.0, "bee": 25.0, "cat": 20.0}
 
 

@@ -15,7 +15,7 @@ from engine.normalisation import IMAGENET
 from engine.precision import Precision
 from engine.run import Run
 from methods import features
-from methods.features import FeatureCache, blocks_to_update, embed, image_source, joined, outputs, updated_features
+from methods.features import FeatureCache, embed, image_source, joined, outputs, trainable_blocks, updated_features
 from models import build_backbone
 from models.backbone import split_backbone
 from models.conv4 import Conv4
@@ -61,7 +61,7 @@ class WithTail(Conv4):
 def test_only_the_last_blocks_get_a_gradient_and_not_what_is_behind_them():
     backbone = WithTail()
     backbone.layers[3].bn.weight.requires_grad_(False)  # by the user's own wish
-    blocks = blocks_to_update(backbone, 1)
+    blocks = trainable_blocks(backbone, 1)
     blocks.updated(torch.rand(2, 4, 2, 2)).sum().backward()
     with_gradient = {name for name, p in backbone.named_parameters() if p.grad is not None}
     assert with_gradient == {"layers.3.conv.weight", "layers.3.conv.bias", "layers.3.bn.bias"}
@@ -223,7 +223,7 @@ def test_outputs_leaves_grad_mode_and_autocast_to_who_takes_them_and_is_in_its_o
 
 
 def test_restore_gives_the_updated_blocks_their_initial_state_and_no_other(backbone):
-    blocks = blocks_to_update(backbone, 2)
+    blocks = trainable_blocks(backbone, 2)
     before = copy.deepcopy(backbone.state_dict())
     with torch.no_grad():
         for value in backbone.state_dict().values():
@@ -236,17 +236,17 @@ def test_restore_gives_the_updated_blocks_their_initial_state_and_no_other(backb
 
 def test_the_blocks_to_update_are_the_last_ones_or_the_backbone_itself(backbone):
     for all_of_them in (None, 4):
-        blocks = blocks_to_update(backbone, all_of_them)
+        blocks = trainable_blocks(backbone, all_of_them)
         assert blocks.below is None and blocks.updated is backbone
-    blocks = blocks_to_update(backbone, 1)
+    blocks = trainable_blocks(backbone, 1)
     assert [*blocks.below, *blocks.updated.blocks] == backbone.blocks() and len(blocks.below) == 3
     with pytest.raises(UserError, match="--align_blocks 5, but the backbone has 4 blocks: give fewer"):
-        blocks_to_update(backbone, 5)
+        trainable_blocks(backbone, 5)
 
 
 @pytest.mark.parametrize("align_blocks", [None, 1])
 def test_a_kept_source_and_one_of_images_are_the_same(backbone, tmp_path, align_blocks):
-    split, blocks = make_split(side=16), blocks_to_update(backbone, align_blocks)
+    split, blocks = make_split(side=16), trainable_blocks(backbone, align_blocks)
     kept = FeatureCache(tmp_path, FP32).source(backbone, blocks, split)
     again = FeatureCache(tmp_path, FP32).source(backbone, blocks, split)
     made = image_source(backbone, blocks, split, FP32)
@@ -254,8 +254,8 @@ def test_a_kept_source_and_one_of_images_are_the_same(backbone, tmp_path, align_
     for source in (again, made):
         assert source.split is split
         torch.testing.assert_close(source.features, kept.features)
-        torch.testing.assert_close(source.enter(index), kept.enter(index))
-        assert source.enter(index).is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(source.block_inputs(index), kept.block_inputs(index))
+        assert source.block_inputs(index).is_contiguous(memory_format=torch.channels_last)
     # What enters the blocks leaves them as the features, in whatever mode they were.
     backbone.train()
     torch.testing.assert_close(updated_features(blocks, made, index, FP32.precision), kept.features[index])

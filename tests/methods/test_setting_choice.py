@@ -19,7 +19,7 @@ from methods.novel_finetune import HeadFit
 from methods.related_base import RelatedSetting
 from methods.setting_choice import FINE_TUNING, SETTINGS, Row, candidates, choose_setting, flags_text, winner
 from models import build_backbone
-from persistence import setting_choice as kept
+from persistence import chosen_setting as kept
 from tests.helpers import RUN, TINY, call, folders, make_split, result
 
 D, N_VAL, N_EACH = 32, 10, 24

@@ -21,7 +21,7 @@ from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
 from methods.alignment import ALIGNMENTS, AlignmentSetting, Labelled, Updates
 from methods.feature_adapter import Samples, feature_loss, new_adapter
 from methods.feature_alignment import FeatureUpdates, related_batches
-from methods.features import blocks_to_update, embed, image_source, updated_features
+from methods.features import embed, image_source, trainable_blocks, updated_features
 from methods.meta_learners import META_LEARNERS, build_meta_learner
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedBase, RelatedSetting, draw_related
@@ -91,14 +91,14 @@ def images(device=CPU, augmentation=None):
 
 
 def test_what_the_fake_device_is_for():
-    on_device = torch.zeros(3, device=AWAY)
+    move_if_fits = torch.zeros(3, device=AWAY)
     with OneDevice():
         with pytest.raises(RuntimeError):
-            on_device.sum().item()
+            move_if_fits.sum().item()
         with pytest.raises((NotImplementedError, RuntimeError)):
-            on_device.cpu()
+            move_if_fits.cpu()
         with pytest.raises(AssertionError, match="of tensors on"):
-            on_device[torch.arange(2)]
+            move_if_fits[torch.arange(2)]
         with pytest.raises(AssertionError, match="blocking"):
             torch.zeros(3).to(AWAY)
         with pytest.raises(AssertionError, match="made on the CPU"):
@@ -135,7 +135,7 @@ def test_an_epoch_of_episodic_training(method):
 @pytest.mark.parametrize("align_blocks", [None, 1], ids=["all blocks", "last block"])
 def test_the_three_updates_of_an_iteration(alignment, critic, align_blocks):
     net, setting = network(), AlignmentSetting(alignment=alignment, critic=critic)
-    blocks = blocks_to_update(net, align_blocks)
+    blocks = trainable_blocks(net, align_blocks)
     source = image_source(net, blocks, make_split(), RUN)
     head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.1).to(AWAY)
     loss = ALIGNMENTS[alignment](net.feature_dim, 3, setting, torch.Generator(), AWAY)
@@ -145,8 +145,8 @@ def test_the_three_updates_of_an_iteration(alignment, critic, align_blocks):
     updates = Updates(blocks.updated, head, fitted, loss, setting, Precision())
     picks, y = draw_related([torch.arange(8 * w, 8 * w + 8) for w in range(3)], 4, torch.Generator())
     with OneDevice():
-        support = Labelled(source.enter(torch.arange(6)), class_major_labels(3, 2, AWAY))
-        related = Labelled(source.enter(picks), move(y, AWAY))
+        support = Labelled(source.block_inputs(torch.arange(6)), class_major_labels(3, 2, AWAY))
+        related = Labelled(source.block_inputs(picks), move(y, AWAY))
         for _ in range(2):
             losses = updates.align(support, related), updates.train_head(related), updates.train_on_support(support)
             assert all(loss.device.type == AWAY.type for loss in losses)

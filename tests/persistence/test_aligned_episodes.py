@@ -17,7 +17,7 @@ from methods.related_base import RelatedBase, RelatedSetting
 from persistence import aligned_episodes
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
 from persistence.checkpoints import Checkpoint
-from persistence.files import LENGTH_FLAGS, Folders, RunName, alignment_files
+from persistence.run_files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from tests.helpers import make_split
 
 NOVEL = make_split()

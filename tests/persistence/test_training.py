@@ -11,8 +11,8 @@ from engine.run import Run
 from methods.evaluation import EpisodeScores
 from models import Model, build_backbone, build_head
 from persistence.checkpoints import load_checkpoint
-from persistence.files import TEST_FLAGS, Folders, RunName, training_files
-from persistence.training import Training
+from persistence.run_files import TEST_FLAGS, Folders, RunName, training_files
+from persistence.training import TrainState
 from tests.helpers import make_split
 
 BASE, VAL = make_split(split="base"), make_split(split="val", seed=1)
@@ -27,7 +27,7 @@ def a_training(root, resume=False, writes=True, run=None, competes=False):
         files.find_state(TEST_FLAGS)
     backbone = build_backbone("Conv4", 16)
     model = Model(backbone, build_head("arcMax", backbone.feature_dim, 6, 20.0, 0.01), 0.1)
-    return Training(files, model, BASE, run or Run(), competes)
+    return TrainState(files, model, BASE, run or Run(), competes)
 
 
 def step(training):

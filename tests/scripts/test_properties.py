@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data.benchmarks import DataOptions, load_split
 from data.episodes import EpisodeShape, class_major_labels, read_episodes, sample_episodes, write_episodes
 from data.transforms import draw_crops
-from engine.records import plain
+from engine.records import to_json
 from methods import related_base
 from methods.adversarial_alignment import adversarial_alignment_loss
 from methods.centroid_alignment import centroid_alignment_loss
@@ -30,7 +30,7 @@ from methods.related_base import (
 from models import HEADS, build_head
 from models.critic import Critic
 from models.heads import NORM_EPS
-from persistence.files import differences
+from persistence.run_files import differences
 from tests.helpers import make_benchmark, make_split, related_by_logits
 
 SEEDS = st.integers(0, 2**31)
@@ -296,13 +296,13 @@ VALUES = st.recursive(
 
 @given(VALUES)
 def test_any_record_is_valid_json_and_comes_back(value):
-    text = json.dumps(plain(value), allow_nan=False)
-    assert json.loads(text) == plain(value)
+    text = json.dumps(to_json(value), allow_nan=False)
+    assert json.loads(text) == to_json(value)
 
 
 @given(st.dictionaries(st.sampled_from(["lr", "seed", "n_B", "quiet", "method"]), VALUES, min_size=1))
 def test_flags_never_differ_from_themselves_and_always_from_others(config):
-    earlier = json.loads(json.dumps(plain(config)))
+    earlier = json.loads(json.dumps(to_json(config)))
     assert differences(config, earlier) == ""
     changed = earlier | {"lr": ["another"]}
     assert "--lr 0.1" in differences({**config, "lr": 0.1}, changed)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
-from engine.files import FLAGS, Schema, fits, folder_name, read_json, read_record, save_atomically
+from engine.files import FLAGS, Schema, folder_name, matches_schema, read_json, read_record, save_atomically
 from engine.lock import hold
 from engine.metrics import MetricsLog, open_metrics
-from engine.records import plain
+from engine.records import to_json
 from persistence.checkpoints import load_checkpoint
 
 STATE_FORMAT = "associative-alignment-state/1"
@@ -120,7 +120,11 @@ class RunFiles:
         took = ""
         with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
             record = read_json(self.table)
-            took = f"; it took {record['seconds'] / 60:.1f} min last time" if fits(record, {"seconds": float}) else ""
+            took = (
+                f"; it took {record['seconds'] / 60:.1f} min last time"
+                if matches_schema(record, {"seconds": float})
+                else ""
+            )
         if not quiet:
             name = self.name
             print(f"{self.stage}: {name.method}, {name.backbone}, {name.dataset}: {what}{took}; result: {self.table}")
@@ -184,7 +188,7 @@ class RunFiles:
         if self.table.is_file():
             with contextlib.suppress(OSError, ValueError):
                 record = read_json(self.table)
-                if fits(record, {"config": FLAGS}):
+                if matches_schema(record, {"config": FLAGS}):
                     yield self.table, record["config"]
                     return
             raise UserError(f"{self.table} of an earlier run cannot be read: {ANOTHER_PLACE}")
@@ -209,7 +213,7 @@ class RunFiles:
 
     def save_state(self, **content: Any) -> None:
         """Write a state atomically: plain values and tensors, and how long the run has taken."""
-        head = {"format": STATE_FORMAT, "config": plain(self.config), "made_from": self.made_from}
+        head = {"format": STATE_FORMAT, "config": to_json(self.config), "made_from": self.made_from}
         save_atomically(self.last, head | {"seconds": time.time() - self.began} | content)
 
     @contextlib.contextmanager
@@ -261,7 +265,7 @@ def alignment_files(name: RunName, variant: str, folders: Folders, config: dict[
 
 def differences(config: dict[str, Any], earlier: dict[str, Any], but: set[str] | None = None) -> str:
     """The flags that differ from an earlier run's, as `--lr 0.1 (was 0.01)`; empty when no relevant one does."""
-    now = plain(config)
+    now = to_json(config)
     keys = [key for key in now if key in earlier and key not in IRRELEVANT | (but or set())]
     keys = [key for key in keys if now[key] != earlier[key]]
     if not set(now) & set(earlier):

@@ -11,11 +11,11 @@ from data.benchmarks import Split
 from data.episodes import EpisodeShape, sample_episodes
 from engine.distributed import gather_objects
 from engine.errors import UserError
-from engine.files import fits, read_json, weights_digest
+from engine.files import matches_schema, read_json, weights_digest
 from engine.records import provenance, write_json
 from engine.run import Run
 from methods.alignment import AlignmentSetting
-from methods.features import FeatureCache, Source, blocks_to_update
+from methods.features import FeatureCache, Source, trainable_blocks
 from methods.setting_choice import FINE_TUNING, N_EPISODES, Row, candidates, choose_setting, flags_text, winner
 from models.backbone import Backbone
 
@@ -55,7 +55,7 @@ def choose_and_keep(
     path = stem.with_name(f"{stem.stem}_auto_{weights_digest(backbone, *facts, asked)}.json")
     rows = read_rows(path, list(settings))
     if not all(gather_objects(rows is not None, run.ranks)) or rows is None:
-        source = cache.source(backbone, blocks_to_update(backbone, 0), val)
+        source = cache.source(backbone, trainable_blocks(backbone, 0), val)
         rows, _ = choose_setting(source, base, episodes, settings, run)
         if run.ranks.first:
             write_json(path, {"n_episodes": N_EPISODES, "chosen": winner(rows), "rows": [asdict(row) for row in rows]})
@@ -108,7 +108,7 @@ def read_rows(path: Path, flags: list[str]) -> list[Row] | None:
     """The rows of a kept table, one for each of these flags in order; None when it is not there or damaged."""
     try:
         record = read_json(path)
-        rows = [Row(**row) for row in record["rows"]] if fits(record, {"rows": [get_type_hints(Row)]}) else []
+        rows = [Row(**row) for row in record["rows"]] if matches_schema(record, {"rows": [get_type_hints(Row)]}) else []
         numbers = [value for row in rows for value in (row.accuracy, row.gain, row.gain_ci95)]
         return rows if [row.flags for row in rows] == flags and all(map(math.isfinite, numbers)) else None
     except (OSError, ValueError, TypeError):

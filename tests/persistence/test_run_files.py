@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from persistence.files import RunName, differences
+from persistence.run_files import RunName, differences
 
 
 def test_the_best_model_has_the_published_file_name():
