@@ -14,7 +14,6 @@ import PIL
 import torch
 import torchvision
 
-from engine import native
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.run import Run
@@ -52,7 +51,6 @@ def provenance(config: dict[str, Any], run: Run) -> dict[str, Any]:
             "torchvision": torchvision.__version__,
             "numpy": np.__version__,
             "pillow": PIL.__version__,
-            "native": native.version(),
         },
         "commit": git_commit(),
         "device": torch.cuda.get_device_name(run.device)

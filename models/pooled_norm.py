@@ -4,8 +4,6 @@ A batch norm is an increasing map of each channel, or a decreasing one where its
 come first, as a maximum or a minimum, with the statistics still those of the whole map: the normalised map, four times
 the result, is never made. Nor is its gradient, which takes the place of the input: that is needed no more by then.
 
-Where the library of engine.native has been built, its functions do the same in fewer passes over the maps.
-
 A bias of the convolution before is taken out again by the batch norm. It moves the running mean alone, and its
 gradient is zero: summed over the map, it would be rounding, at up to a tenth of the time of a training step.
 """
@@ -16,9 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import increment_version
-
-from engine import native
 
 CACHE_ROWS = 8
 
@@ -30,37 +25,6 @@ def pool(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     sign = torch.where(weight < 0, -1.0, 1.0).to(x.dtype).view(-1, 1, 1)
     pooled, index = F.max_pool2d(x * sign, 2, return_indices=True)
     return pooled * sign, index
-
-
-def takes_library(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether the library is there and takes these maps."""
-    layout = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and min(x.shape[2:]) > 1
-    dtypes = x.dtype in (torch.float32, torch.bfloat16) and all(p.dtype == torch.float32 for p in parameters)
-    if not (layout and dtypes and native.library()):
-        return False
-    try:
-        return all(v.data_ptr() for v in (x, *parameters))
-    except RuntimeError:  # a tensor of torch.func has no memory of its own
-        return False
-
-
-def library_forward(x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, ...]:
-    """What PooledNorm.forward gives, by the library; an index is a place in the 2x2, 0 to 3, or 4 where ReLU is 0."""
-    assert norm.momentum is not None
-    (b, c, h, w), n = x.shape, x.numel() // x.shape[1]
-    pooled = torch.empty(b, c, h // 2, w // 2, dtype=x.dtype, memory_format=torch.channels_last)
-    y, index = torch.empty_like(pooled), torch.empty_like(pooled, dtype=torch.uint8)
-    sums = torch.zeros(b, 2, c, dtype=torch.double)
-    native.call("pool", x, x, torch.where(weight < 0, -1.0, 1.0), pooled, index, sums)
-    mean, square = sums.sum(0) / n
-    var = (square - mean.square()).clamp(min=0).float()
-    mean = mean.float()
-    if norm.running_mean is not None and norm.running_var is not None:
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * (n / (n - 1)), norm.momentum)
-    scale = weight * (var + norm.eps).rsqrt()
-    native.call("normalise", x, pooled, mean, scale, bias.contiguous(), y, index)
-    return y, pooled, index, mean, var
 
 
 def add_taken(x: Tensor, of_pooled: Tensor, index: Tensor, weight: Tensor, slope: Tensor, offset: Tensor) -> None:
@@ -75,37 +39,28 @@ def add_taken(x: Tensor, of_pooled: Tensor, index: Tensor, weight: Tensor, slope
         torch.addcmul(taken, part, slope, out=part).add_(offset)
 
 
-def plain_forward(x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, ...]:
-    """The same by PyTorch's operations, the indices as max_pool2d has them."""
-    if x.is_meta:  # shapes without numbers, for which PyTorch has no such operation
-        mean = var = x.new_empty(x.shape[1])
-    else:
-        assert norm.momentum is not None
-        mean, var = torch.batch_norm_update_stats(x, norm.running_mean, norm.running_var, norm.momentum)
-    pooled, index = pool(x, weight)
-    # In single precision the indices are found again: kept, they would be twice as large as what was pooled. In
-    # half precision, which needs less memory, that would be a tenth of the time.
-    index = index.new_empty(0) if x.dtype == torch.float32 else index
-    y = F.batch_norm(pooled, mean, var, weight, bias, eps=norm.eps).relu_()
-    return y, pooled, index, mean, var
-
-
 class PooledNorm(torch.autograd.Function):
     """See pooled_norm; returns also what the backward pass needs."""
 
     @staticmethod
-    def forward(
-        x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, by_library: bool
-    ) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, ...]:
         assert norm.momentum is not None
-        results = (library_forward if by_library else plain_forward)(x, weight, bias, norm)
+        if x.is_meta:  # shapes without numbers, for which PyTorch has no such operation
+            mean = var = x.new_empty(x.shape[1])
+        else:
+            mean, var = torch.batch_norm_update_stats(x, norm.running_mean, norm.running_var, norm.momentum)
+        pooled, index = pool(x, weight)
+        # In single precision the indices are found again: kept, they would be twice as large as what was pooled. In
+        # half precision, which needs less memory, that would be a tenth of the time.
+        index = index.new_empty(0) if x.dtype == torch.float32 else index
+        y = F.batch_norm(pooled, mean, var, weight, bias, eps=norm.eps).relu_()
         if norm.running_mean is not None:
             norm.running_mean.add_(shift, alpha=norm.momentum)
-        return results
+        return y, pooled, index, mean, var
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, _, weight, _, norm, ctx.by_library = inputs
+        x, _, weight, _, norm = inputs
         ctx.save_for_backward(x, weight, *output)
         ctx.mark_non_differentiable(*output[1:])
         ctx.eps = norm.eps
@@ -115,27 +70,16 @@ class PooledNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y, pooled, index, mean, var = ctx.saved_tensors
         invstd = (var + ctx.eps).rsqrt()
-        if ctx.by_library:
-            gradient = gradient.contiguous(memory_format=torch.channels_last)
-            sums = torch.zeros(len(x), 2, len(mean), dtype=torch.double)
-            native.call("sum", x, gradient, pooled, index, mean, sums)
-            of_bias, of_weight = sums.sum(0).float()
-            of_weight *= invstd
-        else:
-            of_pooled, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-                torch.ops.aten.threshold_backward(gradient, y, 0),
-                *(pooled, weight, mean, var, mean, invstd, False, ctx.eps, [True, True, True]),
-            )
+        of_pooled, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            torch.ops.aten.threshold_backward(gradient, y, 0),
+            *(pooled, weight, mean, var, mean, invstd, False, ctx.eps, [True, True, True]),
+        )
         # Every x moves the mean and the variance, whether or not the pooling took it.
         n = x.numel() / x.shape[1]
         slope = -weight * invstd.square() * of_weight / n
         offset = -weight * invstd * of_bias / n - slope * mean
-        if ctx.by_library:
-            native.call("spread", x, x, gradient, index, weight * invstd, slope, offset)
-            increment_version(x)
-        else:
-            add_taken(x, of_pooled, index, weight, slope, offset)
-        return x, torch.zeros_like(of_bias), of_weight, of_bias, None, None
+        add_taken(x, of_pooled, index, weight, slope, offset)
+        return x, torch.zeros_like(of_bias), of_weight, of_bias, None
 
 
 def pooled_norm(x: Tensor, shift: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -150,5 +94,4 @@ def pooled_norm(x: Tensor, shift: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    by_library = takes_library(x, shift, norm.weight, norm.bias)
-    return PooledNorm.apply(x, shift, norm.weight, norm.bias, norm, by_library)[0]
+    return PooledNorm.apply(x, shift, norm.weight, norm.bias, norm)[0]

@@ -1,7 +1,4 @@
-"""The pooled batch norm of Conv4 against its three plain layers, and its gradient against finite differences.
-
-Each test runs with PyTorch's operations and with the library, where there is a C++ compiler.
-"""
+"""The pooled batch norm of Conv4 against its three plain layers, and its gradient against finite differences."""
 
 import copy
 
@@ -10,33 +7,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad
 
-from engine import native
-from engine.errors import UserError
 from models.conv4 import ConvBlock
 from models.pooled_norm import CACHE_ROWS, pooled_norm
-
-
-@pytest.fixture(scope="module", params=["torch", "native"], autouse=True)
-def way(request, tmp_path_factory):
-    """No library at first, then one that is built for these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "FOLDER", tmp_path_factory.mktemp("native"))
-        native.library.cache_clear()
-        if request.param == "native":
-            try:
-                native.build()
-            except UserError as error:
-                pytest.skip(str(error))
-        yield request.param
-    native.library.cache_clear()
-
-
-@pytest.fixture
-def threads():
-    """torch.get_num_threads(), as it is again afterwards."""
-    n = torch.get_num_threads()
-    yield n
-    torch.set_num_threads(n)
 
 
 def block(dtype=torch.float32):
@@ -166,13 +138,6 @@ def test_of_equal_values_the_first_takes_the_gradient(side, dtype):
         torch.testing.assert_close(found.float(), right, **rounding)
 
 
-def test_the_number_of_threads_changes_nothing(way, threads):
-    x = torch.randn(7, 6, 9, 9, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
-    first, *rest = (torch.set_num_threads(n) or outputs(x, pooled) for n in (1, 2, 3))
-    # PyTorch's own sums differ by rounding.
-    assert way == "torch" or all(torch.equal(a, b) for found in rest for a, b in zip(first, found, strict=True))
-
-
 def test_the_variance_is_right_where_the_mean_is_large():
     x = torch.randn(6, 6, 12, 12, generator=torch.Generator().manual_seed(0))
     x = (x + torch.tensor([0.0, 1e3, -1e3, 1e4, 10, 1]).view(-1, 1, 1)).to(memory_format=torch.channels_last)
@@ -189,11 +154,3 @@ def test_nan_stays_nan(dtype):
     z, gradient = outputs(x, pooled)[:2]
     for values in (z, gradient):
         assert values[:, 2].isnan().all() and not values[:, [0, 1, 3, 4, 5]].isnan().any()
-
-
-def test_the_library_is_used_where_it_was_built(way, monkeypatch):
-    names, call = [], native.call
-    monkeypatch.setattr(native, "call", lambda name, *tensors: (names.append(name), call(name, *tensors)))
-    outputs(maps(3, 6, 8, 8), pooled)
-    assert names == (["pool", "normalise", "sum", "spread"] if way == "native" else [])
-    assert (native.version() is not None) == (way == "native")
