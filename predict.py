@@ -27,8 +27,6 @@ import torch
 
 from args_parser import args_parser, from_flags
 from data.benchmarks import DataOptions, Split, load_split
-from data.user_base import load_base, shared_classes, without_classes
-from data.user_images import decode_views, folder_truth, list_queries, list_support, other_files
 from engine.distributed import ALONE
 from engine.errors import RaisingParser, UserError
 from engine.files import atomic_file
@@ -36,20 +34,20 @@ from engine.records import provenance, write_json
 from engine.run import Run, move_if_fits, start_run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
-from methods.budget import check_fit
-from methods.classifier import Classifier, fit_classifier
 from methods.features import MAPPED, FeatureCache, Source, feature_source, trainable_blocks
-from methods.prediction import UNSURE, Predictions, alignment_notes, least_sure_first, user_split
-from methods.setting_choice import candidates
 from models import BACKBONES, OTHERS
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone, load_backbone
 from persistence.chosen_setting import choose_for_support
-from persistence.classifier import load_classifier, save_classifier
-from persistence.labelling import Part, Parts, label_all, label_images
-from reporting.contact_sheet import write_sheet
-from reporting.page import write_predictions
-from reporting.prediction_files import PartialTable, confidence_lines, prediction_record, summary_lines, write_csv
+from photos.base import load_base, shared_classes, without_classes
+from photos.classifier import Classifier, fit_classifier
+from photos.classifier_file import load_classifier, save_classifier
+from photos.contact_sheet import write_sheet
+from photos.images import decode_views, folder_truth, list_queries, list_support, other_files
+from photos.labelling import Part, Parts, label_all, label_images
+from photos.predictions import UNSURE, Predictions, alignment_notes, least_sure_first, user_split
+from photos.predictions_page import write_predictions
+from photos.table import PartialTable, confidence_lines, prediction_record, summary_lines, write_csv
 
 
 @dataclass
@@ -128,15 +126,12 @@ def fit(
     if args.alignment == "none":
         why = f"--base {args.base} is not used, for --alignment none" if args.base else "it takes base images, --base"
         notes.append(f"no alignment: {why}")
-        check_fit(blocks, backbone, None, user, [setting], run)
     else:
         options = base_options(args, img_size)
         split, base_paths = load_base(args.base, options)
         files = [Path(example) for example in (*examples, *queries) if isinstance(example, str | Path)]
         shared = shared_classes(split, base_paths, args.cache_dir, class_names, files)
         notes += [f"base class {split.class_names[c]!r} {why}: it is left out" for c, why in shared.items()]
-        settings = list(candidates(setting).values()) if args.align_preset == "auto" else [setting]
-        check_fit(blocks, backbone, split, user, settings, run)
         cache = FeatureCache(args.cache_dir, run)
         base = source_without(cache, backbone, args.align_blocks, split, list(shared))
         if len(base.split.class_names) < len(class_names):

@@ -22,11 +22,10 @@ from data.episodes import Episodes, EpisodeShape, check_episodes_fit
 from engine.budget import check_memory, has_room
 from engine.run import Run
 from methods.alignment import AlignmentSetting
-from methods.confidence import folds_together
 from methods.episodic_training import CHUNK_NUMBERS, episode_numbers
 from methods.evaluation import heads_together
 from methods.feature_alignment import n_together, numbers_together
-from methods.features import BATCH, MAPPED, FeatureCache, TrainableBlocks
+from methods.features import BATCH, FeatureCache, TrainableBlocks
 from methods.meta_learner import MetaLearner
 from methods.split_evaluation import image_shape, is_kept
 from models import Model
@@ -227,39 +226,6 @@ def check_alignment(
         else:
             work.append(blocks_aligned(blocks, backbone, base, shape, setting, run))
     check("alignment", kept + on_gpu(blocks, splits, run) + max(work), alignment_flags(blocks, settings), run)
-
-
-def check_fit(
-    blocks: TrainableBlocks,
-    backbone: Backbone,
-    base: Split | None,
-    user: Split,
-    settings: Sequence[AlignmentSetting],
-    run: Run,
-) -> None:
-    """Raise UserError when the classifier of predict.py takes more memory to fit than is free; see check_alignment."""
-    d, k, n_way = backbone.feature_dim, len(user.labels), len(user.class_names)
-    n_base = len(base.labels) if base else 0
-    of_base = FLOAT * d * n_base
-    if blocks.in_feature_space and n_base * d > MAPPED:  # mapped from disk, or on a GPU where they have room
-        half = HALF * d * n_base
-        of_base = half if has_room(half, run.device) else 0
-    shape = EpisodeShape(n_way, math.ceil(k / n_way), math.ceil(k / n_way))  # the support is what is scored
-    work = [of_batch(backbone, user)]
-    for setting in settings:
-        if base and not blocks.in_feature_space:
-            work.append(blocks_aligned(blocks, backbone, base, shape, setting, run))
-        else:
-            n = folds_together(k, d, n_way, setting) if len(settings) == 1 else n_together(d, n_way, setting)
-            work.append(features_aligned(d, base, shape, setting, n))
-    kept = FLOAT * d * k + of_base + (on_gpu(blocks, [base], run) if base else 0)
-    check("fitting the classifier", kept + max(work), alignment_flags(blocks, settings), run)
-
-
-def check_labelling(backbone: Backbone, n: int, img_size: int, run: Run) -> None:
-    """Raise UserError when n images that are decoded and labelled together take more memory than is free."""
-    n_bytes = 3 * n * img_size**2 + of_pass(backbone, (min(n, BATCH), 3, img_size, img_size))
-    check("labelling", n_bytes, "a smaller --img_size or another backbone", run)
 
 
 def critic_bytes(d: int, n_shown: int, setting: AlignmentSetting) -> int:

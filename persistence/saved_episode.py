@@ -19,7 +19,6 @@ from engine.precision import Precision
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting
 from methods.features import Source, TrainableBlocks, updated_features
-from methods.prediction import logits_of
 from methods.related_base import draw_related
 from models.heads import unit
 
@@ -87,6 +86,19 @@ def related_classes(episode: AlignedEpisode, base: Split, kept: list[list[Tensor
         ]
         for w, chosen in enumerate(episode.related.classes)
     ]
+
+
+def logits_of(episode: AlignedEpisode, setting: AlignmentSetting) -> tuple[Tensor, Tensor]:
+    """Logits (q, n_way) of the queries by fine-tuning, and after alignment.
+
+    The logits of a cosine head are s cos(theta), with the s in force when the scores were made, which the head is set
+    to.
+    """
+    episode.head.rescale(setting.fit.ft_s, setting.fit.ft_m)
+    before = episode.head.logits(episode.finetuned).cpu()
+    if setting.alignment != "none" and setting.align_iters:
+        episode.head.rescale(setting.align_s, setting.align_m)
+    return before, episode.head.logits(episode.aligned).cpu()
 
 
 def gather_episode(

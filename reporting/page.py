@@ -4,23 +4,17 @@ The results as a table, learning curves, what alignment gained, and the episodes
 """
 
 import argparse
-from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from PIL import Image, ImageOps
-
-from data.image_cache import open_rgb
-from data.user_images import list_support
 from engine.errors import OneLineParser
 from engine.files import atomic_file
 from engine.script import run_script
-from methods.prediction import Predictions
-from persistence.saved_episode import MAX_SIDE, read_episodes
+from persistence.saved_episode import read_episodes
 from reporting.page_charts import Point, gain_bar, interval_mark, legend, line_chart, nice_ticks
-from reporting.page_episodes import EpisodeView, Picture, Query, Related, episode_section, picture, view_of
+from reporting.page_episodes import episode_section, view_of
 from reporting.report import in_order, interval, read_results, signed, table_rows, training_logs
 
 MAX_BYTES = 2_800_000  # of a page: episodes that would exceed it are left out
@@ -204,59 +198,6 @@ def report_page(results_dir: Path) -> str:
     page = html_page("Few-shot results", lead, sections)
     sections["Episodes"] = episodes_part(results_dir, MAX_BYTES - len(page))
     return html_page("Few-shot results", lead, sections)
-
-
-def thumbnail(path: Path, alt: str) -> Picture:
-    """An image file, upright and small."""
-    return picture(ImageOps.contain(open_rgb(path), (MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC), alt)
-
-
-def prediction_view(predictions: Predictions, support: Path | None) -> EpisodeView:
-    """Predictions as an episode, with the examples of the support folder, if there is one, that queries are near to."""
-    names, paths, labels = list_support(support) if support else (predictions.class_names, [], [])
-    shown: list[list[Path]] = [[] for _ in names]
-    nearest = {*predictions.nearest}
-    for path, label in zip(paths, labels, strict=True):
-        if len(shown[label]) < MAX_EXAMPLES or path in nearest:
-            shown[label].append(path)
-    order = {path: n for n, path in enumerate(path for row in shown for path in row)}
-    probabilities, finetuned = predictions.probabilities.tolist(), predictions.finetuned.tolist()
-    queries = [
-        Query(
-            partial(thumbnail, path, predictions.files[i]),
-            predictions.truth[i],
-            finetuned[i],
-            probabilities[i],
-            [order[predictions.nearest[i]]] if predictions.nearest[i] in order else [],
-        )
-        for i, path in enumerate(predictions.paths)
-    ]
-    return EpisodeView(
-        title=f"{len(queries)} images, labelled from {sum(predictions.n_support)} examples",
-        class_names=names,
-        support=[
-            [thumbnail(path, f"example of {name}") for path in row] for name, row in zip(names, shown, strict=True)
-        ],
-        related=[[Related(name) for name in predictions.related.get(name, [])] for name in names],
-        queries=queries,
-        aligned=bool(predictions.related),
-    )
-
-
-def write_predictions(path: Path, predictions: Predictions, support: Path | None) -> None:
-    """Write the page of predictions, with the examples of a support folder, if there is one.
-
-    Raises UserError when it cannot be written or an image is gone.
-    """
-    view = prediction_view(predictions, support)
-    write_page(
-        path,
-        html_page(
-            "Predictions",
-            f"labelled from the examples in {support.resolve().name}" if support else "labelled by a kept classifier",
-            {"Images": episode_section(view, "p", is_open=True)},
-        ),
-    )
 
 
 def main() -> None:

@@ -35,20 +35,6 @@ ALIGN = ["associative_alignment", *FEW, "--ft_n_epoch", 10, "--n_episodes", 4, "
 FEATURES = [*ALIGN, "--align_blocks", 0]
 MODELS = "ROOT/results/models/5way_5shot_tiny_arcMax"
 MODEL = f"{MODELS}_Conv4_bestModel.tar"
-USER = [
-    "predict",
-    *ALL,
-    "--ft_n_epoch",
-    10,
-    "--out",
-    "ROOT/out",
-    "--support",
-    "ROOT/user/novel",
-    "--query",
-    "ROOT/benchmarks/tiny/val",
-    "--checkpoint",
-]
-BASE = ["--base", "ROOT/benchmarks/tiny/base", "--align_iters", 3, "--aug_size", 20]
 # What starts from a model takes one of the first stage.
 SETTINGS: dict[str, list[object]] = {
     "1: Conv4, 32 px, 16": [*TRAIN, 16, "--img_size", 32],
@@ -70,11 +56,6 @@ SETTINGS: dict[str, list[object]] = {
     "3: features": FEATURES,
     "3: features, adapter": [*FEATURES, "--alignment", "centroid", "--align_adapter", "full"],
     "3: auto": ["associative_alignment", *FEW, "--ft_n_epoch", 10, "--n_episodes", 4, "--align_preset", "auto"],
-    "predict: no base": [*USER, MODEL],
-    "predict: ResNet12": [*USER, f"{MODELS}_ResNet12_bestModel.tar"],
-    "predict: features": [*USER, MODEL, *BASE],
-    "predict: all blocks": [*USER, MODEL, *BASE, "--alignment", "centroid"],
-    "predict: 360 examples": [*USER, MODEL, *BASE, "--support", "ROOT/benchmarks/tiny/novel"],
 }
 
 
@@ -95,7 +76,7 @@ def run_one(script: str, flags: list[str]) -> tuple[float, float, float]:
 
 def measure(root: Path, cache: Path, script: str, *flags: object) -> tuple[float, float, float]:
     """The same in a new process, for a forked one would not have touched the libraries yet."""
-    given = map(str, [*([] if script == "predict" else folders(root)), *flags, "--cache_dir", cache])
+    given = map(str, [*folders(root), *flags, "--cache_dir", cache])
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(run_one, script, [flag.replace("ROOT", str(root)) for flag in given]).result()
 

@@ -11,8 +11,8 @@ import pytest
 from tests.helpers import ROOT
 
 # A module imports its own room and lower ones. Models and data are side by side, and import neither each other.
-LEVEL = {"engine": 0, "models": 1, "data": 1, "methods": 2, "persistence": 3, "reporting": 4, "scripts": 5}
-LEVEL |= {"speed": 6, "tests": 7}
+LEVEL = {"engine": 0, "models": 1, "data": 1, "methods": 2, "persistence": 3, "reporting": 4, "photos": 5}
+LEVEL |= {"scripts": 6, "speed": 7, "tests": 8}
 # No script and no module of the tests imports another one, but for these.
 SHARED = {"args_parser", "tests.helpers", "tests.published"}
 MAX_PARAMETERS, MAX_LINES, MAX_MAIN_LINES = 8, 60, 55
@@ -63,6 +63,16 @@ def forbidden_arrows(sources: Sources) -> set[str]:
 
     arrows = ((module_of(path), other) for path in sources for other in imports(path, sources))
     return {f"{module} -> {other}" for module, other in arrows if forbidden(module, other)}
+
+
+def photos_of_the_paper(sources: Sources) -> set[str]:
+    """`module -> module` for every import of photos/, anyone's own images, by another script than predict.py."""
+    arrows = ((module_of(path), other) for path in sources for other in imports(path, sources))
+    return {
+        f"{module} -> {other}"
+        for module, other in arrows
+        if room_of(other) == "photos" and room_of(module) == "scripts" and module != "predict"
+    }
 
 
 def circles(sources: Sources) -> set[str]:
@@ -137,7 +147,7 @@ def too_long(sources: Sources) -> set[str]:
     return found
 
 
-RULES = [forbidden_arrows, circles, too_many_parameters, args_below_the_scripts, too_long]
+RULES = [forbidden_arrows, photos_of_the_paper, circles, too_many_parameters, args_below_the_scripts, too_long]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -192,6 +202,12 @@ BAD = {
         {"tests/models/test_bad.py": "from tests.models.test_heads import CASES"},
         "tests.models.test_bad -> tests.models.test_heads",
     ),
+    "reporting imports photos": (
+        forbidden_arrows,
+        {"reporting/bad.py": "from photos import images"},
+        "reporting.bad -> photos.images",
+    ),
+    "a stage imports photos": (photos_of_the_paper, {"bad.py": "import photos.images"}, "bad -> photos.images"),
     "a circle of two": (circles, {"data/a.py": "import data.b", "data/b.py": "from .a import f"}, "data.a, data.b"),
     "a circle of three": (
         circles,

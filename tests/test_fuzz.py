@@ -44,23 +44,23 @@ from data.episodes import EpisodeShape, read_episodes, sample_episodes, write_ep
 from data.glyphs import outdated_seed
 from data.image_cache import ImageFiles, load_images, open_rgb
 from data.listing import list_folder, list_json
-from data.user_base import base_hashes
 from engine.errors import UserError
 from engine.files import read_record
 from engine.lock import hold
 from engine.run import Run
 from engine.script import escaped
-from methods.classifier import Answers
 from methods.features import FeatureCache
 from models.backbone import split_backbone
 from models.pretrained import load_weights
 from persistence.checkpoints import create_backbone, load_backbone
 from persistence.chosen_setting import read_rows
-from persistence.classifier import load_classifier
 from persistence.import_published import import_published
-from persistence.labelling import Part, Parts
 from persistence.run_files import ALIGNMENT_STATE, STATE_FORMAT, TRAINING_STATE
 from persistence.saved_episode import read_episodes as read_saved
+from photos.base import base_hashes
+from photos.classifier import Answers
+from photos.classifier_file import load_classifier
+from photos.labelling import Part, Parts
 from reporting.paper_tables import finished
 from reporting.report import read_results, table_rows, training_logs
 from tests.helpers import CHECKPOINT, CURVE, RUN, STAGE_1, STAGE_3, TRAIN, call, folders, make_split

@@ -19,7 +19,6 @@ from methods.budget import (
     Live,
     check_alignment,
     check_base_training,
-    check_fit,
     episode_scores,
     of_pass,
     of_step,
@@ -28,7 +27,6 @@ from methods.budget import (
 )
 from methods.features import FeatureCache, trainable_blocks
 from methods.meta_learners import META_LEARNERS, build_meta_learner
-from methods.setting_choice import candidates
 from models import Model, build_backbone, build_head
 from models.backbone import split_backbone
 from tests.helpers import ALIGN, CHECKPOINT, TINY, TRAIN, call, folders, make_split
@@ -123,17 +121,6 @@ def test_what_is_cached_is_not_embedded_again(tmp_path, monkeypatch):
     assert warm < cold and warm_blocks <= cold_blocks
     assert cache.holds(backbone, blocks, splits[0])
     assert not cache.holds(backbone, trainable_blocks(backbone, 2), splits[0])
-
-
-def test_the_largest_of_the_settings_that_are_tried_counts(tmp_path, monkeypatch):
-    estimates = []
-    monkeypatch.setattr(methods.budget, "check_memory", lambda what, n_bytes, *_: estimates.append(n_bytes))
-    backbone, split = build_backbone("Conv4", 16), make_split(split="base")
-    blocks = trainable_blocks(backbone, 0)
-    tried = list(candidates(AlignmentSetting()).values())
-    for settings in (tried, *([each] for each in tried)):
-        check_fit(blocks, backbone, split, split, settings, RUN)
-    assert estimates[0] >= max(estimates[1:]) > min(estimates[1:])
 
 
 @pytest.mark.parametrize(

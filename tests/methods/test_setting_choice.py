@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from data.episodes import EpisodeShape, sample_episodes
-from data.user_base import without_classes
 from engine.errors import UserError
 from engine.run import Run
 from methods import setting_choice
@@ -20,6 +19,7 @@ from methods.related_base import RelatedSetting
 from methods.setting_choice import FINE_TUNING, SETTINGS, Row, candidates, choose_setting, flags_text, winner
 from models import build_backbone
 from persistence import chosen_setting as kept
+from photos.base import without_classes
 from tests.helpers import RUN, TINY, call, folders, make_split, result
 
 D, N_VAL, N_EACH = 32, 10, 24

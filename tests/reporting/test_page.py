@@ -1,4 +1,4 @@
-"""The page of results and that of predictions: its structure always, and in a real browser where there is one."""
+"""The page of results: its structure always, and in a real browser where there is one."""
 
 import json
 import math
@@ -10,12 +10,9 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from PIL import Image
 
-from engine.errors import UserError
-from methods.prediction import Predictions
 from persistence.saved_episode import read_episode, read_episodes
-from reporting.page import MAX_BYTES, report_page, write_predictions
+from reporting.page import MAX_BYTES, report_page
 from reporting.page_charts import line_chart, nice_ticks
 from reporting.page_episodes import MAX_QUERIES, Picture, Query, episode_section, picture_of, view_of
 from tests.helpers import STAGE_3, align, call
@@ -198,52 +195,6 @@ def test_a_damaged_file_or_an_empty_folder_is_one_clear_line(aligned_copy, file,
     outcome = call("reporting.page", results)
     assert outcome.status == 2 and outcome.err.count("\n") == 1
     assert all(word in outcome.err for word in expected), outcome.err
-
-
-@pytest.fixture
-def support(tmp_path):
-    """A support folder of two classes, and three queries, as paths."""
-    for name, grey in (("support/heron/a", 40), ("support/tern/b", 90), ("q0", 120), ("q1", 160), ("q2", 200)):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (120, 90), (grey,) * 3).save(tmp_path / f"{name}.png")
-    return tmp_path / "support"
-
-
-def predictions_of(support, related):
-    finetuned = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
-    return Predictions(
-        files=["q0.png", EVIL, "q2.png"],
-        paths=[support.parent / f"q{i}.png" for i in range(3)],
-        class_names=["heron", "tern"],
-        probabilities=torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]) if related else finetuned,
-        finetuned=finetuned,
-        nearest=[support / "heron" / "a.png", support / "tern" / "b.png", support / "tern" / "b.png"],
-        nearest_label=[0, 1, 1],
-        truth=[None, 0, None],
-        related=related,
-        n_support=[1, 1],
-    )
-
-
-@pytest.mark.parametrize("related", [{}, {"heron": ["stork"], "tern": [EVIL]}])
-def test_predictions_have_a_page_of_the_same_kind(support, tmp_path, related):
-    write_predictions(tmp_path / "out" / "predictions.html", predictions_of(support, related), support)
-    text = (tmp_path / "out" / "predictions.html").read_text()
-    found = Page(text)
-    assert len(found.all("details", "query")) == 3 and len(found.all("img")) == 2 + 3
-    assert len(found.all("script")) == 1 and EVIL not in text
-    first = found.all("details", "query")[0]
-    assert first["data-kind"] == ("put wrong" if related else "right")
-    assert ("before alignment" in text) == bool(related) == ("stork" in text)
-    near = [attrs["data-near"] for attrs in found.all("span", "near")]
-    assert sorted(near) == ["p-0", "p-1", "p-1"] and "nearest example" in text
-    write_predictions(tmp_path / "kept.html", predictions_of(support, related), None)
-    found = Page((tmp_path / "kept.html").read_text())
-    assert len(found.all("details", "query")) == len(found.all("img")) == 3 and not found.all("span", "near")
-    assert "3 images, labelled from 2 examples" in words(found) and "nearest" not in words(found)
-    (tmp_path / "q1.png").unlink()
-    with pytest.raises(UserError, match="q1.png"):
-        write_predictions(tmp_path / "out" / "other.html", predictions_of(support, related), support)
 
 
 CLICKS = """

@@ -14,13 +14,13 @@ from data.episodes import Task
 from engine.files import weights_digest
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
-from methods.confidence import Confidence, cross_validate, least_cosine, nearest
 from methods.feature_adapter import Adapter
 from methods.feature_alignment import align_features
 from methods.features import Source, TrainableBlocks, embed, image_source
 from methods.novel_finetune import HeadFit, fit_heads
 from models.backbone import Backbone
 from models.heads import Head
+from photos.confidence import Confidence, cross_validate, least_cosine, nearest
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.user_images import decode_views
 from engine.errors import UserError
 from engine.files import Schema, load_tensors, matches_schema, save_atomically
 from engine.run import Run
-from methods.budget import check_labelling
-from methods.classifier import Answers, Classifier, classify
+from photos.classifier import Answers, Classifier, classify
+from photos.images import decode_views
 
 # Images of a part: their views are all that is held of images.
 PART = 512
@@ -93,7 +92,6 @@ def label_images(
 
     Raises UserError for an image that cannot be decoded, unless they are to be skipped.
     """
-    check_labelling(classifier.aligned, min(PART, len(images)), img_size, run)
     with run.bar(None, "label", "img", total=len(images)) as bar:
         for start in range(0, len(images), PART):
             chunk = images[start : start + PART]

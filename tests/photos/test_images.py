@@ -10,8 +10,8 @@ from PIL import Image
 
 from data import image_cache
 from data.image_cache import eval_view, open_rgb
-from data.user_images import decode_views, folder_truth, list_queries, list_support, other_files, printable
 from engine.errors import UserError
+from photos.images import decode_views, folder_truth, list_queries, list_support, other_files, printable
 
 
 def touch(root: Path, *names: str) -> list[Path]:

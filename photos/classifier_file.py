@@ -15,13 +15,13 @@ from engine.errors import UserError
 from engine.files import Schema, misfit, read_record, save_atomically, weights_digest
 from engine.normalisation import Normalisation
 from engine.records import to_json
-from methods.classifier import Classifier
-from methods.confidence import Confidence
 from methods.feature_adapter import Adapter
 from models import build_head
 from models.backbone import Backbone
 from models.heads import Head
 from persistence.checkpoints import create_backbone, load_state
+from photos.classifier import Classifier
+from photos.confidence import Confidence
 
 FORMAT = "associative-alignment/classifier/1"
 REMEDY = "make one with predict.py --save"

@@ -6,11 +6,11 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.image_cache import open_rgb
-from data.user_images import printable
 from engine.files import atomic_file
-from methods.prediction import UNSURE, Predictions
+from photos.images import printable
+from photos.predictions import UNSURE, Predictions
+from photos.table import estimate
 from reporting.figure_style import BLUE, GREY, INK, ORANGE, PALE, PAPER
-from reporting.prediction_files import estimate
 
 SIDE, GAP, MARGIN = 112, 4, 20  # pixels: side of a picture, between the two of a cell, around cells
 PAIR = 2 * SIDE + GAP

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data.benchmarks import DataOptions
-from data.user_base import base_hashes, load_base, shared_classes, without_classes
 from engine.errors import UserError
+from photos.base import base_hashes, load_base, shared_classes, without_classes
 from tests.helpers import make_benchmark, make_split
 
 

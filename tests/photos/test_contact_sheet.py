@@ -9,8 +9,7 @@ import torch
 from PIL import Image, ImageColor
 
 from engine.errors import UserError
-from methods.prediction import Predictions
-from reporting.contact_sheet import (
+from photos.contact_sheet import (
     CAPTION,
     COLUMNS,
     GAP,
@@ -24,6 +23,7 @@ from reporting.contact_sheet import (
     typeface,
     write_sheet,
 )
+from photos.predictions import Predictions
 from reporting.figure_style import BLUE, ORANGE, PALE
 
 

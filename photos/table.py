@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from engine.files import atomic_file
-from methods.classifier import Classifier
-from methods.confidence import Confidence
-from methods.prediction import UNSURE, Predictions
+from photos.classifier import Classifier
+from photos.confidence import Confidence
+from photos.predictions import UNSURE, Predictions
 
 N_LEAST_SURE = 5
 

@@ -15,13 +15,13 @@ from PIL import Image
 import predict
 from args_parser import args_parser
 from data.listing import list_folder
-from data.user_images import list_queries, list_support
 from engine.errors import UserError
 from methods.alignment import AlignmentSetting
-from persistence import labelling
 from persistence.checkpoints import Checkpoint, create_backbone, save_checkpoint
+from photos import labelling
+from photos.contact_sheet import HEADER, SIDE, draw_sheet
+from photos.images import list_queries, list_support
 from predict import FewShotClassifier, few_shot_predict
-from reporting.contact_sheet import HEADER, SIDE, draw_sheet
 from tests.helpers import call, make_benchmark
 
 N_SUPPORT = {"class12": 1, "class13": 3, "class14": 2}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data.benchmarks import Split
 from methods.alignment import AlignedEpisode, AlignmentSetting
-from methods.confidence import Confidence
 from methods.related_base import empty_notes, exceeding_notes
+from photos.confidence import Confidence
 
 UNSURE = "unsure"
 
@@ -83,19 +83,6 @@ def user_split(class_names: list[str], names: list[str], labels: Tensor, images:
     sizes = torch.tensor(images.shape[2:]).expand(len(images), -1)
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     return Split("", "user", class_names, names, labels, images, None, sizes, digest)
-
-
-def logits_of(episode: AlignedEpisode, setting: AlignmentSetting) -> tuple[Tensor, Tensor]:
-    """Logits (q, n_way) of the queries by fine-tuning, and after alignment.
-
-    The logits of a cosine head are s cos(theta), with the s in force when the scores were made, which the head is set
-    to.
-    """
-    episode.head.rescale(setting.fit.ft_s, setting.fit.ft_m)
-    before = episode.head.logits(episode.finetuned).cpu()
-    if setting.alignment != "none" and setting.align_iters:
-        episode.head.rescale(setting.align_s, setting.align_m)
-    return before, episode.head.logits(episode.aligned).cpu()
 
 
 def alignment_notes(

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from reporting.compare_classifiers import nearest_mean
+from photos.compare import nearest_mean
 from tests.helpers import CHECKPOINT, call
 
 SMALL = [
@@ -28,7 +28,7 @@ SMALL = [
 def compare(root, *flags):
     where = ["--benchmarks_dir", root / "benchmarks", "--cache_dir", root / "cache"]
     checkpoint = ["--checkpoint", root / "results" / "models" / CHECKPOINT]
-    return call("reporting.compare_classifiers", *checkpoint, *where, *SMALL, "--n_B", 2, "--aug_size", 4, *flags)
+    return call("photos.compare", *checkpoint, *where, *SMALL, "--n_B", 2, "--aug_size", 4, *flags)
 
 
 def test_the_table_has_a_row_a_classifier_and_what_the_temperature_does(workspace):

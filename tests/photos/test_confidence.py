@@ -8,7 +8,9 @@ from scipy.stats import binomtest
 
 from engine.run import Run
 from methods.alignment import AlignmentSetting
-from methods.confidence import (
+from methods.features import feature_source
+from methods.novel_finetune import HeadFit
+from photos.confidence import (
     FAR,
     MAX_FOLDS,
     calibration_error,
@@ -20,8 +22,6 @@ from methods.confidence import (
     nearest,
     wilson_interval,
 )
-from methods.features import feature_source
-from methods.novel_finetune import HeadFit
 from tests.helpers import make_split
 
 

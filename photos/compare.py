@@ -1,6 +1,6 @@
 """Compare classifiers of a few images a class on the same novel episodes: accuracies, paired intervals, calibration.
 
-python -m reporting.compare_classifiers --checkpoint results/models/..._bestModel.tar --dataset typefaces
+python -m photos.compare --checkpoint results/models/..._bestModel.tar --dataset typefaces
 
 On the features of one backbone: scikit-learn's logistic regression (its C chosen on val episodes), the nearest mean,
 the head as fitted, and the head aligned in feature space with the base classes. Of the heads also the expected
@@ -22,13 +22,13 @@ from engine.errors import OneLineParser, UserError
 from engine.run import Run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
-from methods.confidence import calibration_error, cross_validate, left_out_logits
 from methods.evaluation import mean_and_ci95
 from methods.features import FeatureCache, Source, feature_source, trainable_blocks
 from methods.related_base import RelatedSetting
 from models.heads import unit
 from persistence.checkpoints import load_backbone
 from persistence.results import percent
+from photos.confidence import calibration_error, cross_validate, left_out_logits
 
 # Inverse strengths of the regularisation of logistic regression among which val episodes choose.
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -161,7 +161,7 @@ NUMBERS = (
 
 
 def main() -> None:
-    parser = OneLineParser(prog="python -m reporting.compare_classifiers", description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog="python -m photos.compare", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="backbone of stage 1")
     parser.add_argument("--dataset", default="typefaces")
     parser.add_argument("--benchmarks_dir", type=Path, default=Path("fs_benchmarks"))
