@@ -16,11 +16,9 @@ from engine.errors import UserError
 from engine.files import weights_digest
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
-from methods.budget import check_alignment
 from methods.feature_alignment import align_episodes, n_together
 from methods.features import FeatureCache, trainable_blocks
 from methods.related_base import exceeding_notes
-from methods.setting_choice import candidates
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
 from persistence.checkpoints import check_base_classes, load_backbone
 from persistence.chosen_setting import choose_and_keep
@@ -55,8 +53,6 @@ def main() -> None:
     check_base_classes(path, checkpoint, args.dataset, base.class_names)
     blocks = trainable_blocks(backbone.to(run.device).to(memory_format=torch.channels_last), args.align_blocks)
     cache, setting, chosen = FeatureCache(args.cache_dir, run), from_flags(AlignmentSetting, args), None
-    settings = list(candidates(setting).values()) if is_auto else [setting]
-    check_alignment(blocks, backbone, splits, episodes, settings, cache)
     base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
     images = {
         f"{name} images": split.fingerprint for name, split in zip(("base", "novel", "val"), splits, strict=False)
@@ -88,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "--aug_size, --align_blocks, --critic_hidden or --img_size")

@@ -9,11 +9,10 @@ from functools import partial
 
 from args_parser import from_flags, start_training
 from data.benchmarks import DataOptions, load_split
-from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
+from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, training_images
 from engine.distributed import copy_rank_0, rank_0_first
 from engine.script import run_script
-from methods.budget import check_episodic_training
 from methods.episodic_training import train_one_epoch
 from methods.evaluation import EpisodeScores
 from methods.meta_learners import build_meta_learner, uses_maps
@@ -40,6 +39,8 @@ def main() -> None:
         base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
         val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
+    if args.n_epoch:
+        check_episodes_fit(base, train_shape)
 
     # Model: the backbone, and the meta-learner's own module, which a checkpoint of the same method brings as well.
     maps = uses_maps(args.method)
@@ -53,7 +54,6 @@ def main() -> None:
     model = Model(backbone, learner, args.lr)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
     images = training_images(base, augmentation, run.device, backbone.normalisation)
-    check_episodic_training(model, (base, val, novel), train_shape if args.n_epoch else None, novel_episodes, run)
     size = "x".join(map(str, backbone.map_shape)) if maps else backbone.feature_dim
     own = f"{args.method}: {n_parameters(learner):,} of its own, on {size} features at {args.img_size} px"
     print(f"{args.backbone}: {n_parameters(backbone):,} parameters; {own}")
@@ -81,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "--train_n_query, --n_query or --img_size")

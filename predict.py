@@ -497,4 +497,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "--aug_size, --align_blocks, --critic_hidden or --img_size")

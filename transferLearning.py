@@ -13,7 +13,6 @@ from data.transforms import Augmentation, TrainingImages, training_images
 from engine.distributed import copy_rank_0, data_parallel, rank_0_first
 from engine.script import run_script
 from methods.base_training import TrainingFeatures, last_blocks, train_one_epoch
-from methods.budget import check_base_training
 from methods.evaluation import EpisodeScores, evaluate_heads
 from methods.features import FeatureCache, embed
 from methods.novel_finetune import HeadFit
@@ -52,7 +51,6 @@ def main() -> None:
     print(f"{args.backbone}: {size}")
     print(base.summary, f"{run.device}, {args.precision}", sep="; ")
     net = last_blocks(backbone, args.train_blocks)
-    check_base_training(model, net, (base, val, novel), args.n_epoch and args.batch_size, shape, run)
 
     # Base training; the model of the best validation accuracy is kept. A frozen backbone embeds once.
     fit, training = from_flags(HeadFit, args), TrainState(files, model, base, run, bool(args.init_from))
@@ -79,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "--batch_size, --img_size or --train_blocks")

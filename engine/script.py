@@ -1,12 +1,10 @@
 """A script of this repository: how it ends, and how another runs it as a command, in a process of its own."""
 
-import _thread
 import contextlib
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -15,14 +13,16 @@ from engine.distributed import first_to_fail, leave_ranks
 from engine.errors import UserError
 from engine.records import REPOSITORY
 
+# What a RuntimeError of PyTorch says when memory runs out: of a GPU, of a CPU, and of a size beyond 64 bits.
+NO_MEMORY = ("out of memory", "not enough memory", "DefaultCPUAllocator", "ALLOC_FAILED", "calculation overflowed")
 SECONDS_TO_SAVE = 10.0  # what a command has after Ctrl-C, before it is told again
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None], memory_flags: str = "batch or image size") -> None:
     """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C or SIGTERM a line and 130.
 
-    So does a file or folder that the system refuses, wherever that happens. Several ranks say it once, and a bug, too,
-    keeps its traceback but once: the other ranks fail as they lose the one that has it.
+    A file that the system refuses and running out of memory are user errors as well; memory_flags: the flags that make
+    the script take less. Several ranks print once, and a bug keeps its traceback, once.
     """
     try:
         with interruptible():
@@ -35,29 +35,37 @@ def run_script(main: Callable[[], None]) -> None:
         line, status = f"error: {error}: check this path, and that you may read and write there", 2
     except KeyboardInterrupt as interruption:
         line, status = str(interruption) or "interrupted", 130
-    except Exception:
-        if first_to_fail():
-            raise
-        sys.exit(1)
+    except Exception as error:
+        if not out_of_memory(error):
+            if first_to_fail():
+                raise
+            sys.exit(1)
+        line, status = f"error: out of memory ({str(error).splitlines()[0]}): give a smaller {memory_flags}", 2
     if first_to_fail():
         print(escaped(line), file=sys.stderr)
     sys.exit(status)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether Python, numpy or PyTorch, on a CPU or a GPU, has run out of memory."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or any(part in said for part in NO_MEMORY)
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """A block in which SIGTERM does what Ctrl-C does, and neither interrupts what saves the state after the first.
+    """A block in which SIGTERM does what Ctrl-C does, and no second signal interrupts the saving of the state.
 
-    torchrun hands a Ctrl-C on to processes that have met it already. What is ignored from outside stays ignored. One
-    that comes in a finalizer, where Python drops what is raised, comes again.
+    torchrun passes a Ctrl-C on to processes that have received it already. A signal ignored from outside stays ignored.
+    Python drops an exception that is raised in a finalizer; the next signal then interrupts.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    report, again = sys.unraisablehook, threading.Timer(0, int)
+    report = sys.unraisablehook
 
     def listen() -> None:
-        for number in heard:
-            signal.signal(number, interrupt)
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, interrupt)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in before:
@@ -65,19 +73,16 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     def dropped(what: "sys.UnraisableHookArgs") -> None:
-        nonlocal again
-        if not isinstance(what.exc_value, KeyboardInterrupt):
-            return report(what)
-        listen()
-        again = threading.Timer(0.02, _thread.interrupt_main, heard[:1])
-        again.start()
+        if isinstance(what.exc_value, KeyboardInterrupt):
+            listen()
+        else:
+            report(what)
 
     listen()
     sys.unraisablehook = dropped
     try:
         yield
     finally:
-        again.cancel()
         sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,6 +4,7 @@ What a backbone makes of a split is kept between runs, as is what enters its las
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from data.benchmarks import Split
 from data.transforms import network_input
-from engine.budget import check_disk
+from engine.budget import check_disk, check_memory
 from engine.distributed import gather_objects, gather_rows, rank_0_first
 from engine.errors import UserError
 from engine.files import atomic_file, load_tensors, matches_schema, save_atomically, weights_digest
@@ -61,6 +62,9 @@ def embed(backbone: Backbone, images: Tensor, run: Run, bar: str = "", maps: boo
     `bar` names a progress bar; empty shows none. With `maps` the result is the feature maps, (N, c, h, w). The batches
     are shared out over the ranks, which all get all features.
     """
+    d = math.prod(backbone.map_shape) if maps else backbone.feature_dim
+    less = "give a smaller --img_size or another --backbone"
+    check_memory(f"keeping {d} features of each of {len(images)} images", 4 * d * len(images), less, run.device)
     backbone.eval()
     shares = run.ranks.share(range(0, len(images), BATCH))
     starts = run.bar(shares, bar, "batch")
@@ -257,13 +261,6 @@ class FeatureCache:
                     np.lib.format.write_array_header_2_0(file, header)
                 array.tofile(file)
         return map_rows(path, n, dtype)
-
-    def holds(self, backbone: Backbone, blocks: TrainableBlocks, split: Split) -> bool:
-        """Whether all that `source` computes is here already."""
-        paths = [self.features_path(backbone, split)]
-        if blocks.below is not None:
-            paths.append(self.activations_path(blocks.below, split, backbone.normalisation))
-        return all(path.is_file() for path in paths)
 
     def features_path(self, backbone: Backbone, split: Split) -> Path:
         """Where the features of a split are kept."""

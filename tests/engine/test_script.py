@@ -4,17 +4,17 @@ import os
 import signal
 import sys
 import threading
-import time
 
 import pytest
+import torch
 
 from engine.errors import UserError
 from engine.script import run_command, run_script, script_command
 
 
-def status_of(main, capsys):
+def status_of(main, capsys, *memory_flags):
     with pytest.raises(SystemExit) as end:
-        run_script(main)
+        run_script(main, *memory_flags)
     out, err = capsys.readouterr()
     assert out == ""
     return end.value.code, err
@@ -25,6 +25,24 @@ def test_a_user_error_is_one_line_and_status_2(capsys):
         raise UserError("class 'heron' has 12 images")
 
     assert status_of(main, capsys) == (2, "error: class 'heron' has 12 images\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 TiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB\nsee the documentation"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_names_the_flags(capsys, error):
+    def main():
+        raise error
+
+    reason = str(error).splitlines()[0]
+    said = f"error: out of memory ({reason}): give a smaller --batch_size or --img_size\n"
+    assert status_of(main, capsys, "--batch_size or --img_size") == (2, said)
 
 
 def test_ctrl_c_is_one_line_and_status_130(capsys):
@@ -52,18 +70,17 @@ def test_sigterm_does_what_ctrl_c_does_and_a_second_signal_does_not_disturb_what
     assert saved == [1] and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_signal_that_python_drops_in_a_finalizer_comes_again(capsys):
+def test_after_a_signal_that_python_drops_in_a_finalizer_the_next_one_interrupts(capsys):
     class Last:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def main():
         Last()
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        ended.wait(5)
 
-    hook = sys.unraisablehook
+    ended, hook = threading.Event(), sys.unraisablehook
     assert status_of(main, capsys) == (130, "interrupted\n")
     assert sys.unraisablehook is hook
 
