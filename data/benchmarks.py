@@ -29,7 +29,7 @@ class DataOptions:
     img_size: int
     cache_dir: Path
     image_root: Path | None = None
-    num_workers: int = 2
+    num_workers: int = 4
     quiet: bool = True
     crop_scale: Sequence[float] | None = None  # None: nothing is to be augmented
     rebuild_cache: bool = False
