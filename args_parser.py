@@ -17,7 +17,6 @@ from engine.distributed import join_ranks
 from engine.errors import OneLineParser
 from engine.run import Run, start_run
 from methods.alignment import ALIGNMENTS
-from methods.feature_adapter import ADAPTER_LR, FEATURE_LOSSES, FULL
 from methods.meta_learners import META_LEARNERS
 from methods.setting_choice import CHOSEN_FLAGS
 from models import BACKBONES, HEADS, OTHERS, OTHERS_USAGE, native_img_size
@@ -54,11 +53,6 @@ def backbone_name(text: str) -> str:
         return text
     choices = f"{', '.join(BACKBONES)}, {OTHERS_USAGE}, such as torchvision:resnet50"
     raise argparse.ArgumentTypeError(f"unknown backbone {text!r}: choose {choices}")
-
-
-def adapter_rank(text: str) -> int | str:
-    """An argparse type: a rank from 0, or `full`."""
-    return text if text == FULL else int(COUNT_OR_0(text))
 
 
 # 1e30 keeps any arithmetic on a rate or a scale within float32.
@@ -303,8 +297,6 @@ UPDATES: Table = [  # of Algorithms 1 and 2
          "mode of batch norm in updates (1) and (3)"),
     flag("--align_blocks K",       COUNT_OR_0,                      None,
          "update only the last K blocks, whose inputs --cache_dir keeps; 0: feature space (default: all, published)"),
-    flag("--align_adapter R",      adapter_rank,                    0,
-         "with --align_blocks 0: a residual linear map of the features learns too, of rank R or 'full'; 0 has none"),
     flag("--ft_m",                 MARGIN,                          0.001,
          "margin of arcMax when fitted on the support before alignment"),
     flag("--align_s",              POSITIVE,                        15.0,
@@ -374,7 +366,7 @@ PREDICT: Table = [
          "head that is fitted on the examples"),
     flag("--alignment",            list(ALIGNMENTS),                None,
          "alignment with related base images (default: with --base head, in feature space, else none); centroid, "
-         "adversarial and naive move the blocks of --align_blocks, or the map of --align_adapter"),
+         "adversarial and naive move the blocks of --align_blocks"),
     *FITTING, *UPDATES,
 
     "output",
@@ -468,18 +460,11 @@ def complete_predict(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None:
     """An error when flags of feature space and of blocks contradict each other."""
-    if args.align_adapter and args.align_blocks != 0:
-        parser.error("argument --align_adapter: it is of feature space, so give --align_blocks 0 as well")
     if args.alignment == "head" and args.align_blocks != 0:
         parser.error("argument --alignment: in head nothing but the head moves: give --align_blocks 0 as well")
-    if args.alignment in ("head", "naive") and args.align_adapter:
-        parser.error(f"argument --align_adapter: nothing moves it in --alignment {args.alignment}: leave it out")
-    if args.align_adapter and args.alignment not in (*FEATURE_LOSSES, "none", None):
-        parser.error(f"argument --align_adapter: {args.alignment} alignment has no loss in feature space: leave it out")
-    if args.align_blocks == 0 and not args.align_adapter and args.alignment not in ("head", "none", None):
+    if args.align_blocks == 0 and args.alignment not in ("head", "none", None):
         parser.error(
-            f"argument --align_blocks: 0 leaves nothing for {args.alignment} alignment to move: give --align_adapter, "
-            "or --alignment head, in which the head alone learns"
+            f"argument --alignment: {args.alignment} moves blocks: give --align_blocks 1 or more, or --alignment head"
         )
 
 
@@ -521,10 +506,10 @@ def check_auto(args: argparse.Namespace, parser: OneLineParser, argv: Sequence[s
 def default_to_feature_space(stage: str, chosen: argparse.Namespace, parser: OneLineParser) -> None:
     """Let predict.py align in feature space unless an alignment of blocks is named; there, `head` is the default."""
     if stage == "predict" and chosen.base and chosen.align_blocks is None:
-        if chosen.align_adapter or chosen.alignment in (None, "head"):
+        if chosen.alignment in (None, "head"):
             parser.set_defaults(align_blocks=0)
             chosen.align_blocks = 0
-    in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0 and not chosen.align_adapter
+    in_feature_space = "align_blocks" in chosen and chosen.align_blocks == 0
     if in_feature_space and (stage != "predict" or chosen.base):
         parser.set_defaults(alignment="head")
 
@@ -559,8 +544,8 @@ def args_parser(
     args.cache_dir = args.cache_dir or Path("./fs_benchmarks/.cache")
     if "align_lr" in args:
         check_feature_space(args, parser)
-        if args.align_lr is None and (args.align_adapter or args.alignment == "adversarial"):
-            args.align_lr = ADAPTER_LR if args.align_adapter else ADVERSARIAL_LR
+        if args.align_lr is None and args.alignment == "adversarial":
+            args.align_lr = ADVERSARIAL_LR
         for rate in ("align_lr", "related_lr", "support_lr"):
             setattr(args, rate, args.lr if getattr(args, rate) is None else getattr(args, rate))
     if stage == "predict":

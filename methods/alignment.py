@@ -44,7 +44,6 @@ class AlignmentSetting:
     related_lr: float = 1e-3
     support_lr: float = 1e-3
     align_bn: str = "train"
-    align_adapter: int | str = 0
     record_curve: int = 0
 
 
@@ -80,7 +79,6 @@ class AlignedEpisode:
 
     n_drawn: related samples a novel class in an iteration; losses: those of the three updates, a row an iteration;
     curve: scores as `aligned`, after every record_curve iterations. Without alignment the first two are the same.
-    adapter: in feature space, the map of the features (n, d) that alignment learned, if any.
     """
 
     head: Head
@@ -90,7 +88,6 @@ class AlignedEpisode:
     n_drawn: int
     losses: list[tuple[float, ...]]
     curve: list[Tensor]
-    adapter: nn.Module | None = None
 
 
 class Updates:

@@ -1,47 +1,54 @@
-"""Alignment in feature space: Algorithms 1 and 2 with a backbone that stands still, E episodes together.
+"""Alignment in feature space: Algorithms 1 and 2 with a frozen backbone, E episodes together.
 
-On features that are computed once, an iteration is update (1) of the adapter, if there is one, (2) of the head on
-related samples, by the optimiser that fitted it, and (3) of the head on the support. The heads of E episodes are one
+On features that are computed once, there is no backbone for update (1) to move: an iteration is update (2), the head on
+related samples, by the optimiser that fitted it, and (3), the head on the support. The heads of E episodes are one
 weight (E, n_way, d), as in `fit_heads`, and their gradients are written out. Each episode draws its own number of
 related samples, padded to the same width with samples of weight 0, so that it does not depend on those beside it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.episodes import Episodes, Task, class_major_labels
-from engine.precision import Precision, check_finite
+from engine.precision import check_finite
 from engine.run import Run, move
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode, with_rate
-from methods.feature_adapter import FULL, Adapter, FeatureLoss, Samples, feature_loss, new_adapter
 from methods.features import Source, TrainableBlocks
 from methods.novel_finetune import fit_heads
 from methods.related_base import RelatedBase, draw_iterations, drawn_per_class, related_base_of_heads
 from models.heads import Head, one_hot_of
 
-# Features are float32, and so are their steps.
-FP32 = Precision()
 # Episodes aligned together; see evaluation.HEAD_CHUNK.
 TOGETHER = 40
-# Numbers that the episodes aligned together may hold, beside the features of the splits: 256 MB of them.
+# Elements that the episodes aligned together may hold, beside the features of the splits: 256 MB of them.
 MEMORY = 2**26
 
 
 @dataclass(frozen=True)
-class AlignedFeatures:
-    """What alignment made of E episodes: heads, adapter, and scores (E, q, n_way) of the queries, by fine-tuning and
-    after alignment.
+class Samples:
+    """n samples of each of E episodes: features z (E, n, d), labels y (E, n), and weights (E, n) in the loss.
 
-    n_drawn: related samples a novel class in an iteration; curve: scores as `aligned`, after every record_curve
-    iterations. Without alignment the first two are the same.
+    The weights of an episode sum to 1, or are all 0 if it has no samples; those of padding are 0.
+    """
+
+    z: Tensor
+    y: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class AlignedFeatures:
+    """E aligned episodes: heads, and scores (E, q, n_way) of the queries by fine-tuning and after alignment.
+
+    n_drawn: related samples per novel class in an iteration; curve: scores after every record_curve iterations. Without
+    alignment `finetuned` and `aligned` are the same.
     """
 
     head: Head
-    adapter: Adapter | None
     finetuned: Tensor
     aligned: Tensor
     related: list[RelatedBase]
@@ -50,10 +57,9 @@ class AlignedFeatures:
 
     def episode(self, e: int) -> AlignedEpisode:
         """One of the episodes, its head still among the others; the written-out gradients leave no losses to keep."""
-        adapter = self.adapter.of_episode(e) if self.adapter else None
         curve = [scores[e] for scores in self.curve]
         n_drawn, related = self.n_drawn[e], self.related[e]
-        return AlignedEpisode(self.head, self.finetuned[e], self.aligned[e], related, n_drawn, [], curve, adapter)
+        return AlignedEpisode(self.head, self.finetuned[e], self.aligned[e], related, n_drawn, [], curve)
 
 
 def n_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
@@ -62,12 +68,8 @@ def n_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
 
 
 def numbers_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
-    """The numbers that each of the episodes that are aligned together holds."""
-    held = 4 * n_way * setting.related.aug_size * d  # related samples, their copies on the way
-    if setting.align_adapter:  # parameters, gradient and two moments, and as many of a critic
-        held += 4 * d * (d if setting.align_adapter == FULL else 2 * int(setting.align_adapter))
-        held += 4 * d * setting.critic.critic_hidden * (setting.alignment == "adversarial")
-    return held
+    """Elements of the related samples of one episode, and of their copies on the way."""
+    return 4 * n_way * setting.related.aug_size * d
 
 
 def related_batches(
@@ -96,45 +98,21 @@ def padded(index: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     return pad_sequence(index, batch_first=True).to(device), (real / n.unsqueeze(1)).to(device)
 
 
-class FeatureUpdates:
-    """The three updates of an iteration, of E episodes together, each with an optimiser of its own.
+class HeadUpdates:
+    """Updates (2) and (3) of an iteration, of E episodes together, each with an optimiser of its own.
 
-    fitted: the optimiser that fitted the heads. adapter and alignment_loss: both None to leave the features as they
-    are. An update whose rate is 0 is left out. idle (E,): the episodes without related samples, which (1) and (2) leave
-    as they are.
+    fitted: the optimiser that fitted the heads. An update whose rate is 0 is left out. idle (E,): the episodes without
+    related samples, which (2) leaves as they are.
     """
 
-    def __init__(
-        self,
-        head: Head,
-        fitted: torch.optim.Optimizer,
-        adapter: Adapter | None,
-        alignment_loss: FeatureLoss | None,
-        setting: AlignmentSetting,
-        idle: Tensor,
-    ):
-        self.head, self.adapter, self.alignment_loss, self.setting = head, adapter, alignment_loss, setting
-        # (1) the adapter; (2) the heads, by the optimiser that fitted them, moments included; (3) the heads alone.
-        adapted = adapter.parameters() if adapter else None
-        self.align_optimizer = torch.optim.Adam(adapted, lr=setting.align_lr, fused=True) if adapted else None
+    def __init__(self, head: Head, fitted: torch.optim.Optimizer, setting: AlignmentSetting, idle: Tensor):
+        self.head, self.setting = head, setting
+        # (2) the heads, by the optimiser that fitted them, moments included; (3) the heads.
         self.related_optimizer = with_rate(fitted, setting.related_lr)
         self.support_optimizer = torch.optim.Adam(head.parameters(), lr=setting.support_lr, fused=True)
-        # In (2) an idle head has no gradient; without the momentum of the fit it stands still.
+        # An idle head has no gradient in (2); without the momentum of the fit it stays where it is.
         for moments in fitted.state.values():
             moments["exp_avg"][idle] = 0.0
-
-    def adapted(self, z: Tensor) -> Tensor:
-        """Features (E, n, d) through the adapter, as it stands."""
-        return self.adapter(z) if self.adapter else z
-
-    def align(self, support: Samples, related: Samples) -> None:
-        """(1): one step of the adapter on the alignment loss."""
-        if self.align_optimizer and self.alignment_loss and self.setting.align_lr:
-            with torch.enable_grad():
-                z = self.adapted(torch.cat([support.z, related.z], 1))
-                z_support, z_related = z.split([support.z.shape[1], related.z.shape[1]], 1)
-                loss = self.alignment_loss(replace(support, z=z_support), replace(related, z=z_related))
-            FP32.backward_and_step(loss, self.align_optimizer)
 
     def train_head(self, related: Samples) -> None:
         """(2): one step of the heads on related samples."""
@@ -148,10 +126,9 @@ class FeatureUpdates:
 
     @torch.no_grad()
     def step(self, samples: Samples, optimizer: torch.optim.Optimizer) -> None:
-        """One step of the heads, by the gradient of their loss on adapted features of the samples, written out."""
-        projected = self.head.project(self.adapted(samples.z))
+        """One step of the heads by the written-out gradient of their loss."""
         one_hot = one_hot_of(samples.y, self.head.weight.shape[-2])
-        self.head.set_gradients(projected, samples.y, one_hot, samples.weight)
+        self.head.set_gradients(self.head.project(samples.z), samples.y, one_hot, samples.weight)
         optimizer.step()
 
 
@@ -159,7 +136,7 @@ class FeatureUpdates:
 def align_features(
     tasks: list[Task], novel: Source, base: Source, setting: AlignmentSetting, run: Run, first: int
 ) -> AlignedFeatures:
-    """Run episodes first, first + 1, ... of stage 3 together, as align_episode with blocks that stand still.
+    """Run episodes first, first + 1, ... of stage 3 together, with a frozen backbone.
 
     The tasks have the same number of ways. Supports, and queries, of unequal number are padded to the longest.
     """
@@ -177,27 +154,22 @@ def align_features(
     related_base = related_base_of_heads(head, base, setting.related)
     n_drawn = [drawn_per_class(related.samples, setting.related.aug_size) for related in related_base]
     if setting.alignment == "none" or not setting.align_iters:
-        return AlignedFeatures(head, None, finetuned, finetuned, related_base, n_drawn, [])
+        return AlignedFeatures(head, finetuned, finetuned, related_base, n_drawn, [])
 
     head.rescale(setting.align_s, setting.align_m)
-    adapter = alignment_loss = None
-    if setting.align_adapter:
-        adapter = new_adapter(d, setting.align_adapter, [run.generator("adapter", i) for i in numbers]).to(device)
-        alignment_loss = feature_loss(d, n_way, setting, [run.generator("critic", i) for i in numbers], device)
     idle = torch.tensor(n_drawn, device=device) == 0
-    updates = FeatureUpdates(head, fitted, adapter, alignment_loss, setting, idle)
+    updates = HeadUpdates(head, fitted, setting, idle)
     curve = []
     generators = [run.generator("related draws", i) for i in numbers]
     batches = related_batches(related_base, base.features, setting, generators, device)
     for iteration, related in enumerate(batches, 1):
-        updates.align(support, related)
         updates.train_head(related)
         updates.train_on_support(support)
         if setting.record_curve and iteration % setting.record_curve == 0:
-            curve.append(head(updates.adapted(z_query)))
-    aligned = head(updates.adapted(z_query))
+            curve.append(head(z_query))
+    aligned = head(z_query)
     check_finite(aligned.sum(), f"episodes {first} to {numbers[-1]}")
-    return AlignedFeatures(head, adapter, finetuned, aligned, related_base, n_drawn, curve)
+    return AlignedFeatures(head, finetuned, aligned, related_base, n_drawn, curve)
 
 
 def align_episodes(

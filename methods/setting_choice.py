@@ -1,11 +1,11 @@
 """Choose the setting of alignment for a backbone and a protocol on episodes of val classes, never of novel ones.
 
-The choice is among fine-tuning and a few settings in feature space: heads of either scale and number of related
-classes, few iterations or many, an adapter of the features, only update (2), and only update (3), which takes nothing
-of the base classes: where a head is not fitted to the end, more steps on the support are a gain, and this candidate
-shows how much of it. The last block is left out: the minute that a choice may take on two CPU cores is about 20
-episodes of it, whose paired interval is several times its difference from the others. A setting is taken only if its
-paired gain over fine-tuning is clear; the interval is not widened for there being several settings to choose among.
+The candidates are fine-tuning and a few settings in feature space: heads of either scale and number of related base
+classes, few iterations or many, update (2) alone, and update (3) alone, which uses no base image: where a head is not
+fitted to convergence, more steps on the support are a gain, and this candidate shows how much of it. The last block is
+left out: in the minute that a choice may take on two CPU cores, about 20 episodes of it fit, whose paired interval is
+several times its difference from the others. A setting is chosen only if its paired gain over fine-tuning is clear; the
+interval is not widened for the number of candidates.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from engine.distributed import gather_rows
 from engine.run import Run
 from methods.alignment import AlignmentSetting
 from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95
-from methods.feature_adapter import ADAPTER_LR
 from methods.feature_alignment import align_features, n_together
 from methods.features import Source
 
@@ -25,11 +24,9 @@ N_EPISODES = 100
 FINE_TUNING = {"alignment": "none"}
 PUBLISHED = {"align_s": 15.0, "n_B": 10, "align_iters": 150}
 SMALL = {"align_s": 5.0, "n_B": 5, "align_iters": 150}
-ADAPTER = {"alignment": "centroid", "align_adapter": 16, "align_lr": ADAPTER_LR}
-# By flag, what each setting changes, beside --align_blocks 0; where the alignment is not named, it is `head`.
+# By flag, what each setting of `head` alignment changes, beside --align_blocks 0.
 SETTINGS: list[dict[str, Any]] = [
     *({**numbers, "align_iters": n} for numbers in (PUBLISHED, SMALL) for n in (50, 150)),
-    PUBLISHED | ADAPTER,
     PUBLISHED | {"support_lr": 0.0},
     PUBLISHED | {"related_lr": 0.0},
 ]
@@ -58,7 +55,7 @@ def candidates(setting: AlignmentSetting) -> dict[str, AlignmentSetting]:
     """The settings to choose among, by their flags, fine-tuning first; what they do not name is that of `setting`."""
     made = {}
     for flags in (FINE_TUNING, *SETTINGS):
-        changes: dict[str, Any] = {"alignment": "head", "align_adapter": 0} | flags
+        changes: dict[str, Any] = {"alignment": "head"} | flags
         related = replace(setting.related, n_B=changes.pop("n_B", setting.related.n_B))
         made[flags_text(flags)] = replace(setting, related=related, **changes)
     return made

@@ -3,7 +3,6 @@
 The first of them is the file's content, and the others are a list in it, `more`.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +115,6 @@ def gather_episode(
     nearest (q, N_NEAREST): the images of related_classes, counted through, that are most like each query after
     alignment, by cosine. The weights of the blocks stay as they are.
     """
-    if episode.adapter is not None:
-        blocks = replace(blocks, updated=episode.adapter)
     support, query = episodes.support[i], episodes.query[i]
     ways = torch.arange(episodes.n_way)
     novel_features = {

@@ -14,7 +14,6 @@ from data.episodes import Task
 from engine.files import weights_digest
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
-from methods.feature_adapter import Adapter
 from methods.feature_alignment import align_features
 from methods.features import Source, TrainableBlocks, embed, image_source
 from methods.novel_finetune import HeadFit, fit_heads
@@ -27,15 +26,14 @@ from photos.confidence import Confidence, cross_validate, least_cosine, nearest
 class Classifier:
     """What labels images as one of n_way classes.
 
-    backbone: as it was before alignment, and aligned: after, the same one where no block was moved. adapter: the map of
-    its features that alignment in feature space learned, if any. finetuned and head: the heads before and after.
+    backbone: as it was before alignment, and aligned: after, the same one where no block was moved. finetuned and head:
+    the heads before and after.
     z_support (k, d): features of the examples, before alignment, y_support (k,) their labels and examples their names.
     confidence: None when it is not known. least_cosine: below it, an image is unlike every class.
     """
 
     backbone: Backbone
     aligned: Backbone
-    adapter: Adapter | None
     finetuned: Head
     head: Head
     class_names: list[str]
@@ -52,13 +50,7 @@ class Classifier:
 
     def to(self, device: torch.device) -> "Classifier":
         """Move what computes to a device; the features of the examples stay on the CPU."""
-        for module in (
-            self.backbone,
-            self.aligned,
-            self.finetuned,
-            self.head,
-            *([self.adapter] if self.adapter else []),
-        ):
+        for module in (self.backbone, self.aligned, self.finetuned, self.head):
             module.to(device)
         self.backbone.to(memory_format=torch.channels_last)
         self.aligned.to(memory_format=torch.channels_last)
@@ -67,9 +59,7 @@ class Classifier:
     @property
     def digest(self) -> str:
         """A hash of all that the labels follow from."""
-        parts = torch.nn.ModuleList(
-            [self.aligned, self.finetuned, self.head, *([self.adapter] if self.adapter else [])]
-        )
+        parts = torch.nn.ModuleList([self.aligned, self.finetuned, self.head])
         scales = [getattr(head, "s", None) for head in (self.finetuned, self.head)]
         return weights_digest(
             parts, self.aligned.normalisation, self.class_names, self.temperature, self.least_cosine, scales
@@ -135,7 +125,6 @@ def fit_classifier(
     classifier = Classifier(
         backbone=before,
         aligned=backbone,
-        adapter=episode.adapter if isinstance(episode.adapter, Adapter) else None,
         finetuned=fitted_head(z, user.labels, setting.fit, run).requires_grad_(False),
         head=alone(episode.head, z.shape[1], setting, run),
         class_names=user.class_names,
@@ -153,8 +142,6 @@ def classify(classifier: Classifier, images: Tensor, run: Run) -> Answers:
     """The answers to uint8 images (q, 3, s, s), on the CPU; no image sees another."""
     z = embed(classifier.backbone, images, run)
     z_aligned = z if classifier.aligned is classifier.backbone else embed(classifier.aligned, images, run)
-    if classifier.adapter:
-        z_aligned = classifier.adapter(z_aligned)
     head, finetuned = classifier.head, classifier.finetuned
     logits = (head.logits(head(z_aligned)), finetuned.logits(finetuned(z)))
     after, before = ((each / classifier.temperature).softmax(1).cpu() for each in logits)

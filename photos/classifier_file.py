@@ -15,7 +15,6 @@ from engine.errors import UserError
 from engine.files import Schema, misfit, read_record, save_atomically, weights_digest
 from engine.normalisation import Normalisation
 from engine.records import to_json
-from methods.feature_adapter import Adapter
 from models import build_head
 from models.backbone import Backbone
 from models.heads import Head
@@ -35,7 +34,7 @@ CLASSIFIER: Schema = {
         "normalisation": list[list[float]],
     },
     **{"backbone_digest": str, "backbone_state": dict[str, Tensor], "aligned_state": dict[str, Tensor]},
-    **{"adapter": dict[str, Tensor] | None, "finetuned": HEAD, "head": HEAD, "z_support": Tensor, "y_support": Tensor},
+    **{"finetuned": HEAD, "head": HEAD, "z_support": Tensor, "y_support": Tensor},
     **{"confidence": dict[str, float] | None, "least_cosine": float},
 }
 FACTS: Schema = {"backbone": str, "img_size": int, "alignment": str, "method": str}
@@ -62,7 +61,7 @@ def save_classifier(path: Path, classifier: Classifier, facts: dict[str, Any]) -
 
     Raises UserError when the file cannot be written.
     """
-    backbone, adapter, confidence = classifier.backbone, classifier.adapter, classifier.confidence
+    backbone, confidence = classifier.backbone, classifier.confidence
     content = {
         "format": FORMAT,
         "facts": to_json(facts),
@@ -70,7 +69,6 @@ def save_classifier(path: Path, classifier: Classifier, facts: dict[str, Any]) -
         "backbone_state": {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()},
         "aligned_state": moved(backbone, classifier.aligned),
         "normalisation": [list(part) for part in backbone.normalisation],
-        "adapter": {name: value.detach().cpu() for name, value in adapter.state_dict().items()} if adapter else None,
         "finetuned": head_record(classifier.finetuned),
         "head": head_record(classifier.head),
         "class_names": list(classifier.class_names),
@@ -136,13 +134,14 @@ def load_classifier(path: Path, backbone: str | None = None) -> tuple[Classifier
     if not path.is_file():
         raise UserError(f"no classifier {path}: make one with 'python predict.py --support FOLDER ... --save {path}'")
     content = read_record(path, FORMAT, CLASSIFIER, "classifier", REMEDY)
+    if content.get("adapter"):
+        raise UserError(f"classifier {path} has an adapter of an earlier version, which this one cannot read: {REMEDY}")
     try:
         if wrong := misfit(content["facts"], FACTS):
             raise ValueError(wrong)
         names, examples = checked_names(content)
         before, aligned = load_networks(content, path, backbone)
-        z, adapter = content["z_support"], content["adapter"]
-        d = before.feature_dim
+        z, d = content["z_support"], before.feature_dim
         if z.shape[1] != d:
             raise ValueError(f"its examples have {z.shape[1]} features, its backbone {d}")
         confidence = Confidence(**content["confidence"]) if content["confidence"] else None
@@ -151,7 +150,6 @@ def load_classifier(path: Path, backbone: str | None = None) -> tuple[Classifier
         classifier = Classifier(
             backbone=before.eval(),
             aligned=aligned.eval(),
-            adapter=Adapter(adapter.get("U"), adapter["V"]).requires_grad_(False) if adapter else None,
             finetuned=load_head(content["finetuned"], d, len(names), path),
             head=load_head(content["head"], d, len(names), path),
             class_names=names,

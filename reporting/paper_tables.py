@@ -124,7 +124,7 @@ class Plan:
         if alignment:
             flags += ["--alignment", alignment]
         if alignment == "head":
-            flags += ["--align_blocks", "0", "--align_adapter", "0"]
+            flags += ["--align_blocks", "0"]
         if init_from and stage == "transfer":
             flags += ["--n_epoch", "0"]
         if init_from:

@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, list[object]]] = {
     "meta": ("metaLearning", [*META, "--n_epoch", 8, "--val_episodes", 4, "--n_episodes", 6]),
     "blocks": ("associative_alignment", ALIGN_MORE),
     "last block": ("associative_alignment", [*ALIGN_MORE, "--align_blocks", 1]),
-    "features": ("associative_alignment", [*ALIGN, "--n_episodes", 300, "--align_blocks", 0, "--align_adapter", 3]),
+    "features": ("associative_alignment", [*ALIGN, "--n_episodes", 300, "--align_blocks", 0]),
 }
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 # What a run has come to when something happens: which of its files tell, and at most how many changes of them.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from args_parser import STAGES, args_parser, check_feature_space, from_flags, stage_parser
-from engine.errors import OneLineParser, UserError
+from args_parser import STAGES, args_parser, from_flags, stage_parser
+from engine.errors import UserError
 
 NEEDED = {"predict": ["--support", "s", "--query", "q", "--checkpoint", "c"]}  # the flags a stage cannot do without
 
@@ -279,15 +279,11 @@ def test_from_flags_names_a_field_that_is_no_flag_even_one_with_a_default():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--align_adapter", "4"], ["--align_adapter", "--align_blocks 0"]),
-        (["--align_blocks", "1", "--align_adapter", "full"], ["--align_adapter", "--align_blocks 0"]),
-        (["--align_blocks", "0", "--alignment", "centroid"], ["centroid", "--align_adapter"]),
-        (["--align_blocks", "0", "--alignment", "naive"], ["naive", "--align_adapter"]),
+        *(
+            (["--align_blocks", "0", "--alignment", name], [f"{name} moves blocks", "--align_blocks 1", "head"])
+            for name in ("centroid", "adversarial", "naive")
+        ),
         (["--alignment", "head"], ["--align_blocks 0"]),
-        (["--align_blocks", "0", "--align_adapter", "4", "--alignment", "head"], ["--align_adapter", "leave it out"]),
-        (["--align_blocks", "0", "--align_adapter", "4", "--alignment", "naive"], ["--align_adapter", "leave it out"]),
-        (["--align_adapter", "-1"], ["--align_adapter", "-1"]),
-        (["--align_adapter", "some"], ["--align_adapter", "some"]),
         (["--align_blocks", "-1"], ["--align_blocks", "-1"]),
     ],
 )
@@ -297,18 +293,5 @@ def test_flags_of_feature_space_that_contradict_each_other_are_one_line(flags, w
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
-def test_in_feature_space_the_head_alone_learns_unless_there_is_an_adapter():
+def test_in_feature_space_the_head_alone_learns():
     assert args_parser("alignment", ["--align_blocks", "0"]).alignment == "head"
-    adapted = args_parser("alignment", ["--align_blocks", "0", "--align_adapter", "full"])
-    assert (adapted.alignment, adapted.align_adapter, adapted.align_lr, adapted.support_lr) == (
-        "centroid",
-        "full",
-        1e-4,
-        1e-3,
-    )
-
-
-def test_an_adapter_is_refused_for_an_alignment_without_a_loss_in_feature_space():
-    flags = Namespace(align_adapter=2, align_blocks=0, alignment="nearest")
-    with pytest.raises(UserError, match="nearest alignment has no loss in feature space"):
-        check_feature_space(flags, OneLineParser())

@@ -56,8 +56,6 @@ ALIGNMENTS = {
     "weight clipping": ["--alignment", "adversarial", "--critic_hidden", 16],
     "gradient penalty": ["--alignment", "adversarial", "--critic_hidden", 16, "--critic_constraint", "gp"],
     "head alone": ["--align_blocks", 0],
-    "adapter": ["--align_blocks", 0, "--align_adapter", 2],
-    "full adapter, critic": ["--align_blocks", 0, "--align_adapter", "full", "--alignment", "adversarial"],
 }
 
 
@@ -236,7 +234,7 @@ def test_a_state_of_the_cpu_goes_on_on_the_device_and_back(trained, tmp_path):
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("kind", ["none", "centroid", "head alone", "adapter"])
+@pytest.mark.parametrize("kind", ["none", "centroid", "head alone"])
 def test_predict_labels_on_the_device_and_its_classifier_elsewhere(kind, half, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "MAPPED", 0 if half else predict.MAPPED)
     novel = trained / "benchmarks" / "tiny" / "novel"
@@ -269,7 +267,7 @@ def test_a_meta_learner_warms_up_on_the_device(trained, tmp_path):
     assert outcome.status == 0, outcome.err
 
 
-@pytest.mark.parametrize("kind", ["centroid", "adapter"])
+@pytest.mark.parametrize("kind", ["centroid", "head alone"])
 def test_an_episode_of_the_device_is_resumed_saved_and_drawn(kind, workspace):
     flags = [*CURVE, *ALIGNMENTS[kind], *folders(workspace), "--device", NAME]
     for n in (2, 3):

@@ -8,23 +8,18 @@ from torch import Tensor
 
 from data.episodes import Task, class_major_labels
 from engine.run import Run
-from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
 from methods.alignment import AlignmentSetting
-from methods.centroid_alignment import centroid_alignment_loss
-from methods.feature_adapter import FULL, Critics, Samples, feature_loss, new_adapter
-from methods.feature_alignment import TOGETHER, AlignedFeatures, FeatureUpdates, align_features, n_together
+from methods.feature_alignment import TOGETHER, AlignedFeatures, HeadUpdates, Samples, align_features, n_together
 from methods.features import Source
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, draw_iterations, draw_related, drawn_per_class, related_base_of_head
 from models import HEADS
 from tests.helpers import make_split
 
-CPU = torch.device("cpu")
 D = 16
 SETTING = AlignmentSetting(
     fit=HeadFit(ft_m=0.001, ft_n_epoch=30),
     related=RelatedSetting(n_B=2, aug_size=6),
-    critic=CriticSetting(critic_hidden=8, critic_steps=2),
     align_iters=5,
 )
 
@@ -60,24 +55,11 @@ def plain_episode(task: Task, i: int, setting: AlignmentSetting, base: Source = 
     """Scores of episode i's queries by fine-tuning and after every iteration, its related base, and n_drawn."""
     run, d, n_way = Run(), D, task.n_way
     z, y, z_query = NOVEL.features[task.support], task.y_support, NOVEL.features[task.query]
-    U, V = torch.eye(d), torch.zeros(d, d)
-    if setting.align_adapter not in (0, FULL):
-        U, V = (
-            p.detach()[0] for p in new_adapter(d, setting.align_adapter, [run.generator("adapter", i)]).parameters()
-        )
-    V.requires_grad_()
-    adapted = [V] if setting.align_adapter == FULL else [U.requires_grad_(), V]
-    adapter_loss = centroid_alignment_loss
-    if setting.alignment == "adversarial":
-        adapter_loss = AdversarialAlignment(d, n_way, setting.critic, run.generator("critic", i), CPU)
 
     def step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-    def adapt(z: Tensor) -> Tensor:
-        return z + z @ U @ V
 
     head = setting.fit.new_head(d, n_way, run.generator("head", i))
     fitted = torch.optim.Adam(head.parameters(), lr=setting.fit.ft_lr)
@@ -87,19 +69,15 @@ def plain_episode(task: Task, i: int, setting: AlignmentSetting, base: Source = 
     related = related_base_of_head(head, base, setting.related)
     n_drawn = drawn_per_class(related.samples, setting.related.aug_size)
     head.rescale(setting.align_s, setting.align_m)
-    of_adapter = torch.optim.Adam(adapted, lr=setting.align_lr)
     of_support = torch.optim.Adam(head.parameters(), lr=setting.support_lr)
     fitted.param_groups[0]["lr"] = setting.related_lr
     generator = run.generator("related draws", i)
     for _ in range(setting.align_iters):
         if n_drawn:
             picks, y_related = draw_related(related.samples, setting.related.aug_size, generator)
-            z_related = base.features[picks]
-            if setting.align_adapter:
-                step(adapter_loss(adapt(z), y, adapt(z_related), y_related), of_adapter)
-            step(head.loss(head(adapt(z_related).detach()), y_related), fitted)
-        step(head.loss(head(adapt(z).detach()), y), of_support)
-        scores.append(head(adapt(z_query)).detach())
+            step(head.loss(head(base.features[picks]), y_related), fitted)
+        step(head.loss(head(z), y), of_support)
+        scores.append(head(z_query).detach())
     return scores, related, n_drawn
 
 
@@ -136,21 +114,19 @@ def test_a_rate_of_nothing_leaves_its_update_out(method, rates):
 
 
 @pytest.mark.parametrize("method", HEADS)
-@pytest.mark.parametrize("rank", [0, 3])
-def test_supports_of_unequal_number_are_padded_without_effect(method, rank):
+def test_supports_of_unequal_number_are_padded_without_effect(method):
     given = tasks(5, [1, 5, 2])
-    setting = change(SETTING, method, align_adapter=rank)
+    setting = change(SETTING, method)
     check_against_plain(align_features(given, NOVEL, BASE, setting, Run(), 3), given, setting)
 
 
-@pytest.mark.parametrize(("rank", "alignment"), [(0, "head"), (3, "centroid"), (3, "adversarial")])
-def test_classes_without_related_samples_and_sets_of_different_size(rank, alignment):
+def test_classes_without_related_samples_and_sets_of_different_size():
     # All base samples lie near two points: most novel classes get none, and the smallest set differs by episode.
     point = torch.arange(len(BASE.features)) % 12 < 2
     z = torch.where(point.unsqueeze(1), BASE.features[:1], BASE.features[1:2]) + 0.5 * BASE.features
     base = Source(z, lambda index: z[index], BASE.split)
     related = RelatedSetting(n_B=3, aug_size=8)
-    setting = change(SETTING, related=related, align_adapter=rank, alignment=alignment)
+    setting = change(SETTING, related=related)
     given = tasks(5, 1, n=8)
     together = align_features(given, NOVEL, base, setting, Run(), 3)
     assert any(not len(s) for related in together.related for s in related.samples)
@@ -158,38 +134,31 @@ def test_classes_without_related_samples_and_sets_of_different_size(rank, alignm
     check_against_plain(together, given, setting, base)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_without_any_related_sample_only_the_support_is_learned(rank):
+def test_without_any_related_sample_only_the_support_is_learned():
     base = source("base", 3, 2)  # fewer base classes than ways
-    setting = change(SETTING, align_adapter=rank)
-    together = align_features(tasks(5, 2), NOVEL, base, setting, Run(), 3)
+    together = align_features(tasks(5, 2), NOVEL, base, SETTING, Run(), 3)
     assert together.n_drawn == [0] * 4
-    check_against_plain(together, tasks(5, 2), setting, base)
+    check_against_plain(together, tasks(5, 2), SETTING, base)
 
 
-@pytest.mark.parametrize("alignment", ["centroid", "adversarial"])
-def test_an_episode_without_related_samples_is_left_alone_by_updates_1_and_2(alignment):
-    given, setting, n = tasks(5, 2, n=2), change(SETTING, alignment=alignment, align_adapter=3), 20
+def test_an_episode_without_related_samples_is_left_alone_by_update_2():
+    given, n = tasks(5, 2, n=2), 20
     z = NOVEL.features[torch.stack([task.support for task in given])]
     y = torch.stack([task.y_support for task in given])
     generators = [Run().generator("head", i) for i in range(2)]
-    head, adapter = setting.fit.new_head(D, 5, generators), new_adapter(D, 3, generators)
+    head = SETTING.fit.new_head(D, 5, generators)
     fitted = fit_heads(head, z, y, 10, 1e-2)
-    before = [p.detach().clone() for p in (head.weight, *adapter.parameters())]
-    loss = feature_loss(D, 5, setting, generators, CPU)
-    updates = FeatureUpdates(head, fitted, adapter, loss, setting, idle=torch.tensor([False, True]))
+    before = head.weight.detach().clone()
+    updates = HeadUpdates(head, fitted, SETTING, idle=torch.tensor([False, True]))
     weight = torch.tensor([[1 / n], [0.0]]).expand(2, n)
     related = Samples(BASE.features[: 2 * n].view(2, n, D), class_major_labels(5, 4).expand(2, n), weight)
     for _ in range(3):
-        updates.align(Samples(z, y, torch.full(y.shape, 1 / y.shape[1])), related)
         updates.train_head(related)
-    for old, new in zip(before, (head.weight, *adapter.parameters()), strict=True):
-        assert torch.equal(old[1], new[1]) and not torch.equal(old[0], new[0])
+    assert torch.equal(before[1], head.weight[1]) and not torch.equal(before[0], head.weight[0])
 
 
-@pytest.mark.parametrize("changes", [{}, {"align_adapter": 3}, {"align_adapter": 3, "alignment": "adversarial"}])
-def test_an_episode_does_not_depend_on_those_beside_it(changes):
-    setting = change(SETTING, related=RelatedSetting(n_B=2, aug_size=12), **changes)
+def test_an_episode_does_not_depend_on_those_beside_it():
+    setting = change(SETTING, related=RelatedSetting(n_B=2, aug_size=12))
     given = tasks(5, 2, n=6)
     together = align_features(given, NOVEL, BASE, setting, Run(), 3)
     assert len(set(together.n_drawn)) > 1
@@ -199,10 +168,8 @@ def test_an_episode_does_not_depend_on_those_beside_it(changes):
 
 def test_fewer_episodes_go_together_when_each_holds_much():
     assert n_together(256, 5, SETTING) == n_together(1600, 5, AlignmentSetting()) == TOGETHER
-    full = change(SETTING, align_adapter=FULL)
-    assert n_together(256, 5, full) == TOGETHER and 1 <= n_together(1600, 5, full) * 4 * 1600**2 <= 2**26
-    assert n_together(10**5, 5, full) == 1
-    assert n_together(1600, 5, change(AlignmentSetting(), align_adapter=16, alignment="adversarial")) < TOGETHER
+    assert 1 < n_together(10**4, 5, AlignmentSetting()) < TOGETHER
+    assert n_together(10**7, 5, AlignmentSetting()) == 1
 
 
 def test_the_draws_of_all_iterations_are_those_of_one_after_another():
@@ -232,55 +199,8 @@ def test_related_base_of_heads_together_is_that_of_each(score):
         assert all(map(torch.equal, together.related[e].samples, related.samples))
 
 
-@pytest.mark.parametrize("alignment", ["centroid", "adversarial"])
-@pytest.mark.parametrize("rank", [3, FULL])
-def test_an_adapter_that_has_not_moved_is_fine_tuning_to_the_bit(rank, alignment):
-    still = {"align_lr": 0.0, "related_lr": 0.0, "support_lr": 0.0}
-    setting = change(SETTING, alignment=alignment, align_adapter=rank, record_curve=5, **still)
+def test_without_any_rate_alignment_is_fine_tuning_to_the_bit():
+    setting = change(SETTING, related_lr=0.0, support_lr=0.0, record_curve=5)
     together = align_features(tasks(5, 2), NOVEL, BASE, setting, Run(), 3)
     assert torch.equal(together.finetuned, together.aligned)
     assert torch.equal(together.finetuned, together.curve[-1])
-
-
-@pytest.mark.parametrize("alignment", ["centroid", "adversarial"])
-@pytest.mark.parametrize("rank", [3, FULL])
-@pytest.mark.parametrize("method", HEADS)
-def test_an_adapter_learns_as_in_a_plain_loop(method, rank, alignment):
-    setting = change(SETTING, method, alignment=alignment, align_adapter=rank, record_curve=1)
-    given = tasks(5, 2)
-    check_against_plain(align_features(given, NOVEL, BASE, setting, Run(), 3), given, setting)
-
-
-def test_the_gradient_penalty_is_that_of_each_critic():
-    n_way, n = 3, 12
-    g = torch.Generator().manual_seed(0)
-    related = Samples(torch.randn(2, n, D, generator=g), class_major_labels(n_way, 4).expand(2, n), torch.rand(2, n))
-    novel = Samples(torch.randn(2, n_way, D, generator=g), torch.arange(n_way).expand(2, -1), torch.ones(2, n_way))
-    critics = Critics(D, n_way, CriticSetting(critic_hidden=8), [Run().generator("critic", e) for e in range(2)], CPU)
-    for weight in critics.weights.values():
-        weight.data *= 5.0  # so that slopes exceed 1
-    mixes = [torch.rand(n, n_way + 1, generator=g.clone_state())[:, :1] for g in critics.generators]
-    expected = torch.zeros(())
-    for e, mix in enumerate(mixes):
-        hidden, out = (
-            {k: critics.weights[f"{layer}.{k}"][e] for k in ("weight", "bias")} for layer in ("hidden", "out")
-        )
-        z = torch.lerp(related.z[e], novel.z[e][related.y[e]], mix)
-        active = (z @ hidden["weight"][:, :D].T + hidden["weight"][:, D:].T[related.y[e]] + hidden["bias"] > 0).float()
-        slope = (active * out["weight"]) @ hidden["weight"][:, :D]
-        expected = expected + ((slope.norm(dim=1) - 1).clamp_min(0).square() * related.weight[e]).sum()
-    assert expected > 0.1
-    torch.testing.assert_close(critics.gradient_penalty(novel, related), expected)
-
-
-def test_critics_under_a_penalty_learn_to_tell_related_from_novel():
-    setting = CriticSetting(critic_hidden=16, critic_steps=100, critic_lr=1e-2, critic_constraint="gp")
-    critics = Critics(D, 5, setting, [Run().generator("critic", 0)], CPU)
-    y = class_major_labels(5, 4).unsqueeze(0)
-    weight = torch.full((1, 20), 1 / 20)
-    support = Samples(torch.zeros(1, 20, D), y, weight)
-    related = Samples(torch.ones(1, 20, D, requires_grad=True), y, weight)
-    distance = critics(support, related)
-    assert distance.item() == pytest.approx(D**0.5, rel=0.25)  # Wasserstein-1, which a slope of 1 measures
-    distance.backward()
-    assert (related.z.grad.sum(2) > 0).all()

@@ -95,8 +95,6 @@ def test_the_candidates_are_what_their_flags_say_and_fine_tuning_is_first():
     tight = named["--align_s 5 --n_B 5 --align_iters 50"]
     assert (tight.align_s, tight.related.n_B, tight.align_iters, tight.alignment) == (5, 5, 50, "head")
     assert tight.fit == SETTING.fit and tight.related.aug_size == 10
-    adapter = next(each for each in named.values() if each.align_adapter)
-    assert (adapter.align_adapter, adapter.alignment, adapter.align_lr) == (16, "centroid", 1e-4)
     for rate in ("support_lr", "related_lr"):
         assert [getattr(each, rate) for each in named.values()].count(0.0) == 1
 

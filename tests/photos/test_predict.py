@@ -83,11 +83,7 @@ def table(root, out="out"):
 @pytest.mark.parametrize(
     "more",
     [{}, {"alignment": "adversarial"}, {"alignment": "naive"}, {"alignment": "none"}, {"align_blocks": 1}]
-    + [
-        {"align_blocks": 0, "alignment": "head"},
-        {"align_blocks": 0, "align_adapter": "full"},
-        {"alignment": "centroid"},
-    ],
+    + [{"align_blocks": 0, "alignment": "head"}, {"alignment": "centroid"}],
     ids=lambda more: "".join(f"{v}" for v in more.values()) or "default",
 )
 def test_the_script_writes_what_the_call_returns(root, more, capsys):
@@ -416,7 +412,6 @@ def labelled(root, *extra, **more):
     "more",
     [
         {},
-        {"align_adapter": 2},
         {"alignment": "centroid"},
         {"alignment": "none"},
         {"method": "softMax"},
@@ -685,6 +680,7 @@ BAD_CLASSIFIERS = {
     "a checkpoint": (lambda root: shutil.copy(root / "model.tar", root / "my.classifier"), "no format"),
     "other weights": (change(backbone_state=lambda s: {n: v + 1 for n, v in s.items()}), "weights of its backbone"),
     "no head": (change(head=None), "is not a classifier"),
+    "an adapter": (change(adapter={"V": torch.zeros(2, 2)}), "has an adapter of an earlier version"),
     "NaN in the head": (
         change(head=lambda h: h | {"state": {"weight": h["state"]["weight"] * torch.nan}}),
         "not finite",

@@ -32,7 +32,7 @@ COMMANDS = {
     ),
     "align": ("associative_alignment", ALIGN),
     "align_last": ("associative_alignment", [*ALIGN, "--align_blocks", 1]),
-    "align_features": ("associative_alignment", [*ALIGN, "--align_blocks", 0, "--align_adapter", 4]),
+    "align_features": ("associative_alignment", [*ALIGN, "--align_blocks", 0]),
     "align_auto": ("associative_alignment", [*SHOWN, "--n_episodes", 33, "--aug_size", 4, "--align_preset", "auto"]),
 }
 SAME = ("test", "meta", "align", "align_last", "align_features", "align_auto")  # bit for bit, with any number of ranks

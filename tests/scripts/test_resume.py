@@ -112,7 +112,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(finished, tmp_pat
     assert n_while_writing > 0
 
 
-@pytest.mark.parametrize("flags", [["--align_blocks", 0, "--align_adapter", 3], ["--align_preset", "auto"]])
+@pytest.mark.parametrize("flags", [["--align_blocks", 0], ["--align_preset", "auto"]])
 def test_a_run_killed_in_feature_space_ends_with_the_same_bytes(finished, tmp_path, processes, flags):
     script, flags = "associative_alignment", [*TINY, "--n_episodes", 300, "--ft_n_epoch", 20, "--aug_size", 4, *flags]
     whole, killed = (new_root(finished[0], tmp_path / name, script) for name in ("whole", "killed"))
