@@ -2,7 +2,7 @@
 
 python -m speed                        # everything, on a machine that does nothing else
 python -m speed --scale tiny           # only whether both give the same answers, in seconds
-python -m speed.bench_validation       # one stage
+python -m speed --only validation      # one stage
 python -m speed --profile              # where our time goes
 python -m speed --device cuda          # both sides on a GPU: what its events say, and its own peak of memory
 """
@@ -15,4 +15,4 @@ BENCHES = [module.BENCH for module in (bench_base_training, bench_validation, be
 BENCHES += bench_meta_learning.BENCHES
 
 if __name__ == "__main__":
-    run_script(lambda: run(BENCHES, "python -m speed", __doc__))
+    run_script(lambda: run(BENCHES, __doc__.splitlines()[0]))

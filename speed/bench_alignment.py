@@ -6,11 +6,9 @@ The reference reads the checkpoint from disk and fits the head. Its related base
 detection is a benchmark of its own; our time has the detection in it.
 
 In feature space a chunk of episodes is aligned together on features that are there already: our seconds are an
-episode's share, without the embedding. The backbone stands still, so that (1) has nothing to update, and the aligned
-head is not the reference's, whose backbone moves. What both have is compared: the accuracy of the fine-tuned heads of
-the first episodes, before alignment.
-
-python -m speed.bench_alignment --precision bf16
+episode's share, without the embedding. The backbone is frozen, so that update (1) has nothing to do, and the aligned
+head is not the reference's, whose backbone is trained. What both have is compared: the accuracy of the fine-tuned
+heads of the first episodes, before alignment.
 """
 
 import tempfile
@@ -23,7 +21,6 @@ from torch import Tensor
 from data.episodes import EpisodeShape, Task, sample_episodes
 from data.transforms import normalise
 from engine.generators import make_generator
-from engine.script import run_script
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
 from methods.evaluation import count_predictions, share_right
 from methods.feature_alignment import TOGETHER, AlignedFeatures, align_features
@@ -33,7 +30,7 @@ from methods.related_base import RelatedSetting, draw_related, related_base_of_h
 from models.backbone import Backbone
 from models.heads import Head
 from speed import reference_loops as plain
-from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, run, timed
+from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, timed
 
 WORK = "an alignment episode: 150 iterations"
 FEATURES = f"an episode aligned in feature space, of {TOGETHER} together"
@@ -178,7 +175,7 @@ def our_chunk(setting: Setting, e: Episode) -> AlignedFeatures:
 
 
 def ours(setting: Setting) -> dict[str, Measured]:
-    """An episode of one iteration and one of some more: their difference is scaled up."""
+    """Time an episode of one iteration and one of some more, and scale their difference up."""
     e = episode_of(setting)
     n, n_timed = ITERATIONS[setting.scale], TIMED_ITERATIONS[setting.scale]
     short, _ = timed(lambda: our_episode(setting, e, 1))
@@ -199,7 +196,7 @@ def ours(setting: Setting) -> dict[str, Measured]:
 
 
 def flops(setting: Setting) -> dict[str, float]:
-    """Those of two iterations less those of one, times the iterations, and of what comes once."""
+    """Operations of two iterations less those of one, times the iterations, and of what comes once."""
     e = episode_of(setting)
     one = count_flops(lambda: our_episode(setting, e, 1))
     two = count_flops(lambda: our_episode(setting, e, 2))
@@ -220,6 +217,3 @@ TOLERANCES = {
     "fine-tuned accuracy": {"fp32": 0.01, "bf16": 0.01},
 }
 BENCH = Bench("alignment", TARGETS, reference, ours, flops, TOLERANCES)
-
-if __name__ == "__main__":
-    run_script(lambda: run([BENCH], "python -m speed.bench_alignment", __doc__))

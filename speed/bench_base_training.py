@@ -1,7 +1,5 @@
 """Base training of Conv4, end to end from JPEG files: images decoded once and augmented in batches, against a loader
 of worker processes that decodes and augments every image with PIL.
-
-python -m speed.bench_base_training --precision bf16
 """
 
 from dataclasses import dataclass, replace
@@ -13,13 +11,12 @@ from torch.utils.data import DataLoader
 
 from data.transforms import Augmentation, TrainingImages, training_images
 from engine.generators import make_generator
-from engine.script import run_script
 from methods.base_training import train_one_epoch
 from models import Model, build_head
 from models.backbone import Backbone
 from models.heads import Head
 from speed import reference_loops as plain
-from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, run, spread, timed
+from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, spread, timed
 
 WORK = "base training, 64 images a step"
 AUGMENTATION = Augmentation()
@@ -57,7 +54,7 @@ def work(setting: Setting) -> Work:
 
 
 def reference(setting: Setting) -> dict[str, Measured]:
-    """A loader over files and a plain step; the draws are those of train_one_epoch."""
+    """A loader over files and a plain step, with the random draws of train_one_epoch."""
     t = work(setting)
     generator = make_generator(0, "base training", 0)
     order = torch.randperm(len(t.images.labels), generator=generator)
@@ -142,7 +139,7 @@ def steps_alone(setting: Setting, t: Work, x: Tensor, y: Tensor) -> None:
 
 
 def flops(setting: Setting) -> dict[str, float]:
-    """Those of one step, times the steps."""
+    """Operations of one step, times the steps."""
     t = work(setting)
     counted = count_flops(lambda: our_epoch(setting, t, first_steps(t), epoch=0))
     return {WORK: counted * N_STEPS[setting.scale] / N_CHECKED}
@@ -159,6 +156,3 @@ TOLERANCES = {
     "update on the same inputs": {"fp32": 0.15, "bf16": 0.5},
 }
 BENCH = Bench("base_training", TARGETS, reference, ours, flops, TOLERANCES)
-
-if __name__ == "__main__":
-    run_script(lambda: run([BENCH], "python -m speed.bench_base_training", __doc__))

@@ -28,17 +28,13 @@ N_CLASS, DISTINCT = 50, 500
 def write_jpegs(root: Path, n_images: int) -> None:
     """`root/base/<class>/<i>.jpg`: n_images 84x84 JPEG files in N_CLASS classes, DISTINCT of them different."""
     rng = np.random.default_rng(0)
-    pool = []
-    for _ in range(DISTINCT):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
-        coarse.resize((84, 84), Image.Resampling.BICUBIC).save(root / "one.jpg", quality=90)
-        pool.append((root / "one.jpg").read_bytes())
-    (root / "one.jpg").unlink()
+    coarse = rng.integers(0, 256, (DISTINCT, 12, 12, 3), dtype=np.uint8)
+    pool = [Image.fromarray(pixels).resize((84, 84), Image.Resampling.BICUBIC) for pixels in coarse]
     for c in range(N_CLASS):
         folder = root / "base" / f"class{c:03d}"
         folder.mkdir(parents=True)
         for i in range(n_images // N_CLASS):
-            (folder / f"{i:06d}.jpg").write_bytes(pool[(c + i) % DISTINCT])
+            pool[(c + i) % DISTINCT].save(folder / f"{i:06d}.jpg", quality=90)
 
 
 def memory_mib() -> dict[str, float]:
@@ -75,6 +71,14 @@ def in_child(function: Callable[..., dict[str, float]], *arguments: str | int) -
         return pool.apply(function, arguments)
 
 
+def row(memory: dict[str, float]) -> str:
+    """One measurement in words."""
+    return (
+        f"peak {memory['VmHWM']:,.0f} MiB resident; at the end {memory['RssAnon']:,.0f} MiB its own, "
+        f"{memory['RssFile']:,.0f} MiB mapped files"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m speed.bench_memory", description=__doc__.splitlines()[0])
     parser.add_argument("--n_cached", type=int, default=60_000, help="images decoded and cached")
@@ -84,21 +88,12 @@ def main() -> None:
     for n, then_read in ((args.n_cached, False), (args.n_read, True)):
         with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
             root, cache_dir = f"{folder}/synthetic", f"{folder}/cache"
-            Path(root).mkdir()
             write_jpegs(Path(root), n)
             print(f"decode and cache {n:,} images of 84x84: {row(in_child(cache, root, cache_dir))}")
             if then_read:
                 size = sum(f.stat().st_size for f in Path(cache_dir).rglob("*.bin")) / 2**30
                 memory = in_child(read, root, cache_dir)
                 print(f"200 training batches of 64 from {n:,} images, {size:.1f} GiB: {row(memory)}")
-
-
-def row(memory: dict[str, float]) -> str:
-    """One measurement in words."""
-    return (
-        f"peak {memory['VmHWM']:,.0f} MiB resident; at the end {memory['RssAnon']:,.0f} MiB its own, "
-        f"{memory['RssFile']:,.0f} MiB mapped files"
-    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 Both sides are timed on a few training episodes, and the reference on a few episodes of evaluation, and scaled up to
 100: each costs the same. Our evaluation embeds the whole novel split, as metaLearning.py does, the maps of RelationNet
 a class at a time.
-
-python -m speed.bench_meta_learning
 """
 
 from collections.abc import Callable
@@ -19,7 +17,6 @@ from data.benchmarks import Split
 from data.episodes import Episodes, EpisodeShape, class_major_labels, sample_episodes
 from data.transforms import Augmentation, training_images
 from engine.generators import make_generator, seeded
-from engine.script import run_script
 from methods.episodic_training import evaluate_meta_learner, train_one_epoch
 from methods.features import embed
 from methods.meta_learner import MetaLearner
@@ -28,7 +25,7 @@ from methods.split_evaluation import evaluate_on_split, is_kept
 from models import Model
 from models.backbone import Backbone
 from speed import reference_loops as plain
-from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, run, timed
+from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, timed
 
 T = TypeVar("T")
 N_EPISODES, SEED, LR = 100, 0, 1e-3
@@ -86,7 +83,7 @@ def reference_scores(t: Work, x: Tensor, index: Tensor, n_shot: int) -> Tensor:
 
 
 def reference_training(setting: Setting, t: Work, augmentation: Augmentation | None) -> float:
-    """A step an episode, all its images from their files; the mean loss. The draws are those of train_one_epoch."""
+    """One step per episode, with all images from files and the random draws of train_one_epoch; the mean loss."""
     optimizer = torch.optim.Adam([*t.plain_backbone.parameters(), *t.learner.parameters()], lr=LR)
     device = setting.run.device
     y_query = class_major_labels(5, t.train_episodes.query.shape[2], device)
@@ -124,7 +121,7 @@ def reference_evaluation(setting: Setting, t: Work) -> Tensor:
 def both_works(
     setting: Setting, t: Work, backbone: nn.Module, train: Callable[..., float], evaluate: Callable[..., Tensor]
 ) -> dict[str, Measured]:
-    """Evaluation, training, and training anew without augmentation, of one side on its backbone.
+    """Evaluation, training, and training again without augmentation, of one side on its backbone.
 
     train(setting, t, augmentation) gives the mean loss of the timed episodes; evaluate(setting, t) the accuracy of at
     least TIMED_EVALUATION episodes.
@@ -177,7 +174,7 @@ def flops(setting: Setting, t: Work) -> dict[str, float]:
     per_episode = count_flops(lambda: evaluate_meta_learner(t.learner, z, some, setting.run))
     trained = count_flops(lambda: our_training(setting, t, AUGMENTATION))
     n_images = len(t.novel.labels)
-    if not is_kept(t.backbone, t.learner, n_images):  # embedded twice: those of a support
+    if not is_kept(t.backbone, t.learner, n_images):  # support images are embedded twice
         n_images += len(t.novel_episodes.support.unique())
     return {
         evaluation(t.method): per_image * n_images + per_episode * len(t.novel_episodes),
@@ -207,6 +204,3 @@ def bench_of(method: str) -> Bench:
 
 
 BENCHES = [bench_of(method) for method in META_LEARNERS]
-
-if __name__ == "__main__":
-    run_script(lambda: run(BENCHES, "python -m speed.bench_meta_learning", __doc__))

@@ -2,8 +2,6 @@
 
 Both sides have the features of the base images, which the published code caches as well. The reference is timed on a
 few of the n_way * n_B chosen classes and scaled up to all: each has as many images.
-
-python -m speed.bench_related_base
 """
 
 from dataclasses import dataclass
@@ -14,14 +12,13 @@ from torch import Tensor
 
 from data.episodes import EpisodeShape, sample_episodes
 from engine.generators import make_generator
-from engine.script import run_script
 from methods.features import FeatureCache, Source, embed, trainable_blocks
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, related_base_of_head
 from models.backbone import Backbone
 from models.heads import Head
 from speed import reference_loops as plain
-from speed.common import Bench, Measured, Setting, count_flops, load, new_conv4, run, timed
+from speed.common import Bench, Measured, Setting, count_flops, load, new_conv4, timed
 
 WORK = "related base detection of an episode"
 N_WAY, N_SHOT = 5, 2
@@ -91,7 +88,7 @@ def reference(setting: Setting) -> dict[str, Measured]:
 
 
 def ours(setting: Setting) -> dict[str, Measured]:
-    """What align_episode calls."""
+    """related_base_of_head, as align_episode calls it."""
     t, related_setting = work(setting), RelatedSetting(N_B[setting.scale])
     at_least = 0.0 if setting.tiny else 1.0
     seconds, related = timed(lambda: related_base_of_head(t.head, t.base, related_setting), at_least)
@@ -103,7 +100,7 @@ def ours(setting: Setting) -> dict[str, Measured]:
 
 
 def flops(setting: Setting) -> dict[str, float]:
-    """Those of the scores of all base features."""
+    """Operations of the scores of all base features."""
     t = work(setting)
     return {WORK: count_flops(lambda: related_base_of_head(t.head, t.base, RelatedSetting(N_B[setting.scale])))}
 
@@ -116,6 +113,3 @@ TOLERANCES = {
     "samples": {"fp32": 0.05, "bf16": 0.3},
 }
 BENCH = Bench("related_base", TARGETS, reference, ours, flops, TOLERANCES)
-
-if __name__ == "__main__":
-    run_script(lambda: run([BENCH], "python -m speed.bench_related_base", __doc__))

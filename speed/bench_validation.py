@@ -1,8 +1,6 @@
 """Validation: a split embedded once and many heads fitted together, against one episode after another from files.
 
 The reference is timed on a few episodes and scaled up to all: each costs the same.
-
-python -m speed.bench_validation --precision bf16
 """
 
 from dataclasses import dataclass, replace
@@ -14,13 +12,12 @@ from torch import Tensor
 from data.benchmarks import Split
 from data.episodes import Episodes, EpisodeShape, class_major_labels, sample_episodes
 from engine.generators import make_generator
-from engine.script import run_script
 from methods.evaluation import evaluate_heads
 from methods.features import embed
 from methods.novel_finetune import HeadFit, fit_heads
 from models.backbone import Backbone
 from speed import reference_loops as plain
-from speed.common import Bench, Measured, Setting, count_flops, load, new_conv4, run, timed
+from speed.common import Bench, Measured, Setting, count_flops, load, new_conv4, timed
 
 VALIDATION, FITTING = "validation: 400 episodes of 5-way 5-shot", "fitting the heads of 400 episodes"
 SEED = 0
@@ -67,7 +64,7 @@ def work(setting: Setting) -> Work:
 
 
 def toy_features(labels: Tensor, d: int) -> Tensor:
-    """Positive features (N, d), a direction a class and noise."""
+    """Positive features (N, d): one direction per class, and noise."""
     generator = make_generator(SEED, "features")
     centre = torch.rand(int(labels.max()) + 1, d, generator=generator)
     return (centre[labels] + torch.randn(len(labels), d, generator=generator)).clamp_min(0.0)
@@ -154,6 +151,3 @@ TOLERANCES = {
     "weights": {"fp32": 1e-2, "bf16": 1e-2},
 }
 BENCH = Bench("validation", TARGETS, reference, ours, flops, TOLERANCES)
-
-if __name__ == "__main__":
-    run_script(lambda: run([BENCH], "python -m speed.bench_validation", __doc__))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the data, both sides' timing and memory, the machine's peak, the comparison, the table.
+"""Shared by the benchmarks: the data, both sides' timing and memory, the machine's peak, the comparison, the table.
 
 The two sides are timed in child processes of one run, alternating: keep_memory() changes a whole process once it is
 called, the reference must run without it and ours with it, and a process has one peak of memory. A child imports and
@@ -37,8 +37,8 @@ from engine.records import provenance, write_json
 from engine.run import Run, keep_memory, repeat_exactly, select_device
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone
+from reporting.report import markdown_table
 
-SIDES = ("reference", "ours", "limit")
 T = TypeVar("T")
 
 
@@ -48,7 +48,6 @@ class Setting:
 
     scale: str
     precision: str
-    images: Path | None
     workers: int
     folder: Path
     device: str = "cpu"
@@ -103,12 +102,10 @@ class Bench:
 
 
 def dataset(setting: Setting) -> Path:
-    """The folder <split>/<class>/<image> of the images: the one given, or glyphs as JPEG files, rendered when missing.
+    """The folder <split>/<class>/<image> of glyphs as JPEG files, rendered when missing.
 
-    The full one has the numbers of mini-ImageNet: 64, 16 and 20 classes of 600.
+    At full scale it has the size of mini-ImageNet: 64, 16 and 20 classes of 600 images.
     """
-    if setting.images is not None:
-        return setting.images
     root = setting.folder / f"glyphs-{setting.scale}"
     if not root.exists():
         if setting.tiny:
@@ -136,7 +133,7 @@ def spread(n: int, k: int) -> Tensor:
 def new_conv4(setting: Setting, base: Split, relation: bool = False) -> Backbone:
     """A Conv4 of random weights whose batch norm has the statistics of 64 base images, the same on both sides.
 
-    In the memory format in which the scripts keep a backbone; plain.conv4 gives the reference a contiguous copy.
+    In channels-last memory, as in the scripts; reference_loops.conv4 gives the reference a contiguous copy.
     """
     backbone = create_backbone("Conv4", setting.img_size, seed=0, relation=relation)
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -150,7 +147,7 @@ def new_conv4(setting: Setting, base: Split, relation: bool = False) -> Backbone
 
 
 def difference(module: nn.Module, before: dict[str, Tensor]) -> Tensor:
-    """What training changed of the weight matrices, from a state dict of clones: one vector.
+    """Change of the weight matrices since a state dict of clones: one vector.
 
     Vectors stay out: a convolution's bias before batch norm has no gradient but rounding, which Adam makes a step of.
     """
@@ -267,19 +264,18 @@ def measure_side(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, M
 
 
 def run_side(bench: Bench, setting: Setting, side: str, answer: Path) -> None:
-    """What measure_side gives, written to `answer`."""
+    """Run measure_side and write its result to `answer`."""
     measured, peak = measure_side(bench, setting, side)
     save_atomically(answer, {"measured": {work: vars(m) for work, m in measured.items()}, "peak_memory": peak})
 
 
 def run_child(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, Measured], int]:
-    """What measure_side gives in a process of its own."""
+    """Run measure_side in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.pt"
         flags = ["--side", side, "--answer", answer, "--scale", setting.scale, "--precision", setting.precision]
         flags += ["--workers", setting.workers, "--folder", setting.folder, "--work", bench.first_work]
-        flags += ["--images", setting.images] if setting.images else []
-        command = [sys.executable, "-m", f"speed.bench_{bench.name}", *map(str, flags)]
+        command = [sys.executable, "-m", "speed", *map(str, flags)]
         subprocess.run(command, check=True, cwd=Path(__file__).resolve().parent.parent)
         content = load_tensors(answer, "cpu")
     return {work: Measured(**m) for work, m in content["measured"].items()}, content["peak_memory"]
@@ -329,55 +325,50 @@ def measure(bench: Bench, setting: Setting, repeats: int) -> list[dict[str, Any]
     return rows
 
 
-def verdict(found: float, bound: float | None, at_most: bool = False) -> str:
-    """`met` or `missed`; empty without a bound."""
-    if bound is None:
-        return ""
-    return "met" if (found <= bound if at_most else found >= bound) else "missed"
-
-
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Rows of `measure` as a Markdown table. The memory's target is no more than the reference's."""
     header = ["work", "reference s", "ours s", "ratio", "target", "limit s", "ours / limit", "peak memory MiB", "note"]
-    table = [header, ["---"] + ["--:"] * (len(header) - 2) + ["---"]]
+    table, verdict = [], {True: "met", False: "missed"}
     for row in rows:
         theirs, ours = (row["peak_memory"][side] / 2**20 for side in ("reference", "ours"))
-        target = "" if row["target"] is None else f"{row['target']:g}x, {verdict(row['ratio'], row['target'])}"
-        memory = f"{theirs:.0f} -> {ours:.0f}, {verdict(ours, theirs, at_most=True)}"
+        target = "" if row["target"] is None else f"{row['target']:g}x, {verdict[row['ratio'] >= row['target']]}"
+        memory = f"{theirs:.0f} -> {ours:.0f}, {verdict[ours <= theirs]}"
         table.append(
             [row["work"], f"{row['reference_seconds']:.3g}", f"{row['ours_seconds']:.3g}", f"{row['ratio']:.1f}x"]
             + [target, f"{row['limit_seconds']:.3g}", f"{row['ratio_to_limit']:.1f}", memory, row["note"]]
         )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return markdown_table(header, table)
 
 
-def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """The flags of every benchmark."""
+def parser(benches: list[Bench], description: str) -> argparse.ArgumentParser:
+    """The flags of the benchmarks."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(prog=prog, description=description, formatter_class=formatter)
+    p = argparse.ArgumentParser(prog="python -m speed", description=description, formatter_class=formatter)
+    names = list(dict.fromkeys(bench.name for bench in benches))
+    p.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help="stages to run")
     p.add_argument("--repeats", type=int, default=5, help="runs of each side; medians are reported")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of our path; the reference is fp32")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of both sides")
     p.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny only compares the answers")
-    p.add_argument("--images", type=Path, help="a benchmark folder of JPEG files instead of rendered glyphs")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="of the reference's loader in base training")
     folder = Path("./fs_benchmarks/.cache/speed")
     p.add_argument("--folder", type=Path, default=folder, help="of the rendered glyphs and the decoded images")
     p.add_argument("--output", type=Path, default=Path("./results/tables/speed.json"), help="the JSON of the table")
     p.add_argument("--profile", action="store_true", help="only print where our side's time goes")
-    p.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    p.add_argument("--side", help=argparse.SUPPRESS)
     p.add_argument("--work", help=argparse.SUPPRESS)
     p.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     return p
 
 
-def run(benches: list[Bench], prog: str, description: str | None) -> None:
+def run(benches: list[Bench], description: str) -> None:
     """The command line of the benchmarks: compare and, at full scale, time them; print and write the table."""
-    args = parser(prog, description).parse_args()
+    args = parser(benches, description).parse_args()
+    benches = [bench for bench in benches if bench.name in args.only]
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: give at least 1")
     device = select_device(args.device).type
-    setting = Setting(args.scale, args.precision, args.images, args.workers, args.folder.resolve(), device)
+    setting = Setting(args.scale, args.precision, args.workers, args.folder.resolve(), device)
     if device == "cuda":
         repeat_exactly()
     if args.side:

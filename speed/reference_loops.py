@@ -1,4 +1,4 @@
-"""What the published code does, step by step and plainly, as the other side of the benchmarks.
+"""The published code, step by step and plainly: Algorithm 1 to read, and the other side of the benchmarks.
 
 Every image is decoded from its file and transformed with PIL each time it is needed; float32, contiguous NCHW; one
 episode after another; gradients of the whole backbone where only the head is updated; the checkpoint read from disk
@@ -123,7 +123,7 @@ def step(loss: Tensor, optimizer: Optimizer) -> float:
 
 
 def train(backbone: nn.Module, head: ArcMax, optimizer: Optimizer, batches: Iterable[Batch]) -> float:
-    """One optimiser step a batch; the mean loss over the samples."""
+    """One optimiser step per batch; the mean loss over the samples."""
     backbone.train()
     loss_sum, n = 0.0, 0
     for x, y in batches:
@@ -142,7 +142,7 @@ def fit_head(head: ArcMax, z: Tensor, y: Tensor, n_steps: int, lr: float) -> tor
 
 
 def share_right(scores: Tensor, n_way: int) -> Tensor:
-    """The share of right predictions of each class: class-major scores (n, n_way) -> (n_way,)."""
+    """The share of right predictions per class: class-major scores (n, n_way) -> (n_way,)."""
     y = class_major_labels(n_way, len(scores) // n_way, scores.device)
     return (scores.argmax(1) == y).float().view(n_way, -1).mean(1)
 
@@ -150,7 +150,7 @@ def share_right(scores: Tensor, n_way: int) -> Tensor:
 def validate_episode(
     backbone: nn.Module, head: ArcMax, paths: list[list[Path]], n_shot: int, img_size: int, n_steps: int, lr: float
 ) -> Tensor:
-    """Decode and embed all images of an episode, fit its head, score its queries: the share right a class."""
+    """Decode and embed all images of an episode, fit its head, score its queries: the share right per class."""
     backbone.eval()
     n_way, device = len(paths), head.weight.device
     with torch.no_grad():
@@ -233,7 +233,7 @@ def protonet_scores(z_support: Tensor, z_query: Tensor) -> Tensor:
 
 
 def matchingnet_scores(learner: MatchingNet, z_support: Tensor, z_query: Tensor) -> Tensor:
-    """The bidirectional LSTM over the support, then a step of attention and of the LSTM cell a support sample."""
+    """The bidirectional LSTM over the support, then one step of attention and of the LSTM cell per support sample."""
     n_way, n_shot, d = z_support.shape
     support = z_support.flatten(0, 1)
     states = learner.support_lstm(support.unsqueeze(0))[0].squeeze(0)

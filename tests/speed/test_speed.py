@@ -15,7 +15,7 @@ from speed.common import Bench, Measured, Setting, check, compare, markdown, mea
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    return Setting("tiny", "fp32", None, 0, tmp_path_factory.mktemp("speed"))
+    return Setting("tiny", "fp32", 0, tmp_path_factory.mktemp("speed"))
 
 
 @pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.first_work)
@@ -88,7 +88,7 @@ def test_a_wrong_answer_ends_the_command_and_leaves_the_other_rows(monkeypatch, 
     monkeypatch.setattr("sys.argv", ["speed", "--output", str(tmp_path / "speed.json")])
     benches = [Bench(name, {}, None, None, None, {}) for name in ("wrong", "right")]
     with pytest.raises(SystemExit, match="wrong answer: loss is off"):
-        common.run(benches, "speed", None)
+        common.run(benches, "")
     assert json.loads((tmp_path / "speed.json").read_text())["rows"] == []
     assert "| work |" in capsys.readouterr().out
 
@@ -147,7 +147,7 @@ def test_on_a_gpu_the_second_of_two_runs_counts_between_two_events(monkeypatch, 
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("warm"))
-    setting = Setting("tiny", "fp32", None, 0, tmp_path, "cuda")
+    setting = Setting("tiny", "fp32", 0, tmp_path, "cuda")
     common.run_side(Bench("toy", {}, side, side, None, {}), setting, "reference", tmp_path / "answer.pt")
     once = ["wait", "event", "work", "event", "wait"]
     assert calls == [*once, "warm", *once]
@@ -159,7 +159,7 @@ def test_without_a_gpu_its_benchmarks_end_with_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["speed", "--device", "cuda"])
     with pytest.raises(UserError, match="--device cuda is not available on this machine"):
-        common.run([], "speed", None)
+        common.run([], "")
 
 
 def test_spread_indices_are_distinct_and_reach_both_ends():
