@@ -244,11 +244,9 @@ TRANSFER: Table = [
          "angular margin of arcMax on the base classes, radians"),
     flag("--ft_m",                 MARGIN,                          0.01,
          "margin of arcMax on a support set"),
-    EITHER,
     flag("--train_blocks K",       COUNT_OR_0,                      None,
-         "train only the last K blocks of a trained backbone, the others in eval mode (default: all, published)"),
-    flag("--freeze",               SWITCH,                          False,
-         "--train_blocks 0: the head alone, on features that are made once and --cache_dir keeps: no augmentation"),
+         "train only the last K blocks of a trained backbone, the others frozen, in eval mode; 0: the head alone, on "
+         "features that --cache_dir keeps, without augmentation (default: all, published)"),
 ]
 
 META: Table = [
@@ -469,10 +467,7 @@ def check_feature_space(args: argparse.Namespace, parser: OneLineParser) -> None
 
 
 def check_weights(stage: str, args: argparse.Namespace, parser: OneLineParser) -> None:
-    """An error when weights are of no library, or a backbone is to stand still or be tested that has not been trained.
-
-    Of stage 1, --freeze and --train_blocks 0 become one.
-    """
+    """An error when weights are of no library, or a backbone is to be frozen or tested that has not been trained."""
     if "weights" in args and args.weights != "none":
         checkpoint = "checkpoint" if stage == "predict" else "init_from"
         if getattr(args, checkpoint):
@@ -481,13 +476,10 @@ def check_weights(stage: str, args: argparse.Namespace, parser: OneLineParser) -
             parser.error("argument --weights: name the model too, such as --backbone torchvision:resnet18")
         if not args.backbone.startswith(("torchvision:", "timm:")):
             parser.error(f"argument --weights: it is for torchvision:NAME and timm:NAME, not for {args.backbone}")
-    if "freeze" in args:
-        args.train_blocks = 0 if args.freeze else args.train_blocks
-        args.freeze = args.train_blocks == 0
+    if "train_blocks" in args:
         is_new = args.weights == "none" and not args.init_from and not args.backbone.startswith("custom:")
         if args.train_blocks is not None and is_new:
-            name = "--freeze" if args.freeze else "--train_blocks"
-            parser.error(f"argument {name}: of a trained backbone: give --init_from, or --weights DEFAULT or a file")
+            parser.error("argument --train_blocks: needs a trained backbone: give --init_from or --weights")
         if not args.n_epoch and is_new:
             parser.error("argument --n_epoch: 0 tests a trained backbone: give --init_from or --weights")
 

@@ -60,9 +60,9 @@ def main() -> None:
 
     with training.begin(val, args.n_epoch):
         model.net, model.classifier = data_parallel(net, ranks), data_parallel(head, ranks)
-        if args.freeze:
+        if args.train_blocks == 0:
             images = TrainingFeatures(FeatureCache(args.cache_dir, run).features(backbone, base), base.labels)
-        validated = cache(validate) if args.freeze else validate
+        validated = cache(validate) if args.train_blocks == 0 else validate
         for epoch in training.epochs(args.n_epoch, validated):
             loss, accuracy = train_one_epoch(model, images, args.batch_size, epoch, run)
             copy_rank_0([backbone], ranks)
