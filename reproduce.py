@@ -16,22 +16,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from args_parser import COUNT, STAGES, WAY, args_parser, backbone_name, stage_parser
+from args_parser import COUNT, STAGES, args_parser, backbone_name, stage_parser
 from engine.errors import OneLineParser, UserError
 from engine.precision import choose_precision
 from engine.records import REPOSITORY
 from engine.run import select_device
 from engine.script import run_command, run_script, script_command, shown
-from reporting.paper_tables import SCRIPTS, TABLES, Plan, Row, compare, finished, table_rows, write_table
+from reporting.paper_tables import SCRIPTS, TABLES, Plan, Row, compare, finished, write_table
 from reporting.report import interval
 
-DEFAULT_BACKBONES = {
-    "full": {"main": ["Conv4", "ResNet18", "WideResNet"], "crossdomain": ["ResNet18"]},
-    "laptop": {},
-}
-DEFAULT_SHOTS = {"crossdomain": [5], "ways": [5]}
+Words = dict[str, list[str]]  # flags, each with its values
 # The laptop preset with fewer epochs and episodes, so that all rows of the main table take a quarter of an hour.
-SCALES: dict[str, dict[str, dict[str, list[str]]]] = {
+SCALES: dict[str, dict[str, Words]] = {
     "full": {stage: {} for stage in SCRIPTS},
     "laptop": {
         "transfer": {"--preset": ["laptop"], "--n_epoch": ["8"]},
@@ -44,7 +40,7 @@ TAKEN = {
     "--method": "the table has its own methods",
     "--alignment": "the table has its own alignments",
     "--n_shot": "give --shots",
-    "--test_n_way": "give --ways",
+    "--test_n_way": "the paper's tables are 5-way",
     "--preset": "give --scale",
     "--align_preset": "the rows are the published updates; give the flags that it stands for (docs/tuning.md)",
     "--init_from": "each row has its own checkpoint",
@@ -54,66 +50,45 @@ TAKEN = {
 }
 
 
-def parse(argv: Sequence[str]) -> tuple[Namespace, dict[str, list[str]]]:
-    """The flags explained here, and the others by name, each with its values."""
+def parse(argv: Sequence[str]) -> tuple[Namespace, Words]:
+    """The flags explained here, and the others, which are of the stages."""
     parser = OneLineParser(
         prog="reproduce.py", description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter
     )
-    parser.add_argument("--table", choices=TABLES, required=True, help="the table to reproduce")
-    parser.add_argument("--dataset", help="benchmark (default: miniImagenet; glyphs at --scale laptop)")
-    parser.add_argument("--novel_dataset", help="benchmark of the novel classes of --table crossdomain (default: CUB)")
-    parser.add_argument(
-        "--scale",
-        choices=list(SCALES),
-        default="full",
-        help="full: the published protocol (default); laptop: 42 pixels and few epochs and episodes",
-    )
-    parser.add_argument(
-        "--backbones",
-        "--backbone",
-        type=backbone_name,
-        nargs="+",
-        help="default: Conv4; at full scale Conv4 ResNet18 WideResNet for --table main, ResNet18 for crossdomain",
-    )
-    parser.add_argument("--shots", type=COUNT, nargs="+", help="default: 1 5; 5 for --table crossdomain and ways")
-    parser.add_argument(
-        "--ways",
-        type=WAY,
-        nargs="+",
-        help="default: 5; 5 10 20 for --table ways, the first of which stage 1 is validated at",
-    )
-    parser.add_argument(
-        "--results_dir", type=Path, help="where all is written (default: results; at --scale laptop results/laptop)"
-    )
-    parser.add_argument("--checkpoint_dir", type=Path, help="of checkpoints (default: models/ in the results folder)")
-    parser.add_argument("--nproc_per_node", type=COUNT, help="start each stage with torchrun on so many processes")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, and do nothing")
+    add = parser.add_argument
+    add("--table", choices=list(TABLES), required=True, help="the table to reproduce")
+    add("--dataset", help="benchmark (default: miniImagenet; glyphs at --scale laptop)")
+    add("--novel_dataset", help="benchmark of the novel classes of --table crossdomain (default: CUB)")
+    scale = "full: the published protocol (default); laptop: 42 pixels and few epochs and episodes"
+    add("--scale", choices=list(SCALES), default="full", help=scale)
+    backbones = "default: Conv4; at full scale Conv4 ResNet18 WideResNet for --table main, ResNet18 for crossdomain"
+    add("--backbones", "--backbone", type=backbone_name, nargs="+", help=backbones)
+    add("--shots", type=COUNT, nargs="+", help="default: 1 5; 5 for --table crossdomain")
+    add("--results_dir", type=Path, help="where all is written (default: results; at --scale laptop results/laptop)")
+    add("--checkpoint_dir", type=Path, help="of checkpoints (default: models/ in the results folder)")
+    add("--nproc_per_node", type=COUNT, help="start each stage with torchrun on so many processes")
+    add("--dry_run", action="store_true", help="print the commands, and do nothing")
     args, others = parser.parse_known_args([text for text in argv if text != "--"])
 
-    laptop = args.scale == "laptop"
+    laptop, crossdomain = args.scale == "laptop", args.table == "crossdomain"
     args.dataset = args.dataset or ("glyphs" if laptop else "miniImagenet")
-    if args.table == "crossdomain":
-        args.novel_dataset = args.novel_dataset or "CUB"
-    if (args.novel_dataset or args.dataset) == args.dataset and args.table == "crossdomain":
-        parser.error(f"argument --novel_dataset: {args.dataset} is --dataset itself: give another benchmark")
-    if args.novel_dataset and args.table != "crossdomain":
+    if args.novel_dataset and not crossdomain:
         parser.error("argument --novel_dataset: only --table crossdomain has one")
-    args.ways = args.ways or ([5, 10, 20] if args.table == "ways" else [5])
-    if len(args.ways) > 1 and args.table != "ways":
-        parser.error("argument --ways: only --table ways has more than one")
-    args.backbones = args.backbones or DEFAULT_BACKBONES[args.scale].get(args.table, ["Conv4"])
-    args.shots = args.shots or DEFAULT_SHOTS.get(args.table, [1, 5])
+    args.novel_dataset = args.novel_dataset or ("CUB" if crossdomain else args.dataset)
+    if args.novel_dataset == args.dataset and crossdomain:
+        parser.error(f"argument --novel_dataset: {args.dataset} is --dataset itself: give another benchmark")
+    published = ["ResNet18"] if crossdomain else ["Conv4", "ResNet18", "WideResNet"]
+    args.backbones = args.backbones or (["Conv4"] if laptop else published)
+    args.shots = args.shots or ([5] if crossdomain else [1, 5])
     # The laptop's checkpoints are of fewer epochs than the demo's of the same names.
-    args.summary_dir = (args.results_dir or Path("results")) / "tables"
     args.results_dir = args.results_dir or Path("results/laptop" if laptop else "results")
     args.checkpoint_dir = args.checkpoint_dir or args.results_dir / "models"
-
     return args, passed_on(parser, others)
 
 
-def passed_on(parser: OneLineParser, others: Sequence[str]) -> dict[str, list[str]]:
-    """The flags of the stages among the words of a command line, by name, each with its values."""
-    passed: dict[str, list[str]] = {}
+def passed_on(parser: OneLineParser, others: Sequence[str]) -> Words:
+    """The flags of the stages on a command line, each with its values."""
+    passed: Words = {}
     for text in others:
         if text.startswith("--"):
             flag, *values = text.split("=", 1)
@@ -136,16 +111,13 @@ def flags_of(stage: str) -> set[str]:
     return {name for action in stage_parser(stage)._actions for name in action.option_strings}
 
 
-def stage_flags(args: Namespace, passed: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The flags that all rows of a stage have: those of the scale, of folders, and those passed on."""
+def stage_flags(args: Namespace, passed: Words) -> dict[str, Words]:
+    """By stage, the flags that all its rows have: those of the scale, of folders, and those passed on."""
     folders = {"--results_dir": [str(args.results_dir)], "--checkpoint_dir": [str(args.checkpoint_dir)]}
-    folders = folders if folders["--results_dir"] + folders["--checkpoint_dir"] != ["results", "results/models"] else {}
-    flags = {}
-    for stage in SCRIPTS:
-        known = flags_of(stage)
-        chosen = SCALES[args.scale][stage] | folders | {f: values for f, values in passed.items() if f in known}
-        flags[stage] = [text for flag, values in chosen.items() for text in (flag, *values)]
-    return flags
+    return {
+        stage: SCALES[args.scale][stage] | folders | {f: v for f, v in passed.items() if f in flags_of(stage)}
+        for stage in SCRIPTS
+    }
 
 
 def recorded_flags(flags: dict[str, Any]) -> dict[str, Any]:
@@ -171,16 +143,17 @@ def stop(status: int, row: Row, command: str) -> NoReturn:
 def main() -> None:
     args, passed = parse(sys.argv[1:])
     os.chdir(REPOSITORY)  # where the commands run, so that folders mean the same here
-    novel = args.novel_dataset or args.dataset
+    novel = args.novel_dataset
     plan = Plan(args.dataset, novel, args.results_dir, args.checkpoint_dir, stage_flags(args, passed))
-    rows = table_rows(args.table, plan, args.backbones, args.shots, args.ways)
+    rows = [row for b in args.backbones for shots in args.shots for row in TABLES[args.table](plan, b, shots)]
     flags = [vars(args_parser(row.stage, row.flags)) for row in rows]  # a value out of range ends here
     commands = [script_command(STAGES[row.stage][0], row.flags, args.nproc_per_node) for row in rows]
     if args.dry_run:
         print("\n".join(map(shown, commands)))
         return
 
-    summary = args.summary_dir / f"reproduce_{args.table}_{'_to_'.join(dict.fromkeys([args.dataset, novel]))}"
+    benchmarks = "_to_".join(dict.fromkeys([args.dataset, novel]))
+    summary = args.results_dir / "tables" / f"reproduce_{args.table}_{benchmarks}"
     about = {"table": args.table, "dataset": args.dataset, "novel_dataset": novel, "scale": args.scale}
     about["command"] = shlex.join(["python", "reproduce.py", *sys.argv[1:]])
     configs = [recorded_flags(each) for each in flags]

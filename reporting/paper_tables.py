@@ -1,8 +1,8 @@
 """The tables of the paper (Afrasiyabi et al., ECCV 2020) as rows of commands, and the paper's numbers beside ours.
 
 A row is one command of a stage and the result file that it writes. The rows of a table come in an order in which each
-finds the checkpoint that it starts from. All rows of the same novel classes, way and shot share a file of episodes, so
-that methods are compared on the same ones.
+finds the checkpoint that it starts from. All rows of the same novel classes and shot share a file of episodes, so that
+methods are compared on the same ones.
 """
 
 import math
@@ -22,12 +22,12 @@ from persistence.results import paired_difference
 from persistence.run_files import RunName, differences
 from reporting.report import interval, markdown_table, signed, stage_result
 
-TABLES = ("main", "ablation", "crossdomain", "ways")
 SCRIPTS = {"transfer": "transferLearning", "meta": "metaLearning", "alignment": "associative_alignment"}
 
 Number = tuple[float, float]  # accuracy % and its 95% interval
 # 5-way numbers of the paper at 1 and 5 shots, as public leaderboards copy them, by row, backbone and benchmark. No
 # other is known here for sure.
+N_WAY, PAPER_SHOTS = 5, (1, 5)
 PAPER: dict[tuple[str, str, str], tuple[Number, Number]] = {
     ("arcMax, centroid alignment", "Conv4", "miniImagenet"): ((53.14, 1.06), (71.45, 0.72)),
     ("arcMax, centroid alignment", "Conv4", "CUB"): ((62.71, 0.88), (80.48, 0.81)),
@@ -45,16 +45,13 @@ PAPER: dict[tuple[str, str, str], tuple[Number, Number]] = {
     ("arcMax, adversarial alignment", "ResNet18", "CUB"): ((70.80, 1.12), (88.04, 0.54)),
     ("arcMax, adversarial alignment", "WideResNet", "miniImagenet"): ((64.79, 0.93), (82.02, 0.88)),
     ("arcMax, adversarial alignment", "WideResNet", "tieredImageNet"): ((73.87, 0.76), (84.95, 0.59)),
+    # Of runs of the published code, which its checkpoints record.
+    ("arcMax, fine-tuning", "Conv4", "miniImagenet"): ((51.37, 0.69), (69.13, 0.59)),
 }
-# The same of runs of the paper's published code, which its checkpoints record.
-PUBLISHED_CODE = {("arcMax, fine-tuning", "Conv4", "miniImagenet"): ((51.37, 0.69), (69.13, 0.59))}
-PAPER_SHOTS = (1, 5)
 # The smallest classes of these benchmarks have too few images for the default of 50 queries.
 FEWER_QUERIES = {"CUB": 15}
 # ProtoNet and the others are trained for longer at 1 shot (Chen et al., ICLR 2019); at more shots by the default.
 META_EPOCHS_1_SHOT = 600
-# Stage 1's margin on a support set, for the fine-tuning that stage 3 does in its place.
-EVALUATION_MARGIN = 0.01
 MADE_WITH: Schema = {"n_query": int, "commit": str, "command": str}  # what a row of a table takes beside a result
 # What an alignment is compared with, beside fine-tuning, and the alignments.
 CONTROLS, ALIGNMENTS = ("head", "naive"), ("centroid", "adversarial")
@@ -71,129 +68,80 @@ class Row:
     method: str
     backbone: str
     novel: str
-    n_way: int
     n_shot: int
     flags: tuple[str, ...]
     result: Path
     checkpoint: Path
 
     @property
-    def task(self) -> tuple[str, str, str, int, int]:
+    def task(self) -> tuple[str, str, str, int]:
         """The name of the row and the task that it is of."""
-        return self.name, self.backbone, self.novel, self.n_way, self.n_shot
+        return self.name, self.backbone, self.novel, self.n_shot
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.backbone}, {self.n_way}-way {self.n_shot}-shot on {self.novel}"
+        return f"{self.name}, {self.backbone}, {N_WAY}-way {self.n_shot}-shot on {self.novel}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all rows of a run have in common; `flags` are more flags of each stage, which win over the protocol's."""
+    """What all rows of a run have in common; flags: by stage, more flags with their values, which win over the
+    protocol's."""
 
     dataset: str
     novel_dataset: str
     results_dir: Path
     checkpoint_dir: Path
-    flags: Mapping[str, Sequence[str]]
+    flags: Mapping[str, Mapping[str, Sequence[str]]]
 
     def row(
-        self,
-        stage: str,
-        method: str,
-        backbone: str,
-        n_way: int,
-        n_shot: int,
-        alignment: str = "",
-        novel: str = "",
-        init_from: Path | None = None,
+        self, stage: str, method: str, backbone: str, n_shot: int, alignment: str = "", novel: str | None = None
     ) -> Row:
-        """One row. novel: benchmark of its novel classes (default: the dataset); init_from: a checkpoint to test."""
+        """One row. novel: benchmark of its novel classes (default: the dataset); on another, stage 1 only tests."""
         novel = novel or self.dataset
-        files = RunName(n_way, n_shot, self.dataset, novel, method, backbone)
-        own = files.best_model(self.checkpoint_dir)
-        name = method if stage == "meta" else f"{method}, fine-tuning"
-        if alignment not in ("", "none"):
-            name = f"{method}, {alignment} alignment"
-        flags = ["--dataset", self.dataset, *(["--novel_dataset", novel] if novel != self.dataset else [])]
-        flags += ["--method", method, "--backbone", backbone, "--test_n_way", str(n_way), "--n_shot", str(n_shot)]
-        protocol: dict[str, float] = {"--n_query": FEWER_QUERIES[novel]} if novel in FEWER_QUERIES else {}
-        protocol |= {"--n_epoch": META_EPOCHS_1_SHOT} if stage == "meta" and n_shot == 1 else {}
-        protocol |= {"--ft_m": EVALUATION_MARGIN} if alignment == "none" else {}
-        flags += [str(v) for item in protocol.items() if item[0] not in self.flags[stage] for v in item]
-        flags += self.flags[stage]
-        if alignment:
-            flags += ["--alignment", alignment]
-        if alignment == "head":
-            flags += ["--align_blocks", "0"]
-        if init_from and stage == "transfer":
-            flags += ["--n_epoch", "0"]
-        if init_from:
-            flags += ["--init_from", str(init_from)]
-        episodes = self.results_dir / "episodes" / f"{novel}_{n_way}way_{n_shot}shot.json"
-        flags += ["--episodes_file", str(episodes), "--resume"]
+        files = RunName(N_WAY, n_shot, self.dataset, novel, method, backbone)
+        checkpoint = files.best_model(self.checkpoint_dir)
         result = files.table(self.results_dir, SCRIPTS[stage], alignment)
-        return Row(name, stage, method, backbone, novel, n_way, n_shot, tuple(flags), result, init_from or own)
+        part = {"transfer": ", fine-tuning", "meta": "", "alignment": f", {alignment} alignment"}[stage]
+        flags: dict[str, Sequence[str]] = {"--dataset": [self.dataset], "--method": [method], "--backbone": [backbone]}
+        flags |= {"--n_shot": [str(n_shot)], "--novel_dataset": [novel]}
+        flags |= {"--n_query": [str(FEWER_QUERIES[novel])]} if novel in FEWER_QUERIES else {}
+        flags |= {"--n_epoch": [str(META_EPOCHS_1_SHOT)]} if stage == "meta" and n_shot == 1 else {}
+        flags |= self.flags[stage]
+        flags |= {"--alignment": [alignment]} if alignment else {}
+        flags |= {"--align_blocks": ["0"]} if alignment == "head" else {}
+        if stage == "transfer" and novel != self.dataset:
+            flags |= {"--n_epoch": ["0"], "--init_from": [str(checkpoint)]}
+        episodes = self.results_dir / "episodes" / f"{novel}_{N_WAY}way_{n_shot}shot.json"
+        flags |= {"--episodes_file": [str(episodes)], "--resume": []}
+        words = tuple(word for flag, values in flags.items() for word in (flag, *values))
+        return Row(method + part, stage, method, backbone, novel, n_shot, words, result, checkpoint)
 
 
-def main_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list[Row]:
+def main_rows(plan: Plan, backbone: str, n_shot: int) -> list[Row]:
     """The heads without alignment, the meta-learners, and arcMax with both alignments and their controls."""
-    task = (backbone, n_way, n_shot)
     return [
-        *(plan.row("transfer", head, *task) for head in HEADS),
-        *(plan.row("meta", learner, *task) for learner in META_LEARNERS),
-        *(plan.row("alignment", "arcMax", *task, alignment) for alignment in (*CONTROLS, *ALIGNMENTS)),
+        *(plan.row("transfer", head, backbone, n_shot) for head in HEADS),
+        *(plan.row("meta", learner, backbone, n_shot) for learner in META_LEARNERS),
+        *(plan.row("alignment", "arcMax", backbone, n_shot, alignment) for alignment in (*CONTROLS, *ALIGNMENTS)),
     ]
 
 
-def ablation_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list[Row]:
-    """arcMax without and with both alignments and their controls; the other heads without and with centroid's."""
-    task = (backbone, n_way, n_shot)
-    rows = [plan.row("transfer", "arcMax", *task)]
-    rows += [plan.row("alignment", "arcMax", *task, alignment) for alignment in (*CONTROLS, *ALIGNMENTS)]
-    for head in ("softMax", "cosMax"):
-        rows.append(plan.row("transfer", head, *task))
-        rows += [plan.row("alignment", head, *task, alignment) for alignment in ("head", "centroid")]
-    return rows
-
-
-def crossdomain_rows(plan: Plan, backbone: str, n_way: int, n_shot: int) -> list[Row]:
+def crossdomain_rows(plan: Plan, backbone: str, n_shot: int) -> list[Row]:
     """Stage 1 on its own benchmark, then that model on the novel classes of another: as it is, and aligned."""
-    task, novel = (backbone, n_way, n_shot), plan.novel_dataset
-    trained = plan.row("transfer", "arcMax", *task)
+    task, novel = ("arcMax", backbone, n_shot), plan.novel_dataset
     return [
-        trained,
-        plan.row("transfer", "arcMax", *task, novel=novel, init_from=trained.checkpoint),
-        *(plan.row("alignment", "arcMax", *task, alignment, novel) for alignment in (*CONTROLS, *ALIGNMENTS)),
+        plan.row("transfer", *task),
+        plan.row("transfer", *task, novel=novel),
+        *(plan.row("alignment", *task, alignment, novel) for alignment in (*CONTROLS, *ALIGNMENTS)),
     ]
 
 
-def ways_rows(plan: Plan, backbone: str, ways: Sequence[int], n_shot: int) -> list[Row]:
-    """Fine-tuning, the head alone and centroid alignment at each way, of the model that stage 1 validates at the first.
-
-    At the other ways fine-tuning is stage 3's, which, unlike stage 1, asks nothing of the number of val classes.
-    """
-    trained = plan.row("transfer", "arcMax", backbone, ways[0], n_shot)
-    rows = [trained]
-    for n_way in ways:
-        own = n_way == ways[0]
-        for alignment in ("head", "centroid") if own else ("none", "head", "centroid"):
-            init_from = None if own else trained.checkpoint
-            rows.append(plan.row("alignment", "arcMax", backbone, n_way, n_shot, alignment, init_from=init_from))
-    return rows
-
-
-def table_rows(
-    table: str, plan: Plan, backbones: Sequence[str], shots: Sequence[int], ways: Sequence[int]
-) -> list[Row]:
-    """All rows of one of TABLES, in the order to run them; the tables but `ways` are of the first way."""
-    if table == "ways":
-        return [row for b in backbones for k in shots for row in ways_rows(plan, b, ways, k)]
-    one_task = {"main": main_rows, "ablation": ablation_rows, "crossdomain": crossdomain_rows}[table]
-    return [row for b in backbones for k in shots for row in one_task(plan, b, ways[0], k)]
+# By table: all rows of a backbone and a shot, in the order to run them.
+TABLES = {"main": main_rows, "crossdomain": crossdomain_rows}
 
 
 def finished(row: Row, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result of a row that was run with these flags and has its checkpoint's last word; else None."""
+    """The result of a row that was run with these flags and is younger than its checkpoint; else None."""
     try:
         record = stage_result(row.result)
     except (OSError, UserError):
@@ -204,24 +152,13 @@ def finished(row: Row, config: Mapping[str, Any]) -> dict[str, Any] | None:
     return None if stale else record
 
 
-def paper_number(row: Row, dataset: str) -> tuple[Number | None, str]:
-    """The number to compare a row with, and where it is from: `paper`, `published code`, or nowhere."""
-    known = row.novel == dataset and row.n_way == 5 and row.n_shot in PAPER_SHOTS
-    for source, numbers in (("paper", PAPER), ("published code", PUBLISHED_CODE)):
-        if known and (row.name, row.backbone, dataset) in numbers:
-            return numbers[row.name, row.backbone, dataset][PAPER_SHOTS.index(row.n_shot)], source
-    return None, ""
-
-
-def minus_paper(result: Mapping[str, Any], number: Number | None) -> tuple[float | None, float | None]:
-    """Our accuracy minus the paper's and the 95% interval of the difference: the two are of independent episodes.
-
-    None for both without a number of the paper; None for the interval of a single episode.
-    """
-    if number is None:
-        return None, None
-    ci95 = None if result["ci95"] is None else round(math.hypot(result["ci95"], number[1]), 3)
-    return round(result["accuracy"] - number[0], 3), ci95
+def paper_number(row: Row, dataset: str) -> dict[str, Any] | None:
+    """The published accuracy to compare a row with, its 95% interval and its source; None where none is known."""
+    key = row.name, row.backbone, dataset
+    if row.novel != dataset or row.n_shot not in PAPER_SHOTS or key not in PAPER:
+        return None
+    accuracy, ci95 = PAPER[key][PAPER_SHOTS.index(row.n_shot)]
+    return {"accuracy": accuracy, "ci95": ci95, "source": "paper" if "alignment" in row.name else "published code"}
 
 
 def over_controls(row: Row, found: Mapping[tuple[Any, ...], dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -232,7 +169,7 @@ def over_controls(row: Row, found: Mapping[tuple[Any, ...], dict[str, Any]]) -> 
     result, over = found[row.task], {}
     for control in CONTROLS:
         other = found.get((f"{row.method}, {control} alignment", *row.task[1:]))
-        if other and not row.name.startswith(f"{row.method}, {control} "):
+        if other and other is not result:
             mean, ci95 = paired_difference(*(torch.tensor(r["accuracy_per_episode"]) for r in (other, result)))
             over[control] = {"accuracy": mean, "ci95": ci95}
     if nearest := result.get("nearest_mean"):
@@ -243,30 +180,35 @@ def over_controls(row: Row, found: Mapping[tuple[Any, ...], dict[str, Any]]) -> 
 def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
     """A record of each row: our number, the paper's, their difference, and what ours was made with.
 
-    results: of each row, None where it has not been run yet. A number made without training is of as many epochs as
+    results: of each row, None where it has not been run yet. Ours and the paper's are of independent episodes; the
+    interval of their difference is None for a single episode. A number made without training is of as many epochs as
     the checkpoint it tests.
     """
     epochs: dict[Path, int] = {}
     found = {row.task: result for row, result in zip(rows, results, strict=True) if result}
     records = []
     for row, result in zip(rows, results, strict=True):
-        number, source = paper_number(row, dataset)
+        paper = paper_number(row, dataset)
         record: dict[str, Any] = {
             "name": row.name,
             "stage": SCRIPTS[row.stage],
             "backbone": row.backbone,
             "novel_dataset": row.novel,
-            "n_way": row.n_way,
+            "n_way": N_WAY,
             "n_shot": row.n_shot,
-            "paper": number and {"accuracy": number[0], "ci95": number[1], "source": source},
+            "paper": paper,
             "ours": None,
         }
         if result:
             epochs.setdefault(row.checkpoint, result["config"].get("n_epoch", 0))
             keys = ("accuracy", "ci95", "n_episodes", "n_query", "img_size", "seconds", "seed", "commit", "command")
             record["ours"] = {key: result[key] for key in keys} | {"n_epoch": epochs[row.checkpoint]}
-            record["ours_minus_paper"], record["ours_minus_paper_ci95"] = minus_paper(result, number)
-            record["gain"] = result["difference"] if result.get("alignment", "none") != "none" else None
+            record |= {"ours_minus_paper": None, "ours_minus_paper_ci95": None}
+            if paper:
+                record["ours_minus_paper"] = round(result["accuracy"] - paper["accuracy"], 3)
+            if paper and result["ci95"] is not None:
+                record["ours_minus_paper_ci95"] = round(math.hypot(result["ci95"], paper["ci95"]), 3)
+            record["gain"] = result["difference"] if row.stage == "alignment" else None
             record["over"] = over_controls(row, found) if record["gain"] else {}
             record["result"] = row.result
         records.append(record)

@@ -67,19 +67,6 @@ def test_the_main_table_is_every_method_at_each_backbone_and_shot():
         assert args.resume
 
 
-def test_the_ablation_goes_through_alignments_and_heads():
-    assert steps(commands("--table", "ablation", "--shots", 5)) == [
-        ("transfer", "arcMax"),
-        *ALIGNED,
-        ("transfer", "softMax"),
-        ("alignment", "softMax", "head"),
-        ("alignment", "softMax", "centroid"),
-        ("transfer", "cosMax"),
-        ("alignment", "cosMax", "head"),
-        ("alignment", "cosMax", "centroid"),
-    ]
-
-
 def test_crossdomain_trains_once_and_tests_that_model_elsewhere():
     lines = commands("--table", "crossdomain", "--n_epoch", 7)
     assert steps(lines) == [MAIN[2], MAIN[2], *ALIGNED]
@@ -88,17 +75,6 @@ def test_crossdomain_trains_once_and_tests_that_model_elsewhere():
     assert [args.n_epoch for _, args in lines[:2]] == [7, 0]  # what is passed on trains, and never a test
     assert lines[1][1].init_from.name == "5way_5shot_miniImagenet_arcMax_ResNet18_bestModel.tar"
     assert [args.n_query for _, args in lines] == [50, *[15] * 5]  # classes of CUB may have 41 images
-
-
-def test_more_ways_start_from_the_checkpoint_of_the_first():
-    lines = commands("--table", "ways")
-    assert [(stage, args.test_n_way) for stage, args in lines] == [("transfer", 5)] + [
-        ("alignment", n_way) for n_way in (5, 5, *[10] * 3, *[20] * 3)
-    ]
-    assert {str(args.init_from) for _, args in lines[3:]} == {
-        "results/models/5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar"
-    }
-    assert [args.alignment for _, args in lines[1:]] == ["head", "centroid"] + 2 * ["none", "head", "centroid"]
 
 
 @pytest.mark.parametrize("scale", ["full", "laptop"])
@@ -124,7 +100,7 @@ def test_the_main_table_of_a_laptop_keeps_off_the_demo():
 
 
 def test_torchrun_is_put_before_the_script():
-    outcome = call("reproduce", "--table", "ways", "--nproc_per_node", 2, "--dry_run")
+    outcome = call("reproduce", "--table", "crossdomain", "--nproc_per_node", 2, "--dry_run")
     for line in outcome.out.splitlines():
         words = shlex.split(line)
         assert words[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -136,8 +112,8 @@ def test_the_commands_are_printed_where_their_device_is_not(monkeypatch):
         raise UserError(f"no device {name}")
 
     monkeypatch.setattr(reproduce, "select_device", absent)
-    assert {args.device for _, args in commands("--table", "ways", "--device", "cuda")} == {"cuda"}
-    outcome = call("reproduce", "--table", "ways", "--device", "cuda")
+    assert {args.device for _, args in commands("--table", "crossdomain", "--device", "cuda")} == {"cuda"}
+    outcome = call("reproduce", "--table", "crossdomain", "--device", "cuda")
     assert outcome.status == 2 and "no device cuda" in outcome.err
 
 
@@ -160,7 +136,7 @@ def test_a_flag_goes_to_the_stages_that_know_it():
         (["--n_epoch", "many"], ["--n_epoch", "many"]),
         (["--novel_dataset", "CUB"], ["--novel_dataset", "crossdomain"]),
         (["--table", "crossdomain", "--dataset", "CUB"], ["--novel_dataset", "CUB"]),
-        (["--ways", 5, 10], ["--ways"]),
+        (["--test_n_way", 10], ["--test_n_way", "5-way"]),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, expected):
@@ -240,37 +216,29 @@ def result_of(root, alignment):
     return json.loads((root / "results" / "tables" / name).read_text())
 
 
-def test_ways_crossdomain_and_ablation_share_what_is_the_same(tmp_path, runner):
+def test_a_table_shares_what_another_has_made_and_replaces_nothing(tmp_path, runner):
     make_benchmark(tmp_path / "benchmarks" / "tiny")
     make_benchmark(tmp_path / "benchmarks" / "other", seed=1)
-    tiny = [*FEW, *places(tmp_path)]
-    assert call("reproduce", "--table", "ways", *tiny, "--ways", 5, 6).status == 0, runner.errors
-    assert len(runner.ran) == 6
-    cross = ["--table", "crossdomain", *tiny, "--novel_dataset", "other"]
+    cross = ["--table", "crossdomain", *FEW, *places(tmp_path), "--novel_dataset", "other"]
     assert call("reproduce", *cross).status == 0, runner.errors
-    assert len(runner.ran) == 6 + 5  # all but the training
+    assert len(runner.ran) == 6
     record = json.loads((tmp_path / "results" / "tables" / "reproduce_crossdomain_tiny_to_other.json").read_text())
     assert [row["ours"]["n_epoch"] for row in record["rows"]] == [2] * 6
-    assert call("reproduce", "--table", "ablation", *tiny).status == 0, runner.errors
-    assert len(runner.ran) == 11 + 8  # all but the training, head and centroid alignment
 
-    # What is there of another seed is never replaced.
-    outcome = call("reproduce", "--table", "ways", *tiny, "--ways", 5, "--seed", 1)
-    assert outcome.status == 2 and "--seed 1 (was 0)" in runner.errors
-
-
-def test_a_result_older_than_its_checkpoint_is_made_again(tmp_path, runner):
-    make_benchmark(tmp_path / "benchmarks" / "tiny")
-    ways = ["--table", "ways", *FEW, *places(tmp_path), "--ways", 5]
-    assert call("reproduce", *ways).status == 0
+    # A result older than its checkpoint is made again.
     checkpoint = next((tmp_path / "results" / "models").glob("*_bestModel.tar"))
     result = max((tmp_path / "results" / "tables").glob("[at]*.json"), key=lambda p: p.stat().st_mtime)
     os.utime(checkpoint, (result.stat().st_mtime + 1,) * 2)
-    assert call("reproduce", *ways).status == 0 and len(runner.ran) == 3 + 3
+    assert call("reproduce", *cross).status == 0, runner.errors
+    assert len(runner.ran) == 6 + 6
+
+    # The main table has the row that trains; what is there of another seed is never replaced.
+    outcome = call("reproduce", "--table", "main", *FEW, *places(tmp_path), "--seed", 1)
+    assert outcome.status == 2 and len(runner.ran) == 12 + 3 and "--seed 1 (was 0)" in runner.errors
 
 
 def test_a_row_runs_in_a_process_of_its_own_and_its_error_is_shown(tmp_path, capfd):
-    outcome = call("reproduce", "--table", "ways", "--dataset", "absent", "--results_dir", tmp_path)
+    outcome = call("reproduce", "--table", "crossdomain", "--dataset", "absent", "--results_dir", tmp_path)
     assert outcome.status == 2
     assert "no base split of 'absent'" in capfd.readouterr().err
     assert "transferLearning.py --dataset absent" in outcome.err and outcome.err.count("\n") == 1
@@ -279,6 +247,6 @@ def test_a_row_runs_in_a_process_of_its_own_and_its_error_is_shown(tmp_path, cap
 @pytest.mark.parametrize(("status", "ends"), [(1, 1), (-9, 1), (2, 2), (130, 130)])
 def test_how_a_row_ends_is_how_the_run_ends(tmp_path, monkeypatch, status, ends):
     monkeypatch.setattr(reproduce, "run_command", lambda command: status)
-    outcome = call("reproduce", "--table", "ways", "--results_dir", tmp_path)
+    outcome = call("reproduce", "--table", "crossdomain", "--results_dir", tmp_path)
     assert outcome.status == ends and outcome.err.count("\n") == 1
     assert "the same" in outcome.err and ("signal 9" in outcome.err) == (status == -9)
