@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from data.image_cache import IMAGE_SUFFIXES
+from data.decode import IMAGE_SUFFIXES
 from engine.errors import UserError
 from engine.files import matches_schema, misfit, read_json
 

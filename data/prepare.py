@@ -11,7 +11,6 @@ to get for each benchmark.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from data.converters import CONVERTERS
@@ -19,11 +18,11 @@ from data.converters.writing import count_images, write_benchmark
 from data.glyphs import provide_glyphs
 from engine.errors import OneLineParser, UserError
 from engine.files import folder_name
-from engine.script import escaped
+from engine.script import run_script
 
 
 def prepare_parser() -> argparse.ArgumentParser:
-    """The command line: one subcommand a benchmark, with the flags that make sense for it."""
+    """The command line: one subcommand per benchmark, with the flags that make sense for it."""
     parser = OneLineParser(
         prog="python -m data.prepare", description="Make a benchmark's image folders from the files that people have."
     )
@@ -53,33 +52,26 @@ def _size(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; what the user can mend ends it with one line and exit status 2."""
-    try:
-        args = prepare_parser().parse_args(argv)
-        if args.benchmark == "glyphs":
-            folder = args.out / "glyphs"
-            if not provide_glyphs(folder, args.seed):
-                print(f"'{folder}' is there already; delete it to render it again")
-        else:
-            converter = CONVERTERS[args.benchmark]
-            flags = {flag: getattr(args, flag) for flag in converter.flags}
-            if converter.download and args.source is None:
-                flags["source"] = converter.download(args.out / ".downloads")
-            elif not args.source.exists():
-                raise UserError(f"--source '{args.source}' does not exist")
-            conversion = converter.convert(**flags)
-            folder = args.out / folder_name(conversion.title or args.benchmark)
-            write_benchmark(conversion, folder, args.benchmark, args.img_size, args.skip_bad, args.allow_incomplete)
-        counts = {split: classes.values() for split, classes in count_images(folder).items()}
-        parts = [f"{split} {len(classes)} classes, {sum(classes)} images" for split, classes in counts.items()]
-        print(f"{folder}: {'; '.join(parts)}")
-    except (UserError, OSError) as error:
-        print(escaped(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues from here", file=sys.stderr)
-        sys.exit(130)
+    """Run the command line. Raises UserError for what the user can mend."""
+    args = prepare_parser().parse_args(argv)
+    if args.benchmark == "glyphs":
+        folder = args.out / "glyphs"
+        if not provide_glyphs(folder, args.seed):
+            print(f"'{folder}' is there already; delete it to render it again")
+    else:
+        converter = CONVERTERS[args.benchmark]
+        flags = {flag: getattr(args, flag) for flag in converter.flags}
+        if converter.download and args.source is None:
+            flags["source"] = converter.download(args.out / ".downloads")
+        elif not args.source.exists():
+            raise UserError(f"--source '{args.source}' does not exist")
+        conversion = converter.convert(**flags)
+        folder = args.out / folder_name(conversion.title or args.benchmark)
+        write_benchmark(conversion, folder, args.benchmark, args.img_size, args.skip_bad, args.allow_incomplete)
+    counts = {split: classes.values() for split, classes in count_images(folder).items()}
+    parts = [f"{split} {len(classes)} classes, {sum(classes)} images" for split, classes in counts.items()]
+    print(f"{folder}: {'; '.join(parts)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -94,8 +94,8 @@ def resized_crop(images: Tensor, boxes: Tensor, img_size: int) -> Tensor:
     return torch.matmul(rows.unsqueeze(1), narrow.view(b, c, height, img_size))
 
 
-def cut(images: UnequalImages, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """The pixels of boxes (b, 4), each from the corner of its image of (b, 3, H, W) on, and the boxes in them."""
+def cut(images: UnequalImages, boxes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pixels of boxes (b, 4) of unequal images, padded to one size (b, 3, H, W), and the boxes in them."""
     corners = boxes[:, :2].floor()
     ends = (boxes[:, :2] + boxes[:, 2:]).ceil().long().minimum(images.sizes)
     height, width = torch.cat([ends - corners.long(), ends.new_ones(1, 2)]).amax(0).tolist()
@@ -104,7 +104,7 @@ def cut(images: UnequalImages, boxes: Tensor) -> tuple[Tensor, Tensor]:
         images, corners.long().tolist(), ends.tolist(), out, strict=True
     ):
         kept[:, : bottom - top, : right - left] = image[:, top:bottom, left:right]
-    return move(out, images.device), torch.cat([boxes[:, :2] - corners, boxes[:, 2:]], 1)
+    return move(out, device), torch.cat([boxes[:, :2] - corners, boxes[:, 2:]], 1)
 
 
 def luma(images: Tensor) -> Tensor:
@@ -134,11 +134,13 @@ def augment(
     generator: Generator,
     part: slice = slice(None),
     by: Normalisation = IMAGENET,
+    device: torch.device | None = None,
 ) -> Tensor:
     """The published training transform of a batch: uint8 (b, 3, H, W) or unequal -> normalised float32 (b, 3, s, s).
 
     sizes (B, 2): the original (height, width), in which the crops are drawn, of the batch of which the images are
-    `part`, all of it by default: the draws for an image are the same in any part.
+    `part`, all of it by default: the draws for an image are the same in any part. It is made on `device`, by default
+    that of the images.
     """
     n = len(sizes)
     boxes = draw_crops(sizes, augmentation.crop_scale, augmentation.crop_ratio, generator)[part]
@@ -147,10 +149,10 @@ def augment(
     factors = 1.0 + augmentation.jitter * (2.0 * torch.rand(n, 3, generator=generator) - 1.0)
     flips = torch.rand(n, generator=generator) < 0.5
     if isinstance(images, Tensor):
-        crops = resized_crop(images, boxes, img_size)
+        crops = resized_crop(move(images, device or images.device), boxes, img_size)
     else:
-        few = torch.arange(len(boxes)).split(CUT_TOGETHER)
-        crops = torch.cat([resized_crop(*cut(images[k], boxes[k]), img_size) for k in few])
+        to, few = device or images.pixels.device, torch.arange(len(boxes)).split(CUT_TOGETHER)
+        crops = torch.cat([resized_crop(*cut(images[k], boxes[k], to), img_size) for k in few])
     out = colour_jitter(crops, factors[part])
     if augmentation.flip:
         out = torch.where(move(flips[part], out.device).view(-1, 1, 1, 1), out.flip(3), out)
@@ -166,8 +168,7 @@ def network_input(images: Tensor, device: torch.device, by: Normalisation = IMAG
 class TrainingImages:
     """What a stage trains on: uint8 images, (N, 3, H, W) or unequal, their labels (N,), and how they are augmented.
 
-    sizes (N, 2): their original (height, width). Without augmentation the images must be (N, 3, img_size, img_size).
-    normalisation: that of the network which they are for.
+    sizes (N, 2): the original (height, width) of the images. Without augmentation they are (N, 3, img_size, img_size).
     """
 
     images: Tensor | UnequalImages
@@ -183,18 +184,19 @@ class TrainingImages:
 
         `part` gives the rows of the input that are made, without changing them.
         """
-        images = self.images[move(index[part], self.images.device)]
-        images = move(images, self.device) if isinstance(images, Tensor) else images.to(self.device)
+        by, images = self.normalisation, self.images
+        images = images[move(index[part], images.device) if isinstance(images, Tensor) else index[part]]
         if self.augmentation is None:
-            return network_input(cast(Tensor, images), self.device, self.normalisation)
-        x = augment(images, self.sizes[index], self.img_size, self.augmentation, generator, part, self.normalisation)
+            return network_input(cast(Tensor, images), self.device, by)
+        sizes = self.sizes[index]
+        x = augment(images, sizes, self.img_size, self.augmentation, generator, part, by, self.device)
         return x.contiguous(memory_format=torch.channels_last)
 
 
 def training_images(
     base: Split, augmentation: Augmentation | None, device: torch.device, by: Normalisation = IMAGENET
 ) -> TrainingImages:
-    """What a stage trains on: the images of a base split, on the device for good where they have room there."""
+    """The images of a base split to train on, moved to the device for good where they have room there."""
     images = base.images if augmentation is None or base.train_images is None else base.train_images
     if isinstance(images, UnequalImages):
         images = replace(images, pixels=move_if_fits(images.pixels, device))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.benchmarks import DataOptions, Split, list_split, load_listed
-from data.image_cache import image_bytes
+from data.decode import image_bytes
 from data.listing import list_folder
 from engine.errors import UserError
 from engine.files import load_tensors, matches_schema, save_atomically

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data.image_cache import open_rgb
+from data.decode import open_rgb
 from engine.files import atomic_file
 from photos.images import printable
 from photos.predictions import UNSURE, Predictions

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.image_cache import IMAGE_SUFFIXES, eval_view, map_in_chunks, open_rgb, to_rgb
+from data.decode import IMAGE_SUFFIXES, open_rgb, to_rgb
+from data.image_cache import eval_view, map_in_chunks
 from data.listing import list_folder
 from engine.budget import check_memory
 from engine.errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from data.image_cache import open_rgb
+from data.decode import open_rgb
 from persistence.saved_episode import MAX_SIDE
 from photos.images import list_support
 from photos.predictions import Predictions

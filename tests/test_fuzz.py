@@ -42,7 +42,8 @@ from data.converters.tiered_imagenet import convert_tiered_imagenet
 from data.converters.writing import SETTINGS
 from data.episodes import EpisodeShape, read_episodes, sample_episodes, write_episodes
 from data.glyphs import outdated_seed
-from data.image_cache import ImageFiles, load_images, open_rgb
+from data.decode import open_rgb
+from data.image_cache import ImageFiles, load_images
 from data.listing import list_folder, list_json
 from engine.errors import UserError
 from engine.files import read_record

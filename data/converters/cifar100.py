@@ -6,13 +6,11 @@ Both take all 600 images of a class, of CIFAR's train and test sets together.
 """
 
 import io
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data.converters.archives import FileTree, open_tree
 from data.converters.converter import (
@@ -24,7 +22,7 @@ from data.converters.converter import (
     published_split,
     whole_numbers,
 )
-from data.converters.safe_pickle import StoredArray, load_pickle
+from data.converters.safe_pickle import load_pickle
 from engine.errors import UserError
 from engine.files import matches_schema
 
@@ -35,56 +33,48 @@ ARCHIVE = "cifar-100-python.tar.gz"
 def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Conversion:
     """CIFAR-100 split by class names, {split: [name]}, or by superclasses, {"coarse_labels": {split: [name]}}.
 
-    `source` is cifar-100-python.tar.gz or the folder in it.
+    `source` is cifar-100-python.tar.gz or the folder in it. It is read here and not by torchvision, which reads the
+    one published archive alone, without the superclasses.
     Raises UserError when `source` does not have the layout, or a class of the split is unknown.
     """
-    # torchvision downloads the archive and checks its md5, but reads it with the standard unpickler, and by md5 only
-    # the one published archive: so the reading, which must also be safe for archives from elsewhere, is ours.
     with open_tree(source) as tree:
-        parts = {part: _load(tree, part, "data", "fine_labels", "coarse_labels") for part in ("train", "test")}
-        fine_names, coarse_names = _load(tree, "meta", "fine_label_names", "coarse_label_names")
-    if not matches_schema(fine_names, list[str]) or not matches_schema(coarse_names, list[str]):
-        raise UserError(f"'{source}': fine_label_names and coarse_label_names are not lists of names")
-    coarse_of_fine: dict[str, str] = {}
-    images: list[tuple[str, str, Callable[[], NDArray[np.uint8]]]] = []  # class, file, what reads it
-    for part, (pixels, *labels) in parts.items():
-        fine, coarse = (whole_numbers(each, f"'{source}': labels of {part}") for each in labels)
-        if (
-            not isinstance(pixels, StoredArray)
-            or pixels.array.dtype != np.uint8
-            or not pixels.array.shape == (len(fine), 3 * 32 * 32) == (len(coarse), 3 * 32 * 32)
-            or max(fine, default=0) >= len(fine_names)
-            or max(coarse, default=0) >= len(coarse_names)
-        ):
+        names = _load(tree, "meta", {"fine_label_names": list[str], "coarse_label_names": list[str]})
+        schema = {"data": np.ndarray, "fine_labels": Any, "coarse_labels": Any}
+        parts = {part: _load(tree, part, schema) for part in ("train", "test")}
+    fine_names, coarse_names = names["fine_label_names"], names["coarse_label_names"]
+    superclasses: dict[str, str] = {}
+    rows = []  # class, file, pixels
+    for part, content in parts.items():
+        pixels = content["data"]
+        fine = whole_numbers(content["fine_labels"], f"'{source}': labels of {part}", below=len(fine_names))
+        coarse = whole_numbers(content["coarse_labels"], f"'{source}': labels of {part}", below=len(coarse_names))
+        if pixels.dtype != np.uint8 or not pixels.shape == (len(fine), 3 * 32 * 32) == (len(coarse), 3 * 32 * 32):
             raise UserError(f"'{source}': data, fine_labels and coarse_labels of {part} do not belong together")
-        coarse_of_fine |= {fine_names[i]: coarse_names[j] for i, j in zip(fine, coarse, strict=True)}
-        rows = zip(fine, pixels.array, strict=True)
-        images += [(fine_names[c], f"{part}_{i:05d}.png", partial(_image, row)) for i, (c, row) in enumerate(rows)]
+        superclasses |= {fine_names[i]: coarse_names[j] for i, j in zip(fine, coarse, strict=True)}
+        images = enumerate(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        rows += [(fine_names[c], f"{part}_{i:05d}.png", image) for c, (i, image) in zip(fine, images, strict=True)]
 
-    classes, n_classes = _classes_of_splits(split_file, fine_names, coarse_of_fine)
-    unknown = sorted(set().union(*classes.values()) - set(fine_names))
-    if unknown:
-        raise UserError(f"'{source}' has no class {', '.join(unknown)}, which the split names: is it CIFAR-100?")
-    split_of_class = {name: split for split in SPLITS for name in classes[split]}
-    items = [ImageItem(split_of_class[image[0]], *image) for image in images if image[0] in split_of_class]
-    counts = {split: dict.fromkeys(classes[split], PER_CLASS) for split in SPLITS}
-    return Conversion(items, len(items), n_classes, class_counts=counts, settings={"split_file": split_file})
-
-
-def _classes_of_splits(
-    split_file: dict[str, Any], fine_names: list[str], coarse_of_fine: dict[str, str]
-) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """The classes of each split, and how many there should be: a superclass has five."""
-    if "coarse_labels" not in split_file:
+    if wanted := split_file.get("coarse_labels"):
+        classes = {split: [name for name in fine_names if superclasses.get(name) in wanted[split]] for split in SPLITS}
+        n_classes = {split: 5 * len(wanted[split]) for split in SPLITS}
+    else:
         check_split(split_file, list[str], "lists of class names")
-        return {split: split_file[split] for split in SPLITS}, {split: len(split_file[split]) for split in SPLITS}
-    wanted = split_file["coarse_labels"]
-    classes = {split: [name for name in fine_names if coarse_of_fine.get(name) in wanted[split]] for split in SPLITS}
-    return classes, {split: 5 * len(wanted[split]) for split in SPLITS}
+        classes = {split: split_file[split] for split in SPLITS}
+        n_classes = {split: len(classes[split]) for split in SPLITS}
+    split_of_class = {name: split for split in SPLITS for name in classes[split]}
+    if unknown := sorted(set(split_of_class) - set(fine_names)):
+        raise UserError(f"'{source}' has no class {', '.join(unknown)}, which the split names: is it CIFAR-100?")
+    items = [
+        ImageItem(split_of_class[name], name, file_name, partial(np.ascontiguousarray, image))
+        for name, file_name, image in rows
+        if name in split_of_class
+    ]
+    counts = {split: dict.fromkeys(classes[split], PER_CLASS) for split in SPLITS}
+    return Conversion(items, PER_CLASS * sum(n_classes.values()), n_classes, counts, {"split_file": split_file})
 
 
 def download_cifar100(folder: Path) -> Path:
-    """The published archive, in `folder`. Raises UserError when it cannot be downloaded."""
+    """The published archive, in `folder`. Raises UserError when it cannot be downloaded or has another checksum."""
     # Imported here, because it takes seconds and 150 MB, and only a download needs it.
     from torchvision.datasets import CIFAR100
     from torchvision.datasets.utils import download_url
@@ -98,31 +88,21 @@ def download_cifar100(folder: Path) -> Path:
     return folder / ARCHIVE
 
 
-def _load(tree: FileTree, name: str, *keys: str) -> list[Any]:
-    """The entries `keys` of one of the pickles, which lie side by side in a folder cifar-100-python."""
+def _load(tree: FileTree, name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """One of the pickles, which lie side by side in a folder cifar-100-python; it has the keys of the schema."""
     found = [path for path in tree.names if PurePosixPath(path).name == name]
     if len(found) != 1:
         raise UserError(f"'{tree.path}' has {len(found)} files '{name}' instead of one: give {ARCHIVE} or its folder")
     content = load_pickle(io.BytesIO(tree.read(found[0])), f"{tree.path}: {found[0]}")
-    if not isinstance(content, dict):
-        raise UserError(f"'{tree.path}': {found[0]} holds a {type(content).__name__} instead of a dictionary")
-    for key in keys:
-        if key not in content:
-            raise UserError(
-                f"'{tree.path}': {name} has no key '{key}', only {', '.join(map(repr, content))}: is it CIFAR-100?"
-            )
-    return [content[key] for key in keys]
-
-
-def _image(row: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """An image (32, 32, 3) from its red, green and blue planes, one after the other."""
-    return np.ascontiguousarray(row.reshape(3, 32, 32).transpose(1, 2, 0))
+    if not isinstance(content, dict) or not matches_schema(content, schema):
+        raise UserError(f"'{tree.path}': {name} is no dictionary of {', '.join(schema)}: is it CIFAR-100?")
+    return content
 
 
 def _converter(name: str) -> Converter:
     flags = {
         "split_file": published_split(name),
-        "source": {"type": Path, "help": "cifar-100-python.tar.gz or its folder; default: download it"},
+        "source": {"type": Path, "help": f"{ARCHIVE} or its folder; default: download it"},
     }
     return Converter(convert_cifar100, "from CIFAR-100, downloaded unless given", flags, download_cifar100)
 

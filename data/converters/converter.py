@@ -3,20 +3,17 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.image_cache import MAX_PIXELS
 from engine.errors import UserError
 from engine.files import matches_schema, read_json
 
 SPLITS = ("base", "val", "novel")
 TAGS = {"base": "train", "val": "val", "novel": "test"}  # what other people's files call the splits
-CLASSES = "classes"  # the setting of a split at random that says which classes were dealt to which split
 SPLIT_FILES = Path(__file__).parents[2] / "fs_benchmarks" / "splits"
 
 Flag = dict[str, Any]  # the options of add_argument
@@ -26,14 +23,13 @@ Flag = dict[str, Any]  # the options of add_argument
 class ImageItem:
     """One image to write: `read` gives an encoded file's bytes, or pixels (h, w, 3) uint8 for a file_name in .png.
 
-    `read` raises FileNotFoundError when the source lacks the image. `box` is (left, top, right, bottom) in pixels.
+    `read` raises FileNotFoundError when the source lacks the image, and ValueError when it cannot be decoded.
     """
 
     split: str
     class_name: str
     file_name: str
     read: Callable[[], bytes | NDArray[np.uint8]]
-    box: tuple[float, float, float, float] | None = None
 
     @property
     def name(self) -> str:
@@ -42,18 +38,16 @@ class ImageItem:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a converter hands over: the images, lazily; how many they are, for the bar; and the published counts.
+    """The images that a converter hands over, lazily, and the published numbers of images and of classes per split.
 
-    Those are of the classes of each split and, where they are known, of the images of each split, of each class, and
-    in total. `settings` tells two conversions of one benchmark apart; `title` is its name where the user chooses it.
+    class_counts: where it is known, how many images each class of a split has. `settings` tells two conversions of one
+    benchmark apart; `title` is the name of the benchmark where the user chooses it.
     """
 
     items: Iterable[ImageItem]
-    n_items: int
+    n_images: int
     n_classes: dict[str, int]
-    n_images: dict[str, int] = field(default_factory=dict)
     class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    total: int | None = None
     settings: dict[str, object] = field(default_factory=dict)
     title: str | None = None
 
@@ -79,14 +73,12 @@ def read_split_file(path: str | Path) -> dict[str, Any]:
     try:
         content = read_json(Path(path))
         lists = content.get("coarse_labels", content) if isinstance(content, dict) else {}
-        for split in SPLITS:
-            if not matches_schema(lists, {split: list[str] | dict[str, list[int]]}):
-                raise ValueError(f"its {split} is neither a list of names nor lists of positions by name")
+        if not matches_schema(lists, dict.fromkeys(SPLITS, list[str] | dict[str, list[int]])):
+            raise ValueError("they must be lists of names, or of positions by name")
     except (OSError, ValueError) as error:
         raise UserError(f"--split_file '{path}' is not a JSON of base, val and novel classes ({error})") from None
     names = Counter(name for split in SPLITS for name in lists[split])
-    twice = sorted(name for name, count in names.items() if count > 1)
-    if twice:
+    if twice := sorted(name for name, count in names.items() if count > 1):
         raise UserError(f"--split_file '{path}' lists {', '.join(twice)} twice; splits must not share classes")
     return dict(content)
 
@@ -97,29 +89,25 @@ def check_split(split_file: dict[str, Any], kind: Any, what: str) -> None:
         raise UserError(f"--split_file does not give base, val and novel as {what}: give one that is of this benchmark")
 
 
-def whole_numbers(values: object, where: str) -> list[int]:
-    """Labels, from an array or list of somebody's file.
+def whole_numbers(values: object, where: str, below: int | None = None) -> list[int]:
+    """Labels or rows, from an array or list of somebody's file.
 
-    Raises UserError, which begins with `where`, when they are not whole numbers from 0, one after the other.
+    Raises UserError, which begins with `where`, when they are not whole numbers from 0, all of them less than `below`.
     """
     try:
         array = np.asarray(values)
+        if array.ndim != 1 or array.size and (array.dtype.kind not in "iu" or array.min() < 0):
+            raise ValueError(f"they have shape {array.shape} and type {array.dtype}")
+        if below is not None and array.max(initial=0) >= max(below, 1):
+            raise ValueError(f"the largest is {array.max()}, of {below}")
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{where} are not whole numbers ({' '.join(str(error).split())})") from None
-    if array.ndim != 1 or array.size and (array.dtype.kind not in "iu" or array.min() < 0):
-        raise UserError(f"{where} are not whole numbers from 0, but of shape {array.shape} and type {array.dtype}")
+        raise UserError(f"{where} are not whole numbers from 0 ({' '.join(str(error).split())})") from None
     return [int(value) for value in array]
 
 
-def are_images(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    """Whether an array is of images (n, h, w, 3) uint8, none of them too large to be one."""
-    return (
-        dtype == np.uint8
-        and len(shape) == 4
-        and shape[3] == 3
-        and 0 < min(shape[1:])
-        and prod(shape[1:3]) <= MAX_PIXELS
-    )
+def are_images(array: object) -> TypeGuard[NDArray[np.uint8]]:
+    """Whether something is an array of images (n, h, w, 3) uint8."""
+    return isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
 
 
 # Flags that several converters have.

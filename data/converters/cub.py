@@ -5,14 +5,17 @@ folders sorted by name and counted from 0; even ones are base, every fourth from
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from math import isfinite
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data.converters.archives import FileTree, open_tree
 from data.converters.converter import SOURCE, SPLITS, Conversion, Converter, ImageItem
+from data.decode import decode
 from engine.errors import UserError
 
 N_IMAGES = 11788
@@ -27,11 +30,10 @@ def convert_cub(source: Path, crop_bbox: bool) -> Conversion:
     """
     with ExitStack() as stack:
         tree = stack.enter_context(open_tree(source))
-        root = _root(tree)
-        paths = _table(tree, root, "images.txt")
+        root, paths = _table(tree, "images.txt")
         if any(len(columns) != 1 or columns[0].count("/") != 1 for columns in paths.values()):
             raise UserError(f"'{source}': {root}images.txt does not list each image as 'number class/file'")
-        boxes = _table(tree, root, "bounding_boxes.txt") if crop_bbox else {}
+        boxes = _table(tree, "bounding_boxes.txt")[1] if crop_bbox else {}
         opened = stack.pop_all()  # for the items, which close it
     image_of_path = {f"{root}images/{path}": (number, *path.split("/")) for number, (path,) in paths.items()}
     n_images = Counter(class_name for _, class_name, _ in image_of_path.values())
@@ -43,44 +45,46 @@ def convert_cub(source: Path, crop_bbox: bool) -> Conversion:
             present = [name for name in tree.names if name in image_of_path]
             for path in present + sorted(set(image_of_path) - set(present)):
                 number, class_name, file_name = image_of_path[path]
-                box = _corners(boxes, number, source) if crop_bbox else None
-                read = partial(tree.read, path)
-                yield ImageItem(split_of_class[class_name], class_name, file_name, read, box)
+                read: Callable[[], bytes | NDArray[np.uint8]] = partial(tree.read, path)
+                if crop_bbox:
+                    read = partial(_cropped, tree, path, _corners(boxes, number, source))
+                    file_name = f"{PurePosixPath(file_name).stem}.png"
+                yield ImageItem(split_of_class[class_name], class_name, file_name, read)
 
     counts = {part: {name: n_images[name] for name, its in split_of_class.items() if its == part} for part in SPLITS}
-    settings: dict[str, object] = {"crop_bbox": crop_bbox}
-    return Conversion(items(), len(image_of_path), N_CLASSES, class_counts=counts, total=N_IMAGES, settings=settings)
+    return Conversion(items(), N_IMAGES, N_CLASSES, counts, {"crop_bbox": crop_bbox})
 
 
-def _root(tree: FileTree) -> str:
-    """What stands before `images.txt` in the names: the source may be the folder, its parent or the archive."""
-    roots = [name.removesuffix("images.txt") for name in tree.names if Path(name).name == "images.txt"]
+def _table(tree: FileTree, name: str) -> tuple[str, dict[str, list[str]]]:
+    """One of the text files: the folder that it is in, and the columns of each line by the number that begins it."""
+    roots = [found.removesuffix(name) for found in tree.names if PurePosixPath(found).name == name]
     if len(roots) != 1:
         raise UserError(
-            f"'{tree.path}' has {len(roots)} files images.txt instead of one: "
+            f"'{tree.path}' has {len(roots)} files {name} instead of one: "
             "give the folder CUB_200_2011 or CUB_200_2011.tgz"
         )
-    return roots[0]
-
-
-def _table(tree: FileTree, root: str, name: str) -> dict[str, list[str]]:
-    """One of the text files: the columns of each line by the image number that begins it."""
-    if f"{root}{name}" not in tree.names:
-        raise UserError(f"'{tree.path}' has no {root}{name}: give the folder CUB_200_2011 or CUB_200_2011.tgz")
-    lines = tree.read(f"{root}{name}").decode(errors="replace").splitlines()
+    lines = tree.read(f"{roots[0]}{name}").decode(errors="replace").splitlines()
     rows = [line.split() for line in lines if line.strip()]
-    return {row[0]: row[1:] for row in rows}
+    return roots[0], {row[0]: row[1:] for row in rows}
 
 
-def _corners(boxes: dict[str, list[str]], number: str, source: Path) -> tuple[float, float, float, float]:
+def _corners(boxes: dict[str, list[str]], number: str, source: Path) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of an image's `x y width height`."""
     try:
         x, y, width, height = (float(value) for value in boxes[number])
-        if not isfinite(x + y + width + height):
-            raise ValueError
-    except (KeyError, ValueError):
+        return round(x), round(y), round(x + width), round(y + height)
+    except (KeyError, ValueError, OverflowError):
         raise UserError(f"'{source}': bounding_boxes.txt has no 'x y width height' for image {number}") from None
-    return x, y, x + width, y + height
+
+
+def _cropped(tree: FileTree, path: str, corners: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    """The pixels (h, w, 3) of an image inside a box. Raises ValueError when there are none."""
+    image = decode(tree.read(path))
+    left, top, right, bottom = corners
+    image = image.crop((max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)))
+    if 0 in image.size:
+        raise ValueError("its bounding box is empty")
+    return np.asarray(image)
 
 
 CONVERTER = Converter(

@@ -1,6 +1,7 @@
 """folder: anyone's own images, as a tree of class/image, split by lists of classes or at random."""
 
 import argparse
+import contextlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -8,17 +9,8 @@ from typing import Any
 
 import torch
 
-from data.converters.converter import (
-    CLASSES,
-    SOURCE,
-    SPLIT_FILE,
-    SPLITS,
-    Conversion,
-    Converter,
-    ImageItem,
-    check_split,
-)
-from data.image_cache import IMAGE_SUFFIXES, regular_bytes
+from data.converters.converter import SOURCE, SPLIT_FILE, SPLITS, Conversion, Converter, ImageItem, check_split
+from data.decode import IMAGE_SUFFIXES, regular_bytes
 from data.listing import list_folder
 from engine.errors import UserError
 
@@ -49,17 +41,16 @@ def convert_folder(
     if absent:
         raise UserError(f"--source '{source}' has no folder for the listed classes {', '.join(map(repr, absent))}")
 
-    items = (
+    items = [
         ImageItem(part, class_name, file_name, partial(regular_bytes, file))
         for part, class_name in classes
         for file_name, file in _named_apart(images[class_name]).items()
-    )
-    n_images = sum(len(images[class_name]) for _, class_name in classes)
+    ]
     n_classes = {part: len(class_lists[part]) for part in SPLITS}
     settings: dict[str, object] = {"split_file": split_file}
-    if not split_file:  # a class more or less and the others are dealt otherwise: what was dealt is recorded
-        settings = {"split": split, "seed": seed, CLASSES: class_lists}
-    return Conversion(items, n_images, n_classes, settings=settings, title=name or source.resolve().name)
+    if not split_file:  # with a class more or less the others are dealt otherwise: what was dealt is recorded
+        settings = {"split": split, "seed": seed, "classes": class_lists}
+    return Conversion(items, len(items), n_classes, settings=settings, title=name or source.resolve().name)
 
 
 def split_at_random(class_names: list[str], fractions: list[float], seed: int) -> dict[str, list[str]]:
@@ -76,11 +67,8 @@ def split_at_random(class_names: list[str], fractions: list[float], seed: int) -
         )
     order = torch.randperm(len(class_names), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [class_names[i] for i in order]
-    return {
-        "base": sorted(shuffled[:n_base]),
-        "val": sorted(shuffled[n_base : n_base + n_val]),
-        "novel": sorted(shuffled[n_base + n_val :]),
-    }
+    parts = shuffled[:n_base], shuffled[n_base : n_base + n_val], shuffled[n_base + n_val :]
+    return {split: sorted(part) for split, part in zip(SPLITS, parts, strict=True)}
 
 
 def _named_apart(files: list[Path]) -> dict[str, Path]:
@@ -92,13 +80,12 @@ def _named_apart(files: list[Path]) -> dict[str, Path]:
 
 
 def _fractions(text: str) -> list[float]:
-    try:
+    """The flag --split: three shares of the classes. Raises ArgumentTypeError when they are not of sum 1."""
+    with contextlib.suppress(ValueError):
         fractions = [float(part) for part in text.split(",")]
-    except ValueError:
-        fractions = []
-    if not (len(fractions) == 3 and min(fractions) > 0 and abs(sum(fractions) - 1) <= 1e-6):  # of which nan is neither
-        raise argparse.ArgumentTypeError(f"'{text}' is not three fractions of sum 1, such as 0.64,0.16,0.2")
-    return fractions
+        if len(fractions) == 3 and min(fractions) > 0 and abs(sum(fractions) - 1) <= 1e-6:  # of which nan is neither
+            return fractions
+    raise argparse.ArgumentTypeError(f"'{text}' is not three fractions of sum 1, such as 0.64,0.16,0.2")
 
 
 CONVERTER = Converter(
@@ -108,11 +95,7 @@ CONVERTER = Converter(
         "source": SOURCE,
         "split_file": SPLIT_FILE,
         "name": {"metavar": "TITLE", "help": "what to call the benchmark; default: the source folder's name"},
-        "split": {
-            "type": _fractions,
-            "default": [0.64, 0.16, 0.2],
-            "help": "fractions of classes: 0.64,0.16,0.2 (the default)",
-        },
+        "split": {"type": _fractions, "default": [0.64, 0.16, 0.2], "help": "shares of classes; default: 0.64,0.16,0.2"},
         "seed": {"type": int, "default": 0, "help": "which classes --split deals to which split"},
     },
 )

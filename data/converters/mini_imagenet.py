@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +28,8 @@ from data.converters.converter import (
     published_split,
     whole_numbers,
 )
-from data.converters.safe_pickle import StoredArray, load_pickle_file
-from data.image_cache import regular_bytes
+from data.converters.safe_pickle import load_pickle_file
+from data.decode import regular_bytes
 from data.listing import list_json
 from engine.errors import UserError
 
@@ -48,8 +47,6 @@ def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: 
     """
     check_split(split_file, dict[str, list[int]], "lists of positions by class name")
     counts = {split: {name: len(wanted) for name, wanted in split_file[split].items()} for split in SPLITS}
-    n_classes = {split: len(counts[split]) for split in SPLITS}
-    n_images = sum(sum(classes.values()) for classes in counts.values())
     if all((source / f"{split}.json").is_file() for split in SPLITS):
         items = _from_json(source, image_root)
     elif all((source / f"{tag}.csv").is_file() for tag in TAGS.values()):
@@ -68,7 +65,9 @@ def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: 
             "train tar; a folder with train.csv, val.csv, test.csv and images/; with the pickles of train, val and "
             "test; or with base.json, val.json and novel.json"
         )
-    return Conversion(items, n_images, n_classes, class_counts=counts, settings={"split_file": split_file})
+    n_classes = {split: len(split_file[split]) for split in SPLITS}
+    n_images = sum(sum(classes.values()) for classes in counts.values())
+    return Conversion(items, n_images, n_classes, counts, {"split_file": split_file})
 
 
 def _from_json(source: Path, image_root: Path | None) -> Iterator[ImageItem]:
@@ -84,18 +83,12 @@ def _from_csv(source: Path) -> Iterator[ImageItem]:
     for split, tag in TAGS.items():
         path = source / f"{tag}.csv"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            reader = csv.DictReader(lines)
-            rows = list(reader)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"'{path}' is no csv file ({error}): get the file again") from None
-        if not {"filename", "label"} <= set(reader.fieldnames or ()):
-            raise UserError(f"'{path}' does not begin with the line 'filename,label'")
-        for number, row in enumerate(rows, 2):
-            if not row["filename"] or not row["label"]:
-                raise UserError(f"'{path}', line {number}: expected a file name and a label")
-            image = source / "images" / PurePosixPath(row["filename"]).name
-            yield ImageItem(split, row["label"], image.name, partial(regular_bytes, image))
+            rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+            names = [(PurePosixPath(row["filename"]).name, row["label"] or "") for row in rows]
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(f"'{path}' is no csv file with the columns filename and label ({error})") from None
+        for file_name, class_name in names:
+            yield ImageItem(split, class_name, file_name, partial(regular_bytes, source / "images" / file_name))
 
 
 def _ilsvrc_train(source: Path) -> Path | None:
@@ -118,7 +111,7 @@ def _from_ilsvrc(source: Path, positions: SplitPositions) -> Iterator[ImageItem]
             for wnid, wanted in positions[split].items():
                 tar = f"{wnid}.tar"
                 if whole and tar in tar_names:
-                    opened = open_tree(source / tar, whole.open(tar_names[tar]))
+                    opened = open_tree(source / tar, whole.read(tar_names[tar]))
                 elif folder and (folder / wnid).is_dir():
                     opened = open_tree(folder / wnid)
                 elif folder and (folder / tar).is_file():
@@ -145,10 +138,11 @@ def _of_positions(tree: FileTree, split: str, wnid: str, wanted: list[int]) -> I
         yield ImageItem(split, wnid, PurePosixPath(name).name, partial(tree.read, name))
 
 
-Pickled = tuple[NDArray[np.uint8], dict[str, list[int]]]  # images, rows of each class
+Pickled = tuple[NDArray[np.uint8], dict[str, list[int]]]  # images (n, h, w, 3), rows of each class
 
 
 def _from_pickles(pickled: dict[str, Pickled]) -> Iterator[ImageItem]:
+    """The images of the rows of each class."""
     for split, (images, rows_of_class) in pickled.items():
         for class_name, rows in rows_of_class.items():
             for row in rows:
@@ -157,14 +151,8 @@ def _from_pickles(pickled: dict[str, Pickled]) -> Iterator[ImageItem]:
 
 def _pickle_of(source: Path, tag: str) -> Path:
     """The one pickle of a split: its name ends in the split's; train_phase_val and _test hold other base images."""
-    ending = re.compile(rf"(?<![a-z]){tag}$")
-    found = [
-        path
-        for path in sorted(source.iterdir())
-        if path.suffix in (".pkl", ".pickle")
-        and ending.search(path.stem)
-        and not path.stem.endswith(("train_phase_val", "train_phase_test"))
-    ]
+    ending = re.compile(rf"(?<![a-z])(?<!train_phase_(?=val|test)){tag}\.(pkl|pickle)$")
+    found = sorted(path for path in source.iterdir() if ending.search(path.name))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(f"--source '{source}' must have one pickle whose name ends in '{tag}'; it has {names}")
@@ -186,29 +174,20 @@ def _read_pickle(path: Path, split: str) -> Pickled:
             f"'{path}' has the keys {', '.join(sorted(map(str, keys))) or 'none'}: expected image_data and class_dict, "
             "or data and labels"
         )
-    pixels = images.array if isinstance(images, StoredArray) else None
-    if pixels is None or not are_images(pixels.shape, pixels.dtype):
+    if not are_images(images):
         raise UserError(f"'{path}': its images are not an array (n, height, width, 3) of uint8")
-    rows_of_class = _rows_of_class(content, split, path)
-    rows = [row for rows in rows_of_class.values() for row in rows]
-    if rows and not 0 <= min(rows) <= max(rows) < len(pixels):
-        raise UserError(f"'{path}' has {len(pixels)} images but labels for image {max(rows)}")
-    return pixels, rows_of_class
-
-
-def _rows_of_class(content: dict[str, Any], split: str, path: Path) -> dict[str, list[int]]:
-    """The rows of each class, from class_dict or from labels and, where they are there, their names."""
     rows_of_class, names = content.get("class_dict", {}), content.get("catname2label", {})
     if not isinstance(rows_of_class, dict) or not isinstance(names, dict):
         raise UserError(f"'{path}': its class_dict or catname2label is no dictionary")
     if "class_dict" in content:
-        return {
-            str(name): whole_numbers(rows, f"'{path}': the rows of a class") for name, rows in rows_of_class.items()
-        }
+        where = f"'{path}': the rows of a class"
+        return images, {str(name): whole_numbers(rows, where, len(images)) for name, rows in rows_of_class.items()}
     labels = np.array(whole_numbers(content["labels"], f"'{path}': its labels"))
+    if len(labels) != len(images):
+        raise UserError(f"'{path}' has {len(images)} images and {len(labels)} labels")
     numbers = whole_numbers(list(names.values()), f"'{path}': the numbers in catname2label")
     name_of = {number: str(name) for number, name in zip(numbers, names, strict=True)}
-    return {
+    return images, {
         name_of.get(label, f"{split}_{label:03d}"): np.flatnonzero(labels == label).tolist()
         for label in np.unique(labels).tolist()
     }

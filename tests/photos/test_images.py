@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from data import image_cache
-from data.image_cache import eval_view, open_rgb
+from data.decode import open_rgb
+from data.image_cache import eval_view
 from engine.errors import UserError
 from photos.images import decode_views, folder_truth, list_queries, list_support, other_files, printable
 

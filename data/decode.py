@@ -1,0 +1,107 @@
+"""An image file, whatever its format and colours, as upright 8-bit RGB; what cannot be read is named in one line."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from engine.errors import UserError
+from engine.files import check_regular
+
+# Raise it with any change of the pixels that come of a file, by which the image cache is keyed.
+DECODE_VERSION = 1
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+# The decoders that may see a file, whatever its name: others, such as that of EPS, hand it on to an interpreter.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+# A file that claims more pixels is a decompression bomb: 120 million of RGB are more than a telephone's 108, and take
+# 480 MB. Of another kind fewer are allowed: BYTES is what decoding a pixel and making it RGB takes, 12 where not named.
+MAX_PIXELS = 120_000_000
+BYTES = {"RGB": 4, "L": 5, "1": 5, "CMYK": 8, "RGBA": 8, "I": 20, "I;16": 20, "F": 20}
+
+# Pillow's, of large and of odd images: what comes of them is said in one line.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as upright 8-bit RGB: EXIF rotation applied, palettes and CMYK converted, 16 bits scaled to 8."""
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds NaN or infinite pixels")
+        # 16-bit and 32-bit greyscale files hold 0..65535; PIL's own conversion would clip them at 255.
+        scale = 257.0 if values.max(initial=0) > 255 else 1.0
+        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+    if image.mode in ("P", "LA", "PA"):
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextlib.contextmanager
+def opened_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet.
+
+    Raises ValueError, with the reason in one line, when it is none of FORMATS, a bomb, or when the block fails.
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            limit = MAX_PIXELS * BYTES["RGB"] // BYTES.get(image.mode, 12)
+            if image.width * image.height > limit:
+                raise ValueError(f"{image.width}x{image.height} pixels is more than the limit of {limit}")
+            yield image
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
+    except Exception as error:  # on damaged bytes PIL raises also struct.error, TypeError, ...
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def decode(content: bytes) -> Image.Image:
+    """The RGB image of an encoded file. Raises ValueError, with the reason in one line, when it cannot be decoded."""
+    with opened_image(io.BytesIO(content)) as image:
+        if image.format == "PNG":  # decoding it compares no checksum of the pixels
+            with Image.open(io.BytesIO(content), formats=("PNG",)) as again:
+                again.verify()
+        return to_rgb(image)
+
+
+def regular_bytes(path: Path) -> bytes:
+    """The content of a file. Raises ValueError when it is no regular file, OSError when it cannot be read."""
+    check_regular(path)
+    return path.read_bytes()
+
+
+@contextlib.contextmanager
+def naming_image(path: Path) -> Iterator[None]:
+    """A block that reads an image file; what is wrong with it becomes a UserError that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"image {path} cannot be decoded ({error}): repair it or take it out of the folder") from error
+
+
+def image_bytes(path: Path) -> bytes:
+    """The content of an image file. Raises UserError, naming it, when it cannot be read or is no regular file."""
+    with naming_image(path):
+        return regular_bytes(path)
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """Decode one file to RGB. Raises UserError, naming the file, when it cannot be decoded or is a bomb."""
+    with naming_image(path):
+        return decode(regular_bytes(path))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an upright image, from its header alone. Raises UserError, naming the file, as open_rgb."""
+    with naming_image(path):
+        check_regular(path)
+        with opened_image(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
