@@ -250,7 +250,7 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
         sizes = np.array(list(map_in_chunks(pool, image_size, files.paths)), dtype=np.int64)
         stored = stored_sizes(sizes, n_pixels)
         kept = int(stored.prod(1).sum()) if n_pixels else 0
-        check_disk(what, 3 * (len(sizes) * img_size**2 + kept), folder, f"{smaller}, or another --cache_dir")
+        check_disk(what, 3 * (len(sizes) * img_size**2 + kept), folder.parents[1], f"{smaller}, or another --cache_dir")
 
         def decode_one(i: int) -> tuple[bytes, bytes, bytes]:
             content = image_bytes(files.paths[i])

@@ -40,9 +40,9 @@ from data.converters.mini_imagenet import convert_mini_imagenet
 from data.converters.safe_pickle import load_pickle_file
 from data.converters.tiered_imagenet import convert_tiered_imagenet
 from data.converters.writing import SETTINGS
+from data.decode import open_rgb
 from data.episodes import EpisodeShape, read_episodes, sample_episodes, write_episodes
 from data.glyphs import outdated_seed
-from data.decode import open_rgb
 from data.image_cache import ImageFiles, load_images
 from data.listing import list_folder, list_json
 from engine.errors import UserError
@@ -186,7 +186,7 @@ def read_cub(path: Path, name: str) -> list[object]:
             (folder / other).write_text(
                 "1 001.Ant/a.jpg\n" if other == "images.txt" else "1 60 27 325 304.5\n2 0 0 5 5\n"
             )
-    return [(item.class_name, item.box) for item in convert_cub(folder, crop_bbox=True).items]
+    return [(item.class_name, item.read.args[-1]) for item in convert_cub(folder, crop_bbox=True).items]
 
 
 def read_list(path: Path) -> object:

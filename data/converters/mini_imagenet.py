@@ -83,9 +83,11 @@ def _from_csv(source: Path) -> Iterator[ImageItem]:
     for split, tag in TAGS.items():
         path = source / f"{tag}.csv"
         try:
-            rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-            names = [(PurePosixPath(row["filename"]).name, row["label"] or "") for row in rows]
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            reader = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+            if not {"filename", "label"} <= set(reader.fieldnames or ()):
+                raise ValueError("its first line is another")
+            names = [(PurePosixPath(row["filename"]).name, row["label"] or "") for row in reader]
+        except (ValueError, TypeError, csv.Error) as error:
             raise UserError(f"'{path}' is no csv file with the columns filename and label ({error})") from None
         for file_name, class_name in names:
             yield ImageItem(split, class_name, file_name, partial(regular_bytes, source / "images" / file_name))

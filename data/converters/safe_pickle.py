@@ -61,7 +61,7 @@ def load_pickle(file: IO[bytes], name: str) -> Any:
 
 
 def load_pickle_file(path: Path) -> Any:
-    """The object pickled in the file at `path`. Raises UserError as load_pickle does, and when it is no regular file."""
+    """The object pickled in a file. Raises UserError as load_pickle does, and when `path` is no regular file."""
     try:
         check_regular(path)
     except ValueError as error:

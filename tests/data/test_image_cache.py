@@ -3,11 +3,10 @@
 import errno
 import io
 import os
-import platform
 import shutil
 import struct
+import subprocess
 import zlib
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,10 +14,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from data import image_cache
-from data.image_cache import ImageFiles, decode_all, load_images, open_rgb
+from data import decode, image_cache
+from data.decode import open_rgb
+from data.image_cache import ImageFiles, decode_all, load_images
 from engine.errors import UserError
-from engine.lock import held
 
 
 def random_image(width, height, seed=0, mode="RGB"):
@@ -188,7 +187,7 @@ def test_a_damaged_cache_is_decoded_anew(tmp_path, file, damage):
     assert target.read_bytes() == content
 
 
-@pytest.mark.parametrize("content", ["null", "[]", "{}", '{"eval_shape": 3, "train_shape": null}'])
+@pytest.mark.parametrize("content", ["null", "[]", "{}", '{"versions": 1, "fingerprint": null}'])
 def test_a_cache_description_of_another_form_is_written_anew(tmp_path, content):
     paths = write_images(tmp_path, [(20, 20)])
     first = load(paths, tmp_path / "cache")
@@ -395,11 +394,11 @@ def test_a_file_that_cannot_be_decoded_is_named_and_leaves_no_cache(tmp_path, ki
 
 def test_an_image_above_the_pixel_limit_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     (path,) = write_images(tmp_path, [(40, 30)])
-    monkeypatch.setattr(image_cache, "MAX_PIXELS", 40 * 30)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 40 * 30)
     assert open_rgb(path).size == (40, 30)
-    monkeypatch.setattr(image_cache, "MAX_PIXELS", 40 * 30 - 1)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 40 * 30 - 1)
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
-    for read in (image_cache.header_size, open_rgb):
+    for read in (decode.image_size, open_rgb):
         with pytest.raises(UserError, match=r"0\.png cannot be decoded \(40x30 pixels is more than the limit of 1199"):
             read(path)
 
@@ -418,7 +417,7 @@ def test_damaged_files_raise_nothing_but_user_errors(tmp_path):
             for position in rng.integers(0, min(len(data), 300), 4):
                 damaged[position] = rng.integers(256)
             path.write_bytes(damaged)
-            for read in (image_cache.header_size, open_rgb):
+            for read in (decode.image_size, open_rgb):
                 try:
                     read(path)
                 except UserError as error:
@@ -434,7 +433,7 @@ def test_whatever_the_decoder_raises_is_one_line_that_names_the_file(tmp_path, m
     def to_rgb(image):
         raise raised
 
-    monkeypatch.setattr(image_cache, "to_rgb", to_rgb)
+    monkeypatch.setattr(decode, "to_rgb", to_rgb)
     with pytest.raises(UserError, match=r"0\.png cannot be decoded \(bad") as error:
         open_rgb(path)
     assert "\n" not in str(error.value)
@@ -515,20 +514,26 @@ def test_a_cache_that_is_rebuilt_takes_the_place_of_the_stale_ones(tmp_path, mon
 
 
 def test_the_folder_of_a_killed_builder_is_removed_and_that_of_a_living_one_stays(tmp_path):
-    cache = tmp_path / "cache"
-    for name in ("living", "dead"):
-        (cache / f".{name}").mkdir(parents=True)
-    (cache / ".dead.lock").write_text(f"process 1 on {platform.node()} since yesterday\n")
-    (cache / ".killed_as_it_began.lock").write_text("")
-    with held(cache / ".living.lock"):
-        load(write_images(tmp_path, [(20, 20)]), cache)
-    assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == [".living"]
+    cache, gone = tmp_path / "cache", subprocess.Popen(["true"])
+    gone.wait()
+    living, dead = (cache / f"{image_cache.hidden_prefix()}{pid}.x" for pid in (os.getpid(), gone.pid))
+    for folder in (living, dead):
+        folder.mkdir(parents=True)
+    load(write_images(tmp_path, [(20, 20)]), cache)
+    assert [path for path in cache.iterdir() if path.name.startswith(".")] == [living]
 
 
-def test_an_interruption_as_a_cache_is_finished_is_not_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.lock.Path.unlink", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        load(write_images(tmp_path, [(20, 20)]), tmp_path / "cache")
+@pytest.mark.parametrize("place", range(3))
+def test_arrays_of_another_version_of_the_code_are_computed_again(tmp_path, monkeypatch, place):
+    paths = write_images(tmp_path, [(20, 20)])
+    before = load(paths, tmp_path / "cache").eval.clone()
+    versions = [version + (i == place) for i, version in enumerate(image_cache.VERSIONS)]
+    monkeypatch.setattr(image_cache, "VERSIONS", versions)
+    view = image_cache.eval_view
+    monkeypatch.setattr(image_cache, "eval_view", lambda *given: 255 - view(*given))
+    for _ in range(2):
+        assert torch.equal(load(paths, tmp_path / "cache").eval, 255 - before)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_an_image_that_goes_while_images_are_decoded_is_named(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Each converter, on a small source in the exact format that people have, and the ways a source can be wrong."""
 
-import contextlib
 import csv
 import io
 import json
@@ -9,7 +8,6 @@ import pickle
 import shutil
 import struct
 import tarfile
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from PIL import Image
 from data.converters import CONVERTERS
 from data.converters.converter import SPLIT_FILES, SPLITS, Conversion, Converter, ImageItem
 from data.converters.safe_pickle import load_pickle
-from data.image_cache import open_rgb
+from data.decode import open_rgb
 from data.prepare import main
 from engine.errors import UserError
 
@@ -268,12 +266,10 @@ def prepare(tmp_path, capsys):
         if not fails:
             main(argv)
             return capsys.readouterr().out
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises((UserError, OSError)) as ended:
             main(argv)
-        assert ended.value.code == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1
-        return lines[0]
+        assert "\n" not in str(ended.value)
+        return str(ended.value)
 
     return run
 
@@ -298,79 +294,27 @@ def test_pickled_arrays_and_containers_of_every_protocol(protocol):
     }
     data = python2_pickle(content) if protocol == "Python 2" else pickle.dumps(content, protocol)
     read = load_pickle(io.BytesIO(data), "test")
-    assert np.array_equal(read["large"], content["large"])
-    assert np.array_equal(read["large"].array[7], content["large"][7])
-    assert np.asarray(read["small"]).tolist() == [0, 1, 2, 3, 4]
-    assert np.array_equal(read["columns"], content["columns"])
+    assert np.array_equal(read["large"], content["large"]) and np.array_equal(read["columns"], content["columns"])
+    assert read["small"].tolist() == [0, 1, 2, 3, 4]
     assert read["scalar"] == 2.5 and read["nested"] == content["nested"]
     assert all(np.array_equal(a, b) for a, b in zip(read["pngs"], content["pngs"], strict=True))
 
 
-class Hostile:
-    def __init__(self, function: object, *arguments: object) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
+REFUSED = ["os\ngetcwd", "builtins\ngetattr", "numpy\nload", "numpy.core.multiarray\nfromstring", "made.up\nfunction"]
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("where", ["whole", "in a list", "as dtype"])
-def test_hostile_pickle_does_not_execute(tmp_path, protocol, where):
-    marker = tmp_path / "executed"
-    attack = Hostile(os.system, f"touch {marker}")
-    reconstruct = np.zeros(1).__reduce__()[0]
-    content = {"whole": attack, "in a list": [1, attack], "as dtype": Hostile(reconstruct, np.ndarray, (0,), attack)}
-    data = pickle.dumps(content[where], protocol)
-    with pytest.raises(UserError, match="asks for (posix|nt).system"):
-        load_pickle(io.BytesIO(data), "test")
-    assert not marker.exists()
-    with contextlib.suppress(TypeError):  # of numpy, which gets the exit status for a dtype
-        pickle.loads(data)
-    assert marker.exists()  # so the attack was a real one
-
-
-@pytest.mark.parametrize(
-    "name", ["builtins\neval", "builtins\ngetattr", "numpy\nload", "numpy.core.multiarray\nfromstring", "os\nsystem"]
-)
-def test_no_other_name_is_looked_up(name):
-    with pytest.raises(UserError, match="only numpy arrays and plain containers"):
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_pickle_that_names_anything_else_is_refused(name):
+    with pytest.raises(UserError, match=f"asks for {name.replace(chr(10), '.')}, and only numpy arrays and plain"):
         load_pickle(io.BytesIO(b"c" + name.encode() + b"\n."), "test")
-
-
-def test_pickled_state_of_anything_but_arrays_is_refused():
-    with pytest.raises(UserError, match="sets the state of a ABCMeta|sets the state of a type"):
-        load_pickle(io.BytesIO(b"ccollections\nOrderedDict\n}b."), "test")
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_truncated_pickle(protocol):
     data = pickle.dumps({"data": pixels(10, 84, 84, 3)}, protocol)
     for length in (0, 1, 30, len(data) // 2, len(data) - 1):
-        with pytest.raises(UserError, match="'test' is truncated or not a pickle"):
+        with pytest.raises(UserError, match="'test' cannot be read as a pickle"):
             load_pickle(io.BytesIO(data[:length]), "test")
-
-
-def test_arrays_of_objects_and_wrong_sizes_are_refused():
-    with pytest.raises(UserError, match="only numbers are read"):
-        load_pickle(io.BytesIO(pickle.dumps(np.array([{}, None]))), "test")
-    whole = pickle.dumps(np.zeros((2, 3), np.uint8), 2)
-    with pytest.raises(UserError, match=r"an array of shape \(2, 4\) and 6 bytes"):
-        load_pickle(io.BytesIO(whole.replace(b"K\x02K\x03\x86", b"K\x02K\x04\x86")), "test")
-
-
-@pytest.mark.parametrize("protocol", [4, "Python 2"])
-def test_pickled_images_stay_in_the_file(tmp_path, protocol):
-    content = {"image_data": pixels(500, 84, 84, 3), "list": [pixels(20000) for _ in range(500)]}  # 20 MB in all
-    path = write(tmp_path / "a.pkl", python2_pickle(content) if protocol == "Python 2" else pickle.dumps(content, 4))
-    with path.open("rb") as file:
-        tracemalloc.start()
-        read = load_pickle(file, "test")
-        assert np.array_equal(read["image_data"].array[499], content["image_data"][499])
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    assert peak < 2e6
-    assert np.array_equal(read["list"][499], content["list"][499])  # although the file is closed
 
 
 # miniImagenet ---------------------------------------------------------------------------------------------------------
@@ -443,7 +387,9 @@ def test_mini_from_csv_with_a_class_short_of_images(prepare, tmp_path, split_fil
     assert "val class 'n01855672' has 2 of 3 images" in line
     assert "not in the source: val/n01855672/n0185567200000002.jpg" in line
     write(tmp_path / "mini/val.csv", "name,class\n")
-    assert "val.csv' does not begin with the line 'filename,label'" in prepare("miniImagenet", *options, fails=True)
+    assert "val.csv' is no csv file with the columns filename and label" in prepare(
+        "miniImagenet", *options, fails=True
+    )
 
 
 @pytest.mark.parametrize("make", [make_mini_cache, make_mini_category_split])
@@ -476,11 +422,11 @@ def test_mini_from_wrong_pickles(prepare, tmp_path):
     write(broken, pickle.dumps({"image_data": pixels(3, 84, 84), "class_dict": {}}))
     assert "not an array (n, height, width, 3)" in prepare("miniImagenet", *options, fails=True)
     write(broken, pickle.dumps({"image_data": pixels(3, 84, 84, 3), "class_dict": {"n01855672": [0, 3]}}))
-    assert "has 3 images but labels for image 3" in prepare("miniImagenet", *options, fails=True)
-    marker = tmp_path / "executed"
-    write(broken, pickle.dumps(Hostile(os.system, f"touch {marker}")))
+    assert "the rows of a class are not whole numbers from 0 (the largest is 3, of 3)" in prepare(
+        "miniImagenet", *options, fails=True
+    )
+    write(broken, b"cos\ngetcwd\n.")
     assert "only numpy arrays and plain containers" in prepare("miniImagenet", *options, fails=True)
-    assert not marker.exists()
     broken.unlink()
     assert "one pickle whose name ends in 'val'; it has none" in prepare("miniImagenet", *options, fails=True)
 
@@ -510,7 +456,7 @@ def test_tiered(prepare, tmp_path, as_npz):
     arrays = make_tiered(tmp_path / "tiered", as_npz)
     options = ("--source", tmp_path / "tiered")
     line = prepare("tieredImageNet", *options, fails=True)
-    assert "base has 3 of 351 classes, base has 6 of 448695 images, val has 3 of 97 classes" in line
+    assert "base has 3 of 351 classes, val has 3 of 97 classes" in line and "there are 18 of 779165 images" in line
     prepare("tieredImageNet", *options, "--allow_incomplete")
     out = tmp_path / "out/tieredImageNet"
     classes = ["Yorkshire_terrier", "tabby_tabby_cat", "abacus"]
@@ -534,11 +480,9 @@ def test_tiered_refusals(prepare, tmp_path):
     write(source / "val_labels.pkl", labels)
     whole = (source / "val_images.npz").read_bytes()
     write(source / "val_images.npz", whole[: len(whole) // 2])
-    assert "is truncated or not an npz file" in prepare("tieredImageNet", *options, fails=True)
+    assert "is no whole npz file with an array 'images'" in prepare("tieredImageNet", *options, fails=True)
     np.savez(source / "val_images.npz", pictures=np.zeros(3))
-    assert "has no array 'images'" in prepare("tieredImageNet", *options, fails=True)
-    np.savez(source / "val_images.npz", images=np.array([None] * 6))
-    assert "not an array (n, height, width, 3)" in prepare("tieredImageNet", *options, fails=True)
+    assert "is no whole npz file with an array 'images'" in prepare("tieredImageNet", *options, fails=True)
     (source / "val_images.npz").unlink()
     assert "neither val_images_png.pkl nor val_images.npz" in prepare("tieredImageNet", *options, fails=True)
 
@@ -568,7 +512,7 @@ def test_cub_cropped_to_bounding_boxes(prepare, tmp_path):
         expected = np.asarray(image)[2:10, 4:14]
     assert np.array_equal(read_pixels(tmp_path / f"out/CUB/base/{name}.png"), expected)
     line = prepare("CUB", "--source", tmp_path / "CUB_200_2011", "--allow_incomplete", fails=True)
-    assert "out/CUB' was prepared with another crop_bbox" in line
+    assert "out/CUB' was prepared with another choice of crop_bbox" in line
 
 
 def test_cub_broken_sources(prepare, tmp_path):
@@ -641,16 +585,20 @@ def test_cifar_broken_sources(prepare, tmp_path, monkeypatch):
     archive = make_tgz(tmp_path / "cifar.tar.gz", folder)
     write(tmp_path / "half.tar.gz", archive.read_bytes()[: archive.stat().st_size // 2])
     assert "is truncated" in prepare("FC100", "--source", tmp_path / "half.tar.gz", fails=True)
-    marker = tmp_path / "executed"
     meta = (folder / "meta").read_bytes()
-    write(folder / "meta", pickle.dumps(Hostile(os.system, f"touch {marker}")))
+    write(folder / "meta", b"cos\ngetcwd\n.")
     assert "only numpy arrays and plain containers" in prepare("FC100", "--source", folder, fails=True)
-    assert not marker.exists()
     write(folder / "meta", python2_pickle({"label_names": ["airplane"]}))  # CIFAR-10's
-    assert "meta has no key 'fine_label_names', only 'label_names'" in prepare("FC100", "--source", folder, fails=True)
+    assert "meta is no dictionary of fine_label_names, coarse_label_names" in prepare(
+        "FC100", "--source", folder, fails=True
+    )
     write(folder / "meta", meta)
     content = {"data": pixels(3, 3072), "fine_labels": [0, 1, 100], "coarse_labels": [0, 1, 2]}
     write(folder / "test", python2_pickle(content))
+    assert "labels of test are not whole numbers from 0 (the largest is 100, of 100)" in prepare(
+        "FC100", "--source", folder, fails=True
+    )
+    write(folder / "test", python2_pickle(content | {"fine_labels": [0, 1]}))
     assert "of test do not belong together" in prepare("FC100", "--source", folder, fails=True)
     (folder / "test").unlink()
     assert "has 0 files 'test' instead of one" in prepare("FC100", "--source", folder, fails=True)
@@ -680,19 +628,15 @@ def test_folder_split_at_random(prepare, tmp_path):
     assert set(images_in(tmp_path / "out/other")) != set(first)
     assert len(list((tmp_path / "out/other/novel").iterdir())) == 3
     line = prepare("folder", "--source", source, "--seed", "1", fails=True)
-    assert "was prepared with another seed" in line
+    assert "was prepared with another choice of seed" in line
 
 
 def test_a_folder_of_other_classes_is_not_dealt_anew(prepare, tmp_path):
     source, out = make_folder(tmp_path / "photos"), tmp_path / "out/photos"
     prepare("folder", "--source", source)
-    whole, settings = images_in(out), json.loads((out / "prepared.json").read_text())
+    whole = images_in(out)
     write(source / "class10" / "0.jpg", encoded())
-    assert "was prepared with another set of classes: delete it" in prepare("folder", "--source", source, fails=True)
-    del settings["classes"]  # as an earlier version left it
-    write(out / "prepared.json", json.dumps(settings))
-    line = prepare("folder", "--source", source, fails=True)
-    assert "the source has other classes than it had; delete it" in line and " now dealt to " in line
+    assert "was prepared with another choice of classes: delete it" in prepare("folder", "--source", source, fails=True)
     assert images_in(out) == whole
     shutil.rmtree(source / "class10")
     prepare("folder", "--source", source)
@@ -786,7 +730,7 @@ def test_folder_with_unreadable_images(prepare, tmp_path):
     assert "of 6 classes" in line or "of 2 classes" in line  # a class without images is no class
 
 
-def test_folder_refusals(prepare, tmp_path, capsys):
+def test_folder_refusals(prepare, tmp_path):
     source = make_folder(tmp_path / "photos")
     line = prepare("folder", "--source", source / "class1" / "0.jpg", fails=True)
     assert "is not a folder" in line
@@ -795,9 +739,7 @@ def test_folder_refusals(prepare, tmp_path, capsys):
     write(tmp_path / "two/a/1.jpg", encoded())
     write(tmp_path / "two/b/1.jpg", encoded())
     assert "2 classes cannot be split" in prepare("folder", "--source", tmp_path / "two", fails=True)
-    with pytest.raises(SystemExit) as ended:
-        main(["folder", "--source", str(source), "--split", "0.6,0.6,0.2"])
-    assert ended.value.code == 2 and "three fractions of sum 1" in capsys.readouterr().err
+    assert "three fractions of sum 1" in prepare("folder", "--source", source, "--split", "0.6,0.6,0.2", fails=True)
 
 
 # Any of them ----------------------------------------------------------------------------------------------------------
@@ -837,7 +779,7 @@ def test_labels_of_odd_types_are_one_line(prepare, tmp_path, labels):
     assert "labels of test are not whole numbers" in line
 
 
-@pytest.mark.parametrize("array", [np.zeros((1, 2, 2, 3)), np.array([None]), np.zeros((2, 0, 5, 3), np.uint8), "crypt"])
+@pytest.mark.parametrize("array", [np.zeros((1, 2, 2, 3)), np.array([None]), "crypt"])
 def test_npz_files_of_odd_arrays_are_one_line(prepare, tmp_path, array):
     make_tiered(tmp_path / "tiered", as_npz=True)
     path = tmp_path / "tiered/train_images.npz"
@@ -849,7 +791,7 @@ def test_npz_files_of_odd_arrays_are_one_line(prepare, tmp_path, array):
     else:
         np.savez(path, images=array)
     line = prepare("tieredImageNet", "--source", tmp_path / "tiered", "--allow_incomplete", fails=True)
-    assert ("encrypted" if isinstance(array, str) else "not an array (n, height, width, 3) of uint8") in line
+    assert "is no whole npz file" in line or "not an array (n, height, width, 3) of uint8" in line
 
 
 def test_resume_after_losing_half_of_the_images(prepare, tmp_path):
@@ -912,7 +854,7 @@ def test_a_converter_is_one_entry_with_flags_of_its_own(prepare, tmp_path, monke
     assert images_in(tmp_path / "out/toys") == {f"{split}/toy/red.png": content for split in SPLITS}
     given = write(tmp_path / "given.png", encoded("PNG"))
     options = ("--source", given, "--colour", "blue")
-    assert "out/toys' was prepared with another colour" in prepare("toys", *options, fails=True)
+    assert "out/toys' was prepared with another choice of colour" in prepare("toys", *options, fails=True)
     prepare("toys", *options, "--out", tmp_path / "other")
     assert images_in(tmp_path / "other/toys")["val/toy/blue.png"] == given.read_bytes()
     assert "does not exist" in prepare("toys", "--source", tmp_path / "nowhere", fails=True)

@@ -277,7 +277,7 @@ def test_unequal_images_are_augmented_as_each_alone(size):
     images = [noise(1, *shape, seed=i)[0] for i, shape in enumerate(shapes)]
     sizes, ends = torch.tensor(shapes), torch.tensor([image.numel() for image in images]).cumsum(0)
     starts = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])
-    unequal = UnequalImages(torch.cat([i.flatten() for i in images]), sizes, starts, torch.device("cpu"))
+    unequal = UnequalImages(torch.cat([i.flatten() for i in images]), sizes, starts)
     for image, expected in zip(unequal[torch.tensor([4, 1])], (images[4], images[1]), strict=True):
         assert torch.equal(image, expected)
     ours = augment(unequal, 2 * sizes, size, Augmentation(), generator())
