@@ -1,23 +1,13 @@
 """The page of predictions: every query image with its label and probabilities, and the support images."""
 
-from functools import partial
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
-from data.decode import open_rgb
-from persistence.saved_episode import MAX_SIDE
 from photos.images import list_support
 from photos.predictions import Predictions
 from reporting.page import html_page, write_page
-from reporting.page_episodes import EpisodeView, Picture, Query, Related, episode_section, picture
+from reporting.page_episodes import EpisodeView, Query, episode_section
 
 MAX_EXAMPLES = 10  # support images shown per class, besides those that are nearest to a query
-
-
-def thumbnail(path: Path, alt: str) -> Picture:
-    """An image file, upright and small."""
-    return picture(ImageOps.contain(open_rgb(path), (MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC), alt)
 
 
 def prediction_view(predictions: Predictions, support: Path | None) -> EpisodeView:
@@ -32,7 +22,8 @@ def prediction_view(predictions: Predictions, support: Path | None) -> EpisodeVi
     probabilities, finetuned = predictions.probabilities.tolist(), predictions.finetuned.tolist()
     queries = [
         Query(
-            partial(thumbnail, path, predictions.files[i]),
+            predictions.files[i],
+            path,
             predictions.truth[i],
             finetuned[i],
             probabilities[i],
@@ -43,12 +34,9 @@ def prediction_view(predictions: Predictions, support: Path | None) -> EpisodeVi
     return EpisodeView(
         title=f"{len(queries)} images, labelled from {sum(predictions.n_support)} examples",
         class_names=names,
-        support=[
-            [thumbnail(path, f"example of {name}") for path in row] for name, row in zip(names, shown, strict=True)
-        ],
-        related=[[Related(name) for name in predictions.related.get(name, [])] for name in names],
+        support=shown,
+        related=[[{"name": related} for related in predictions.related.get(name, [])] for name in names],
         queries=queries,
-        aligned=bool(predictions.related),
     )
 
 
@@ -63,6 +51,6 @@ def write_predictions(path: Path, predictions: Predictions, support: Path | None
         html_page(
             "Predictions",
             f"labelled from the examples in {support.resolve().name}" if support else "labelled by a kept classifier",
-            {"Images": episode_section(view, "p", is_open=True)},
+            {"Images": episode_section(view, is_open=True)},
         ),
     )

@@ -6,6 +6,7 @@ python -m reporting.report --trainings seed0.json seed1.json seed2.json
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,71 +18,76 @@ from engine.script import run_script
 from methods.evaluation import mean_and_ci95
 from persistence.results import paired_difference, percent
 
-# What a result holds that is reported or drawn; of stage 3 also the second row.
-ACCURACY: Schema = {"accuracy": float, "ci95": float | None, "accuracy_per_episode": list[float]}
+# What a result holds that is reported or drawn; of stage 3 also what alignment is compared with.
+DIFFERENCE: Schema = {"accuracy": float, "ci95": float | None}
+ACCURACY: Schema = DIFFERENCE | {"accuracy_per_episode": list[float]}
 RESULT: Schema = ACCURACY | {
     **{"stage": str, "dataset": str, "method": str, "backbone": str, "img_size": int, "n_way": int, "n_shot": int},
     **{"n_episodes": int, "seconds": float, "seed": int, "config": FLAGS},
 }
-ALIGNMENT: Schema = RESULT | {
-    **{"alignment": str, "fine_tuning": ACCURACY, "difference": {"accuracy": float, "ci95": float | None}},
-}
-# What older results lack: of stage 3's controls that fit nothing, its curve, and which classes are taken for which.
-CONTROL = ACCURACY | {"difference": {"accuracy": float, "ci95": float | None}}
+ALIGNMENT: Schema = {"alignment": str, "fine_tuning": ACCURACY, "difference": DIFFERENCE}
+# What results of earlier versions lack.
+CONTROL = ACCURACY | {"difference": DIFFERENCE}
 CURVE = {"iteration": int, "accuracy": float, "ci95": float | None, "gain": float, "gain_ci95": float | None}
-LATER: Schema = {
-    **{"nearest_mean": {"Euclidean": CONTROL, "cosine": CONTROL}, "curve": [CURVE]},
-    **{"confusion": dict[str, dict[str, int]], "novel_dataset": str},
+CONFUSION: Schema = {"confusion": dict[str, dict[str, int]]}
+LATER: Schema = CONFUSION | {
+    **{"nearest_mean": {"Euclidean": CONTROL, "cosine": CONTROL}, "curve": [CURVE], "novel_dataset": str},
 }
 EPOCH: Schema = {"epoch": int} | dict.fromkeys(("loss", "base_accuracy", "val_accuracy", "val_ci95"), float | None)
 HEADER = "dataset,backbone,task,method,accuracy %,paired gain,over nearest mean,episodes,seconds".split(",")
-# What two results of the same episodes have in common.
+# What two results of the same episodes have in common, and so do results of one protocol.
 PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query")
+PROTOCOL_KEYS = (*PAIR_KEYS, "stage", "dataset", "backbone", "img_size", "method", "alignment")
+# The cells of a row below HEADER, the record that holds its accuracy, and of alignment the paired gain.
+ResultRow = tuple[tuple[str, ...], dict[str, Any], dict[str, Any] | None]
 
 
-def read_record(file: Path) -> Any:
-    """What a JSON file holds. Raises UserError when it is missing or damaged."""
+def newest_first(folder: Path, pattern: str) -> list[Path]:
+    """The files in a folder whose names match a pattern, last written first."""
+    return sorted(folder.glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True)
+
+
+def result_in(file: Path) -> dict[str, Any] | None:
+    """The result of a stage in a JSON file, or None for another table. Raises UserError when missing or damaged."""
     try:
-        return read_json(file)
+        record = read_json(file)
+        if not (isinstance(record, dict) and "stage" in record):
+            return None
+        later = {key: kind for key, kind in LATER.items() if key in record}
+        wrong = misfit(record, RESULT | later | (ALIGNMENT if "alignment" in record else {}))
+        if not wrong and "alignment" in record and "confusion" in record:
+            wrong = misfit(record["fine_tuning"], CONFUSION)
+        if wrong:
+            raise ValueError(wrong)
+        return record
     except FileNotFoundError as error:
         raise UserError(f"no result file {file}: run its stage first, or name a file of results/tables") from error
     except ValueError as error:
         raise UserError(f"result file {file} is damaged ({error}): delete it and run its stage again") from error
 
 
-def is_result(file: Path, record: Any) -> bool:
-    """Whether a record is a stage's result. Raises UserError when it is one, and lacks something."""
-    if not (isinstance(record, dict) and "stage" in record):
-        return False
-    schema = ALIGNMENT if "alignment" in record else RESULT
-    wrong = misfit(record, schema | {key: kind for key, kind in LATER.items() if key in record})
-    if not wrong and "alignment" in record:
-        wrong = misfit(record["fine_tuning"], {"confusion": LATER["confusion"]} if "confusion" in record else {})
-        n_before, n_after = (len(part["accuracy_per_episode"]) for part in (record["fine_tuning"], record))
-        wrong = wrong or (f"{n_before} episodes before alignment, {n_after} after" if n_before != n_after else "")
-    if wrong:
-        raise UserError(f"result file {file} is damaged ({wrong}): delete it and run its stage again")
-    return True
-
-
 def stage_result(file: Path) -> dict[str, Any]:
-    """The result of a stage in a file. Raises UserError when it holds none, or it is missing or damaged."""
-    record = read_record(file)
-    if not is_result(file, record):
+    """The result of a stage in a JSON file. Raises UserError when it holds none, is missing or damaged."""
+    if (record := result_in(file)) is None:
         raise UserError(f"{file} is not the result of a stage: name a file of results/tables")
-    return dict(record)
+    return record
 
 
 def read_results(results_dir: Path) -> list[dict[str, Any]]:
-    """The results of stages among results_dir/tables/*.json, by file name; other tables, as of speed, are left out.
+    """Results of stages in results_dir/tables, by dataset, backbone, way and shots, those of stage 1 first.
 
-    Raises UserError when there is none or a bad one.
+    Raises UserError when there is none or one is damaged.
     """
-    found = [(file, read_record(file)) for file in sorted((results_dir / "tables").glob("*.json"))]
-    records = [record for file, record in found if is_result(file, record)]
-    if not records:
+    found = [result_in(file) for file in sorted((results_dir / "tables").glob("*.json"))]
+    if not (records := [record for record in found if record]):
         raise UserError(f"no result files in {results_dir / 'tables'}: run a stage first, or name its --results_dir")
-    return records
+    return sorted(
+        records,
+        key=lambda r: (
+            *(r["dataset"], tested_on(r), r["backbone"]),
+            *(r["n_way"], r["n_shot"], r["stage"] != "transferLearning"),
+        ),
+    )
 
 
 def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
@@ -90,11 +96,10 @@ def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
     for file in sorted((results_dir / "logs").glob("*/metrics.jsonl")):
         try:
             rows = read_json(file, lines=True)
-            if rows and not matches_schema(rows[0], {"episode": int}):  # those of stage 3 are of episodes
+            if rows and not matches_schema(rows[0], {"episode": int}):  # a row of stage 3
                 if not matches_schema(rows, [EPOCH]):
                     raise ValueError("it has a line that is not of an epoch")
-                name = file.parent.name.removesuffix("_bestModel").replace("_", " ")
-                logs[name] = [{key: row[key] for key in EPOCH} for row in rows]
+                logs[file.parent.name.removesuffix("_bestModel").replace("_", " ")] = rows
         except ValueError as error:
             raise UserError(f"metrics file {file} is damaged ({error}): delete it or run its stage again") from error
     return logs
@@ -112,8 +117,8 @@ def signed(accuracy: float, ci95: float | None) -> str:
 
 
 def variant(record: dict[str, Any]) -> str:
-    """What tells an alignment from the published one: its preset, or that it moves the last blocks alone."""
-    config = record.get("config", {})
+    """How an alignment differs from the published one: its preset, or the number of blocks that it trains."""
+    config = record["config"]
     if config.get("align_preset", "paper") != "paper":
         return f", {config['align_preset']}"
     blocks = config.get("align_blocks")
@@ -121,61 +126,54 @@ def variant(record: dict[str, Any]) -> str:
 
 
 def tested_on(record: dict[str, Any]) -> str:
-    """What a result is of: `CUB`, `miniImagenet to CUB` of classes of another benchmark, `CUB, val` of val classes."""
+    """The classes of the episodes: `CUB`, `miniImagenet to CUB` across benchmarks, `CUB, val` of the val split."""
     dataset = record["dataset"]
     novel = record.get("novel_dataset", dataset)
     name = dataset if novel == dataset else f"{dataset} to {novel}"
-    return f"{name}, val" if record.get("config", {}).get("test_split") == "val" else name
+    return f"{name}, val" if record["config"].get("test_split") == "val" else name
 
 
-def table_rows(record: dict[str, Any]) -> list[list[str]]:
-    """The rows of one result: of alignment, its controls of the same episodes too.
+def result_rows(records: list[dict[str, Any]]) -> list[ResultRow]:
+    """The rows of the table of results, equal ones once.
 
-    They are fine-tuning and, unless the result is older, the nearest mean; alignment is compared with the better of
-    the two distances.
+    Before an alignment stand its controls on the same episodes: fine-tuning and, unless the result is of an earlier
+    version, the nearest means, the better of which the column `over nearest mean` compares it with.
     """
-    protocol = [
-        tested_on(record),
-        f"{record['backbone']}, {record['img_size']} px",
-        f"{record['n_way']}-way {record['n_shot']}-shot",
-    ]
-    cost = [str(record["n_episodes"]), f"{record['seconds']:.0f}"]
-    if "alignment" not in record:
-        return [[*protocol, record["method"], interval(record), "", "", *cost]]
-    nearest: dict[str, Any] = record.get("nearest_mean", {})
-    best = max(nearest.values(), key=lambda control: control["accuracy"], default=None)
-    gains = record["difference"], best and best["difference"]
-    controls = {"fine-tuning": record["fine_tuning"]}
-    controls |= {f"nearest mean, {name}": control for name, control in nearest.items()}
-    return [
-        *(
-            [*protocol, f"{record['method']}, {name}", interval(control), "", "", cost[0], ""]
-            for name, control in controls.items()
-        ),
-        [
-            *protocol,
-            f"{record['method']}, {record['alignment']} alignment{variant(record)}",
-            interval(record),
-            *(signed(gain["accuracy"], gain["ci95"]) if gain else "" for gain in gains),
-            *cost,
-        ],
-    ]
+    rows: dict[tuple[str, ...], ResultRow] = {}
+    for record in records:
+        method = record["method"]
+        task = f"{record['n_way']}-way {record['n_shot']}-shot"
+        protocol = (tested_on(record), f"{record['backbone']}, {record['img_size']} px", task)
+        nearest: dict[str, Any] = record.get("nearest_mean", {})
+        gains = record.get("difference"), None
+        measured = {method: record}
+        if "alignment" in record:
+            measured = {f"{method}, fine-tuning": record["fine_tuning"]}
+            measured |= {f"{method}, nearest mean, {name}": control for name, control in nearest.items()}
+            measured |= {f"{method}, {record['alignment']} alignment{variant(record)}": record}
+        if nearest:
+            gains = record["difference"], max(nearest.values(), key=lambda c: c["accuracy"])["difference"]
+        for name, numbers in measured.items():
+            own = numbers is record
+            over = [signed(gain["accuracy"], gain["ci95"]) if own and gain else "" for gain in gains]
+            cost = str(record["n_episodes"]), f"{record['seconds']:.0f}" if own else ""
+            cells = (*protocol, name, interval(numbers), *over, *cost)
+            rows.setdefault(cells, (cells, numbers, gains[0] if own else None))
+    return list(rows.values())
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells below a header, as Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results by dataset (its own novel classes first), backbone, way and shots, those of stage 1 first."""
-    return sorted(  # a bare name comes before one that goes on
-        records,
-        key=lambda r: (
-            *(r["dataset"], tested_on(r), r["backbone"]),
-            *(r["n_way"], r["n_shot"], r["stage"] != "transferLearning"),
-        ),
-    )
+def check_same(files: Sequence[Path], records: list[dict[str, Any]], keys: Sequence[str], remedy: str) -> None:
+    """Raise UserError, with the remedy, when a record of a file differs in one of the keys from the first one."""
+    for file, record in zip(files, records, strict=True):
+        for key in keys:
+            first, other = records[0].get(key), record.get(key)
+            if first != other:
+                raise UserError(f"{files[0]} has {key} {first}, {file} {key} {other}: {remedy}")
 
 
 def paired_line(before: Path, after: Path) -> str:
@@ -184,18 +182,12 @@ def paired_line(before: Path, after: Path) -> str:
     When one has more episodes, its first ones are taken: a shorter list is the beginning of a longer one. Raises
     UserError when one is no result, or the episodes are not the same ones.
     """
-    first, second = records = [stage_result(file) for file in (before, after)]
-    for key in PAIR_KEYS:
-        if first.get(key) != second.get(key):
-            raise UserError(
-                f"{before} has {key} {first.get(key)}, {after} {second.get(key)}: only results of the same episodes "
-                "are paired, so run both with the same flags and --episodes_file"
-            )
-    if episodes_of(first) != episodes_of(second):
-        raise UserError(
-            f"{before} is of {episodes_of(first)}, {after} of {episodes_of(second)}: "
-            "run both with the same --episodes_file"
-        )
+    records = [stage_result(file) for file in (before, after)]
+    for record in records:
+        file = record["config"].get("episodes_file")
+        record["episodes"] = f"in {Path(str(file)).name}" if file else f"of seed {record['seed']}"
+    remedy = "only results of the same episodes are paired, so run both with the same flags and --episodes_file"
+    check_same((before, after), records, (*PAIR_KEYS, "episodes"), remedy)
     n = min(len(record["accuracy_per_episode"]) for record in records)
     accuracies = [torch.tensor(record["accuracy_per_episode"][:n]).double() / 100 for record in records]
     difference = paired_difference(*accuracies)
@@ -210,11 +202,7 @@ def trainings_lines(files: list[Path]) -> list[str]:
     result, or they are of different methods, backbones or protocols.
     """
     records = [stage_result(file) for file in files]
-    for file, record in zip(files, records, strict=True):
-        for key in (*PAIR_KEYS, "stage", "dataset", "backbone", "img_size", "method", "alignment"):
-            if record.get(key) != records[0].get(key):
-                found = f"{file} has {key} {record.get(key)}, {files[0]} {records[0].get(key)}"
-                raise UserError(f"{found}: name results of one method, backbone and protocol")
+    check_same(files, records, PROTOCOL_KEYS, "name results of one method, backbone and protocol")
     values = {"accuracy": [record["accuracy"] for record in records]}
     if "alignment" in records[0]:
         values["fine-tuning"] = [record["fine_tuning"]["accuracy"] for record in records]
@@ -228,12 +216,6 @@ def trainings_lines(files: list[Path]) -> list[str]:
         for name, numbers in values.items()
         for mean, ci95 in [mean_and_ci95(torch.tensor(numbers))]
     ]
-
-
-def episodes_of(record: dict[str, Any]) -> str:
-    """Where the episodes of a result come from, in words."""
-    file = record["config"].get("episodes_file")
-    return f"the episodes in {Path(str(file)).name}" if file else f"the episodes of seed {record['seed']}"
 
 
 def main() -> None:
@@ -259,8 +241,7 @@ def main() -> None:
     elif args.trainings:
         print("\n".join(trainings_lines(args.trainings)))
     else:
-        rows = [tuple(row) for record in in_order(read_results(args.results_dir)) for row in table_rows(record)]
-        print(markdown_table(HEADER, [list(row) for row in dict.fromkeys(rows)]))  # a control of several, once
+        print(markdown_table(HEADER, [cells for cells, *_ in result_rows(read_results(args.results_dir))]))
 
 
 if __name__ == "__main__":

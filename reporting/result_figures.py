@@ -1,5 +1,6 @@
-"""Pictures of result files: accuracy against alignment iterations, training curves, confusion over episodes."""
+"""Figures of results: training curves, accuracy against alignment iterations, and the confusion of novel classes."""
 
+import math
 from typing import Any
 
 import torch
@@ -17,13 +18,12 @@ MAX_LABELS = 40  # classes named at each side of a confusion matrix
 MAX_NUMBERS = 10  # classes up to which its cells hold numbers
 
 
-def band(axes: Axes, x: list[float], rows: Rows, keys: tuple[str, str], line: dict[str, Any]) -> None:
-    """A line of the mean, keys[0], with its 95% interval, keys[1], where there is one."""
-    mean = [row[keys[0]] for row in rows]
-    half = [row.get(keys[1]) or 0.0 for row in rows]
-    axes.plot(x, mean, **line)
+def draw_band(axes: Axes, rows: Rows, keys: tuple[str, str, str], style: dict[str, Any]) -> None:
+    """A line of the mean, with its 95% interval as a band where there is one. keys: x, mean and interval in rows."""
+    x, mean, half = ([math.nan if row[key] is None else row[key] for row in rows] for key in keys)
+    axes.plot(x, mean, **style)
     low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
-    axes.fill_between(x, low, high, color=line["color"], alpha=0.18, linewidth=0)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
 def run_name(record: dict[str, Any]) -> str:
@@ -38,11 +38,11 @@ def curve_figure(records: list[dict[str, Any]]) -> Figure:
     accuracy, gain = figure.subplots(1, 2)
     for i, record in enumerate(records):
         rows = record["curve"]
-        x = [row["iteration"] for row in rows]
-        line = {"color": colour(i), "marker": "o", "markersize": 3.5}
-        band(accuracy, x, rows, ("accuracy", "ci95"), line | {"label": label_text(run_name(record), 60)})
+        style = {"color": colour(i), "marker": "o", "markersize": 3.5}
+        label = label_text(run_name(record), 60)
+        draw_band(accuracy, rows, ("iteration", "accuracy", "ci95"), style | {"label": label})
         accuracy.axhline(rows[0]["accuracy"], color=colour(i), linestyle=":", linewidth=1)
-        band(gain, x, rows, ("gain", "gain_ci95"), line)
+        draw_band(gain, rows, ("iteration", "gain", "gain_ci95"), style)
     gain.axhline(0, color=GREY, linewidth=0.8)
     accuracy.set(title="Query accuracy", ylabel="accuracy, % (95% interval)")
     gain.set(title="Gain over fine-tuning, the same episodes", ylabel="points (paired 95% interval)")
@@ -61,14 +61,11 @@ def training_figure(logs: dict[str, Rows]) -> Figure:
         x = [row["epoch"] for row in rows]
         loss.plot(x, [row["loss"] for row in rows], label=label_text(name, 60), **line_style(i))
         accuracy.plot(x, [row["base_accuracy"] for row in rows], color=colour(i), linestyle="--")
-        band(accuracy, x, rows, ("val_accuracy", "val_ci95"), line_style(i))
+        draw_band(accuracy, rows, ("epoch", "val_accuracy", "val_ci95"), line_style(i))
     loss.set(title="Training loss", xlabel="epoch", ylabel="loss")
     accuracy.set(title="Accuracy", xlabel="epoch", ylabel="% (validation: 95% interval)")
-    styles = [
-        Line2D([], [], color=INK, label="validation"),
-        Line2D([], [], color=INK, linestyle="--", label="base"),
-    ]
-    accuracy.legend(handles=styles, frameon=False)
+    lines = Line2D([], [], color=INK, label="validation"), Line2D([], [], color=INK, linestyle="--", label="base")
+    accuracy.legend(handles=lines, frameon=False)
     for axes in (loss, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
@@ -104,19 +101,14 @@ def draw_confusion(axes: Axes, confusion: dict[str, dict[str, int]], title: str)
 
 def confusion_figure(record: dict[str, Any]) -> Figure:
     """Confusion over all episodes of a result; of stage 3 by fine-tuning and after alignment."""
-    panels = [(f"{record['method']}, {record['accuracy']:.1f} %", record["confusion"])]
+    panels = {record["method"]: record}
     if "alignment" in record:
-        before = record["fine_tuning"]
-        panels = [
-            (f"fine-tuning, {before['accuracy']:.1f} %", before["confusion"]),
-            (f"{record['alignment']} alignment, {record['accuracy']:.1f} %", record["confusion"]),
-        ]
-    n_labels = min(MAX_LABELS, len(record["confusion"]))
-    side = 1.6 + max(3.2, 0.17 * n_labels)
+        panels = {"fine-tuning": record["fine_tuning"], f"{record['alignment']} alignment": record}
+    side = 1.6 + max(3.2, 0.17 * min(MAX_LABELS, len(record["confusion"])))
     figure = Figure(figsize=(side * len(panels) + 0.8, side + 0.3), layout="constrained")
     subplots = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, confusion) in zip(subplots, panels, strict=True):
-        image = draw_confusion(axes, confusion, title)
+    for axes, (name, part) in zip(subplots, panels.items(), strict=True):
+        image = draw_confusion(axes, part["confusion"], f"{name}, {part['accuracy']:.1f} %")
     bar = figure.colorbar(image, ax=list(subplots), shrink=0.8, ticks=[0, 1, 5, 20, 50, 100])
     bar.set_label("% of the queries of a class")
     figure.suptitle(label_text(f"{run_name(record)}, {record['n_episodes']} episodes", 90), fontsize=10)

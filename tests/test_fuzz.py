@@ -63,7 +63,7 @@ from photos.classifier import Answers
 from photos.classifier_file import load_classifier
 from photos.labelling import Part, Parts
 from reporting.paper_tables import finished
-from reporting.report import read_results, table_rows, training_logs
+from reporting.report import read_results, result_rows, training_logs
 from tests.helpers import CHECKPOINT, CURVE, RUN, STAGE_1, STAGE_3, TRAIN, call, folders, make_split
 from tests.published import Calls, published_module, saved  # noqa: F401
 
@@ -283,7 +283,7 @@ def read_logs(path: Path) -> object:
 
 
 def read_tables(path: Path) -> object:
-    return [table_rows(record) for record in read_results(placed(path, "tables/result.json"))]
+    return result_rows(read_results(placed(path, "tables/result.json")))
 
 
 def read_settings(path: Path) -> object:

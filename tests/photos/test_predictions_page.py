@@ -47,7 +47,7 @@ def test_the_page_shows_every_query_and_the_support_that_it_is_near_to(support, 
     first = re.findall(r'<details class="query[^>]*data-kind="([^"]*)"', text)[0]
     assert first == ("put wrong" if related else "right")
     assert ("before alignment" in text) == bool(related) == ("stork" in text)
-    assert sorted(re.findall('data-near="([^"]*)"', text)) == ["p-0", "p-1", "p-1"] and "nearest example" in text
+    assert sorted(re.findall('data-near="([^"]*)"', text)) == ["0", "1", "1"] and "<b>nearest" in text
     write_predictions(tmp_path / "kept.html", predictions_of(support, related), None)
     text = (tmp_path / "kept.html").read_text()
     assert text.count('<details class="query') == text.count("<img") == 3 and "data-near=" not in text

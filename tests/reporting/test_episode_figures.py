@@ -1,19 +1,9 @@
-"""Figures of an episode: its features in two dimensions, and its related classes."""
+"""The figure of an episode: its features in two dimensions, and its margins."""
 
 import pytest
 import torch
 
-from reporting.episode_figures import KINDS, margins, pca, projection_figure, related_base_figure, seen_by_head
-
-
-def test_related_classes_without_images_and_novel_ones_without_related_classes_are_drawn():
-    image = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    empty = {"name": "bus", "score": 0.0, "images": image[:0]}
-    record = {"class_names": ["a", "b"], "support_images": image, "related_classes": [[empty] * 12, []]}
-    figure = related_base_figure(record)
-    figure.canvas.draw()
-    assert "the first 10 of 12" in figure.get_suptitle()
-    related_base_figure(record | {"related_classes": [[], []]}).canvas.draw()
+from reporting.episode_figures import KINDS, margins, pca, projection_figure, seen_by_head
 
 
 def test_pca_keeps_the_distances_of_features_of_two_dimensions_and_ignores_a_shift():

@@ -8,20 +8,18 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from reporting.episode_figures import two_lines
 from reporting.figure_style import CYCLE, label_text
+from reporting.figures import FIGURES
 from reporting.result_figures import confusion_figure
 from tests.helpers import STAGE_1, STAGE_3, call
 
-PICTURES = ("training", "curve", "confusion", "projection", "related_base")
 
-
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", FIGURES)
 def test_each_picture_has_content_in_the_colours_of_the_palette(aligned, name):
     image = Image.open(aligned / "results" / "figures" / f"{name}.png").convert("RGB")
     colours = {colour for _, colour in image.getcolors(maxcolors=2**24)}
     assert min(image.size) > 300 and len(colours) > 100
-    if name not in ("confusion", "related_base"):
+    if name != "confusion":
         assert sum(tuple(round(255 * c) for c in to_rgb(colour)) in colours for colour in CYCLE) >= 2
 
 
@@ -33,7 +31,7 @@ def test_what_cannot_be_drawn_is_said_in_a_line_with_what_would_make_it(aligned_
     outcome = call("reporting.figures", results)
     assert outcome.status == 0
     skipped = [line for line in outcome.out.splitlines() if line.startswith("skipped")]
-    assert [line.split()[1] for line in skipped] == ["curve.png:", "projection.png:", "related_base.png:"]
+    assert [line.split()[1] for line in skipped] == ["curve.png:", "projection.png:"]
     assert all("associative_alignment.py" in line for line in skipped) and "--record_curve" in skipped[0]
     drawn = {path.stem for path in (results / "figures").iterdir()}
     assert drawn == {"training", "confusion"}
@@ -80,11 +78,17 @@ def test_tsne_without_scikit_learn_is_one_line(aligned_copy, monkeypatch):
 def test_class_names_are_labels_whatever_they_hold():
     assert label_text("$x$ and $y") == r"\$x\$ and \$y" and label_text("_a").lstrip() == "_a"
     assert label_text("_a")[0] != "_" and label_text("abcdef", 4) == "abc…"
-    assert two_lines("Worm_eating_Warbler", 11) == "Worm eating\nWarbler" and two_lines("u0040", 11) == "u0040"
-    assert [len(line) for line in two_lines("x" * 50, 11).split("\n")] == [11, 11]
     n_class = 45
     names = [f"$_{c}^" for c in range(n_class)]
-    record = {"method": "arcMax", "accuracy": 50.0, "dataset": "$", "n_way": 2, "n_shot": 1, "n_episodes": 3}
+    record = {
+        "method": "arcMax",
+        "accuracy": 50.0,
+        "dataset": "$",
+        "n_way": 2,
+        "n_shot": 1,
+        "n_episodes": 3,
+        "config": {},
+    }
     figure = confusion_figure(record | {"confusion": {name: {name: 2} for name in names}})
     figure.canvas.draw()
     assert len(figure.axes[0].get_yticklabels()) == 23 and "one in 2" in figure.axes[0].get_xlabel()

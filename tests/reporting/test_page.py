@@ -1,20 +1,19 @@
 """The page of results: its structure always, and in a real browser where there is one."""
 
 import json
-import math
 import re
 import shutil
 import subprocess
-from functools import partial
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 
 from persistence.saved_episode import read_episode, read_episodes
-from reporting.page import MAX_BYTES, report_page
-from reporting.page_charts import line_chart, nice_ticks
-from reporting.page_episodes import MAX_QUERIES, Picture, Query, episode_section, picture_of, view_of
+from reporting.figures import FIGURES
+from reporting.page import MAX_BYTES, measure, report_page
+from reporting.page_episodes import MAX_QUERIES, Query, episode_section, view_of
 from tests.helpers import STAGE_3, align, call
 
 EVIL = "<script>alert(1)</script>"
@@ -62,12 +61,14 @@ def test_the_page_has_every_part_and_fetches_nothing(page):
     found = Page(page)
     assert len(page) < 3e6
     headings = re.findall(r"<h2>(.*?)</h2>", page)
-    assert headings == ["Results", "Learning curves", "Alignment", "Episodes"]
+    assert headings == ["Results", "Figures", "Episodes"]
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttp", page)
     assert all(attrs.get("src", "data:").startswith("data:") for _, attrs in found.elements)
     assert all(attrs["href"].startswith(("#", "data:")) for attrs in found.all("a") + found.all("link"))
     images = found.all("img")
     assert len(images) > 20 and all(attrs["alt"] for attrs in images)
+    drawn = [attrs["alt"] for attrs in images if attrs["src"].startswith("data:image/svg")]
+    assert drawn == [about for about, _ in FIGURES.values()]  # what reporting.figures writes
     names = [attrs["id"] for _, attrs in found.elements if "id" in attrs]
     assert len(names) == len(set(names))
     assert "prefers-color-scheme: dark" in page and any(a.get("name") == "viewport" for a in found.all("meta"))
@@ -93,12 +94,12 @@ def test_an_episode_shows_its_queries_those_that_alignment_changed_first(page, a
     assert all(kind in ("put right", "put wrong", "changed") for kind in kinds[:n_changed])
     assert all(kind in ("right", "wrong") for kind in kinds[n_changed:])
     assert kinds.count("right") + kinds.count("put right") == int((now == labels).sum())
-    assert len(found.all("b", "mark-right")) == int((now == labels).sum())  # not by colour alone
+    assert len(found.all("b", "right")) == int((now == labels).sum())  # not by colour alone
     record = json.loads((aligned / "results" / "tables" / f"{STAGE_3}.json").read_text())
     assert 100 * (now == labels).double().mean().item() == pytest.approx(record["accuracy_per_episode"][0], abs=1e-3)
-    names = {attrs["id"] for attrs in found.all("img") if "id" in attrs}
+    n_related = sum(len(related["images"]) for row in saved["related_classes"] for related in row)
     near = [attrs["data-near"].split() for attrs in found.all("span", "near")]
-    assert all(len(row) == 3 and set(row) <= names for row in near)
+    assert all(len(row) == 3 and all(0 <= int(n) < n_related for n in row) for row in near)
     for row in saved["related_classes"]:
         for related in row:
             assert related["name"] in found.text and f"score {related['score']:.2f}" in words(found)
@@ -135,17 +136,16 @@ def test_names_are_escaped(aligned, aligned_copy):
 def test_an_episode_of_an_earlier_version_is_shown_without_queries(aligned):
     saved = read_episode(aligned / "results" / "episodes" / f"{STAGE_3}.pt")
     old = {key: value for key, value in saved.items() if key not in ("images", "logits", "nearest", "method", "more")}
-    section = episode_section(view_of(old, "old"), "e0", True)
+    section = episode_section(view_of(old, "old"), True)
     assert "queries were not kept" in section and 'class="query' not in section and "<img" in section
 
 
 def test_a_large_episode_is_cut_and_episodes_beyond_the_size_are_left_out(aligned_copy, monkeypatch):
     noise = torch.randint(0, 256, (3, 84, 84), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    shown = partial(picture_of, noise, "noise")
     saved = read_episode(aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt")
     view = view_of(saved, "large")
-    many = [Query(shown, 0, [0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0])] * 250
-    section = episode_section(type(view)(**(vars(view) | {"queries": many})), "e0", True)
+    many = [Query("noise", noise, 0, [0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0])] * 250
+    section = episode_section(type(view)(**(vars(view) | {"queries": many})), True)
     assert f"the first {MAX_QUERIES} of 250" in section and len(section) < MAX_BYTES
     monkeypatch.setattr("reporting.page.MAX_BYTES", 20_000)
     text = report_page(aligned_copy / "results")
@@ -161,21 +161,19 @@ def test_a_large_episode_is_cut_and_episodes_beyond_the_size_are_left_out(aligne
 )
 def test_what_alignment_did_to_a_query(truth, was, now, kind):
     one_hot = torch.eye(3).tolist()
-    assert Query(partial(Picture, "", ""), truth, one_hot[was], one_hot[now], []).kind == kind
+    assert Query("", Path(), truth, one_hot[was], one_hot[now], []).kind == kind
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (20, 20), (-3.2, 7), (0, 0), (61.3, 62.1), (0, 599)])
-def test_ticks_are_few_round_and_hold_the_range(low, high):
-    ticks = nice_ticks(low, high)
-    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 7
-
-
-def test_a_chart_leaves_out_what_is_not_finite():
-    chart = line_chart("loss", "epoch", {"a": [(0, math.nan, 1.0), (1, 2.0, 0.5), (2, 3.0, math.nan), (3, None, None)]})
-    (line,), (band,) = Page(chart).all("polyline"), Page(chart).all("polygon", "band")
-    assert "nan" not in chart and len(line["points"].split()) == 2 and len(band["points"].split()) == 4
-    assert not Page(line_chart("loss", "epoch", {"a": [(0, 1.0, None)]})).all("polygon")
-    assert line_chart("loss", "epoch", {"a": [(0, None, None)]}) == ""
+def test_an_interval_is_drawn_on_a_scale_that_holds_it():
+    drawn = measure({"accuracy": 1.0, "ci95": 1.5}, "+1.00 ± 1.50", -0.5, 2.5)
+    (mark,), lines = Page(drawn).all("svg", "mark"), Page(drawn).all("line")
+    assert "unsure" in mark["class"]
+    assert [(line["x1"], line["x2"]) for line in lines[1:]] == [
+        ("16.67", "16.67"),
+        ("0.00", "100.00"),
+        ("50.00", "50.00"),
+    ]
+    assert "up" in measure({"accuracy": 60.0, "ci95": None}, "60.00", 60.0, 60.0)  # one episode, and one result
 
 
 @pytest.mark.parametrize(
@@ -211,14 +209,10 @@ heads[column("method")].querySelector("button").click();
 out.method = keys("method");
 const query = document.querySelector(".query"), near = query.querySelector(".near");
 query.querySelector("summary").focus();
-out.focused = [near.querySelectorAll("img").length, document.querySelectorAll("img.lit").length];
+out.focused = [near.querySelectorAll("img").length, near.checkVisibility()];
 out.closed = query.querySelector("table").checkVisibility();
 query.querySelector("summary").click();
 out.open = query.open && query.querySelector("table").checkVisibility();
-const kinds = document.querySelectorAll(".filters button"), last = kinds[kinds.length - 1];
-last.click();
-out.shown = [...document.querySelectorAll(".query")].filter(q => !q.hidden).map(q => q.dataset.kind);
-out.kind = last.dataset.kind;
 out.wide = document.documentElement.scrollWidth <= document.documentElement.clientWidth;
 document.body.dataset.out = JSON.stringify(out);
 """
@@ -246,8 +240,7 @@ def test_in_a_browser_it_sorts_and_queries_open_without_an_error(page, tmp_path,
     assert list(map(float, found["up"])) == sorted(numbers)
     assert found["gain"][0] != "" and set(found["gain"][1:]) == {""}
     assert found["method"] == sorted(found["method"], key=str.lower)
-    assert found["focused"] == [3, 3] and not found["closed"] and found["open"]
-    assert found["shown"] and set(found["shown"]) == {found["kind"]}
+    assert found["focused"] == [3, True] and not found["closed"] and found["open"]
     assert found["wide"]  # nothing scrolls sideways
 
 
