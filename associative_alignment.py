@@ -17,11 +17,12 @@ from engine.files import weights_digest
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
 from methods.feature_alignment import align_episodes, n_together
-from methods.features import FeatureCache, trainable_blocks
+from methods.features import trainable_blocks
 from methods.related_base import exceeding_notes
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
 from persistence.checkpoints import check_base_classes, load_backbone
 from persistence.chosen_setting import choose_and_keep
+from persistence.feature_cache import FeatureCache
 from persistence.run_files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from persistence.saved_episode import gather_episode
 

@@ -34,11 +34,12 @@ from engine.records import provenance, write_json
 from engine.run import Run, move_if_fits, start_run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
-from methods.features import MAPPED, FeatureCache, Source, feature_source, trainable_blocks
+from methods.features import MAPPED, Source, feature_source, trainable_blocks
 from models import BACKBONES, OTHERS
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone, load_backbone
 from persistence.chosen_setting import choose_for_support
+from persistence.feature_cache import FeatureCache
 from photos.base import load_base, shared_classes, without_classes
 from photos.classifier import Classifier, fit_classifier
 from photos.classifier_file import load_classifier, save_classifier

@@ -14,11 +14,12 @@ from engine.distributed import copy_rank_0, data_parallel, rank_0_first
 from engine.script import run_script
 from methods.base_training import TrainingFeatures, last_blocks, train_one_epoch
 from methods.evaluation import EpisodeScores, evaluate_heads
-from methods.features import FeatureCache, embed
+from methods.features import embed
 from methods.novel_finetune import HeadFit
 from models import Model, build_head, n_parameters
 from models.global_batch_norm import use_global_batch_norm
 from persistence.checkpoints import BackboneSpec, initial_backbone
+from persistence.feature_cache import FeatureCache
 from persistence.results import save_result
 from persistence.run_files import TEST_FLAGS
 from persistence.training import TrainState

@@ -26,6 +26,8 @@ from models.heads import Head, one_hot_of
 TOGETHER = 40
 # Elements that the episodes aligned together may hold, beside the features of the splits: 256 MB of them.
 MEMORY = 2**26
+# Part of the name of whatever is kept of aligned episodes: raise it when the numbers of align_features change.
+ALIGN_VERSION = 1
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from engine.files import matches_schema, read_json, weights_digest
 from engine.records import provenance, write_json
 from engine.run import Run
 from methods.alignment import AlignmentSetting
-from methods.features import FeatureCache, Source, trainable_blocks
+from methods.features import Source, trainable_blocks
 from methods.setting_choice import FINE_TUNING, N_EPISODES, Row, candidates, choose_setting, flags_text, winner
 from models.backbone import Backbone
+from persistence.feature_cache import FeatureCache
 
 N_QUERY = 15  # queries a class of the val episodes that a setting is chosen on where there is no protocol
 

@@ -23,10 +23,11 @@ from engine.run import Run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
 from methods.evaluation import mean_and_ci95
-from methods.features import FeatureCache, Source, feature_source, trainable_blocks
+from methods.features import Source, feature_source, trainable_blocks
 from methods.related_base import RelatedSetting
 from models.heads import unit
 from persistence.checkpoints import load_backbone
+from persistence.feature_cache import FeatureCache
 from persistence.results import percent
 from photos.confidence import calibration_error, cross_validate, left_out_logits
 

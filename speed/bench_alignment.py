@@ -24,11 +24,12 @@ from engine.generators import make_generator
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
 from methods.evaluation import count_predictions, share_right
 from methods.feature_alignment import TOGETHER, AlignedFeatures, align_features
-from methods.features import FeatureCache, Source, TrainableBlocks, trainable_blocks
+from methods.features import Source, TrainableBlocks, trainable_blocks
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, draw_related, related_base_of_head
 from models.backbone import Backbone
 from models.heads import Head
+from persistence.feature_cache import FeatureCache
 from speed import reference_loops as plain
 from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, timed
 

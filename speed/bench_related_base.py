@@ -12,11 +12,12 @@ from torch import Tensor
 
 from data.episodes import EpisodeShape, sample_episodes
 from engine.generators import make_generator
-from methods.features import FeatureCache, Source, embed, trainable_blocks
+from methods.features import Source, embed, trainable_blocks
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, related_base_of_head
 from models.backbone import Backbone
 from models.heads import Head
+from persistence.feature_cache import FeatureCache
 from speed import reference_loops as plain
 from speed.common import Bench, Measured, Setting, count_flops, load, new_conv4, timed
 

@@ -50,11 +50,11 @@ from engine.files import read_record
 from engine.lock import hold
 from engine.run import Run
 from engine.script import escaped
-from methods.features import FeatureCache
 from models.backbone import split_backbone
 from models.pretrained import load_weights
 from persistence.checkpoints import create_backbone, load_backbone
 from persistence.chosen_setting import read_rows
+from persistence.feature_cache import FeatureCache
 from persistence.import_published import import_published
 from persistence.run_files import ALIGNMENT_STATE, STATE_FORMAT, TRAINING_STATE
 from persistence.saved_episode import read_episodes as read_saved

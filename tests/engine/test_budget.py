@@ -11,8 +11,8 @@ from data.image_cache import ImageFiles, load_images
 from engine.budget import check_disk, check_memory, free_memory
 from engine.errors import UserError
 from engine.run import Run
-from methods.features import FeatureCache
 from models import build_backbone
+from persistence.feature_cache import FeatureCache
 from tests.helpers import make_split
 
 

@@ -13,12 +13,13 @@ from engine.run import Run
 from methods import setting_choice
 from methods.alignment import AlignmentSetting
 from methods.feature_alignment import align_features
-from methods.features import FeatureCache, Source, feature_source
+from methods.features import Source, feature_source
 from methods.novel_finetune import HeadFit
 from methods.related_base import RelatedSetting
 from methods.setting_choice import FINE_TUNING, SETTINGS, Row, candidates, choose_setting, flags_text, winner
 from models import build_backbone
 from persistence import chosen_setting as kept
+from persistence.feature_cache import FeatureCache
 from photos.base import without_classes
 from tests.helpers import RUN, TINY, call, folders, make_split, result
 

@@ -1,0 +1,113 @@
+"""Features of whole splits, and the inputs of the trainable blocks, kept between runs in a folder.
+
+A file's name holds a hash of all that its numbers follow from: weights and statistics, images, normalisation,
+precision, kind of device, and the version of the code that computes them.
+"""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.benchmarks import Split
+from data.transforms import network_input
+from engine.budget import check_disk
+from engine.distributed import gather_objects, rank_0_first
+from engine.files import atomic_file, load_tensors, matches_schema, save_atomically, weights_digest
+from engine.normalisation import IMAGENET, Normalisation
+from engine.run import Run, move, move_if_fits
+from methods.features import BATCH, EMBED_VERSION, Source, TrainableBlocks, embed, feature_source, outputs
+from models.backbone import Backbone
+
+OTHER_FOLDER = "give another --cache_dir"
+
+
+class FeatureCache:
+    """Features and activations of whole splits, computed once and kept in `folder`."""
+
+    def __init__(self, folder: Path, run: Run):
+        self.folder = folder
+        self.run = run
+
+    def source(self, backbone: Backbone, blocks: TrainableBlocks, split: Split) -> Source:
+        """The source of a split: its features, and what the trainable blocks take, kept if frozen blocks are below."""
+        run, features, by = self.run, self.features(backbone, split), backbone.normalisation
+        if blocks.in_feature_space:
+            return feature_source(features, split)
+        if blocks.below is None:
+            images = move_if_fits(split.images, run.device)
+            return Source(features, lambda i: network_input(images[move(i, images.device)], run.device, by), split)
+        with rank_0_first(run.ranks):
+            activations = move_if_fits(self.activations(blocks.below, split, by), run.device)
+
+        def block_inputs(index: Tensor) -> Tensor:
+            x = move(activations[move(index, activations.device)], run.device)
+            return x.contiguous(memory_format=torch.channels_last)
+
+        return Source(features, block_inputs, split)
+
+    def features(self, backbone: Backbone, split: Split) -> Tensor:
+        """Features of a whole split (N, d), on the run's device."""
+        run, shape = self.run, (len(split.images), backbone.feature_dim)
+        path = self.path(f"features{backbone.feature_dim}", backbone, split, backbone.normalisation, ".pt")
+        kept: list[Tensor] = []
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+            z = load_tensors(path, run.device)
+            kept = [z] if matches_schema(z, Tensor) and z.shape == shape and z.dtype == torch.float32 else []
+        if all(gather_objects(len(kept), run.ranks)):
+            return kept[0]
+        check_disk(f"keeping the features of {split.split}", 4 * shape[0] * shape[1], self.folder, OTHER_FOLDER)
+        features = embed(backbone, split.images, run, f"embed {split.split}")
+        if run.ranks.first:
+            save_atomically(path, features.cpu())
+        return features
+
+    def half_features(self, backbone: Backbone, split: Split) -> Tensor:
+        """Features of a whole split (N, d) in half precision, mapped from their file: they may exceed the memory."""
+        path = self.path(f"half{backbone.feature_dim}", backbone, split, backbone.normalisation, ".npy")
+        return self.mapped(path, backbone, split, backbone.normalisation, torch.float16)
+
+    def activations(self, below: nn.Sequential, split: Split, by: Normalisation = IMAGENET) -> Tensor:
+        """Outputs of the frozen blocks `below`, in eval mode, on a whole split: (N, c, h, w) float32, mapped."""
+        path = self.path(f"activations{len(below)}", below, split, by, ".npy")
+        return self.mapped(path, below, split, by, torch.float32)
+
+    @torch.no_grad()
+    def mapped(self, path: Path, network: nn.Module, split: Split, by: Normalisation, dtype: torch.dtype) -> Tensor:
+        """Outputs of a network in eval mode on a whole split, mapped from a file that is written batch by batch."""
+        n, run = len(split.images), self.run
+        with contextlib.suppress(Exception):  # not there, or damaged, of which numpy raises nearly any
+            return map_rows(path, n, dtype)
+        network.eval()
+        largest = torch.finfo(dtype).max
+        starts = run.bar(range(0, n, BATCH), f"embed {split.split}", "batch")
+        batches = (network_input(split.images[start : start + BATCH], run.device, by) for start in starts)
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            for i, z in enumerate(outputs(network, batches, run.precision)):
+                array = z.clamp(-largest, largest).to(dtype).cpu().contiguous().numpy()
+                if i == 0:
+                    check_disk(f"keeping the features of {path.name}", n * array[0].nbytes, self.folder, OTHER_FOLDER)
+                    header = {"descr": array.dtype.str, "fortran_order": False, "shape": (n, *array.shape[1:])}
+                    np.lib.format.write_array_header_2_0(file, header)
+                array.tofile(file)
+        return map_rows(path, n, dtype)
+
+    def path(self, kind: str, module: nn.Module, split: Split, by: Normalisation, suffix: str) -> Path:
+        """The file of the outputs of a module on a split."""
+        facts = (split.fingerprint, tuple(split.images.shape), by, self.run.precision.name, self.run.device.type)
+        digest = weights_digest(module, *facts, EMBED_VERSION)
+        return self.folder / f"{kind}_{split.benchmark}_{split.split}_{digest}{suffix}"
+
+
+def map_rows(path: Path, n: int, dtype: torch.dtype) -> Tensor:
+    """The array of n rows in a file of numpy, mapped, copy-on-write. Raises ValueError when it is another.
+
+    Its size is checked, but its numbers are not read: there may be more of them than memory.
+    """
+    array = np.lib.format.open_memmap(path, mode="c")
+    rows = torch.from_numpy(array)
+    if rows.dtype != dtype or len(rows) != n or array.offset + array.nbytes != path.stat().st_size:
+        raise ValueError("it is cut or of another shape")
+    return rows
