@@ -22,7 +22,7 @@ from methods.related_base import empty_notes
 from persistence.checkpoints import Checkpoint
 from persistence.results import accuracy_record, curve_record, difference_record, paired_difference, percent, run_record
 from persistence.run_files import COLUMNS, RunFiles
-from persistence.saved_episode import read_episodes
+from persistence.saved_episode import read_saved_episodes
 
 
 class AlignedEpisodes:
@@ -44,7 +44,7 @@ class AlignedEpisodes:
         self.kept: list[dict[str, Any]] = []
         if run.ranks.first and not files.state:
             files.episode.unlink(missing_ok=True)  # so that none of an older run is ever taken for one of this
-        saved = read_episodes(files.episode) if files.state and files.episode.is_file() else []
+        saved = read_saved_episodes(files.episode) if files.state and files.episode.is_file() else []
         self.drawings = {drawing["episode"]: drawing for drawing in saved}
         self.notes: list[str] = []
         if files.state:
@@ -88,7 +88,7 @@ class AlignedEpisodes:
             self.kept.append(drawing)
 
     def write(self, drawing: dict[str, Any]) -> None:
-        """Write an episode to be drawn beside those that this run has kept before: see read_episodes."""
+        """Write an episode to be drawn beside those that this run has kept before: see read_saved_episodes."""
         self.drawings[drawing["episode"]] = drawing
         first, *more = (self.drawings[i] for i in sorted(self.drawings))
         save_atomically(self.files.episode, {**first, "more": more})

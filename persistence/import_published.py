@@ -150,7 +150,7 @@ def base_class_names(n_class: int, base: Path | None) -> list[str]:
     return names
 
 
-def number(value: object, otherwise: float) -> float:
+def number_or(value: object, otherwise: float) -> float:
     """A number of the file as a float; `otherwise` when it is none."""
     return float(value) if isinstance(value, int | float) and abs(value) < 1e9 else otherwise
 
@@ -187,7 +187,7 @@ def import_published(path: Path, dataset: str, img_size: int, base: Path | None)
             f"features: give the --img_size that it was trained at"
         )
     class_names = base_class_names(shape[0], base)
-    s, m = number(record.get("s"), 0.0), number(record.get("margin"), 0.0)
+    s, m = number_or(record.get("s"), 0.0), number_or(record.get("margin"), 0.0)
     head = build_head(method, backbone.feature_dim, len(class_names), s, m)
     epoch = content.get("epoch")
     return Checkpoint(
@@ -200,7 +200,7 @@ def import_published(path: Path, dataset: str, img_size: int, base: Path | None)
         backbone_state=backbone_state,
         head_state=load_published_state(head, parameters, path),
         epoch=epoch if isinstance(epoch, int) else -1,
-        val_accuracy=number(content.get("max_acc"), math.nan),
+        val_accuracy=number_or(content.get("max_acc"), math.nan),
         config={"imported_from": path.name, "s": s, "m": m},
     )
 

@@ -12,8 +12,7 @@ from torch import Generator, Tensor
 
 from data.benchmarks import Split
 from data.episodes import Episodes
-from engine.errors import UserError
-from engine.files import matches_schema, read_record
+from engine.files import read_record
 from engine.precision import Precision
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting
@@ -26,12 +25,8 @@ FEATURES = {"before": Tensor, "after": Tensor, "labels": Tensor}
 RELATED = {"name": str, "score": float, "images": Tensor}
 EPISODE = {
     **{"episode": int, "class_names": list[str], "support": FEATURES, "query": FEATURES, "related": FEATURES},
-    **{"support_images": Tensor, "related_classes": [[RELATED]]},
-}
-# What an episode that an earlier version saved lacks.
-QUERIES = {
-    **{"method": str, "images": {"support": Tensor, "query": Tensor}, "nearest": Tensor},
-    **{"logits": {"before": Tensor, "after": Tensor}},
+    **{"support_images": Tensor, "related_classes": [[RELATED]], "method": str, "nearest": Tensor},
+    **{"images": {"support": Tensor, "query": Tensor}, "logits": {"before": Tensor, "after": Tensor}},
 }
 N_SAMPLES = 4  # images kept of each related base class
 N_NEAREST = 3  # of them, those kept as the nearest of each query
@@ -142,46 +137,12 @@ def gather_episode(
     }
 
 
-def sound(record: dict[str, Any]) -> bool:
-    """Whether what a saved episode holds fits together."""
-    n_way, labels = len(record["class_names"]), record["query"]["labels"]
-    kinds = [record[kind] for kind in ("support", "query", "related")]
-    d = record["support"]["before"].shape[-1:]
-    n_images = sum(len(related["images"]) for row in record["related_classes"] for related in row)
-    return (
-        all(
-            z.is_floating_point() and z.shape == k["labels"].shape + d for k in kinds for z in (k["before"], k["after"])
-        )
-        and all(
-            not k["labels"].is_floating_point() and ((0 <= k["labels"]) & (k["labels"] < n_way)).all() for k in kinds
-        )
-        and record["support_images"].shape[:2] == (n_way, 3)
-        and len(record["related_classes"]) == n_way
-        and (
-            "logits" not in record
-            or matches_schema(record, QUERIES)
-            and all(logits.shape == (len(labels), n_way) for logits in record["logits"].values())
-            and all(x.shape[:2] == (len(record[kind]["labels"]), 3) for kind, x in record["images"].items())
-            and len(record["nearest"]) == len(labels)
-            and ((0 <= record["nearest"]) & (record["nearest"] < n_images)).all()
-        )
-    )
-
-
-def read_episodes(path: Path) -> list[dict[str, Any]]:
+def read_saved_episodes(path: Path) -> list[dict[str, Any]]:
     """The episodes of a file, as gather_episode made them, and the file's name as `result` of each, running nothing.
 
     Raises UserError when it is no such file.
     """
-    remedy = "delete it and run its stage again"
-    first = read_record(path, EPISODE_FORMAT, EPISODE, "saved episode", remedy)
-    more = first.pop("more", [])
-    records = [first, *more] if isinstance(more, list) else []
-    if not records or not all(matches_schema(record, EPISODE) and sound(record) for record in records):
-        raise UserError(f"{path} is a damaged saved episode: {remedy}")
-    return [record | {"result": path.stem} for record in records]
-
-
-def read_episode(path: Path) -> dict[str, Any]:
-    """The first of read_episodes."""
-    return read_episodes(path)[0]
+    schema = EPISODE | {"more": [EPISODE]}
+    first = read_record(path, EPISODE_FORMAT, schema, "saved episode", "delete it and run its stage again")
+    more = first.pop("more")
+    return [record | {"result": path.stem} for record in (first, *more)]

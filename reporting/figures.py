@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from engine.errors import OneLineParser, UserError
 from engine.files import atomic_file
 from engine.script import run_script
-from persistence.saved_episode import read_episode
+from persistence.saved_episode import read_saved_episodes
 from reporting.episode_figures import projection_figure
 from reporting.report import newest_first, read_results, result_in, training_logs
 from reporting.result_figures import confusion_figure, curve_figure, training_figure
@@ -53,7 +53,7 @@ def draw_figures(results_dir: Path, result: str | None = None, projection: str =
     if newest := next(tested, None):
         figures["confusion"] = confusion_figure(newest)
     if episodes:
-        figures["projection"] = projection_figure(read_episode(episodes[0]), projection)
+        figures["projection"] = projection_figure(read_saved_episodes(episodes[0])[0], projection)
     return figures
 
 

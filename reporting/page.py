@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from engine.errors import OneLineParser
 from engine.files import atomic_file
 from engine.script import run_script
-from persistence.saved_episode import read_episodes
+from persistence.saved_episode import read_saved_episodes
 from reporting.figures import FIGURES, draw_figures
 from reporting.page_episodes import episode_section, img, view_of
 from reporting.report import interval, newest_first, read_results, result_rows, signed
@@ -114,7 +114,7 @@ def episodes_part(results_dir: Path, budget: int) -> str:
     left_out = 0
     for file in newest_first(results_dir / "episodes", "*.pt"):
         name = file.stem.removeprefix("associative_alignment_").replace("_", " ")
-        for record in read_episodes(file):
+        for record in read_saved_episodes(file):
             view = view_of(record, f"Episode {record['episode']}: {name}")
             section = episode_section(view, is_open=not kept)
             left_out += len(section) > budget

@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -57,7 +57,7 @@ from persistence.chosen_setting import read_rows
 from persistence.feature_cache import FeatureCache
 from persistence.import_published import import_published
 from persistence.run_files import ALIGNMENT_STATE, STATE_FORMAT, TRAINING_STATE
-from persistence.saved_episode import read_episodes as read_saved
+from persistence.saved_episode import read_saved_episodes
 from photos.base import base_hashes
 from photos.classifier import Answers
 from photos.classifier_file import load_classifier
@@ -335,7 +335,7 @@ KINDS = {
     ),
     "state": Kind(kept("models", f"{RUN}_last.tar"), lambda path: read_state(path, TRAINING_STATE), True),
     "alignment state": Kind(kept("logs", f"{STAGE_3}_last.tar"), lambda path: read_state(path, ALIGNMENT_STATE), True),
-    "saved episode": Kind(kept("episodes", f"{STAGE_3}.pt"), read_saved, True),
+    "saved episode": Kind(kept("episodes", f"{STAGE_3}.pt"), read_saved_episodes, True),
     "classifier": Kind(kept(CLASSIFIER), read_kept_classifier, True),
     "part": cached(".pt", lambda folder: part(folder)),
     "features": cached(".pt", lambda folder: FeatureCache(folder, Run()).features(backbone(), SPLIT)),
@@ -539,7 +539,9 @@ def test_a_command_takes_a_damaged_file_or_ends_with_one_line(tmp_path, labelled
     @settings(max_examples=max(1, CASES // 3))
     @given(damaged(path.read_bytes()))
     def attempt(case):
-        path.write_bytes(case[0])
+        content, is_another = case
+        assume(not (is_another and "episode" in name and path.suffix == ".pt"))  # these are drawn as they were written
+        path.write_bytes(content)
         outcome = timed(ask, 4 * SECONDS)
         said = [line for line in outcome.err.splitlines() if line and not line.startswith("preparing ")]  # its bar
         assert outcome.status in (0, 2) and len(said) == (outcome.status == 2), outcome

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from persistence.saved_episode import read_episode, thumbnails
+from persistence.saved_episode import read_saved_episodes, thumbnails
 from tests.helpers import CURVE, STAGE_3, align, call, folders, metrics, result
 
 
 def test_saving_an_episode_changes_no_number(aligned_copy, aligned):
     align(aligned_copy, "--save_episode", 2, results="other")
-    saved = read_episode(aligned_copy / "other" / "episodes" / f"{STAGE_3}.pt")
+    saved = read_saved_episodes(aligned_copy / "other" / "episodes" / f"{STAGE_3}.pt")[0]
     assert saved["episode"] == 2
     keys = ("accuracy_per_episode", "confusion", "curve", "fine_tuning")
     first, other = result(aligned, STAGE_3), result(aligned_copy, STAGE_3, "other")
@@ -22,7 +22,7 @@ def test_a_saved_episode_holds_features_before_and_after_and_related_classes(ali
     align(aligned_copy, *flags, results="aligned")
     align(aligned_copy, *flags, "--alignment", "none", results="none")
     aligned, none = (
-        read_episode(next((aligned_copy / name / "episodes").glob("*.pt"))) for name in ("aligned", "none")
+        read_saved_episodes(next((aligned_copy / name / "episodes").glob("*.pt")))[0] for name in ("aligned", "none")
     )
     row = metrics(aligned_copy, results="aligned")[0]
     for kind, n_each in (("support", 2), ("query", 3), ("related", row["n_drawn"])):
@@ -45,7 +45,7 @@ def test_an_episode_without_related_images_is_saved_and_drawn(aligned_copy, monk
     monkeypatch.setattr("persistence.saved_episode.draw_related", None)  # nothing is drawn
     monkeypatch.setattr("methods.alignment.drawn_per_class", lambda samples, aug_size: 0)
     align(aligned_copy, "--overwrite")
-    saved = read_episode(aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt")
+    saved = read_saved_episodes(aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt")[0]
     assert saved["related"]["before"].shape == saved["related"]["after"].shape == (0, 64)
     assert call("reporting.figures", aligned_copy / "results").status == 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from persistence.saved_episode import read_episode, read_episodes
+from persistence.saved_episode import read_saved_episodes
 from reporting.figures import FIGURES
 from reporting.page import MAX_BYTES, measure, report_page
 from reporting.page_episodes import MAX_QUERIES, Query, episode_section, view_of
@@ -85,7 +85,7 @@ def test_the_table_holds_what_the_results_hold(page, aligned):
 
 def test_an_episode_shows_its_queries_those_that_alignment_changed_first(page, aligned):
     found = Page(page)
-    saved = read_episode(aligned / "results" / "episodes" / f"{STAGE_3}.pt")
+    saved = read_saved_episodes(aligned / "results" / "episodes" / f"{STAGE_3}.pt")[0]
     labels = saved["query"]["labels"]
     was, now = (saved["logits"][when].argmax(1) for when in ("before", "after"))
     kinds = [attrs["data-kind"] for attrs in found.all("details", "query")]
@@ -108,14 +108,14 @@ def test_an_episode_shows_its_queries_those_that_alignment_changed_first(page, a
 def test_several_episodes_are_kept_in_one_file_and_all_are_shown(aligned_copy):
     align(aligned_copy, "--overwrite", "--save_episode", 2, 0)
     path = aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt"
-    assert [record["episode"] for record in read_episodes(path)] == [0, 2] and read_episode(path)["episode"] == 0
+    assert [record["episode"] for record in read_saved_episodes(path)] == [0, 2]
     found = Page(report_page(aligned_copy / "results"))
     assert [attrs.get("open") for attrs in found.all("details", "episode")] == [None, None]
     assert "Episode 0:" in found.text and "Episode 2:" in found.text
     align(aligned_copy, "--resume", "--n_episodes", 5, "--save_episode", 4)
-    assert [record["episode"] for record in read_episodes(path)] == [0, 2, 4]
+    assert [record["episode"] for record in read_saved_episodes(path)] == [0, 2, 4]
     align(aligned_copy, "--overwrite", "--save_episode", 1)
-    assert [record["episode"] for record in read_episodes(path)] == [1]
+    assert [record["episode"] for record in read_saved_episodes(path)] == [1]
 
 
 def test_names_are_escaped(aligned, aligned_copy):
@@ -134,7 +134,7 @@ def test_names_are_escaped(aligned, aligned_copy):
 
 
 def test_an_episode_of_an_earlier_version_is_shown_without_queries(aligned):
-    saved = read_episode(aligned / "results" / "episodes" / f"{STAGE_3}.pt")
+    saved = read_saved_episodes(aligned / "results" / "episodes" / f"{STAGE_3}.pt")[0]
     old = {key: value for key, value in saved.items() if key not in ("images", "logits", "nearest", "method", "more")}
     section = episode_section(view_of(old, "old"), True)
     assert "queries were not kept" in section and 'class="query' not in section and "<img" in section
@@ -142,7 +142,7 @@ def test_an_episode_of_an_earlier_version_is_shown_without_queries(aligned):
 
 def test_a_large_episode_is_cut_and_episodes_beyond_the_size_are_left_out(aligned_copy, monkeypatch):
     noise = torch.randint(0, 256, (3, 84, 84), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    saved = read_episode(aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt")
+    saved = read_saved_episodes(aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt")[0]
     view = view_of(saved, "large")
     many = [Query("noise", noise, 0, [0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0])] * 250
     section = episode_section(type(view)(**(vars(view) | {"queries": many})), True)

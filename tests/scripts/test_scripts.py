@@ -8,7 +8,7 @@ import torch
 
 from args_parser import args_parser
 from persistence.checkpoints import load_checkpoint
-from persistence.saved_episode import read_episode
+from persistence.saved_episode import read_saved_episodes
 from tests.helpers import ALIGN, CHECKPOINT, CURVE, ROOT, TINY, TRAIN, call, folders, make_benchmark, result, run
 
 
@@ -82,7 +82,7 @@ def test_in_feature_space_a_run_goes_on_where_it_stopped_and_its_episode_is_kept
     records = [json.loads(path.read_text()) for path in (whole, parts)]
     for key in ("accuracy_per_episode", "fine_tuning", "curve", "confusion"):
         assert records[0][key] == records[1][key], key
-    episode = read_episode(tmp_path / "whole" / "episodes" / f"{whole.stem}.pt")
+    episode = read_saved_episodes(tmp_path / "whole" / "episodes" / f"{whole.stem}.pt")[0]
     assert torch.equal(episode["query"]["before"], episode["query"]["after"])
 
 
