@@ -3,7 +3,7 @@
 The reference is timed on a few episodes and scaled up to all: each costs the same.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,14 +31,12 @@ class Sizes:
     n_shot: int
     n_query: int
     n_episodes: int
-    n_steps: int
+    fit: HeadFit
     timed_episodes: int
     timed_heads: int
 
 
-# The head, and Adam's steps on it, are the protocol's.
-FIT = HeadFit()
-SIZES = {"tiny": Sizes(2, 5, 4, 20, 4, 4), "full": Sizes(5, 50, 400, 200, 4, 20)}
+SIZES = {"tiny": Sizes(2, 5, 4, HeadFit(ft_n_epoch=20), 4, 4), "full": Sizes(5, 50, 400, HeadFit(), 4, 20)}
 
 
 @dataclass(frozen=True)
@@ -72,28 +70,28 @@ def toy_features(labels: Tensor, d: int) -> Tensor:
 
 def initial_weight(features: Tensor, n_way: int, episode: int) -> Tensor:
     """The head that evaluate_heads starts episode `episode` with, for these features (N, d)."""
-    head = FIT.new_head(features.shape[1], n_way, make_generator(SEED, "head", episode))
+    head = HeadFit().new_head(features.shape[1], n_way, make_generator(SEED, "head", episode))
     return head.weight.detach().to(features.device)
 
 
 def reference(setting: Setting) -> dict[str, Measured]:
     """Both works, one episode after another."""
     t = work(setting)
-    size, episodes, backbone = t.size, t.episodes, plain.conv4(t.backbone)
+    size, fit, episodes, backbone = t.size, t.size.fit, t.episodes, plain.conv4(t.backbone)
     y = class_major_labels(5, size.n_shot, t.features.device)
 
     def head(i: int) -> plain.ArcMax:
-        return plain.ArcMax(initial_weight(t.features, 5, i), FIT.ft_s, FIT.ft_m)
+        return plain.ArcMax(initial_weight(t.features, 5, i), fit.ft_s, fit.ft_m)
 
     def validate_one(i: int) -> Tensor:
         files = [[t.paths[j] for j in row] for row in episodes.index[i].tolist()]
         return plain.validate_episode(
-            backbone, head(i), files, size.n_shot, setting.img_size, size.n_steps, FIT.ft_lr
+            backbone, head(i), files, size.n_shot, setting.img_size, fit.ft_n_epoch, fit.ft_lr
         ).mean()
 
     def fit_one(i: int) -> tuple[Tensor, Tensor]:
         fitted = head(i)
-        plain.fit_head(fitted, t.features[episodes.support[i].flatten()], y, size.n_steps, FIT.ft_lr)
+        plain.fit_head(fitted, t.features[episodes.support[i].flatten()], y, fit.ft_n_epoch, fit.ft_lr)
         with torch.no_grad():
             shares = plain.share_right(fitted(t.features[episodes.query[i].flatten()]), 5)
         return shares.mean(), fitted.weight.detach()
@@ -110,23 +108,23 @@ def reference(setting: Setting) -> dict[str, Measured]:
 
 def score(t: Work, features: Tensor, episodes: Episodes, setting: Setting) -> Tensor:
     """Accuracy of each episode, as transferLearning.py finds it."""
-    return evaluate_heads(features, episodes, replace(FIT, ft_n_epoch=t.size.n_steps), setting.run).accuracy
+    return evaluate_heads(features, episodes, t.size.fit, setting.run).accuracy
 
 
 def ours(setting: Setting) -> dict[str, Measured]:
     """Both works as transferLearning.py does them after an epoch; the images were decoded when the run began."""
     t = work(setting)
-    size, episodes = t.size, t.episodes
+    size, fit, episodes = t.size, t.size.fit, t.episodes
     fit_seconds, fit_accuracy = timed(lambda: score(t, t.features, episodes, setting))
     embed_seconds, z_val = timed(lambda: embed(t.backbone, t.val.images, setting.run))
     score_seconds, accuracy = timed(lambda: score(t, z_val, episodes, setting))
 
     generators = [make_generator(SEED, "head", i) for i in range(HEADS_CHECKED)]
-    heads = FIT.new_head(t.backbone.feature_dim, 5, generators).to(t.features.device)
+    heads = fit.new_head(t.backbone.feature_dim, 5, generators).to(t.features.device)
     before = heads.weight.detach().clone()
     support = t.features[episodes.support[:HEADS_CHECKED].flatten(1)]
     y = class_major_labels(5, size.n_shot, support.device).expand(HEADS_CHECKED, -1)
-    fit_heads(heads, support, y, size.n_steps, FIT.ft_lr)
+    fit_heads(heads, support, y, fit.ft_n_epoch, fit.ft_lr)
     note = f"{embed_seconds:.1f} s of it embed {len(t.val.labels)} images"
     answer = {"accuracy": fit_accuracy[: size.timed_heads], "weights": heads.weight.detach() - before}
     return {
