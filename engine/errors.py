@@ -14,7 +14,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
-        raise UserError(f"{' '.join(message.split())} ({self._command()} --help explains every flag)")
+        raise UserError(f"{' '.join(message.split())} ({self._command()} --help explains the flags)")
 
     def _command(self) -> str:
         return self.prog if self.prog.startswith("python ") else f"python {self.prog}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from args_parser import STAGES, args_parser, from_flags, stage_parser
+from args_parser import EVERYDAY, STAGES, args_parser, from_flags, stage_parser
 from engine.errors import UserError
 
 NEEDED = {"predict": ["--support", "s", "--query", "q", "--checkpoint", "c"]}  # the flags a stage cannot do without
@@ -121,14 +121,23 @@ def test_help_names_the_value_of_the_published_code_where_it_differs(stage):
     help_of = {action.dest: action.help for action in stage_parser(stage)._actions}
     for name, value in (PUBLISHED_CODE_META if stage == "meta" else PUBLISHED_CODE).items():
         assert re.search(rf"published code: {value}\b", help_of[name]), name
-    assert "published code draws them anew, which no flag does" in help_of["val_episodes"]
+    assert "published code draws new ones" in help_of["val_episodes"]
 
 
-def test_predict_has_no_preset_of_the_published_code():
-    needed = NEEDED["predict"]
-    assert "unrecognized arguments: --preset published_code" in refusal(
-        "predict", *needed, "--preset", "published_code"
-    )
+@pytest.mark.parametrize(
+    ("stage", "flags", "line"),
+    [
+        ("alignment", "--no_flip", "--no_flip belongs to transferLearning.py and metaLearning.py"),
+        ("meta", "--lr 0.1 --m=0.2", "--m belongs to transferLearning.py"),
+        ("predict", "--preset published_code", "--preset belongs to transferLearning.py and metaLearning.py and"),
+        ("transfer", "--n_shots 1", "--n_shots: did you mean --n_shot?"),
+        ("transfer", "--n_way 3", "--n_way: did you mean --test_n_way?"),
+        ("transfer", "dataset", "dataset: did you mean --dataset?"),
+        ("transfer", "--zzz 1", "unrecognized arguments: --zzz 1"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_whose_it_is_or_which_was_meant(stage, flags, line):
+    assert refusal(stage, *NEEDED.get(stage, []), *flags.split()).startswith(line)
 
 
 def test_the_tuned_preset_follows_the_alignment_and_yields_to_flags():
@@ -182,15 +191,15 @@ def test_data_aug_is_a_flag_with_or_without_a_value():
         ("--backbone torchvision:", "unknown backbone 'torchvision:'"),
         ("--method ProtoNet", "argument --method: invalid choice: 'ProtoNet'"),
         ("--resume --overwrite", "argument --overwrite: not allowed with argument --resume"),
-        ("--n_sho 1", "unrecognized arguments: --n_sho 1"),
-        ("--weights DEFAULT", "argument --weights: it is for torchvision:NAME and timm:NAME, not for Conv4"),
+        ("--n_sho 1", "--n_sho: did you mean --n_shot?"),
+        ("--weights DEFAULT", "argument --weights: of --backbone torchvision:NAME or timm:NAME alone"),
         ("--weights w --backbone torchvision:resnet18 --init_from c", "--init_from brings its own weights"),
-        ("--n_epoch 0", "argument --n_epoch: 0 tests a trained backbone: give --init_from or --weights"),
+        ("--n_epoch 0", "--n_epoch 0 take a trained backbone: give --init_from or --weights"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line(flags, line):
     refused = refusal("transfer", *flags.split())
-    assert line in refused and refused.endswith("(python transferLearning.py --help explains every flag)")
+    assert line in refused and refused.endswith("(python transferLearning.py --help explains the flags)")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +209,10 @@ def test_a_wrong_value_is_refused_in_one_line(flags, line):
         ("--support s --checkpoint c", "name the images to label with --query, or a file"),
         ("--support s --query q", "no trained backbone: give --checkpoint FILE"),
         ("--support s --query q", "python -m persistence.import_published FILE OUT"),
-        ("--support s --query q --weights DEFAULT", "name the model too, such as --backbone torchvision:resnet18"),
+        (
+            "--support s --query q --weights DEFAULT",
+            "argument --weights: of --backbone torchvision:NAME or timm:NAME alone",
+        ),
         ("--support s --query q --weights w --checkpoint c", "--checkpoint brings its own weights"),
         ("--support s --query q --checkpoint c --alignment naive", "naive takes related images from a base set"),
     ],
@@ -220,7 +232,7 @@ def test_predict_aligns_when_there_is_a_base_set():
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_explains_every_flag(stage, capsys):
     with pytest.raises(SystemExit) as end:
-        args_parser(stage, ["--help"])
+        args_parser(stage, ["--help_all" if stage == "predict" else "--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out.split("\noptions:")[1]  # below the usage, which lists them anyway
     actions = stage_parser(stage)._actions
@@ -239,16 +251,24 @@ def test_help_fits_100_columns_and_every_flag_is_in_a_group(stage, capsys, monke
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     options, *groups = printed.split("\noptions:")[1].split("\n\n")
-    assert options.split() == "-h, --help show this help message and exit".split()
-    assert len(groups) >= 6 and all(re.match(r"[a-z ,:0-9]+:\n  --", group) for group in groups)
+    assert options.split()[:8] == "-h, --help show this help message and exit".split()
+    assert re.findall(r"^  --\w+", options, re.MULTILINE) == (["  --help_all"] if stage == "predict" else [])
+    assert len(groups) >= 4 and all(re.match(r"[a-z ,:0-9]+:\n  --", group) for group in groups)
+
+
+def test_the_help_of_predict_shows_what_is_used_every_day_and_folds_the_rest(capsys):
+    with pytest.raises(SystemExit):
+        args_parser("predict", ["--help"])
+    shown = re.findall(r"^  (?:-h, )?--(\w+)", capsys.readouterr().out.split("\noptions:")[1], re.MULTILINE)
+    assert sorted(shown) == sorted(["help", "help_all", *EVERYDAY.split()]) and len(shown) == 17
 
 
 def test_help_names_defaults_of_0_and_leaves_out_those_that_are_not_there():
     help_of = {action.dest: action.help for action in stage_parser("alignment")._actions}
     for name in ("seed", "save_episode", "record_curve", "lr"):
-        assert help_of[name].endswith(" (default: %(default)s)"), name
+        assert re.search(r" \(default: [\d.\[\]]+\)$", help_of[name]), name
     for name in ("quiet", "image_root", "resume"):
-        assert "(default: %(default)s)" not in help_of[name], name
+        assert "(default: " not in help_of[name], name
 
 
 @dataclass(frozen=True)

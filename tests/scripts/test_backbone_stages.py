@@ -126,7 +126,7 @@ def test_a_frozen_backbone_keeps_its_weights_and_its_head_learns(small):
     losses = [json.loads(row)["loss"] for row in rows]
     assert len(losses) == 4 and losses == sorted(losses, reverse=True) and losses[3] < losses[0]
     outcome = call("transferLearning", *frozen)
-    assert outcome.status == 2 and "--train_blocks: needs a trained backbone" in outcome.err
+    assert outcome.status == 2 and "--train_blocks and --n_epoch 0 take a trained backbone" in outcome.err
 
 
 @pytest.mark.parametrize("backbone", ["Conv4", "timm:test_vit"])

@@ -293,7 +293,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
         ["miniImagenet", "--source", "{}/cache"],
         ["none of the forms"],
     ),
-    "source that is no tieredImageNet": (PREPARE, nothing, ["tieredImageNet", "--source", "{}"], ["train_images_png"]),
+    "source that is no tieredImageNet": (PREPARE, nothing, ["tieredImageNet", "--source", "{}"], ["train_labels.pkl"]),
     "source that is no archive": (
         *(PREPARE, write("cifar.tar.gz", "x"), ["FC100", "--source", "{}/cifar.tar.gz"]),
         ["cifar.tar.gz", "get the file again"],

@@ -251,6 +251,6 @@ def test_what_the_user_can_mend_is_one_line_of_all_ranks(tmp_path):
     ended = launch(2, "transferLearning.py", "--lr", "nonsense")
     assert ended.returncode != 0 and "exitcode  : 2" in ended.stderr
     assert [line for line in ended.stderr.splitlines() if "error: " in line and "--lr" in line] == [
-        "error: argument --lr: invalid number value: 'nonsense' (python transferLearning.py --help explains every flag)"
+        "error: argument --lr: invalid number value: 'nonsense' (python transferLearning.py --help explains the flags)"
     ]
     assert ended.stdout == "" and 'transferLearning.py", line' not in ended.stderr
