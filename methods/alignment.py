@@ -3,12 +3,12 @@
 Per episode: fit the head on frozen support features; find the related base samples with it; then alternate the three
 updates of `Updates`. The backbone starts each episode from the checkpoint's weights, kept in memory. The alignment
 loss is centroid (Algorithm 1) or adversarial (Algorithm 2); `naive` is the ablation without one, and `none` stops at
-the fitted head. Beyond the paper, the updates may be of the backbone's last blocks alone, what enters them being
-computed once for all episodes, or of none of it: in `head`, the head alone learns (see feature_alignment.py).
+the fitted head. Beyond the paper, the updates may train only the backbone's last blocks, whose inputs are computed once
+for all episodes, or none of it: in `head`, the head alone learns (see feature_alignment.py).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,6 +20,7 @@ from engine.precision import Losses, Precision
 from engine.run import Run, move
 from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
 from methods.centroid_alignment import centroid_alignment_loss
+from methods.evaluation import count_predictions, share_right
 from methods.features import INPUT_ROWS, Source, TrainableBlocks, updated_features
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedBase, RelatedSetting, draw_related, drawn_per_class, related_base_of_head
@@ -50,11 +51,11 @@ class AlignmentSetting:
 def adversarial(
     d: int, n_way: int, setting: AlignmentSetting, generator: Generator, device: torch.device
 ) -> AlignmentLoss:
-    """The adversarial loss of an episode, whose critic is new."""
+    """The adversarial loss of an episode, with a new critic."""
     return AdversarialAlignment(d, n_way, setting.critic, generator, device)
 
 
-# By name, what makes the alignment loss of an episode: a loss that has nothing of its own is the same for all.
+# By name, a function that makes the alignment loss of an episode.
 ALIGNMENTS: dict[str, Callable[..., AlignmentLoss | None]] = {
     "none": lambda *_: None,
     "naive": lambda *_: None,
@@ -65,20 +66,25 @@ ALIGNMENTS: dict[str, Callable[..., AlignmentLoss | None]] = {
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """What the updated blocks take, x (n, ...), and labels y (n,)."""
+class Batch:
+    """Inputs x of what an update trains, labels y, and weights of the samples in the loss (None: all alike).
+
+    One episode: x (n, ...) and y (n,). E episodes in feature space: x (E, n, d), y and weight (E, n); the weights of an
+    episode sum to 1, or are all 0 if it has no samples, and those of padding are 0.
+    """
 
     x: Tensor
     y: Tensor
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class AlignedEpisode:
-    """What one episode gave: the head as it ended, and the scores (q, n_way) of its queries, by fine-tuning and after
-    alignment.
+    """One episode: its head after alignment, and the scores (q, n_way) of its queries by fine-tuning and alignment.
 
-    n_drawn: related samples a novel class in an iteration; losses: those of the three updates, a row an iteration;
-    curve: scores as `aligned`, after every record_curve iterations. Without alignment the first two are the same.
+    n_drawn: related samples per novel class in an iteration; losses: of the three updates, a row per iteration, NaN for
+    an update that was left out; curve: scores after every record_curve iterations. Without alignment `finetuned` and
+    `aligned` are the same.
     """
 
     head: Head
@@ -91,9 +97,10 @@ class AlignedEpisode:
 
 
 class Updates:
-    """The three updates of an iteration of Algorithms 1 and 2, each with an optimiser of its own.
+    """The three updates of Algorithms 1 and 2, each with an optimiser of its own.
 
-    fitted: the optimiser that fitted the head. The alignment loss is None in the ablation without update (1).
+    fitted: the optimiser that fitted the head. alignment_loss: centroid (equations 4-5) or adversarial (6-8); None in
+    the ablation without update (1).
     """
 
     def __init__(
@@ -109,34 +116,35 @@ class Updates:
         self.head = head
         self.alignment_loss = alignment_loss
         self.batch_statistics = setting.align_bn == "train"
-        self.precision = precision
+        # With a scaler of its own: the one of fp16 adapts to past losses, and an episode depends on none before it.
+        self.precision = Precision(precision.name, precision.device_type)
+        both = [*backbone.parameters(), *head.parameters()]
         # (1) the backbone; (2) the head, by the optimiser that fitted it, moments included; (3) both.
         self.align_optimizer = torch.optim.Adam(backbone.parameters(), lr=setting.align_lr, fused=True)
         self.related_optimizer = with_rate(fitted, setting.related_lr)
-        both = [*backbone.parameters(), *head.parameters()]
         self.support_optimizer = torch.optim.Adam(both, lr=setting.support_lr, fused=True)
 
-    def align(self, support: Labelled, related: Labelled) -> Tensor:
-        """(1): one step of the backbone on the alignment loss; NaN without one.
+    def align(self, support: Batch, related: Batch) -> Tensor | None:
+        """(1): one step of the backbone on the alignment loss, if there is one.
 
-        Related and support images go through it apart, so that in train mode each has its own batch statistics.
+        Related and support images go through it in two passes, so that in train mode each has its own batch statistics.
         """
         if self.alignment_loss is None:
-            return torch.full((), math.nan, device=support.y.device)
+            return None
         self.backbone.train(self.batch_statistics)
         with self.precision.autocast():
             z_related, z_support = self.backbone(related.x), self.backbone(support.x)
         loss = self.alignment_loss(z_support, support.y, z_related, related.y)
         return self.precision.backward_and_step(loss, self.align_optimizer)
 
-    def train_head(self, related: Labelled) -> Tensor:
+    def train_head(self, related: Batch) -> Tensor:
         """(2): one step of the head on related samples; the backbone, in eval mode, needs no gradient."""
         self.backbone.eval()
         with torch.no_grad(), self.precision.autocast():
             z_related = self.backbone(related.x)
         return self.precision.backward_and_step(self.head.loss(self.head(z_related), related.y), self.related_optimizer)
 
-    def train_on_support(self, support: Labelled) -> Tensor:
+    def train_on_support(self, support: Batch) -> Tensor:
         """(3): one step of backbone and head on the support."""
         self.backbone.train(self.batch_statistics)
         with self.precision.autocast():
@@ -151,6 +159,16 @@ def with_rate(optimizer: torch.optim.Optimizer, lr: float) -> torch.optim.Optimi
     return optimizer
 
 
+def related_batches(
+    samples: list[Tensor], base: Source | None, setting: AlignmentSetting, generator: Generator, device: torch.device
+) -> Iterator[Batch | None]:
+    """The related samples of each iteration, class-major; None where no class has any, as without a base set."""
+    for picks in draw_related(samples, setting.related.aug_size, setting.align_iters, generator):
+        drawn = picks >= 0
+        is_any = base is not None and bool(drawn.any())
+        yield Batch(base.block_inputs(picks[drawn]), move(drawn.nonzero()[:, 0], device)) if base and is_any else None
+
+
 def align_episode(
     blocks: TrainableBlocks,
     task: Task,
@@ -163,9 +181,9 @@ def align_episode(
 ) -> AlignedEpisode:
     """Run episode i of stage 3; the result depends on (seed, i), the weights and the images alone.
 
-    The blocks start from their initial state, and are left as alignment has moved them. A novel class without related
-    samples takes no part in updates (1) and (2); they are left out when no class has any, as without a base set. `bar`
-    names a progress bar over the iterations; empty shows none.
+    The blocks start from their initial state, and are left as alignment has trained them. A novel class without related
+    samples takes no part in updates (1) and (2), which are left out when no class has any. `bar` names a progress bar
+    over the iterations; empty shows none.
     """
     fit, d, n_way = setting.fit, novel.features.shape[1], task.n_way
     blocks.restore()
@@ -174,37 +192,66 @@ def align_episode(
     fitted = fit_heads(head, novel.features[task.support.to(run.device)], y_support, fit.ft_n_epoch, fit.ft_lr)
     with torch.no_grad():
         finetuned = head(novel.features[task.query.to(run.device)])
-    related = related_base_of_head(head, base, setting.related)
-    n_drawn = drawn_per_class(related.samples, setting.related.aug_size)
+    related_base = related_base_of_head(head, base, setting.related)
+    n_drawn = drawn_per_class(related_base.samples, setting.related.aug_size)
     if setting.alignment == "none" or not setting.align_iters:
-        return AlignedEpisode(head, finetuned, finetuned, related, n_drawn, [], [])
-
-    def score_queries() -> Tensor:
-        parts = task.query.split(INPUT_ROWS)
-        with torch.no_grad():
-            return torch.cat([head(updated_features(blocks, novel, part, run.precision)) for part in parts])
+        return AlignedEpisode(head, finetuned, finetuned, related_base, n_drawn, [], [])
 
     head.rescale(setting.align_s, setting.align_m)
     alignment_loss = ALIGNMENTS[setting.alignment](d, n_way, setting, run.generator("critic", i), run.device)
-    # With a scaler of its own: that of fp16 remembers, and an episode depends on none before it.
-    precision = Precision(run.precision.name, run.precision.device_type)
-    updates = Updates(blocks.updated, head, fitted, alignment_loss, setting, precision)
-    support = Labelled(novel.block_inputs(task.support), y_support)
-    generator = run.generator("related draws", i)
-    losses, curve = Losses(f"episode {i}, iteration"), []
-    no_loss = torch.full((), math.nan, device=run.device)
+    updates = Updates(blocks.updated, head, fitted, alignment_loss, setting, run.precision)
+    support = Batch(novel.block_inputs(task.support), y_support)
+    batches = related_batches(related_base.samples, base, setting, run.generator("related draws", i), run.device)
+    losses, curve = UpdateLosses(i, run.device), []
     with run.seeded("dropout", i):
-        for iteration in run.bar(range(setting.align_iters), bar, "iteration"):
-            align_loss = related_loss = no_loss
-            if base is not None and n_drawn:
-                picks, y_related = draw_related(related.samples, setting.related.aug_size, generator)
-                drawn = Labelled(base.block_inputs(picks), move(y_related, run.device))
-                align_loss = updates.align(support, drawn)
-                related_loss = updates.train_head(drawn)
+        for iteration, related in enumerate(run.bar(batches, bar, "iteration", total=setting.align_iters), 1):
+            align_loss = updates.align(support, related) if related else None
+            related_loss = updates.train_head(related) if related else None
             support_loss = updates.train_on_support(support)
-            checked = support_loss + related_loss if n_drawn else support_loss
-            losses.add(checked, align_loss, related_loss, support_loss)
-            if setting.record_curve and (iteration + 1) % setting.record_curve == 0:
-                curve.append(score_queries())
-    rows = [row[1:] for row in losses.read()]
-    return AlignedEpisode(head, finetuned, score_queries(), related, n_drawn, rows, curve)
+            losses.add(align_loss, related_loss, support_loss)
+            if setting.record_curve and iteration % setting.record_curve == 0:
+                curve.append(query_scores(blocks, head, novel, task, run))
+    aligned = query_scores(blocks, head, novel, task, run)
+    return AlignedEpisode(head, finetuned, aligned, related_base, n_drawn, losses.read(), curve)
+
+
+@torch.no_grad()
+def query_scores(blocks: TrainableBlocks, head: Head, novel: Source, task: Task, run: Run) -> Tensor:
+    """Scores (q, n_way) of the queries by blocks and head as they are now; no query sees another."""
+    parts = task.query.split(INPUT_ROWS)
+    return torch.cat([head(updated_features(blocks, novel, part, run.precision)) for part in parts])
+
+
+class UpdateLosses:
+    """The losses of the three updates of episode i, kept on the device until they are read: see Losses."""
+
+    def __init__(self, i: int, device: torch.device):
+        self.losses = Losses(f"episode {i}, iteration")
+        self.left_out = torch.full((), math.nan, device=device)
+
+    def add(self, align_loss: Tensor | None, related_loss: Tensor | None, support_loss: Tensor) -> None:
+        """Keep a row, None as NaN. Raises UserError when the loss of update (2) or (3) is not finite."""
+        checked = support_loss if related_loss is None else support_loss + related_loss
+        row = [self.left_out if loss is None else loss for loss in (align_loss, related_loss)]
+        self.losses.add(checked, *row, support_loss)
+
+    def read(self) -> list[tuple[float, ...]]:
+        """A row (align, related, support) of each iteration."""
+        return [row[1:] for row in self.losses.read()]
+
+
+def episode_record(episode: AlignedEpisode) -> dict[str, Tensor]:
+    """An episode in numbers: finetuned and aligned (n_way, n_way), queries by true and predicted class; curve (k,), the
+    accuracy at iterations; losses (3,) of the last one; n_related, n_empty and n_drawn, scalars."""
+    scored = (episode.finetuned, episode.aligned, *episode.curve)
+    finetuned, aligned, *curve = (count_predictions(scores, scores.shape[1]).cpu() for scores in scored)
+    n_related = torch.tensor([len(samples) for samples in episode.related.samples])
+    return {
+        "finetuned": finetuned,
+        "aligned": aligned,
+        "curve": torch.stack([share_right(counts).mean() for counts in (finetuned, *curve)]),
+        "losses": torch.tensor(episode.losses[-1] if episode.losses else (math.nan,) * 3),
+        "n_related": n_related.sum(),
+        "n_empty": (n_related == 0).sum(),
+        "n_drawn": torch.tensor(episode.n_drawn),
+    }

@@ -104,16 +104,17 @@ def evaluate_heads(features: Tensor, episodes: Episodes, fit: HeadFit, run: Run,
 
 
 def nearest_mean(features: Tensor, episodes: Episodes) -> dict[str, EpisodeScores]:
-    """Scores of what fits nothing, by name: the class whose mean of support features is nearest, Euclidean and cosine.
+    """Scores of two controls that fit nothing, by name: the class whose prototype is nearest to the query.
 
-    features (N, d): the embedded split that `episodes` index.
+    Euclidean: ProtoNet's rule, the squared distance to the mean of the support features. cosine: the cosine of the
+    query to the mean of the unit support features. features (N, d): the embedded split that `episodes` index.
     """
     counts: dict[str, list[Tensor]] = {"Euclidean": [], "cosine": []}
     for first in range(0, len(episodes), HEAD_CHUNK):
         part = episodes.slice(first, first + HEAD_CHUNK)
         z_support = features[part.support.to(features.device)]
         z_query = features[part.query.flatten(1).to(features.device)]
-        cosine = unit(z_query) @ unit(z_support.mean(2)).mT
+        cosine = unit(z_query) @ unit(unit(z_support).mean(2)).mT
         for name, scores in (("Euclidean", protonet_scores(z_support, z_query)), ("cosine", cosine)):
             counts[name].append(count_predictions(scores, part.n_way).cpu())
     return {name: EpisodeScores(torch.cat(parts)) for name, parts in counts.items()}

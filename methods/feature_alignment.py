@@ -16,10 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 from data.episodes import Episodes, Task, class_major_labels
 from engine.precision import check_finite
 from engine.run import Run, move
-from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode, with_rate
+from methods.alignment import AlignedEpisode, AlignmentSetting, Batch, align_episode, with_rate
 from methods.features import Source, TrainableBlocks
 from methods.novel_finetune import fit_heads
-from methods.related_base import RelatedBase, draw_iterations, drawn_per_class, related_base_of_heads
+from methods.related_base import RelatedBase, draw_related, drawn_per_class, related_base_of_heads
+from models.head_gradients import set_gradients
 from models.heads import Head, one_hot_of
 
 # Episodes aligned together; see evaluation.HEAD_CHUNK.
@@ -28,18 +29,6 @@ TOGETHER = 40
 MEMORY = 2**26
 # Part of the name of whatever is kept of aligned episodes: raise it when the numbers of align_features change.
 ALIGN_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Samples:
-    """n samples of each of E episodes: features z (E, n, d), labels y (E, n), and weights (E, n) in the loss.
-
-    The weights of an episode sum to 1, or are all 0 if it has no samples; those of padding are 0.
-    """
-
-    z: Tensor
-    y: Tensor
-    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,31 +55,27 @@ class AlignedFeatures:
 
 def n_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
     """How many episodes of features of size d to align together: TOGETHER, or as few as keep within MEMORY."""
-    return max(1, min(TOGETHER, MEMORY // numbers_together(d, n_way, setting)))
+    elements_per_episode = 4 * n_way * setting.related.aug_size * d  # related samples, and their copies on the way
+    return max(1, min(TOGETHER, MEMORY // elements_per_episode))
 
 
-def numbers_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
-    """Elements of the related samples of one episode, and of their copies on the way."""
-    return 4 * n_way * setting.related.aug_size * d
-
-
-def related_batches(
+def padded_related_batches(
     related_base: list[RelatedBase],
     z_base: Tensor,
     setting: AlignmentSetting,
     generators: list[Generator],
     device: torch.device,
-) -> Iterator[Samples]:
+) -> Iterator[Batch]:
     """The related samples of E episodes in each iteration, n_way * aug_size of each, padding included, on `device`."""
     each, aug_size = zip(related_base, generators, strict=True), setting.related.aug_size
-    picks = torch.stack([draw_iterations(found.samples, aug_size, setting.align_iters, g) for found, g in each], 1)
+    picks = torch.stack([draw_related(found.samples, aug_size, setting.align_iters, g) for found, g in each], 1)
     n_way, picks = picks.shape[2], picks.flatten(2)
     drawn = (picks[0] >= 0).float()
     weight = move(drawn / drawn.sum(1, keepdim=True).clamp_min(1.0), device)
     y = class_major_labels(n_way, aug_size, device).expand_as(weight)
     for index in move(picks.clamp_min_(0), z_base.device):
         z = move(z_base.index_select(0, index.flatten()), device)  # a base set may have no room on a GPU
-        yield Samples(z.float().view(*index.shape, -1), y, weight)
+        yield Batch(z.float().view(*index.shape, -1), y, weight)
 
 
 def padded(index: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -116,21 +101,21 @@ class HeadUpdates:
         for moments in fitted.state.values():
             moments["exp_avg"][idle] = 0.0
 
-    def train_head(self, related: Samples) -> None:
+    def train_head(self, related: Batch) -> None:
         """(2): one step of the heads on related samples."""
         if self.setting.related_lr:
             self.step(related, self.related_optimizer)
 
-    def train_on_support(self, support: Samples) -> None:
+    def train_on_support(self, support: Batch) -> None:
         """(3): one step of the heads on the support."""
         if self.setting.support_lr:
             self.step(support, self.support_optimizer)
 
     @torch.no_grad()
-    def step(self, samples: Samples, optimizer: torch.optim.Optimizer) -> None:
+    def step(self, samples: Batch, optimizer: torch.optim.Optimizer) -> None:
         """One step of the heads by the written-out gradient of their loss."""
         one_hot = one_hot_of(samples.y, self.head.weight.shape[-2])
-        self.head.set_gradients(self.head.project(samples.z), samples.y, one_hot, samples.weight)
+        set_gradients(self.head, self.head.project(samples.x), samples.y, one_hot, samples.weight)
         optimizer.step()
 
 
@@ -146,12 +131,12 @@ def align_features(
     numbers = range(first, first + len(tasks))
     index, weight = padded([task.support for task in tasks], device)
     y_support = padded([task.y_support for task in tasks], device)[0]
-    support = Samples(novel.features[index], y_support, weight)
+    support = Batch(novel.features[index], y_support, weight)
     z_query = novel.features[padded([task.query for task in tasks], device)[0]]
 
     head = fit.new_head(d, n_way, [run.generator("head", i) for i in numbers]).to(device)
     uneven = weight if weight.min() < weight.max() else None
-    fitted = fit_heads(head, support.z, y_support, fit.ft_n_epoch, fit.ft_lr, uneven)
+    fitted = fit_heads(head, support.x, y_support, fit.ft_n_epoch, fit.ft_lr, uneven)
     finetuned = head(z_query)
     related_base = related_base_of_heads(head, base, setting.related)
     n_drawn = [drawn_per_class(related.samples, setting.related.aug_size) for related in related_base]
@@ -163,7 +148,7 @@ def align_features(
     updates = HeadUpdates(head, fitted, setting, idle)
     curve = []
     generators = [run.generator("related draws", i) for i in numbers]
-    batches = related_batches(related_base, base.features, setting, generators, device)
+    batches = padded_related_batches(related_base, base.features, setting, generators, device)
     for iteration, related in enumerate(batches, 1):
         updates.train_head(related)
         updates.train_on_support(support)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models import build_head
+from models.head_gradients import set_gradients
 from models.heads import Generators, Head, one_hot_of
 
 # Part of the name of whatever is kept of fitted heads: raise it when the numbers of fit_heads change.
@@ -23,7 +24,7 @@ class HeadFit:
 
     method: str = "arcMax"
     ft_s: float = 5.0
-    ft_m: float = 0.01
+    ft_m: float = 0.001  # of stage 3 and predict.py; stage 1's flag is 0.01
     ft_n_epoch: int = 200
     ft_lr: float = 1e-3
 
@@ -45,6 +46,6 @@ def fit_heads(
     projected = head.project(z_support)
     one_hot = one_hot_of(y_support, head.weight.shape[-2])
     for _ in range(n_steps):
-        head.set_gradients(projected, y_support, one_hot, weight)
+        set_gradients(head, projected, y_support, one_hot, weight)
         optimizer.step()
     return optimizer

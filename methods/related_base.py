@@ -101,20 +101,26 @@ def related_base_of_head(head: Head, base: Source | None, setting: RelatedSettin
 
 
 def drawn_per_class(samples: list[Tensor], aug_size: int) -> int:
-    """Related samples drawn a novel class in each iteration: min(aug_size, smallest related set that is not empty).
+    """Related samples drawn per novel class in each iteration: min(aug_size, smallest related set that is not empty).
 
     0 when every related set is empty.
     """
     return min([aug_size] + [len(s) for s in samples if len(s)]) if any(len(s) for s in samples) else 0
 
 
-def draw_related(samples: list[Tensor], aug_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Draw drawn_per_class samples of each novel class without replacement; a class whose set is empty has none.
+def draw_related(samples: list[Tensor], aug_size: int, n_iterations: int, generator: Generator) -> Tensor:
+    """Draw related samples for each iteration and novel class: indices (n_iterations, n_way, aug_size).
 
-    samples: n_way index tensors. Returns indices and labels (n,), class-major.
+    samples: n_way index tensors, of each of which drawn_per_class are drawn without replacement; the rest is padded
+    with -1, as is a class whose set is empty.
     """
-    picks = draw_iterations(samples, aug_size, 1, generator)[0]
-    return picks[picks >= 0], (picks >= 0).nonzero()[:, 0]
+    a = drawn_per_class(samples, aug_size)
+    filled = [w for w, s in enumerate(samples) if len(s)]
+    orders = [[torch.randperm(len(samples[w]), generator=generator)[:a] for w in filled] for _ in range(n_iterations)]
+    picks = torch.full((n_iterations, len(samples), aug_size), -1)
+    for w, order in zip(filled, zip(*orders, strict=True), strict=True):
+        picks[:, w, :a] = samples[w][torch.stack(order)]
+    return picks
 
 
 def exceeding_notes(n_way: int, n_B: int, n_base_class: int) -> list[str]:
@@ -128,14 +134,3 @@ def empty_notes(related: RelatedBase, class_names: list[str]) -> list[str]:
     """A line that names the classes (n_way) whose related set is empty, if there are any."""
     empty = [name for name, samples in zip(class_names, related.samples, strict=True) if not len(samples)]
     return [f"no base image is predicted as {', '.join(map(repr, empty))}: aligned with nothing"] if empty else []
-
-
-def draw_iterations(samples: list[Tensor], aug_size: int, n_iterations: int, generator: Generator) -> Tensor:
-    """What draw_related draws in each of so many iterations: (n_iterations, n_way, aug_size), padded with -1."""
-    a = drawn_per_class(samples, aug_size)
-    filled = [w for w, s in enumerate(samples) if len(s)]
-    orders = [[torch.randperm(len(samples[w]), generator=generator)[:a] for w in filled] for _ in range(n_iterations)]
-    picks = torch.full((n_iterations, len(samples), aug_size), -1)
-    for w, order in zip(filled, zip(*orders, strict=True), strict=True):
-        picks[:, w, :a] = samples[w][torch.stack(order)]
-    return picks

@@ -1,20 +1,18 @@
-"""What a head must give, and the three of the paper: softMax, cosMax and arcMax (ArcFace, Deng et al., CVPR 2019).
+"""The contract of a head, and the heads of the paper: softMax, cosMax and arcMax (ArcFace, Deng et al., CVPR 2019).
 
 A head maps features to scores, `head(z) -> scores`, and scores to a loss, `head.loss(scores, y)`. The same
 formulas serve one head, weight (n_class, d) on z (n, d), and E heads of E episodes at once, weight
 (E, n_class, d) on z (E, n, d): everything before the class axis broadcasts. `project` is the part of a head
 that does not depend on its weight; on frozen features it is computed once, before the steps of the optimiser.
 
-Initial weights come from generators, one a head, so that the head of an episode depends on that episode alone.
-
-The gradients of the three are written out, because automatic differentiation of so small a problem costs several
-times the problem itself. They are those of `head.loss`, to rounding.
+Initial weights come from generators, one per head, so that the head of an episode depends on that episode alone. The
+inner loops take the gradients written out in head_gradients.py.
 """
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +31,16 @@ class Head(nn.Module):
     """A classifier of d features, or E of them together; made as Head(d, n_class, s, m, generators).
 
     s and m: the scale and the margin (radians) of the heads that have them. One generator, or None, makes one head; a
-    list of generators as many. weight: (n_class, d), or (E, n_class, d).
+    list of generators as many. weight: (n_class, d), or (E, n_class, d). scalars: the names of its attributes that are
+    plain numbers, which are saved with its state and set again.
     """
 
     weight: nn.Parameter
+    scalars: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def project(self, z: Tensor) -> Tensor:
-        """What does not depend on the weight, in float32: (..., n, d) -> (..., n, d)."""
+        """The part that does not depend on the weight, in float32: (..., n, d) -> (..., n, d)."""
 
     @abstractmethod
     def scores(self, projected: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Head(nn.Module):
         return self.scores(self.project(z))
 
     def logits(self, scores: Tensor) -> Tensor:
-        """What the softmax of a prediction is taken of: the scores themselves, unless a head says otherwise."""
+        """Inputs of the softmax of a prediction: the scores themselves, unless a head says otherwise."""
         return scores
 
     def rescale(self, s: float, m: float) -> None:
@@ -60,19 +60,9 @@ class Head(nn.Module):
     def loss(self, scores: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Cross-entropy of scores (..., n, n_class) against y (..., n), summed over the heads: scalar.
 
-        weight (..., n): what each sample counts; None: all samples of a head the same, 1 in sum.
+        weight (..., n): of each sample in the sum; None: the mean over the samples of a head.
         """
         return mean_cross_entropy(self.logits(scores), y, weight)
-
-    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> None:
-        """Give the parameters the gradient of the loss on projected features (..., n, d).
-
-        y (..., n) and one_hot (..., n, n_class) are the same labels; weight (..., n) is that of the loss. By automatic
-        differentiation, unless a head writes it out.
-        """
-        self.zero_grad()
-        with torch.enable_grad():
-            self.loss(self.scores(projected), y, weight).backward()
 
 
 def unit(z: Tensor) -> Tensor:
@@ -96,49 +86,12 @@ def initial_weight(n_class: int, d: int, bound: float, generators: Generators) -
     return nn.Parameter(torch.empty(n_class, d).uniform_(-bound, bound, generator=generators))
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Softmax of (..., n, n_class) that lie in memory as (..., n_class, n): over so few classes, that takes a tenth."""
-    return logits.mT.softmax(-2).mT
-
-
-def products(projected: Tensor, weight: Tensor) -> Tensor:
-    """Features (..., n, d) times weights (..., n_class, d): (..., n, n_class), lying as (..., n_class, n)."""
-    return (projected @ weight.mT).mT.contiguous().mT  # the faster order of the product, laid out anew
-
-
 def one_hot_of(y: Tensor, n_class: int) -> Tensor:
     """Labels (..., n) as (..., n, n_class) of 0 and 1, lying as (..., n_class, n).
 
     F.one_hot scatters, and for that a GPU that is to repeat itself takes dozens of operations.
     """
     return (torch.arange(n_class, device=y.device).unsqueeze(-1) == y.unsqueeze(-2)).float().mT
-
-
-def cross_entropy_gradient(logits: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Gradient of the mean cross-entropy to the logits: (..., n, n_class).
-
-    (softmax(logits) - one_hot) / n, or times weight (..., n).
-    """
-    gradient = probabilities(logits).sub_(one_hot)
-    return gradient.div_(logits.shape[-2]) if weight is None else gradient.mul_(weight.unsqueeze(-1))
-
-
-def set_cosine_gradient(
-    weight: nn.Parameter, projected: Tensor, k: float, gradient: Callable[[Tensor], Tensor]
-) -> None:
-    """Give a weight (..., n_class, d) the gradient of a loss on scores k cos(theta) of unit features (..., n, d).
-
-    gradient: of the loss to the scores, (..., n, n_class) -> (..., n, n_class). Only what is orthogonal to a row of
-    the weight changes its scores. A gradient that is there already is overwritten in place: fresh memory a step would
-    cost more than the arithmetic.
-    """
-    w = weight.detach()
-    norm = torch.linalg.vector_norm(w, dim=-1).clamp_min(NORM_EPS).unsqueeze(-2)
-    scores = products(projected, w).mul_(k / norm)
-    of_scores = gradient(scores)
-    along = ((of_scores * scores).sum(-2, keepdim=True) / norm.square()).mT
-    across = torch.matmul(of_scores.mul_(k / norm).mT, projected, out=weight.grad)
-    weight.grad = across.addcmul_(w, along, value=-1.0)
 
 
 class softMax(Head):
@@ -158,16 +111,11 @@ class softMax(Head):
         """(..., n, d) -> logits (..., n, n_class)."""
         return projected @ self.weight.transpose(-1, -2) + self.bias.unsqueeze(-2)
 
-    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> None:
-        """The gradient of the logits, taken on to weight and bias."""
-        logits = products(projected, self.weight.detach()).add_(self.bias.detach().unsqueeze(-2))
-        gradient = cross_entropy_gradient(logits, one_hot, weight)
-        self.bias.grad = gradient.sum(-2)
-        self.weight.grad = torch.matmul(gradient.mT, projected, out=self.weight.grad)
-
 
 class cosMax(Head):
     """Scaled cosine similarity, s cos(theta), without a margin and without a bias."""
+
+    scalars = ("s",)
 
     def __init__(self, d: int, n_class: int, s: float, m: float = 0.0, generators: Generators = None):
         super().__init__()
@@ -186,17 +134,14 @@ class cosMax(Head):
         """Go on with another scale s; there is no margin."""
         self.s = s
 
-    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> None:
-        """The gradient of the scores s cos(theta), which are the logits, taken on to the weight."""
-        gradient = partial(cross_entropy_gradient, one_hot=one_hot, weight=weight)
-        set_cosine_gradient(self.weight, projected, self.s, gradient)
-
 
 class arcMax(Head):
     """Cosine similarity with an additive angular margin m (radians) on the true class, scaled by s in the loss.
 
     The scores are cos(theta), without scale or margin: they are what predicts.
     """
+
+    scalars = ("s", "m")
 
     def __init__(self, d: int, n_class: int, s: float, m: float, generators: Generators = None):
         super().__init__()
@@ -213,7 +158,7 @@ class arcMax(Head):
         return projected @ unit(self.weight).transpose(-1, -2)
 
     def logits(self, scores: Tensor) -> Tensor:
-        """What the softmax of a prediction is taken of: s cos(theta)."""
+        """Inputs of the softmax of a prediction: s cos(theta)."""
         return self.s * scores
 
     def rescale(self, s: float, m: float) -> None:
@@ -223,23 +168,6 @@ class arcMax(Head):
     def loss(self, scores: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Cross-entropy of s cos(theta + m) on scores = cos(theta) (..., n, n_class) against y (..., n)."""
         return mean_cross_entropy(self.s * add_arc_margin(scores, y, self.m), y, weight)
-
-    def score_gradient(self, scores: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Gradient of the loss to scores = cos(theta): (..., n, n_class) -> (..., n, n_class).
-
-        That of the logits s cos(theta + m), times s and, for the true class, times the slope of the margin.
-        """
-        factor = self.s / scores.shape[-2] if weight is None else self.s * weight.unsqueeze(-1)
-        is_true = one_hot > 0
-        with_margin, slope = arc_margin(scores.gather(-1, y.unsqueeze(-1)), self.m)
-        logits = torch.where(is_true, with_margin, scores).mul_(self.s)
-        gradient = probabilities(logits).sub_(one_hot).mul_(factor)
-        return gradient.mul_(torch.where(is_true, slope, 1.0))
-
-    def set_gradients(self, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> None:
-        """The gradient of the scores, taken on to the weight."""
-        gradient = partial(self.score_gradient, y=y, one_hot=one_hot, weight=weight)
-        set_cosine_gradient(self.weight, projected, 1.0, gradient)
 
 
 def arc_margin(true: Tensor, m: float) -> tuple[Tensor, Tensor]:

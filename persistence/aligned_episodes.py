@@ -1,7 +1,6 @@
 """What stage 3 keeps: a row an episode, its state every few of them, an episode to be drawn, and the result."""
 
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from engine.errors import UserError
 from engine.files import save_atomically
 from engine.records import write_json
 from engine.run import Run
-from methods.alignment import AlignedEpisode, AlignmentSetting
-from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95, nearest_mean, share_right
+from methods.alignment import AlignedEpisode, AlignmentSetting, episode_record
+from methods.evaluation import EpisodeScores, mean_and_ci95, nearest_mean
 from methods.features import Source
 from methods.related_base import empty_notes
 from persistence.checkpoints import Checkpoint
@@ -56,29 +55,18 @@ class AlignedEpisodes:
         return len(self.rows)
 
     def add(self, i: int, episode: AlignedEpisode) -> None:
-        """Append what the report and the metrics need of episode i."""
-        finetuned, aligned, *curve = (
-            count_predictions(scores, scores.shape[1]).cpu()
-            for scores in (episode.finetuned, episode.aligned, *episode.curve)
-        )
-        n_related = torch.tensor([len(samples) for samples in episode.related.samples])
-        self.rows.append(
-            {
-                "finetuned": finetuned,
-                "aligned": aligned,
-                "curve": torch.stack([share_right(counts).mean() for counts in (finetuned, *curve)]),
-                "losses": torch.tensor(episode.losses[-1] if episode.losses else (math.nan,) * 3),
-                "n_related": n_related.sum(),
-                "n_empty": (n_related == 0).sum(),
-                "n_drawn": torch.tensor(episode.n_drawn),
-            }
-        )
+        """Append the record of episode i, and a note of novel classes without related samples."""
+        self.rows.append(episode_record(episode))
         names = [self.class_names[c] for c in self.episodes.classes[i].tolist()]
         notes = empty_notes(episode.related, names) if self.setting.alignment != "none" else []
         self.notes += [f"note: episode {i}: {note}" for note in notes]
-        means = (100 * share_right(torch.stack([row[k] for row in self.rows])).mean() for k in ("finetuned", "aligned"))
+        means = (100 * self.scores(name).accuracy.mean() for name in ("finetuned", "aligned"))
         self.bar.set_postfix_str("fine-tuning {:.2f}, alignment {:.2f}".format(*means), refresh=False)
         self.bar.update()
+
+    def scores(self, name: str) -> EpisodeScores:
+        """The scores of all episodes done, `finetuned` or `aligned`."""
+        return EpisodeScores(torch.stack([row[name] for row in self.rows]))
 
     def keep(self, drawing: dict[str, Any]) -> None:
         """Write an episode to be drawn, now if this is the first rank, else when the ranks exchange."""
@@ -163,7 +151,7 @@ def save_alignment_result(
             f"note: in {n_small} of {len(done)} episodes the smallest related set held fewer than "
             f"--aug_size {setting.related.aug_size} images; so many were drawn of each class"
         )
-    before, after = EpisodeScores(columns["finetuned"]), EpisodeScores(columns["aligned"])
+    before, after = done.scores("finetuned"), done.scores("aligned")
     difference, difference_ci95 = paired_difference(before.accuracy, after.accuracy)
     nearest = nearest_mean(novel.features, episodes)
     record = run_record(files, split, episodes, done.run) | accuracy_record(after, episodes, names)

@@ -40,7 +40,8 @@ def first_draw(episode: AlignedEpisode, generator: Generator) -> tuple[Tensor, T
     """
     if not episode.n_drawn:
         return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    return draw_related(episode.related.samples, episode.n_drawn, generator)
+    (picks,) = draw_related(episode.related.samples, episode.n_drawn, 1, generator)
+    return picks[picks >= 0], (picks >= 0).nonzero()[:, 0]
 
 
 def before_and_after(

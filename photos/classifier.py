@@ -60,7 +60,7 @@ class Classifier:
     def digest(self) -> str:
         """A hash of all that the labels follow from."""
         parts = torch.nn.ModuleList([self.aligned, self.finetuned, self.head])
-        scales = [getattr(head, "s", None) for head in (self.finetuned, self.head)]
+        scales = [[getattr(head, name) for name in head.scalars] for head in (self.finetuned, self.head)]
         return weights_digest(
             parts, self.aligned.normalisation, self.class_names, self.temperature, self.least_cosine, scales
         )
@@ -103,8 +103,8 @@ def alone(head: Head, d: int, setting: AlignmentSetting, run: Run) -> Head:
         for name, value in head.state_dict().items()
     }
     single.load_state_dict(state)
-    if setting.alignment != "none" and setting.align_iters:
-        single.rescale(setting.align_s, setting.align_m)
+    for name in head.scalars:
+        setattr(single, name, getattr(head, name))
     return single.requires_grad_(False)
 
 

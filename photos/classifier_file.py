@@ -42,10 +42,10 @@ CUSTOM = "custom:"  # a backbone of a user's own code, which a file must not hav
 
 
 def head_record(head: Head) -> dict[str, Any]:
-    """A head as plain values: its name, scale and margin (1 and 0 where it has none), and state."""
+    """A head as plain values: its name, state and scalars, of which scale and margin are 1 and 0 where it has none."""
     state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    s, m = getattr(head, "s", 1.0), getattr(head, "m", 0.0)
-    return {"method": type(head).__name__, "s": s, "m": m, "state": state}
+    scalars = {name: getattr(head, name) for name in head.scalars}
+    return {"method": type(head).__name__, "s": 1.0, "m": 0.0, "state": state} | scalars
 
 
 def moved(before: Backbone, after: Backbone) -> dict[str, Tensor]:
@@ -84,6 +84,8 @@ def save_classifier(path: Path, classifier: Classifier, facts: dict[str, Any]) -
 def load_head(record: dict[str, Any], d: int, n_way: int, path: Path) -> Head:
     """A head of a head_record, for d features and n_way classes."""
     head = build_head(record["method"], d, n_way, float(record["s"]), float(record["m"]))
+    for name in head.scalars:
+        setattr(head, name, float(record[name]))
     load_state(head, record["state"], path)
     if not all(value.isfinite().all() for value in head.state_dict().values()):
         raise ValueError("its head holds numbers that are not finite")

@@ -22,7 +22,7 @@ from engine.errors import OneLineParser, UserError
 from engine.run import Run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
-from methods.evaluation import mean_and_ci95
+from methods.evaluation import mean_and_ci95, nearest_mean
 from methods.features import Source, feature_source, trainable_blocks
 from methods.related_base import RelatedSetting
 from models.heads import unit
@@ -80,12 +80,6 @@ def logistic_regression(strength: float) -> Labels:
     return predict
 
 
-def nearest_mean(z_support: Tensor, y_support: Tensor, z_query: Tensor) -> Tensor:
-    """The class whose mean of unit features has the largest cosine to the query."""
-    means = torch.stack([unit(z_support)[y_support == c].mean(0) for c in range(int(y_support.max()) + 1)])
-    return (unit(z_query) @ unit(means).T).argmax(1)
-
-
 def accuracies(predict: Labels, source: Source, episodes: Episodes) -> Tensor:
     """The accuracy (E,) of each episode."""
     rows = []
@@ -136,7 +130,7 @@ def compare(sources: dict[str, Source], n_shot: int, on: Comparison, run: Run) -
     ours_aligned = answers(novel, sources["base"], episodes, max(1, n_calibrated), aligned, run)
     rows = {
         f"logistic regression, C {strength:g}": accuracies(logistic_regression(strength), novel, episodes),
-        "nearest mean": accuracies(nearest_mean, novel, episodes),
+        "nearest mean": nearest_mean(novel.features, episodes)["cosine"].accuracy.double(),
         "our head": ours.accuracy,
         "our head, aligned": ours_aligned.accuracy,
     }

@@ -139,8 +139,9 @@ def reference(setting: Setting) -> dict[str, Measured]:
         def iterate() -> list[list[float]]:
             losses = []
             for _ in range(iterations):
-                picks, y_related = draw_related(samples, a.related.aug_size, generator)
-                related = normalise(images[picks].to(weight.device)), y_related.to(weight.device)
+                (picks,) = draw_related(samples, a.related.aug_size, 1, generator)
+                y_related = (picks >= 0).nonzero()[:, 0]
+                related = normalise(images[picks[picks >= 0]].to(weight.device)), y_related.to(weight.device)
                 losses.append(plain.align_iteration(backbone, head, optimizers, support, related, N_WAY))
             return losses
 

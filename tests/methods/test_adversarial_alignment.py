@@ -16,7 +16,7 @@ from methods.adversarial_alignment import (
     clip_weights,
     gradient_penalty,
 )
-from methods.alignment import AlignmentSetting, Labelled, Updates
+from methods.alignment import AlignmentSetting, Batch, Updates
 from models import build_head
 from models.critic import Critic
 
@@ -169,7 +169,7 @@ class Toy:
     def step(self, n_critic=5):
         """Update (1), with so many steps of the critic."""
         self.adversarial.setting = dataclasses.replace(self.adversarial.setting, critic_steps=n_critic)
-        support, related = Labelled(self.x_support, self.y_support), Labelled(self.x_related, self.y_related)
+        support, related = Batch(self.x_support, self.y_support), Batch(self.x_related, self.y_related)
         return self.updates.align(support, related)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from args_parser import args_parser, from_flags
 from data.episodes import Episodes, class_major_labels
 from engine.precision import Precision
 from engine.run import Run
-from methods.alignment import ALIGNMENTS, AlignmentSetting, Labelled, Updates, align_episode
+from methods.alignment import ALIGNMENTS, AlignmentSetting, Batch, Updates, align_episode
 from methods.centroid_alignment import centroid_alignment_loss
 from methods.features import Source, TrainableBlocks, image_source, trainable_blocks, updated_features
 from methods.novel_finetune import fit_heads
@@ -64,10 +64,10 @@ def test_two_iterations_of_algorithm_1_follow_the_published_trace():
     head.rescale(15.0, 0.001)
     setting = AlignmentSetting(align_lr=lr, related_lr=lr, support_lr=lr)
     updates = Updates(net, head, head_optimizer, centroid_alignment_loss, setting, Precision())
-    support = Labelled(x_support, y_support)
+    support = Batch(x_support, y_support)
     for i, picks in enumerate(g["picks"]):
         x_related = torch.cat([g["x_related"][w, picks[w]] for w in range(5)]).float()
-        related = Labelled(x_related, class_major_labels(5, picks.shape[1], DEVICE))
+        related = Batch(x_related, class_major_labels(5, picks.shape[1], DEVICE))
         losses = [updates.align(support, related), updates.train_head(related), updates.train_on_support(support)]
         torch.testing.assert_close(torch.tensor(losses), g["losses"][i], **many_steps)
         torch.testing.assert_close(head.weight.data, g[f"iter{i + 1}.clf"], **many_steps)
@@ -180,8 +180,8 @@ def tiny_updates(alignment_loss=centroid_alignment_loss, **setting):
     """Updates of a small Conv4 and a head fitted in 3 steps at 0.1, with 6 support and 9 related images."""
     _, given, net = tiny_episode_run()
     head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)
-    support = Labelled(given["novel"].block_inputs(given["task"].support), given["task"].y_support)
-    related = Labelled(given["base"].block_inputs(torch.arange(9)), class_major_labels(3, 3))
+    support = Batch(given["novel"].block_inputs(given["task"].support), given["task"].y_support)
+    related = Batch(given["base"].block_inputs(torch.arange(9)), class_major_labels(3, 3))
     fitted = fit_heads(head, given["novel"].features[given["task"].support], support.y, 3, 0.1)
     return Updates(net, head, fitted, alignment_loss, AlignmentSetting(**setting), Precision()), support, related
 
@@ -222,7 +222,7 @@ def test_each_update_changes_what_it_should_and_nothing_else(align_bn):
 def test_without_an_alignment_loss_update_1_is_left_out():
     updates, support, related = tiny_updates(alignment_loss=None)
     before = copy.deepcopy(updates.backbone.state_dict())
-    assert math.isnan(updates.align(support, related))
+    assert updates.align(support, related) is None
     assert all(torch.equal(before[name], value) for name, value in updates.backbone.state_dict().items())
 
 

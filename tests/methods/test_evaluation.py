@@ -85,11 +85,12 @@ def test_the_nearest_means_are_those_of_a_plain_loop_over_queries(toy, monkeypat
     features, episodes = toy
     found = nearest_mean(features, episodes)
     for i in range(0, len(episodes), 5):
-        means = features[episodes.support[i]].mean(1)
+        z_support = features[episodes.support[i]]
+        means, unit_means = z_support.mean(1), (z_support / z_support.norm(dim=2, keepdim=True)).mean(1)
         for way in range(5):
             z = features[episodes.query[i, way]]
             euclidean = torch.stack([(means - x).norm(dim=1).argmin() for x in z])
-            cosine = torch.stack([torch.cosine_similarity(means, x[None]).argmax() for x in z])
+            cosine = torch.stack([torch.cosine_similarity(unit_means, x[None]).argmax() for x in z])
             assert torch.equal(found["Euclidean"].counts[i, way], torch.bincount(euclidean, minlength=5))
             assert torch.equal(found["cosine"].counts[i, way], torch.bincount(cosine, minlength=5))
 

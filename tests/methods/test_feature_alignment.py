@@ -8,11 +8,11 @@ from torch import Tensor
 
 from data.episodes import Task, class_major_labels
 from engine.run import Run
-from methods.alignment import AlignmentSetting
-from methods.feature_alignment import TOGETHER, AlignedFeatures, HeadUpdates, Samples, align_features, n_together
+from methods.alignment import AlignmentSetting, Batch
+from methods.feature_alignment import TOGETHER, AlignedFeatures, HeadUpdates, align_features, n_together
 from methods.features import Source
 from methods.novel_finetune import HeadFit, fit_heads
-from methods.related_base import RelatedSetting, draw_iterations, draw_related, drawn_per_class, related_base_of_head
+from methods.related_base import RelatedSetting, draw_related, drawn_per_class, related_base_of_head
 from models import HEADS
 from tests.helpers import make_split
 
@@ -74,8 +74,9 @@ def plain_episode(task: Task, i: int, setting: AlignmentSetting, base: Source = 
     generator = run.generator("related draws", i)
     for _ in range(setting.align_iters):
         if n_drawn:
-            picks, y_related = draw_related(related.samples, setting.related.aug_size, generator)
-            step(head.loss(head(base.features[picks]), y_related), fitted)
+            (picks,) = draw_related(related.samples, setting.related.aug_size, 1, generator)
+            y_related = (picks >= 0).nonzero()[:, 0]
+            step(head.loss(head(base.features[picks[picks >= 0]]), y_related), fitted)
         step(head.loss(head(z), y), of_support)
         scores.append(head(z_query).detach())
     return scores, related, n_drawn
@@ -151,7 +152,7 @@ def test_an_episode_without_related_samples_is_left_alone_by_update_2():
     before = head.weight.detach().clone()
     updates = HeadUpdates(head, fitted, SETTING, idle=torch.tensor([False, True]))
     weight = torch.tensor([[1 / n], [0.0]]).expand(2, n)
-    related = Samples(BASE.features[: 2 * n].view(2, n, D), class_major_labels(5, 4).expand(2, n), weight)
+    related = Batch(BASE.features[: 2 * n].view(2, n, D), class_major_labels(5, 4).expand(2, n), weight)
     for _ in range(3):
         updates.train_head(related)
     assert torch.equal(before[1], head.weight[1]) and not torch.equal(before[0], head.weight[0])
@@ -175,12 +176,10 @@ def test_fewer_episodes_go_together_when_each_holds_much():
 def test_the_draws_of_all_iterations_are_those_of_one_after_another():
     samples = [torch.arange(40, 70), torch.empty(0, dtype=torch.long), torch.arange(9), torch.arange(100, 300)]
     for aug_size in (5, 20):
-        picks = draw_iterations(samples, aug_size, 4, torch.Generator().manual_seed(0))
+        picks = draw_related(samples, aug_size, 4, torch.Generator().manual_seed(0))
         generator = torch.Generator().manual_seed(0)
         for of_iteration in picks:
-            drawn, labels = draw_related(samples, aug_size, generator)
-            assert torch.equal(of_iteration[of_iteration >= 0], drawn)
-            assert torch.equal((of_iteration >= 0).nonzero()[:, 0], labels)
+            assert torch.equal(of_iteration, draw_related(samples, aug_size, 1, generator)[0])
 
 
 @pytest.mark.parametrize("score", ["vote", "soft"])

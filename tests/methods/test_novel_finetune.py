@@ -7,7 +7,7 @@ from data.episodes import class_major_labels
 from engine.generators import make_generator
 from methods.novel_finetune import fit_heads
 from models import HEADS, build_head
-from models.heads import Head, arcMax
+from models.heads import arcMax
 from tests.helpers import golden
 
 MANY_STEPS = {"rtol": 2e-3, "atol": 2e-4}
@@ -83,8 +83,6 @@ def test_heads_fitted_together_equal_heads_fitted_one_by_one(method, n_together)
 
 class PlainArcMax(arcMax):
     """arcMax as the contract has it, without a written gradient."""
-
-    set_gradients = Head.set_gradients
 
 
 @pytest.mark.parametrize("n_together", [None, 3])

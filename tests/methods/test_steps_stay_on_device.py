@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_leaves
 from data.episodes import EpisodeShape, class_major_labels, sample_episodes
 from data.transforms import Augmentation, TrainingImages
 from engine.precision import Losses, Precision
-from engine.run import Run, move
+from engine.run import Run
 from methods import base_training, episodic_training
 from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
-from methods.alignment import ALIGNMENTS, AlignmentSetting, Labelled, Updates
-from methods.feature_alignment import HeadUpdates, Samples, related_batches
+from methods.alignment import ALIGNMENTS, AlignmentSetting, Batch, Updates, related_batches
+from methods.feature_alignment import HeadUpdates, padded_related_batches
 from methods.features import embed, image_source, trainable_blocks, updated_features
 from methods.meta_learners import META_LEARNERS, build_meta_learner
 from methods.novel_finetune import HeadFit, fit_heads
-from methods.related_base import RelatedBase, RelatedSetting, draw_related
+from methods.related_base import RelatedBase, RelatedSetting
 from models import BACKBONES, HEADS, Model, build_backbone, build_head
 from tests.helpers import DEVICE, make_split
 
@@ -142,13 +142,13 @@ def test_the_three_updates_of_an_iteration(alignment, critic, align_blocks):
         loss.with_related = torch.arange(6, device=AWAY)  # read once an episode
     fitted = torch.optim.Adam(head.parameters())
     updates = Updates(blocks.updated, head, fitted, loss, setting, Precision())
-    picks, y = draw_related([torch.arange(8 * w, 8 * w + 8) for w in range(3)], 4, torch.Generator())
+    few = replace(setting, related=RelatedSetting(aug_size=4), align_iters=2)
+    batches = related_batches([torch.arange(8 * w, 8 * w + 8) for w in range(3)], source, few, torch.Generator(), AWAY)
     with OneDevice():
-        support = Labelled(source.block_inputs(torch.arange(6)), class_major_labels(3, 2, AWAY))
-        related = Labelled(source.block_inputs(picks), move(y, AWAY))
-        for _ in range(2):
+        support = Batch(source.block_inputs(torch.arange(6)), class_major_labels(3, 2, AWAY))
+        for related in batches:
             losses = updates.align(support, related), updates.train_head(related), updates.train_on_support(support)
-            assert all(loss.device.type == AWAY.type for loss in losses)
+            assert all(loss.device.type == AWAY.type for loss in losses if loss is not None)
         z = updated_features(blocks, source, torch.arange(5), Precision())
         assert z.device.type == AWAY.type
 
@@ -156,14 +156,14 @@ def test_the_three_updates_of_an_iteration(alignment, critic, align_blocks):
 def test_the_updates_in_feature_space():
     d, n_way, generators, setting = 8, 3, [torch.Generator() for _ in range(2)], AlignmentSetting()
     head = build_head("arcMax", d, n_way, 15.0, 0.1, generators).to(AWAY)
-    support = Samples(torch.zeros(2, 6, d, device=AWAY), class_major_labels(3, 2, AWAY).expand(2, 6), WEIGHT)
-    fitted = fit_heads(head, support.z, support.y, 2, 1e-3, support.weight)
+    support = Batch(torch.zeros(2, 6, d, device=AWAY), class_major_labels(3, 2, AWAY).expand(2, 6), WEIGHT)
+    fitted = fit_heads(head, support.x, support.y, 2, 1e-3, support.weight)
     fitted.state.clear()  # which heads are idle is read once
     updates = HeadUpdates(head, fitted, setting, torch.zeros(2, dtype=torch.bool, device=AWAY))
     found = RelatedBase(torch.zeros(6, 3), [[0], [1], [2]], [torch.arange(5)] * n_way)
     z_base = torch.zeros(20, d, device=AWAY)
     few = replace(setting, related=RelatedSetting(aug_size=4), align_iters=2)
-    batches = related_batches([found, found], z_base, few, generators, AWAY)
+    batches = padded_related_batches([found, found], z_base, few, generators, AWAY)
     with OneDevice():
         for related in batches:
             updates.train_head(related)

@@ -89,30 +89,6 @@ def test_permuting_the_classes_permutes_the_scores():
     torch.testing.assert_close(permuted(z), head(z)[:, order])
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("method", HEADS)
-@pytest.mark.parametrize("m", [0.01, 0.5])
-def test_the_written_out_gradient_of_a_head_is_that_of_its_loss(method, together, m, weighted):
-    """On random features, with a sample that lies on the weight of its class and one opposite to it."""
-    n_way, n_shot, d = 4, 3, 6
-    head = build_head(
-        method, d, n_way, 5.0, m, [make_generator(0, i) for i in range(3)] if together else make_generator(0, 0)
-    )
-    y = class_major_labels(n_way, n_shot)
-    z = torch.randn(*((3,) if together else ()), n_way * n_shot, d, generator=make_generator(1))
-    z[..., 0, :], z[..., 1, :] = head.weight.detach()[..., 0, :], -head.weight.detach()[..., 0, :]
-    y = y.expand(z.shape[:-1])
-    weight = torch.rand(y.shape, generator=make_generator(2)) if weighted else None
-    head.loss(head(z), y, weight).backward()
-    expected = {name: p.grad.clone() for name, p in head.named_parameters()}
-    one_hot = torch.nn.functional.one_hot(y, n_way).float()
-    with torch.no_grad():
-        head.set_gradients(head.project(z), y, one_hot, weight)
-    for name, p in head.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
-
-
 # The contract.
 
 

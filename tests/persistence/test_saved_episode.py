@@ -43,7 +43,8 @@ def test_a_saved_episode_holds_features_before_and_after_and_related_classes(ali
 
 def test_an_episode_without_related_images_is_saved_and_drawn(aligned_copy, monkeypatch):
     monkeypatch.setattr("persistence.saved_episode.draw_related", None)  # nothing is drawn
-    monkeypatch.setattr("methods.alignment.drawn_per_class", lambda samples, aug_size: 0)
+    for module in ("methods.alignment", "methods.related_base"):
+        monkeypatch.setattr(f"{module}.drawn_per_class", lambda samples, aug_size: 0)
     align(aligned_copy, "--overwrite")
     saved = read_saved_episodes(aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt")[0]
     assert saved["related"]["before"].shape == saved["related"]["after"].shape == (0, 64)

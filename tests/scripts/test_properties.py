@@ -249,7 +249,8 @@ def test_draws_of_related_images_are_without_replacement_and_as_many_of_each_cla
     n_each = drawn_per_class(samples, aug_size)
     assert n_each == min([aug_size, *(size for size in sizes if size)]) * any(sizes)
     if n_each:
-        picks, labels = draw_related(samples, aug_size, torch.Generator().manual_seed(seed))
+        (drawn,) = draw_related(samples, aug_size, 1, torch.Generator().manual_seed(seed))
+        picks, labels = drawn[drawn >= 0], (drawn >= 0).nonzero()[:, 0]
         assert len(set(picks.tolist())) == len(picks) and torch.equal(picks // 100, labels)
         assert torch.bincount(labels, minlength=len(sizes)).tolist() == [n_each * bool(size) for size in sizes]
 

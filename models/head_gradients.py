@@ -1,0 +1,98 @@
+"""Gradients of the losses of the heads, written out for the inner loops that fit heads on fixed features.
+
+Automatic differentiation of so small a problem costs several times the problem itself. These are the gradients of
+`head.loss`, to rounding; a head without an entry in WRITTEN_OUT takes automatic differentiation.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.heads import NORM_EPS, Head, arc_margin, arcMax, cosMax, softMax
+
+
+def set_gradients(head: Head, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> None:
+    """Give the parameters of a head the gradient of its loss on projected features (..., n, d).
+
+    y (..., n) and one_hot (..., n, n_class) are the same labels; weight (..., n): of each sample, as in `head.loss`.
+    """
+    if written_out := WRITTEN_OUT.get(type(head)):
+        return written_out(head, projected, y, one_hot, weight)
+    head.zero_grad()
+    with torch.enable_grad():
+        head.loss(head.scores(projected), y, weight).backward()
+
+
+def set_softmax_gradients(head: softMax, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None) -> None:
+    """softMax: the gradient of the logits z W^T + b, taken on to weight and bias."""
+    logits = products(projected, head.weight.detach()).add_(head.bias.detach().unsqueeze(-2))
+    gradient = cross_entropy_gradient(logits, one_hot, weight)
+    head.bias.grad = gradient.sum(-2)
+    head.weight.grad = torch.matmul(gradient.mT, projected, out=head.weight.grad)
+
+
+def set_cosmax_gradients(head: cosMax, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None) -> None:
+    """cosMax: the gradient of the scores s cos(theta), which are the logits, taken on to the weight."""
+    gradient = partial(cross_entropy_gradient, one_hot=one_hot, weight=weight)
+    set_cosine_gradient(head.weight, projected, head.s, gradient)
+
+
+def set_arcmax_gradients(head: arcMax, projected: Tensor, y: Tensor, one_hot: Tensor, weight: Tensor | None) -> None:
+    """arcMax: the gradient of the logits s cos(theta + m), times s and, for the true class, the slope of the margin."""
+
+    def of_scores(cosine: Tensor) -> Tensor:
+        factor = head.s / cosine.shape[-2] if weight is None else head.s * weight.unsqueeze(-1)
+        is_true = one_hot > 0
+        with_margin, slope = arc_margin(cosine.gather(-1, y.unsqueeze(-1)), head.m)
+        logits = torch.where(is_true, with_margin, cosine).mul_(head.s)
+        gradient = probabilities(logits).sub_(one_hot).mul_(factor)
+        return gradient.mul_(torch.where(is_true, slope, 1.0))
+
+    set_cosine_gradient(head.weight, projected, 1.0, of_scores)
+
+
+WRITTEN_OUT: dict[type[Head], Callable[..., Any]] = {
+    softMax: set_softmax_gradients,
+    cosMax: set_cosmax_gradients,
+    arcMax: set_arcmax_gradients,
+}
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax of (..., n, n_class) that lie in memory as (..., n_class, n): over so few classes, that takes a tenth."""
+    return logits.mT.softmax(-2).mT
+
+
+def products(projected: Tensor, weight: Tensor) -> Tensor:
+    """Features (..., n, d) times weights (..., n_class, d): (..., n, n_class), lying as (..., n_class, n)."""
+    return (projected @ weight.mT).mT.contiguous().mT  # the faster order of the product, then copied
+
+
+def cross_entropy_gradient(logits: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Gradient of the mean cross-entropy to the logits: (..., n, n_class).
+
+    (softmax(logits) - one_hot) / n, or times weight (..., n).
+    """
+    gradient = probabilities(logits).sub_(one_hot)
+    return gradient.div_(logits.shape[-2]) if weight is None else gradient.mul_(weight.unsqueeze(-1))
+
+
+def set_cosine_gradient(
+    weight: nn.Parameter, projected: Tensor, k: float, gradient: Callable[[Tensor], Tensor]
+) -> None:
+    """Give a weight (..., n_class, d) the gradient of a loss on scores k cos(theta) of unit features (..., n, d).
+
+    gradient: scores -> gradient of the loss to them, (..., n, n_class). Only the component orthogonal to a row of the
+    weight changes its scores. An existing gradient is overwritten in place: allocating memory in every step would cost
+    more than the arithmetic.
+    """
+    w = weight.detach()
+    norm = torch.linalg.vector_norm(w, dim=-1).clamp_min(NORM_EPS).unsqueeze(-2)
+    scores = products(projected, w).mul_(k / norm)
+    of_scores = gradient(scores)
+    along = ((of_scores * scores).sum(-2, keepdim=True) / norm.square()).mT
+    across = torch.matmul(of_scores.mul_(k / norm).mT, projected, out=weight.grad)
+    weight.grad = across.addcmul_(w, along, value=-1.0)
