@@ -13,7 +13,7 @@ from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, samp
 from data.transforms import Augmentation, training_images
 from engine.distributed import copy_rank_0, rank_0_first
 from engine.script import run_script
-from methods.episodic_training import train_one_epoch
+from methods.episodic_training import train_episodic_epoch
 from methods.evaluation import EpisodeScores
 from methods.meta_learners import build_meta_learner, uses_maps
 from methods.split_evaluation import evaluate_on_split
@@ -69,7 +69,7 @@ def main() -> None:
         for epoch in training.epochs(args.n_epoch, validate):
             if ranks.first:  # an episode is one batch, which is not shared out
                 episodes = sample_episodes(base, train_shape, n_train, args.seed, start=epoch * n_train)
-                figures = train_one_epoch(model, images, episodes, epoch, run, epoch < args.warm_up_epochs)
+                figures = train_episodic_epoch(model, images, episodes, epoch, run, epoch < args.warm_up_epochs)
             copy_rank_0([backbone, learner], ranks)
             training.end_epoch(epoch, *figures, validate())
 

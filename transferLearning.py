@@ -12,7 +12,7 @@ from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, TrainingImages, training_images
 from engine.distributed import copy_rank_0, data_parallel, rank_0_first
 from engine.script import run_script
-from methods.base_training import TrainingFeatures, last_blocks, train_one_epoch
+from methods.base_training import TrainingFeatures, last_blocks, train_base_epoch
 from methods.evaluation import EpisodeScores, evaluate_heads
 from methods.features import embed
 from methods.novel_finetune import HeadFit
@@ -65,7 +65,7 @@ def main() -> None:
             images = TrainingFeatures(FeatureCache(args.cache_dir, run).features(backbone, base), base.labels)
         validated = cache(validate) if args.train_blocks == 0 else validate
         for epoch in training.epochs(args.n_epoch, validated):
-            loss, accuracy = train_one_epoch(model, images, args.batch_size, epoch, run)
+            loss, accuracy = train_base_epoch(model, images, args.batch_size, epoch, run)
             copy_rank_0([backbone], ranks)
             training.end_epoch(epoch, loss, accuracy, validated())
 

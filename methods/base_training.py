@@ -40,7 +40,7 @@ def last_blocks(backbone: Backbone, n_blocks: int | None) -> nn.Module:
     return backbone if n_blocks in (None, len(backbone.blocks())) else PartlyFrozen(backbone, n_blocks)
 
 
-def train_one_epoch(
+def train_base_epoch(
     model: Model, images: TrainingImages | TrainingFeatures, batch_size: int, epoch: int, run: Run
 ) -> tuple[float, float]:
     """One shuffled pass over the base images, the last batch kept; returns the mean loss and accuracy in 0..1.

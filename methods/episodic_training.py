@@ -27,7 +27,7 @@ from models import Model, n_parameters
 CHUNK_NUMBERS = 2**23
 
 
-def train_one_epoch(
+def train_episodic_epoch(
     model: Model, images: TrainingImages, episodes: Episodes, epoch: int, run: Run, warm_up: bool = False
 ) -> tuple[float, float]:
     """One optimiser step an episode; returns the mean loss and the mean query accuracy in 0..1.

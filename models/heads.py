@@ -40,7 +40,7 @@ class Head(nn.Module):
 
     @abstractmethod
     def project(self, z: Tensor) -> Tensor:
-        """The part that does not depend on the weight, in float32: (..., n, d) -> (..., n, d)."""
+        """Features as the head sees them (as they are, or unit ones), in float32: (..., n, d) -> (..., n, d)."""
 
     @abstractmethod
     def scores(self, projected: Tensor) -> Tensor:

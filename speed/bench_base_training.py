@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from data.transforms import Augmentation, TrainingImages, training_images
 from engine.generators import make_generator
-from methods.base_training import train_one_epoch
+from methods.base_training import train_base_epoch
 from models import Model, build_head
 from models.backbone import Backbone
 from models.heads import Head
@@ -54,7 +54,7 @@ def work(setting: Setting) -> Work:
 
 
 def reference(setting: Setting) -> dict[str, Measured]:
-    """A loader over files and a plain step, with the random draws of train_one_epoch."""
+    """A loader over files and a plain step, with the random draws of train_base_epoch."""
     t = work(setting)
     generator = make_generator(0, "base training", 0)
     order = torch.randperm(len(t.images.labels), generator=generator)
@@ -98,13 +98,13 @@ def model(t: Work) -> tuple[torch.nn.Sequential, plain.ArcMax, torch.optim.Adam]
 
 
 def our_epoch(setting: Setting, t: Work, images: TrainingImages, epoch: int) -> float:
-    """train_one_epoch as transferLearning.py calls it; the model is trained in place."""
-    loss, _ = train_one_epoch(Model(t.backbone, t.head, LR), images, t.batch_size, epoch, setting.run)
+    """train_base_epoch as transferLearning.py calls it; the model is trained in place."""
+    loss, _ = train_base_epoch(Model(t.backbone, t.head, LR), images, t.batch_size, epoch, setting.run)
     return loss
 
 
 def ours(setting: Setting) -> dict[str, Measured]:
-    """train_one_epoch on the decoded images; also its steps alone, on inputs that are ready."""
+    """train_base_epoch on the decoded images; also its steps alone, on inputs that are ready."""
     t = work(setting)
     state, head_state = clones(t.backbone), clones(t.head)
 

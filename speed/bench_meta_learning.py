@@ -17,7 +17,7 @@ from data.benchmarks import Split
 from data.episodes import Episodes, EpisodeShape, class_major_labels, sample_episodes
 from data.transforms import Augmentation, training_images
 from engine.generators import make_generator, seeded
-from methods.episodic_training import evaluate_meta_learner, train_one_epoch
+from methods.episodic_training import evaluate_meta_learner, train_episodic_epoch
 from methods.features import embed
 from methods.meta_learner import MetaLearner
 from methods.meta_learners import META_LEARNERS, build_meta_learner, uses_maps
@@ -83,7 +83,7 @@ def reference_scores(t: Work, x: Tensor, index: Tensor, n_shot: int) -> Tensor:
 
 
 def reference_training(setting: Setting, t: Work, augmentation: Augmentation | None) -> float:
-    """One step per episode, with all images from files and the random draws of train_one_epoch; the mean loss."""
+    """One step per episode, with all images from files and the random draws of train_episodic_epoch; the mean loss."""
     optimizer = torch.optim.Adam([*t.plain_backbone.parameters(), *t.learner.parameters()], lr=LR)
     device = setting.run.device
     y_query = class_major_labels(5, t.train_episodes.query.shape[2], device)
@@ -150,9 +150,9 @@ def reference(setting: Setting, t: Work) -> dict[str, Measured]:
 
 
 def our_training(setting: Setting, t: Work, augmentation: Augmentation | None) -> float:
-    """train_one_epoch as metaLearning.py calls it."""
+    """train_episodic_epoch as metaLearning.py calls it."""
     images = training_images(t.base, augmentation, setting.run.device)
-    loss, _ = train_one_epoch(Model(t.backbone, t.learner, LR), images, t.train_episodes, 0, setting.run)
+    loss, _ = train_episodic_epoch(Model(t.backbone, t.learner, LR), images, t.train_episodes, 0, setting.run)
     return loss
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from data.transforms import Augmentation, TrainingImages, normalise
 from engine.errors import UserError
 from engine.run import Run
-from methods.base_training import train_one_epoch
+from methods.base_training import train_base_epoch
 from models import Model, build_head
 from tests.helpers import make_split
 
@@ -37,7 +37,7 @@ def epoch_of(lr=0.0, batch_size=16, augmentation=None, epoch=1, n_epochs=1, seed
     model = new_model(lr)
     model.backbone.eval()
     for i in range(n_epochs):
-        figures = train_one_epoch(model, images, batch_size, epoch + i, Run(seed=seed))
+        figures = train_base_epoch(model, images, batch_size, epoch + i, Run(seed=seed))
     return figures, model, images
 
 

@@ -8,7 +8,7 @@ from data.episodes import Episodes
 from data.transforms import Augmentation, TrainingImages, normalise
 from engine.errors import UserError
 from engine.run import Run
-from methods.episodic_training import evaluate_meta_learner, train_one_epoch
+from methods.episodic_training import evaluate_meta_learner, train_episodic_epoch
 from methods.meta_learners import META_LEARNERS, build_meta_learner
 from models import Model, build_backbone
 
@@ -26,7 +26,7 @@ def train_recording_inputs(epoch, n_episodes=3, augmentation=None, lr=0.0, metho
     backbone.register_forward_pre_hook(lambda module, given: inputs.append((module.training, given[0].clone())))
     sizes, labels, cpu = torch.full((40, 2), 16), torch.zeros(40, dtype=torch.long), torch.device("cpu")
     training = TrainingImages(images, sizes, labels, 16, augmentation, cpu)
-    figures = train_one_epoch(Model(backbone, learner, lr), training, episodes, epoch, Run(), warm_up)
+    figures = train_episodic_epoch(Model(backbone, learner, lr), training, episodes, epoch, Run(), warm_up)
     return *figures, inputs, (images, episodes, backbone, learner)
 
 

@@ -3,9 +3,7 @@
 import re
 
 import pytest
-import torch
 
-from photos.compare import nearest_mean
 from tests.helpers import CHECKPOINT, call
 
 SMALL = [
@@ -40,11 +38,6 @@ def test_the_table_has_a_row_a_classifier_and_what_the_temperature_does(workspac
     assert len(re.findall(r"aligned is better by -?[\d.]+ ± ", outcome.out)) == 6
     assert len(re.findall(r"calibration error [\d.]+ % before, [\d.]+ % after", outcome.out)) == 2
     assert len(re.findall(r"--reject 0.\d: [\d.]+ % kept", outcome.out)) == 6
-
-
-def test_the_nearest_mean_is_of_directions():
-    z = torch.tensor([[1.0, 0.0], [0.0, 9.0], [3.0, 3.1]])
-    assert nearest_mean(z, torch.tensor([0, 1, 1]), torch.tensor([[5.0, 1.0], [1.0, 1.0]])).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

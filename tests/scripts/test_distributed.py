@@ -106,7 +106,7 @@ def died(finished, tmp_path_factory):
     """A folder with what is left of the first and the last stage, of two ranks, when one of them has failed or died."""
     root = tmp_path_factory.mktemp("died")
     for name, module, function, n, how in (
-        ("sync_bn", "transferLearning", "train_one_epoch", 3, "UserError"),
+        ("sync_bn", "transferLearning", "train_base_epoch", 3, "UserError"),
         ("align", "methods.feature_alignment", "align_episode", 7, "killed"),
     ):
         script, flags = command(finished, name, root / name)
