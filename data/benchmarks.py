@@ -72,7 +72,7 @@ Listing = tuple[list[str], list[Path], list[int]]  # class names; the path and t
 def load_split(options: DataOptions, dataset: str, split: str) -> Split:
     """Load one split (`base`, `val` or `novel`) of a benchmark; images are decoded once and cached.
 
-    The built-in benchmark `glyphs` is rendered when it is missing or of an older version. Raises UserError when the
+    The built-in benchmark `glyphs` is rendered when it is missing. Raises UserError when the
     data is missing, malformed or cannot be decoded.
     """
     return load_listed(options, dataset, split, list_split(options, dataset, split))

@@ -7,6 +7,7 @@ The characters are chosen so that no two have the same shape at another size (no
 A mirrored character may well be another one, so train without horizontal flips.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from engine.errors import UserError
 from engine.files import matches_schema, read_json
 from engine.run import progress_bar
 
-# Of the rendering. Raise it with any change of the images: older ones are rendered anew, older checkpoints refused.
+# Of the rendering. Raise it with any change of the images: older folders and older checkpoints are refused.
 VERSION = 2
 # In a fixed mixed order: the first n_base are the base classes, the next n_val the val classes, then n_novel novel.
 CHARACTERS = "ΣyωΞEVæKL&7t+Δ÷£БR%mZΠ€∫σFδЫ2$Y∞gЭa√h8U>5Ж±WHД9?MG4<§ЦT#Чε6λXPr¶Ωe∂Φd©BИЮC=3OЯfn¥A!Ψ{DμNb~@ζβξQiJ∀ШS"
@@ -50,29 +51,20 @@ def class_name(character: str) -> str:
     return name.replace(" ", "-")
 
 
-def outdated_seed(folder: Path) -> int | None:
-    """The seed of an older rendering in `folder`; None when there is none, or what is there was not rendered here."""
-    if (folder / "base" / f"u{ord(CHARACTERS[0]):04x}").is_dir():  # version 1, which wrote no file
-        return 0
-    try:
-        settings = read_json(folder / SETTINGS)
-    except (OSError, ValueError):
-        return None
-    ours = (
-        matches_schema(settings, {"benchmark": str, "version": int, "seed": int}) and settings["benchmark"] == "glyphs"
-    )
-    return int(settings["seed"]) if ours and settings["version"] != VERSION else None
-
-
 def provide_glyphs(folder: Path, seed: int = 0, quiet: bool = False) -> bool:
-    """Render the benchmark where it is missing, or anew (with its own seed) where it is older; whether it did."""
-    old_seed = outdated_seed(folder)
-    if folder.exists() and old_seed is None:
-        return False
-    if old_seed is not None and not quiet:
-        print(f"'{folder}' is of an older rendering of glyphs: rendering it anew")
-    render_glyphs(folder, seed if old_seed is None else old_seed, quiet=quiet)
-    return True
+    """Render the benchmark where it is missing; whether it did.
+
+    Raises UserError when what is there is a rendering of another version.
+    """
+    if not folder.exists():
+        render_glyphs(folder, seed, quiet=quiet)
+        return True
+    with contextlib.suppress(OSError, ValueError):  # what was not rendered here is left as it is
+        settings = read_json(folder / SETTINGS)
+        rendered = matches_schema(settings, {"benchmark": str, "version": int}) and settings["benchmark"] == "glyphs"
+        if rendered and settings["version"] != VERSION:
+            raise UserError(f"'{folder}' is of another version of glyphs: delete it to have it rendered again")
+    return False
 
 
 def render_glyphs(
@@ -82,18 +74,17 @@ def render_glyphs(
     n_class: tuple[int, int, int] = (64, 16, 20),
     quiet: bool = False,
 ) -> None:
-    """Render `out/{base,val,novel}/<class>/<i>.jpg`: 84x84 images, `n_images` a class, and SETTINGS, the version.
+    """Render `out/{base,val,novel}/<class>/<i>.jpg`: 84x84 images, `n_images` per class, and SETTINGS, the version.
 
-    n_class: of base, val and novel.
+    n_class: the numbers of base, val and novel classes. `quiet` shows no progress bar.
 
-    A class's images depend on (seed, character) alone, so fewer images or classes are the first of the full benchmark.
-    Everything is rendered beside `out` and moved there at the end: `out` is never a half-finished benchmark. An older
-    rendering there is replaced. `quiet` shows no progress bar.
-    Raises UserError when `out` is anything else, or more than 100 classes are asked for.
+    The images of a class depend on (seed, character) alone, so fewer images or classes are the first of the full
+    benchmark. Everything is rendered beside `out` and moved there at the end: `out` is never a half-finished benchmark.
+    Raises UserError when `out` exists, or more than 100 classes are asked for.
     """
     if sum(n_class) > len(CHARACTERS):
         raise UserError(f"glyphs has {len(CHARACTERS)} classes, but {sum(n_class)} were asked for; ask for fewer")
-    if out.exists() and outdated_seed(out) is None:
+    if out.exists():
         raise UserError(f"'{out}' exists already; delete it to render it again, or give another folder")
     splits = [split for split, n in zip(SPLITS, n_class, strict=True) for _ in range(n)]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -110,8 +101,6 @@ def render_glyphs(
         settings = {"benchmark": "glyphs", "seed": seed, "version": VERSION}
         (unfinished / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
         try:
-            if outdated_seed(out) is not None:
-                os.rename(out, Path(temporary) / "older")
             os.rename(unfinished, out)
         except OSError:
             if not (out / SETTINGS).is_file():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from data.converters.converter import SPLIT_FILES, read_split_file
+from data.converters.safe_pickle import NumberType
 from data.listing import list_folder
 from engine.errors import OneLineParser, UserError
 from engine.files import LEGACY_START, load_tensors, read_tensors
@@ -51,9 +52,9 @@ def plain_dict(_: object) -> dict[Any, Any]:
 
 def plain_number(kind: object, data: object) -> Any:
     """A numpy scalar as a Python number: the accuracy."""
-    if not isinstance(kind, np.dtype) or kind.kind != "f" or not isinstance(data, bytes) or len(data) != kind.itemsize:
+    if not isinstance(kind, NumberType) or not isinstance(data, bytes) or len(data) != kind.dtype.itemsize:
         raise pickle.UnpicklingError("it has a numpy scalar that is not a number")
-    return np.frombuffer(data, kind)[0].item()
+    return np.frombuffer(data, kind.dtype)[0].item()
 
 
 def class_alone(_: object, found: object, __: object, ___: object) -> object:
@@ -71,8 +72,7 @@ def stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
         (dict, "builtins.dict"),
         (plain_number, "numpy.core.multiarray.scalar"),
         (plain_number, "numpy._core.multiarray.scalar"),
-        (np.dtype, "numpy.dtype"),
-        *(type(np.dtype(code)) for code in ("float32", "float64")),
+        (NumberType, "numpy.dtype"),
         (class_alone, "published.class_alone"),
     ]
 

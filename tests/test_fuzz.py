@@ -42,7 +42,7 @@ from data.converters.tiered_imagenet import convert_tiered_imagenet
 from data.converters.writing import SETTINGS
 from data.decode import open_rgb
 from data.episodes import EpisodeShape, read_episodes, sample_episodes, write_episodes
-from data.glyphs import outdated_seed
+from data.glyphs import provide_glyphs
 from data.image_cache import ImageFiles, load_images
 from data.listing import list_folder, list_json
 from engine.errors import UserError
@@ -287,7 +287,7 @@ def read_tables(path: Path) -> object:
 
 
 def read_settings(path: Path) -> object:
-    return outdated_seed(placed(path, SETTINGS))
+    return provide_glyphs(placed(path, SETTINGS))
 
 
 def npz() -> bytes:

@@ -17,13 +17,44 @@ import numpy as np
 from engine.errors import UserError
 from engine.files import check_regular
 
-# numpy's own constructors are private and move between its versions: an array and a number say which they are.
+Array = np.ndarray[Any, Any]
+
+
+class NumberType:
+    """What a pickled dtype becomes, of numbers or strings alone: a wrong state of a dtype would crash numpy."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biufSU":
+            raise pickle.UnpicklingError(f"it has an array of type {code!r}; only numbers are read")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Take the byte order from the state of a dtype."""
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class NumberArray(np.ndarray[Any, Any]):
+    """What a pickled array becomes: an array whose type is a NumberType in the pickle."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Take shape, type and content. Raises an exception when they do not agree."""
+        shape, kind, column_order, data = state[-4:]
+        super().__setstate__((1, shape, kind.dtype, column_order, data))
+
+
+def array_of_bytes(data: bytes | str, kind: NumberType, shape: tuple[int, ...], order: Any, *_: object) -> Array:
+    """An array as protocol 5 pickles it, or a number; `data` is a str where Python 2 has written it."""
+    content = data.encode("latin1") if isinstance(data, str) else bytes(data)
+    return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
+
+
 ALLOWED: dict[str, Any] = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
-    "numpy.core.multiarray.scalar": np.float32(0).__reduce__()[0],
-    "numpy.core.numeric._frombuffer": np.empty(0).__reduce_ex__(5)[0],
+    "numpy.ndarray": None,  # an argument of _reconstruct
+    "numpy.dtype": NumberType,
+    "numpy.core.multiarray._reconstruct": lambda *_: np.empty(0, np.uint8).view(NumberArray),
+    "numpy.core.multiarray.scalar": lambda kind, data: array_of_bytes(data, kind, (1,), "C")[0],
+    "numpy.core.numeric._frombuffer": array_of_bytes,
     "_codecs.encode": codecs.encode,  # how Python 3 writes bytes for Python 2
     "collections.OrderedDict": OrderedDict,
     "builtins.set": set,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -51,23 +52,15 @@ def test_class_names_can_be_read_and_are_folders_anywhere():
 
 
 @pytest.mark.parametrize("version", [1, VERSION, VERSION + 1])
-def test_a_rendering_of_another_version_is_replaced_and_no_other_folder(tmp_path, monkeypatch, capsys, version):
-    monkeypatch.setattr(glyphs, "render_image", lambda *_: Image.new("RGB", (2, 2)))
-    monkeypatch.setattr(glyphs, "character_tiles", lambda character: [])
-    out = tmp_path / "glyphs"
-    assert provide_glyphs(out, seed=5) and capsys.readouterr().out == ""
-    mark = out / "novel" / "of the old one"
-    mark.mkdir()
-    if version == 1:  # wrote no file, and called its classes by their codes
-        (out / "prepared.json").unlink()
-        (out / "base" / class_name(CHARACTERS[0])).rename(out / "base" / "u03a3")
+def test_a_rendering_of_another_version_is_refused_in_one_line(small, tmp_path, version):
+    out = shutil.copytree(small, tmp_path / "glyphs")
+    (out / "prepared.json").write_text(json.dumps({"benchmark": "glyphs", "seed": 3, "version": version}))
+    if version == VERSION:
+        assert not provide_glyphs(out)
     else:
-        (out / "prepared.json").write_text(json.dumps({"benchmark": "glyphs", "seed": 5, "version": version}))
-    assert provide_glyphs(out, seed=6) == (version != VERSION) == ("older rendering" in capsys.readouterr().out)
-    assert mark.exists() == (version == VERSION)
-    seed = json.loads((out / "prepared.json").read_text())["seed"]
-    assert seed == (0 if version == 1 else 5)  # an older rendering keeps its seed
-    assert list(tmp_path.iterdir()) == [out]
+        with pytest.raises(UserError, match="another version of glyphs: delete it"):
+            provide_glyphs(out)
+    assert files_of(out) == files_of(small)
 
 
 def test_a_folder_of_the_user_called_glyphs_is_left_alone(tmp_path):

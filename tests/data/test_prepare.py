@@ -309,6 +309,11 @@ def test_a_pickle_that_names_anything_else_is_refused(name):
         load_pickle(io.BytesIO(b"c" + name.encode() + b"\n."), "test")
 
 
+def test_arrays_of_objects_are_refused():
+    with pytest.raises(UserError, match="only numbers are read"):
+        load_pickle(io.BytesIO(pickle.dumps(np.array([{}, None]))), "test")
+
+
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_truncated_pickle(protocol):
     data = pickle.dumps({"data": pixels(10, 84, 84, 3)}, protocol)
