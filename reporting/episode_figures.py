@@ -1,6 +1,5 @@
 """A figure of a saved episode: features in two dimensions before and after alignment, and the margins of queries."""
 
-import importlib
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from engine.errors import UserError
 from models import HEADS
 from reporting.figure_style import GREY, INK, colour, label_text
 
@@ -32,19 +30,6 @@ def pca(z: Tensor) -> tuple[Tensor, list[float]]:
     y = centred @ (directions * largest.sign())[:2].T
     share = singular.square() / singular.square().sum().clamp_min(1e-30)
     return torch.nn.functional.pad(y, (0, 2 - y.shape[1])), share[:2].tolist()
-
-
-def tsne(z: Tensor) -> Tensor:
-    """t-SNE of features, (n, d) -> (n, 2), by scikit-learn. Raises UserError when that is not installed."""
-    try:
-        manifold = importlib.import_module("sklearn.manifold")
-    except ImportError as error:
-        raise UserError(
-            "--projection tsne needs a package that is not installed: pip install scikit-learn, or give pca"
-        ) from error
-    perplexity = max(1.0, min(30.0, (len(z) - 1) / 3))
-    model = manifold.TSNE(2, perplexity=perplexity, init="pca", random_state=0)
-    return torch.from_numpy(model.fit_transform(z.numpy()))
 
 
 def seen_by_head(z: Tensor, record: dict[str, Any]) -> Tensor:
@@ -75,11 +60,11 @@ def draw_margins(axes: Axes, record: dict[str, Any]) -> None:
     axes.set(title="margin of each query", xlabel="logit of its class minus the best other, before", ylabel="after")
 
 
-def projection_figure(record: dict[str, Any], projection: str) -> Figure:
+def projection_figure(record: dict[str, Any]) -> Figure:
     """Support, query and related base samples before and after alignment, each panel a projection of its own.
 
-    record: see gather_episode. projection: pca or tsne. The feature spaces before and after differ, and so do the axes.
-    A third panel has the margins of the queries, if the record has their logits.
+    record: see gather_episode. The feature spaces before and after differ, and so do the axes. A third panel has the
+    margins of the queries, if the record has their logits.
     """
     kinds = {kind: record[kind]["labels"] for kind in KINDS}
     n_panels = 3 if "logits" in record else 2
@@ -89,15 +74,11 @@ def projection_figure(record: dict[str, Any], projection: str) -> Figure:
         draw_margins(panels[2], record)
     for axes, when in zip(panels, ("before", "after"), strict=False):
         z = seen_by_head(torch.cat([record[kind][when] for kind in KINDS]), record)
-        if projection == "pca":
-            y, share = pca(z)
-            axes.set(xlabel=f"PC 1, {100 * share[0]:.0f} % of variance", ylabel=f"PC 2, {100 * share[-1]:.0f} %")
-        else:
-            y = tsne(z)
-            axes.set(xlabel="t-SNE 1", ylabel="t-SNE 2")
+        y, share = pca(z)
         for part, (kind, labels) in zip(y.split([*map(len, kinds.values())]), kinds.items(), strict=True):
             colours = [colour(label) for label in labels.tolist()]
             axes.scatter(*part.T, c=colours, **KINDS[kind])
+        axes.set(xlabel=f"PC 1, {100 * share[0]:.0f} % of variance", ylabel=f"PC 2, {100 * share[-1]:.0f} %")
         axes.set(xticks=[], yticks=[], title=f"{when} alignment")
     handles = [
         Line2D([], [], linestyle="", marker="s", color=colour(w), label=label_text(name))
@@ -107,8 +88,6 @@ def projection_figure(record: dict[str, Any], projection: str) -> Figure:
         Line2D([], [], linestyle="", marker=style["marker"], color=GREY, label=f"{kind} ({len(kinds[kind])})")
         for kind, style in KINDS.items()
     ]
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = min(len(handles), 8, int((5 * n_panels - 0.5) / (0.6 + 0.085 * longest)))  # inches
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=n_panels + 1, frameon=False, fontsize=9)
     figure.suptitle(f"episode {record['episode']}: {label_text(record['result'], 90)}", fontsize=10)
     return figure

@@ -20,24 +20,18 @@ from reporting.result_figures import confusion_figure, curve_figure, training_fi
 
 # What each figure shows, and what to run to have that.
 FIGURES = {
-    "training": (
-        "loss, base and validation accuracy by epoch",
-        "train with transferLearning.py or metaLearning.py",
-    ),
-    "curve": (
-        "accuracy and paired gain against alignment iterations",
-        "run associative_alignment.py --record_curve 10",
-    ),
+    "training": ("loss, base and validation accuracy by epoch", "run transferLearning.py or metaLearning.py"),
+    "curve": ("accuracy and gain against alignment iterations", "run associative_alignment.py --record_curve 10"),
     "confusion": ("which novel classes are taken for which, over all episodes", "run a stage again"),
     "projection": ("features and margins of one episode before and after alignment", "run associative_alignment.py"),
 }
 
 
-def draw_figures(results_dir: Path, result: str | None = None, projection: str = "pca") -> dict[str, Figure]:
+def draw_figures(results_dir: Path, result: str | None = None) -> dict[str, Figure]:
     """The figures by name of a results folder, those without a source left out.
 
-    result: name of the one whose confusion and episode are drawn (default: the newest). projection: pca or tsne.
-    Raises UserError when there is no result, `result` is not among them, or a file is damaged.
+    result: name of the one whose confusion and episode are drawn (default: the newest). Raises UserError when there is
+    no result, `result` is not among them, or a file is damaged.
     """
     figures = {}
     if logs := training_logs(results_dir):
@@ -53,21 +47,18 @@ def draw_figures(results_dir: Path, result: str | None = None, projection: str =
     if newest := next(tested, None):
         figures["confusion"] = confusion_figure(newest)
     if episodes:
-        figures["projection"] = projection_figure(read_saved_episodes(episodes[0])[0], projection)
+        figures["projection"] = projection_figure(read_saved_episodes(episodes[0])[0])
     return figures
 
 
 def main() -> None:
-    parser = OneLineParser(
-        prog="python -m reporting.figures",
-        description="\n".join([str(__doc__), *(f"{name}.png: {about}" for name, (about, _) in FIGURES.items())]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    described = "\n".join([str(__doc__), *(f"{name}.png: {about}" for name, (about, _) in FIGURES.items())])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog="python -m reporting.figures", description=described, formatter_class=raw)
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
-    parser.add_argument("--projection", choices=["pca", "tsne"], default="pca", help="tsne needs scikit-learn")
     parser.add_argument("--result", metavar="NAME", help="draw this result, a file of tables/, with or without .json")
     args = parser.parse_args()
-    figures = draw_figures(args.results_dir, args.result, args.projection)
+    figures = draw_figures(args.results_dir, args.result)
     for name, (_, source) in FIGURES.items():
         path = args.results_dir / "figures" / f"{name}.png"
         if name in figures:

@@ -3,9 +3,9 @@
 The results as a table, the figures of reporting.figures, and the episodes that stage 3 kept (--save_episode).
 """
 
-import argparse
 import io
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -94,7 +94,7 @@ def results_table(records: list[dict[str, Any]]) -> str:
         lines.append(f"<tr{look}>" + "".join(f'<td data-key="{escape(str(key))}">{shown}</td>' for key, shown in cells))
     heads = "".join(f'<th scope="col" aria-sort="none"><button type="button">{name}</button>' for name in COLUMNS)
     return (
-        f'<p class="note">{NOTE}</p><table class="results"><caption class="hidden">results</caption>'
+        f'<p class="note">{NOTE}</p><table class="results" aria-label="results">'
         f"<thead><tr>{heads}<tbody>{''.join(lines)}</table>"
     )
 
@@ -110,17 +110,15 @@ def figure_svg(figure: Figure, about: str) -> str:
 
 def episodes_part(results_dir: Path, budget: int) -> str:
     """The saved episodes, those of the newest result first, as many as have at most `budget` bytes."""
-    kept: list[str] = []
-    left_out = 0
+    sections: list[str] = []
     for file in newest_first(results_dir / "episodes", "*.pt"):
         name = file.stem.removeprefix("associative_alignment_").replace("_", " ")
         for record in read_saved_episodes(file):
             view = view_of(record, f"Episode {record['episode']}: {name}")
-            section = episode_section(view, is_open=not kept)
-            left_out += len(section) > budget
-            if len(section) <= budget:
-                kept.append(section)
-                budget -= len(section)
+            sections.append(episode_section(view, is_open=not sections))
+    sizes = accumulate(map(len, sections))
+    kept = [section for section, size in zip(sections, sizes, strict=True) if size <= budget]
+    left_out = len(sections) - len(kept)
     note = f'<p class="note">{left_out} more would make this file too large.</p>' if left_out else ""
     return "".join(kept) + note
 
@@ -137,9 +135,7 @@ def report_page(results_dir: Path) -> str:
 
 
 def main() -> None:
-    parser = OneLineParser(
-        prog="python -m reporting.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="python -m reporting.page", description=__doc__)
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
     results_dir = parser.parse_args().results_dir
     path = results_dir / "report.html"

@@ -45,11 +45,9 @@ class Query:
     def kind(self) -> str:
         """One of KINDS: what alignment did to the label, or whether it is right."""
         was, now = self.labels
-        if self.truth is None:
-            return "unchanged" if was == now else "changed"
         if was == now:
-            return "right" if now == self.truth else "wrong"
-        return "put right" if now == self.truth else "put wrong" if was == self.truth else "changed"
+            return "unchanged" if self.truth is None else "right" if self.truth == now else "wrong"
+        return "put right" if self.truth == now else "put wrong" if self.truth == was else "changed"
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,8 @@ ALIGNMENT: Schema = {"alignment": str, "fine_tuning": ACCURACY, "difference": DI
 CONTROL = ACCURACY | {"difference": DIFFERENCE}
 CURVE = {"iteration": int, "accuracy": float, "ci95": float | None, "gain": float, "gain_ci95": float | None}
 CONFUSION: Schema = {"confusion": dict[str, dict[str, int]]}
-LATER: Schema = CONFUSION | {
-    **{"nearest_mean": {"Euclidean": CONTROL, "cosine": CONTROL}, "curve": [CURVE], "novel_dataset": str},
-}
+NEAREST = {"Euclidean": CONTROL, "cosine": CONTROL}
+LATER: Schema = CONFUSION | {"nearest_mean": NEAREST, "curve": [CURVE], "novel_dataset": str}
 EPOCH: Schema = {"epoch": int} | dict.fromkeys(("loss", "base_accuracy", "val_accuracy", "val_ci95"), float | None)
 HEADER = "dataset,backbone,task,method,accuracy %,paired gain,over nearest mean,episodes,seconds".split(",")
 # What two results of the same episodes have in common, and so do results of one protocol.
@@ -53,11 +52,10 @@ def result_in(file: Path) -> dict[str, Any] | None:
         record = read_json(file)
         if not (isinstance(record, dict) and "stage" in record):
             return None
-        later = {key: kind for key, kind in LATER.items() if key in record}
-        wrong = misfit(record, RESULT | later | (ALIGNMENT if "alignment" in record else {}))
-        if not wrong and "alignment" in record and "confusion" in record:
-            wrong = misfit(record["fine_tuning"], CONFUSION)
-        if wrong:
+        schema = RESULT | {key: kind for key, kind in LATER.items() if key in record}
+        if "alignment" in record:
+            schema |= ALIGNMENT | ({"fine_tuning": ACCURACY | CONFUSION} if "confusion" in record else {})
+        if wrong := misfit(record, schema):
             raise ValueError(wrong)
         return record
     except FileNotFoundError as error:
@@ -68,9 +66,9 @@ def result_in(file: Path) -> dict[str, Any] | None:
 
 def stage_result(file: Path) -> dict[str, Any]:
     """The result of a stage in a JSON file. Raises UserError when it holds none, is missing or damaged."""
-    if (record := result_in(file)) is None:
-        raise UserError(f"{file} is not the result of a stage: name a file of results/tables")
-    return record
+    if record := result_in(file):
+        return record
+    raise UserError(f"{file} is not the result of a stage: name a file of results/tables")
 
 
 def read_results(results_dir: Path) -> list[dict[str, Any]]:
@@ -81,13 +79,8 @@ def read_results(results_dir: Path) -> list[dict[str, Any]]:
     found = [result_in(file) for file in sorted((results_dir / "tables").glob("*.json"))]
     if not (records := [record for record in found if record]):
         raise UserError(f"no result files in {results_dir / 'tables'}: run a stage first, or name its --results_dir")
-    return sorted(
-        records,
-        key=lambda r: (
-            *(r["dataset"], tested_on(r), r["backbone"]),
-            *(r["n_way"], r["n_shot"], r["stage"] != "transferLearning"),
-        ),
-    )
+    keys = "backbone", "n_way", "n_shot"
+    return sorted(records, key=lambda r: (tested_on(r), *(r[key] for key in keys), r["stage"] != "transferLearning"))
 
 
 def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
@@ -221,20 +214,10 @@ def trainings_lines(files: list[Path]) -> list[str]:
 def main() -> None:
     parser = OneLineParser(prog="python -m reporting.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
-    parser.add_argument(
-        "--pair",
-        type=Path,
-        nargs=2,
-        metavar=("BEFORE.json", "AFTER.json"),
-        help="print the paired difference AFTER - BEFORE of two results of the same episodes instead",
-    )
-    parser.add_argument(
-        "--trainings",
-        type=Path,
-        nargs="+",
-        metavar="RESULT.json",
-        help="print the means of one result over several trainings, with the interval between trainings, instead",
-    )
+    pair = "print the paired difference AFTER - BEFORE of two results of the same episodes instead"
+    parser.add_argument("--pair", type=Path, nargs=2, metavar=("BEFORE.json", "AFTER.json"), help=pair)
+    trainings = "print the means of one result over several trainings, with the interval between trainings, instead"
+    parser.add_argument("--trainings", type=Path, nargs="+", metavar="RESULT.json", help=trainings)
     args = parser.parse_args()
     if args.pair:
         print(paired_line(*args.pair))

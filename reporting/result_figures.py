@@ -44,11 +44,9 @@ def curve_figure(records: list[dict[str, Any]]) -> Figure:
         accuracy.axhline(rows[0]["accuracy"], color=colour(i), linestyle=":", linewidth=1)
         draw_band(gain, rows, ("iteration", "gain", "gain_ci95"), style)
     gain.axhline(0, color=GREY, linewidth=0.8)
-    accuracy.set(title="Query accuracy", ylabel="accuracy, % (95% interval)")
-    gain.set(title="Gain over fine-tuning, the same episodes", ylabel="points (paired 95% interval)")
-    for axes in (accuracy, gain):
-        axes.set_xlabel("alignment iterations (0: fine-tuning)")
-        axes.margins(x=0.02)
+    x_name = "alignment iterations (0: fine-tuning)"
+    accuracy.set(title="Query accuracy", ylabel="accuracy, % (95% interval)", xlabel=x_name)
+    gain.set(title="Gain over fine-tuning, the same episodes", ylabel="points (paired 95% interval)", xlabel=x_name)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 

@@ -44,7 +44,7 @@ def test_a_projection_draws_what_the_head_sees_and_the_margins_of_an_episode_tha
     labels = torch.tensor([0, 1, 0, 1])
     record = {kind: {"before": z, "after": z, "labels": labels} for kind in KINDS}
     record |= {"class_names": ["a", "b"], "episode": 0, "result": "r"}
-    assert len(projection_figure(record, "pca").axes) == 2  # as an earlier version saved it
+    assert len(projection_figure(record).axes) == 2  # as an earlier version saved it
     assert torch.equal(seen_by_head(z, record), z) and torch.equal(seen_by_head(z, record | {"method": "softMax"}), z)
     for method in ("cosMax", "arcMax"):
         unit = seen_by_head(z, record | {"method": method})
@@ -52,6 +52,6 @@ def test_a_projection_draws_what_the_head_sees_and_the_margins_of_an_episode_tha
         torch.testing.assert_close(unit[0], unit[2])
     before = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     after = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
-    figure = projection_figure(record | {"method": "arcMax", "logits": {"before": before, "after": after}}, "pca")
+    figure = projection_figure(record | {"method": "arcMax", "logits": {"before": before, "after": after}})
     figure.canvas.draw()
     assert [text.get_text() for text in figure.axes[2].texts] == ["1 put right", "2 put wrong"]

@@ -1,7 +1,6 @@
 """Pictures: what is in them, and what is said of one that cannot be drawn."""
 
 import shutil
-import sys
 
 import pytest
 import torch
@@ -56,23 +55,6 @@ def test_a_damaged_episode_is_one_clear_line(aligned_copy):
         assert outcome.status == 2 and str(path) in outcome.err and outcome.err.count("\n") == 1
     torch.save({"format": "other"}, path)
     assert "is not a saved episode of this project" in call("reporting.figures", aligned_copy / "results").err
-
-
-def test_tsne_is_drawn_by_scikit_learn(aligned_copy):
-    pytest.importorskip("sklearn")
-    path = aligned_copy / "results" / "figures" / "projection.png"
-    by_pca, drawn = path.read_bytes(), []
-    for _ in range(2):
-        outcome = call("reporting.figures", aligned_copy / "results", "--projection", "tsne")
-        assert outcome.status == 0, outcome.err
-        drawn.append(path.read_bytes())
-    assert drawn[0] == drawn[1] != by_pca
-
-
-def test_tsne_without_scikit_learn_is_one_line(aligned_copy, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    outcome = call("reporting.figures", aligned_copy / "results", "--projection", "tsne")
-    assert outcome.status == 2 and "pip install scikit-learn" in outcome.err and outcome.err.count("\n") == 1
 
 
 def test_class_names_are_labels_whatever_they_hold():
