@@ -110,8 +110,8 @@ def test_stage_2_starts_from_stage_1_and_stage_3_from_stage_2(meta_trained, tmp_
 @pytest.mark.parametrize(("script", "method"), [("metaLearning", "MatchingNet"), ("transferLearning", "arcMax")])
 def test_a_model_to_start_from_competes(meta_trained, tmp_path, monkeypatch, script, method):
     """Training makes it worse here; an interrupted and resumed run gives what one run gives."""
-    name = "train_episodic_epoch" if script == "metaLearning" else "train_base_epoch"
-    train_one_epoch = getattr(importlib.import_module(script), name)
+    epoch_function = "train_episodic_epoch" if script == "metaLearning" else "train_base_epoch"
+    train_one_epoch = getattr(importlib.import_module(script), epoch_function)
     # The epochs of a whole run; then one is interrupted in its first epoch, the next in its second, and the third ends.
     ends_well = iter([True, True, True, False, True, False, True, True])
 
@@ -123,7 +123,7 @@ def test_a_model_to_start_from_competes(meta_trained, tmp_path, monkeypatch, scr
         torch.nn.init.ones_(trained.backbone.layers[-1].bn.bias)
         return figures
 
-    monkeypatch.setattr(f"{script}.{name}", train_badly)
+    monkeypatch.setattr(f"{script}.{epoch_function}", train_badly)
     (tmp_path / "benchmarks").symlink_to(meta_trained / "benchmarks")
     start = model(meta_trained, "arcMax")
     flags = [*(META if script == "metaLearning" else STAGE_1), "--n_epoch", 3, "--method", method]
