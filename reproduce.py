@@ -14,7 +14,7 @@ import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from args_parser import COUNT, STAGES, args_parser, backbone_name, stage_parser
 from engine.errors import OneLineParser, UserError
@@ -120,14 +120,6 @@ def stage_flags(args: Namespace, passed: Words) -> dict[str, Words]:
     }
 
 
-def recorded_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a row as its result records them: with the precision that `auto` becomes on this machine.
-
-    Raises UserError when it has no such device.
-    """
-    return flags | {"precision": choose_precision(flags["precision"], select_device(flags["device"]).type)}
-
-
 def stop(status: int, row: Row, command: str) -> NoReturn:
     """End the run after a row that failed, or that was interrupted (130)."""
     if status in (130, -2):
@@ -146,7 +138,7 @@ def main() -> None:
     novel = args.novel_dataset
     plan = Plan(args.dataset, novel, args.results_dir, args.checkpoint_dir, stage_flags(args, passed))
     rows = [row for b in args.backbones for shots in args.shots for row in TABLES[args.table](plan, b, shots)]
-    flags = [vars(args_parser(row.stage, row.flags)) for row in rows]  # a value out of range ends here
+    configs = [vars(args_parser(row.stage, row.flags)) for row in rows]  # a value out of range ends here
     commands = [script_command(STAGES[row.stage][0], row.flags, args.nproc_per_node) for row in rows]
     if args.dry_run:
         print("\n".join(map(shown, commands)))
@@ -156,7 +148,8 @@ def main() -> None:
     summary = args.results_dir / "tables" / f"reproduce_{args.table}_{benchmarks}"
     about = {"table": args.table, "dataset": args.dataset, "novel_dataset": novel, "scale": args.scale}
     about["command"] = shlex.join(["python", "reproduce.py", *sys.argv[1:]])
-    configs = [recorded_flags(each) for each in flags]
+    for each in configs:  # a result records the precision that `auto` becomes on this machine
+        each["precision"] = choose_precision(each["precision"], select_device(each["device"]).type)
     todo = [row for row, config in zip(rows, configs, strict=True) if not finished(row, config)]
     print(f"{len(todo)} of {len(rows)} rows to run", flush=True)
     text = ""
