@@ -1,13 +1,14 @@
-"""A classifier of a user's classes: a backbone, a head fitted on a few examples, and what alignment made of both.
+"""A classifier of a user's classes: a backbone, a head fitted on a few examples, and both after alignment.
 
 Fitted once, it labels any number of images, batch by batch; it needs neither the examples nor a base set again.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.benchmarks import Split
 from data.episodes import Task
@@ -16,7 +17,7 @@ from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
 from methods.feature_alignment import align_features
 from methods.features import Source, TrainableBlocks, embed, image_source
-from methods.novel_finetune import HeadFit, fit_heads
+from methods.novel_finetune import fit_heads
 from models.backbone import Backbone
 from models.heads import Head
 from photos.confidence import Confidence, cross_validate, least_cosine, nearest
@@ -26,10 +27,9 @@ from photos.confidence import Confidence, cross_validate, least_cosine, nearest
 class Classifier:
     """What labels images as one of n_way classes.
 
-    backbone: as it was before alignment, and aligned: after, the same one where no block was moved. finetuned and head:
-    the heads before and after.
-    z_support (k, d): features of the examples, before alignment, y_support (k,) their labels and examples their names.
-    confidence: None when it is not known. least_cosine: below it, an image is unlike every class.
+    backbone: before alignment, and aligned: after, the same one when it is frozen. finetuned and head: the heads before
+    and after. z_support (k, d): features of the examples before alignment, y_support (k,) their labels and examples
+    their names. confidence: None when it is not known. least_cosine: below it, an image is unlike every class.
     """
 
     backbone: Backbone
@@ -49,17 +49,17 @@ class Classifier:
         return self.confidence.temperature if self.confidence else 1.0
 
     def to(self, device: torch.device) -> "Classifier":
-        """Move what computes to a device; the features of the examples stay on the CPU."""
-        for module in (self.backbone, self.aligned, self.finetuned, self.head):
-            module.to(device)
-        self.backbone.to(memory_format=torch.channels_last)
-        self.aligned.to(memory_format=torch.channels_last)
+        """Move the networks to a device; the features of the examples stay on the CPU."""
+        for network in (self.backbone, self.aligned):
+            network.to(device).to(memory_format=torch.channels_last)
+        for head in (self.finetuned, self.head):
+            head.to(device)
         return self
 
     @property
     def digest(self) -> str:
         """A hash of all that the labels follow from."""
-        parts = torch.nn.ModuleList([self.aligned, self.finetuned, self.head])
+        parts = nn.ModuleList([self.aligned, self.finetuned, self.head])
         scales = [[getattr(head, name) for name in head.scalars] for head in (self.finetuned, self.head)]
         return weights_digest(
             parts, self.aligned.normalisation, self.class_names, self.temperature, self.least_cosine, scales
@@ -67,7 +67,20 @@ class Classifier:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Fitted:
+    """A classifier and how it was made.
+
+    facts: plain values for a record; `backbone` and `img_size` say how to build the backbone. related: for each class
+    the base classes that it was aligned with, best first. notes: what a user should know.
+    """
+
+    classifier: Classifier
+    facts: dict[str, Any]
+    related: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Answers(NamedTuple):
     """What a classifier says of q images: probabilities (q, n_way), and finetuned (q, n_way), those before alignment,
     both by its temperature; cosine (q,): the largest to an example, and nearest (q,), the index of that example."""
 
@@ -77,32 +90,11 @@ class Answers:
     nearest: Tensor
 
 
-def fitted_head(z: Tensor, y: Tensor, fit: HeadFit, run: Run) -> Head:
-    """The head of fine-tuning: fitted on support features z (k, d) and labels y (k,), as in every episode 0."""
-    head = fit.new_head(z.shape[1], int(y.max()) + 1, run.generator("head", 0)).to(run.device)
-    fit_heads(head, z, y.to(run.device), fit.ft_n_epoch, fit.ft_lr)
-    return head
-
-
-def aligned_episode(
-    blocks: TrainableBlocks, novel: Source, y: Tensor, base: Source | None, setting: AlignmentSetting, run: Run
-) -> AlignedEpisode:
-    """The episode whose support is all of `novel`, of labels y (k,); without a base set, setting.alignment is none."""
-    everything = torch.arange(len(y))
-    task = Task(everything, y, everything)
-    if blocks.in_feature_space and base:
-        return align_features([task], novel, base, setting, run, 0).episode(0)
-    return align_episode(blocks, task, novel, base, setting, run, 0, f"{setting.alignment} alignment")
-
-
-def alone(head: Head, d: int, setting: AlignmentSetting, run: Run) -> Head:
-    """The head of an episode that was aligned by itself, in feature space among others: weight (n_way, d)."""
-    single = setting.fit.new_head(d, head.weight.shape[-2], None).to(run.device)
-    state = {
-        name: value[0] if value.dim() > single.state_dict()[name].dim() else value
-        for name, value in head.state_dict().items()
-    }
-    single.load_state_dict(state)
+def single_head(head: Head, d: int, n_way: int, setting: AlignmentSetting, run: Run) -> Head:
+    """A head that was aligned as the only one of a list, or by itself, as one of weight (n_way, d)."""
+    single = setting.fit.new_head(d, n_way, None).to(run.device)
+    shapes = {name: value.shape for name, value in single.state_dict().items()}
+    single.load_state_dict({name: value.view(shapes[name]) for name, value in head.state_dict().items()})
     for name in head.scalars:
         setattr(single, name, getattr(head, name))
     return single.requires_grad_(False)
@@ -111,28 +103,37 @@ def alone(head: Head, d: int, setting: AlignmentSetting, run: Run) -> Head:
 def fit_classifier(
     backbone: Backbone, blocks: TrainableBlocks, user: Split, base: Source | None, setting: AlignmentSetting, run: Run
 ) -> tuple[Classifier, AlignedEpisode]:
-    """The classifier of a support, given as a split, and the episode that made it. The backbone moves in alignment.
+    """The classifier of a support, given as a split, and the episode that made it. Alignment of blocks changes the
+    backbone.
 
-    Without a base set, setting.alignment is `none`. Where blocks are moved, the folds of a confidence would take as
-    many alignments: it is then left open.
+    Without a base set, setting.alignment is `none`. The confidence is not known where blocks are aligned: its folds
+    would take as many alignments.
     """
-    in_feature_space = blocks.in_feature_space or base is None
-    before = backbone if in_feature_space else copy.deepcopy(backbone)
-    novel = image_source(backbone, blocks, user, run, "embed")
-    episode = aligned_episode(blocks, novel, user.labels, base, setting, run)
-    confidence = cross_validate(novel, user.labels, base, setting, run) if in_feature_space else None
-    z = novel.features
+    frozen = blocks.in_feature_space or base is None
+    before = backbone if frozen else copy.deepcopy(backbone)
+    novel, y, fit = image_source(backbone, blocks, user, run, "embed"), user.labels, setting.fit
+    (_, d), n_way = novel.features.shape, len(user.class_names)
+    everything = torch.arange(len(y))
+    task = Task(everything, y, everything)
+    if blocks.in_feature_space and base:
+        episode = align_features([task], novel, base, setting, run, 0).episode(0)
+    else:
+        episode = align_episode(blocks, task, novel, base, setting, run, 0, f"{setting.alignment} alignment")
+    confidence = cross_validate(novel, y, base, setting, run) if frozen else None
+    finetuned = fit.new_head(d, n_way, run.generator("head", 0)).to(run.device)
+    fit_heads(finetuned, novel.features, y.to(run.device), fit.ft_n_epoch, fit.ft_lr)
+    z_support = novel.features.cpu()
     classifier = Classifier(
         backbone=before,
         aligned=backbone,
-        finetuned=fitted_head(z, user.labels, setting.fit, run).requires_grad_(False),
-        head=alone(episode.head, z.shape[1], setting, run),
+        finetuned=finetuned.requires_grad_(False),
+        head=single_head(episode.head, d, n_way, setting, run),
         class_names=user.class_names,
-        z_support=z.cpu(),
-        y_support=user.labels,
+        z_support=z_support,
+        y_support=y,
         examples=user.image_names,
         confidence=confidence,
-        least_cosine=least_cosine(z.cpu()),
+        least_cosine=least_cosine(z_support),
     )
     return classifier, episode
 

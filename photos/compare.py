@@ -1,23 +1,22 @@
-"""Compare classifiers of a few images a class on the same novel episodes: accuracies, paired intervals, calibration.
+"""Compare classifiers of a few images per class on the same novel episodes: accuracies, paired intervals, calibration.
 
 python -m photos.compare --checkpoint results/models/..._bestModel.tar --dataset typefaces
 
 On the features of one backbone: scikit-learn's logistic regression (its C chosen on val episodes), the nearest mean,
-the head as fitted, and the head aligned in feature space with the base classes. Of the heads also the expected
-calibration error, before and after the temperature of leave-one-out, and the accuracy of what is kept above a
-probability.
+the head as fitted, and the head aligned in feature space with the base classes, with the defaults of predict.py. Of the
+heads also the expected calibration error, before and after the temperature of leave-one-out, and the accuracy of what
+is kept above a probability.
 """
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.benchmarks import DataOptions, load_split
-from data.episodes import Episodes, EpisodeShape, class_major_labels, sample_episodes
+from data.episodes import Episodes, EpisodeShape, Task, class_major_labels, sample_episodes
 from engine.errors import OneLineParser, UserError
 from engine.run import Run
 from engine.script import run_script
@@ -29,130 +28,108 @@ from models.heads import unit
 from persistence.checkpoints import load_backbone
 from persistence.feature_cache import FeatureCache
 from persistence.results import percent
-from photos.confidence import calibration_error, cross_validate, left_out_logits
+from photos.confidence import cross_validate, left_out_logits
 
 # Inverse strengths of the regularisation of logistic regression among which val episodes choose.
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 KEPT_ABOVE = (0.5, 0.7, 0.9)
 
-# (z_support (k, d), y_support (k,), z_query (q, d)) -> predicted labels (q,).
-Labels = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared on: so many episodes of n_way classes and n_query queries a class, of which n_calibrated are
-    calibrated, and n_val episodes that choose C; alignment takes these related images."""
+    """What is compared on: novel episodes, of which the first n_calibrated are calibrated, and val episodes that choose
+    C; n_B related base classes of each novel class, and aug_size related images in an iteration."""
 
-    n_way: int
-    n_query: int
-    n_episodes: int
-    n_calibrated: int
-    n_val: int
-    related: RelatedSetting
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What a head said in E episodes, of which all queries: accuracy (E,), probabilities (E q, n_way), as they are and
-    calibrated, and the true labels (E q,)."""
-
-    accuracy: Tensor
-    raw: Tensor
-    calibrated: Tensor
-    y: Tensor
+    n_way: int = 5
+    n_query: int = 15
+    n_episodes: int = 600
+    n_calibrated: int = 200
+    n_val: int = 100
+    n_B: int = 10
+    aug_size: int = 50
 
 
-def logistic_regression(strength: float) -> Labels:
-    """scikit-learn's, on features of unit length. Raises UserError when it is not installed."""
+def logistic_regression(source: Source, episodes: Episodes, strength: float) -> Tensor:
+    """The accuracy (E,) of scikit-learn's on unit features. Raises UserError when it is not installed."""
     try:
-        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise UserError("the comparison needs scikit-learn: pip install scikit-learn") from error
-
-    def predict(z_support: Tensor, y_support: Tensor, z_query: Tensor) -> Tensor:
+    z, accuracies = unit(source.features).numpy(), []
+    for task in map(episodes.task, range(len(episodes))):
+        y_query = class_major_labels(task.n_way, len(task.query) // task.n_way)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            fitted = LogisticRegression(C=strength, max_iter=1000).fit(unit(z_support).numpy(), y_support.numpy())
-        return torch.from_numpy(fitted.predict(unit(z_query).numpy()))
-
-    return predict
-
-
-def accuracies(predict: Labels, source: Source, episodes: Episodes) -> Tensor:
-    """The accuracy (E,) of each episode."""
-    rows = []
-    for task in (episodes.task(i) for i in range(len(episodes))):
-        z, y = source.features, class_major_labels(task.n_way, len(task.query) // task.n_way)
-        rows.append((predict(z[task.support], task.y_support, z[task.query]) == y).double().mean())
-    return torch.stack(rows)
+            warnings.simplefilter("ignore")  # those that it has not converged
+            fitted = LogisticRegression(C=strength, max_iter=1000).fit(z[task.support], task.y_support.numpy())
+        accuracies.append(fitted.score(z[task.query], y_query.numpy()))
+    return torch.tensor(accuracies, dtype=torch.double)
 
 
-def answers(
-    source: Source, base: Source | None, episodes: Episodes, n_calibrated: int, setting: AlignmentSetting, run: Run
-) -> Answered:
-    """What our head says in each episode, aligned in feature space with a base set; the first are calibrated too."""
-    tasks = [episodes.task(i) for i in range(len(episodes))]
-    y = class_major_labels(episodes.n_way, len(tasks[0].query) // episodes.n_way)
-    logits = left_out_logits(tasks, source, base, setting, run).view(len(tasks), -1, episodes.n_way)
-    calibrated = []
-    for task, row in run.bar(list(zip(tasks, logits, strict=True))[:n_calibrated], "leave one out", "episode"):
-        support = feature_source(source.features[task.support], source.split)
+def calibrate(
+    tasks: list[Task], logits: Tensor, novel: Source, base: Source | None, setting: AlignmentSetting, run: Run
+) -> Tensor:
+    """Logits (E, q, n_way) of episodes, each divided by the temperature of its own support."""
+    temperatures = []
+    for task in run.bar(tasks, "leave one out", "episode"):
+        support = feature_source(novel.features[task.support], novel.split)
         confidence = cross_validate(support, task.y_support, base, setting, run)
-        calibrated.append((row / (confidence.temperature if confidence else 1.0)).softmax(1))
-    accuracy = (logits.argmax(2) == y).double().mean(1)
-    raw = logits[:n_calibrated].flatten(0, 1).softmax(1)
-    return Answered(accuracy, raw, torch.cat(calibrated), y.repeat(len(calibrated)))
+        temperatures.append(confidence.temperature if confidence else 1.0)
+    return logits / torch.tensor(temperatures).view(-1, 1, 1)
 
 
-def calibration_lines(name: str, answered: Answered) -> list[str]:
-    """The calibration error before and after, and what is right among what is kept above a probability."""
-    before, after = (calibration_error(p, answered.y) for p in (answered.raw, answered.calibrated))
-    lines = [f"{name}: calibration error {100 * before:.1f} % before, {100 * after:.1f} % after the temperature"]
-    confidence, predicted = answered.calibrated.max(1)
+def calibration_error(probabilities: Tensor, y: Tensor, n_bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., ICML 2017) of probabilities (n, n_way) against y (n,), in 0..1.
+
+    The largest probabilities fall into n_bins bins of equal width; the distance between the mean of a bin and the
+    share that is right, weighted by the number in it.
+    """
+    confidence, predicted = probabilities.max(1)
+    right = (predicted == y).double()
+    bins = (confidence * n_bins).long().clamp_max(n_bins - 1)
+    gaps = torch.zeros(n_bins, dtype=torch.double).index_add_(0, bins, confidence.double() - right)
+    return gaps.abs().sum().item() / len(y)
+
+
+def calibration_lines(name: str, raw: Tensor, calibrated: Tensor, y: Tensor) -> list[str]:
+    """The calibration error of probabilities (n, n_way) before and after, and what is right above a probability."""
+    before, after = (100 * calibration_error(p, y) for p in (raw, calibrated))
+    lines = [f"{name}: calibration error {before:.1f} % before, {after:.1f} % after the temperature"]
+    confidence, predicted = calibrated.max(1)
     for least in KEPT_ABOVE:
         kept = confidence >= least
-        right = 100 * (predicted == answered.y)[kept].double().mean().item()
+        right = 100 * (predicted == y)[kept].double().mean().item()
         lines.append(f"  --reject {least}: {100 * kept.double().mean().item():.1f} % kept, {right:.2f} % of them right")
     return lines
 
 
-def compare(sources: dict[str, Source], n_shot: int, on: Comparison, run: Run) -> list[str]:
-    """The lines of a number of images a class."""
+def comparison_lines(sources: dict[str, Source], n_shot: int, on: Comparison, run: Run) -> list[str]:
+    """The lines of n_shot images per class."""
     shape, novel = EpisodeShape(on.n_way, n_shot, on.n_query), sources["novel"]
     val = sample_episodes(sources["val"].split, shape, on.n_val, run.seed)
-    strength = max(STRENGTHS, key=lambda c: accuracies(logistic_regression(c), sources["val"], val).mean().item())
+    strength = max(STRENGTHS, key=lambda c: logistic_regression(sources["val"], val, c).mean().item())
     episodes = sample_episodes(novel.split, shape, on.n_episodes, run.seed)
-    plain, aligned = AlignmentSetting("none"), AlignmentSetting("head", related=on.related)
-    n_calibrated = on.n_calibrated if n_shot > 1 else 0
-    ours = answers(novel, None, episodes, max(1, n_calibrated), plain, run)
-    ours_aligned = answers(novel, sources["base"], episodes, max(1, n_calibrated), aligned, run)
+    tasks, y = list(map(episodes.task, range(len(episodes)))), class_major_labels(on.n_way, on.n_query)
+    aligned = AlignmentSetting("head", related=RelatedSetting(on.n_B, on.aug_size))
+    heads = {"our head": (None, AlignmentSetting("none")), "our head, aligned": (sources["base"], aligned)}
+    logits = {
+        name: left_out_logits(tasks, novel, *head, run).view(len(tasks), -1, on.n_way) for name, head in heads.items()
+    }
     rows = {
-        f"logistic regression, C {strength:g}": accuracies(logistic_regression(strength), novel, episodes),
+        f"logistic regression, C {strength:g}": logistic_regression(novel, episodes, strength),
         "nearest mean": nearest_mean(novel.features, episodes)["cosine"].accuracy.double(),
-        "our head": ours.accuracy,
-        "our head, aligned": ours_aligned.accuracy,
+        **{name: (of_head.argmax(2) == y).double().mean(1) for name, of_head in logits.items()},
     }
     lines = [f"{on.n_way} classes, {n_shot} image{'s' * (n_shot > 1)} each, {len(episodes)} novel episodes"]
     for name, accuracy in rows.items():
-        gain = percent(*mean_and_ci95(ours_aligned.accuracy - accuracy))
+        gain = percent(*mean_and_ci95(rows["our head, aligned"] - accuracy))
         less = "" if name == "our head, aligned" else f"   aligned is better by {gain}"
         lines.append(f"  {name:<32} {percent(*mean_and_ci95(accuracy))} %{less}")
-    if n_calibrated:
-        lines += calibration_lines("our head", ours) + calibration_lines("our head, aligned", ours_aligned)
+    for name, head in heads.items() if n_shot > 1 else ():
+        raw = logits[name][: on.n_calibrated]
+        calibrated = calibrate(tasks[: on.n_calibrated], raw, novel, *head, run)
+        before, after = (each.flatten(0, 1).softmax(1) for each in (raw, calibrated))
+        lines += calibration_lines(name, before, after, y.repeat(len(raw)))
     return lines
-
-
-NUMBERS = (
-    ("n_way", 5, "classes in an episode"),
-    ("n_query", 15, "query images a class"),
-    ("n_episodes", 600, "novel episodes of each comparison"),
-    ("n_calibrated", 200, "of which so many are calibrated"),
-    ("n_val", 100, "val episodes that choose C"),
-    ("n_B", 10, "related base classes a class"),
-    ("aug_size", 50, "related images a class in an iteration"),
-)
 
 
 def main() -> None:
@@ -162,25 +139,24 @@ def main() -> None:
     parser.add_argument("--benchmarks_dir", type=Path, default=Path("fs_benchmarks"))
     parser.add_argument("--cache_dir", type=Path, default=Path("fs_benchmarks/.cache"))
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--n_shot", type=int, nargs="+", default=[1, 5], help="images a class (default: 1 5)")
-    for name, default, text in NUMBERS:
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--n_shot", type=int, nargs="+", default=[1, 5], help="images per class (default: 1 5)")
+    for field in fields(Comparison):
+        parser.add_argument(f"--{field.name}", type=int, default=field.default, help=f"(default: {field.default})")
     args = parser.parse_args()
-    if min(getattr(args, name) for name, _, _ in NUMBERS) < 1 or min(args.n_shot) < 1 or args.n_way < 2:
+    on = Comparison(**{field.name: getattr(args, field.name) for field in fields(Comparison)})
+    if min(*vars(on).values(), *args.n_shot) < 1 or on.n_way < 2:
         parser.error("the numbers are to be at least 1, and --n_way 2")
-    related = RelatedSetting(args.n_B, args.aug_size)
-    on = Comparison(args.n_way, args.n_query, args.n_episodes, args.n_calibrated, args.n_val, related)
     run = Run(quiet=args.quiet)
     backbone, checkpoint = load_backbone(args.checkpoint, None, None)
-    backbone = backbone.to(memory_format=torch.channels_last)
+    backbone, blocks = backbone.to(memory_format=torch.channels_last), trainable_blocks(backbone, 0)
     options, cache = (
         DataOptions(args.benchmarks_dir, checkpoint.img_size, args.cache_dir),
         FeatureCache(args.cache_dir, run),
     )
     splits = {split: load_split(options, args.dataset, split) for split in ("base", "val", "novel")}
-    sources = {name: cache.source(backbone, trainable_blocks(backbone, 0), split) for name, split in splits.items()}
+    sources = {name: cache.source(backbone, blocks, split) for name, split in splits.items()}
     for n_shot in args.n_shot:
-        print("\n".join(compare(sources, n_shot, on, run)), flush=True)
+        print("\n".join(comparison_lines(sources, n_shot, on, run)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How sure a classifier may be: what it makes of support images that its head was not fitted on.
 
 Each support image is left out in turn, one of each class at a time, and the heads of these folds are fitted, and
-aligned in feature space, together. Their answers give an estimate of the accuracy and a temperature by
-which the logits are divided. All of it holds for images that come from where the support comes from, and for no others.
+aligned in feature space, together. Their predictions give an estimate of the accuracy and a temperature by which the
+logits are divided. All of it holds for images from where the support comes from, and for no others.
 """
 
 import math
@@ -19,7 +19,7 @@ from methods.features import Source
 from methods.novel_finetune import fit_heads
 from models.heads import unit
 
-# Folds, and so heads that are fitted: up to as many images a class, each is left out alone among those of its class.
+# Folds, and so heads that are fitted: up to as many images per class, each is left out alone among those of its class.
 MAX_FOLDS = 20
 # Chosen on val episodes, for the calibration error of heads and of aligned heads.
 DOUBT = 0.25
@@ -32,10 +32,7 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Confidence:
-    """What the folds gave: n support images were left out, n_right of them labelled right; the temperature.
-
-    n_folds: n when each was left out alone.
-    """
+    """What the folds gave: n support images were left out, n_right of them predicted right; the temperature."""
 
     n: int
     n_right: int
@@ -49,12 +46,12 @@ class Confidence:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the accuracy."""
+        """Wilson's 95% interval of the accuracy."""
         return wilson_interval(self.n_right, self.n)
 
 
 def wilson_interval(n_right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share n_right / n (Wilson, 1927), which stays within 0..1 and is never empty."""
+    """The 95% interval of a share n_right / n (Wilson, 1927), which stays within 0..1 and is never empty."""
     z2 = 1.96**2
     centre = (n_right + z2 / 2) / (n + z2)
     half = math.sqrt(z2 * (n_right * (n - n_right) / n + z2 / 4)) / (n + z2)
@@ -62,15 +59,14 @@ def wilson_interval(n_right: int, n: int) -> tuple[float, float]:
 
 
 def folds(y: Tensor) -> list[Task]:
-    """Tasks on k support images of labels y (k,): the query of each is left out of its support.
+    """Episodes on k support images of labels y (k,): the query of each is left out of its support.
 
     A fold leaves out one image of each class, so that the head does not lean to the other classes; of more than
-    MAX_FOLDS images a class, several. The only image of a class is left out of no fold; without others there is none.
+    MAX_FOLDS images per class, several. The only image of a class is left out of no fold; without others there is none.
     """
-    order = y.argsort(stable=True)
     counts = torch.bincount(y)
     rank = torch.empty_like(y)
-    rank[order] = torch.cat([torch.arange(int(n)) for n in counts])
+    rank[y.argsort(stable=True)] = torch.cat([torch.arange(int(n)) for n in counts])
     n_folds = min(int(counts.max()), MAX_FOLDS)
     made = []
     for fold in range(n_folds if n_folds > 1 else 0):
@@ -80,21 +76,16 @@ def folds(y: Tensor) -> list[Task]:
     return made
 
 
-def folds_together(k: int, d: int, n_way: int, setting: AlignmentSetting) -> int:
-    """How many folds of k support features of size d to fit together, as n_together: all, or few in much memory."""
-    return max(1, min(MAX_FOLDS, MEMORY // (4 * k * d), n_together(d, n_way, setting)))
-
-
 @torch.no_grad()
 def left_out_logits(
     tasks: list[Task], novel: Source, base: Source | None, setting: AlignmentSetting, run: Run
 ) -> Tensor:
     """Logits (n, n_way) of the queries of all folds, in their order, each by the head of its fold.
 
-    With a base set the heads are aligned in feature space. The numbers of a chunk of folds are bounded in memory.
+    With a base set the heads are aligned in feature space. As many folds are fitted together as MEMORY allows.
     """
     (k, d), n_way, logits = novel.features.shape, tasks[0].n_way, []
-    step = folds_together(k, d, n_way, setting)
+    step = max(1, min(MAX_FOLDS, MEMORY // (4 * k * d), n_together(d, n_way, setting)))
     for first in range(0, len(tasks), step):
         part = tasks[first : first + step]
         if base is not None:
@@ -115,8 +106,8 @@ def left_out_logits(
 def fit_temperature(logits: Tensor, y: Tensor) -> float:
     """The T that minimises the cross-entropy of softmax(logits / T), logits (n, n_way), against y (n,).
 
-    As in Platt's scaling the targets are not 0 and 1: DOUBT of an answer, to which all classes are alike, counts beside
-    the n. Without it, a few answers that are all right would have a T of 0 and every probability would be 1.
+    As in Platt's scaling the targets are not 0 and 1: DOUBT of a prediction, equal over all classes, counts beside
+    the n. Without it, a few predictions that are all right would have a T of 0 and every probability would be 1.
     """
     n, n_way = logits.shape
     target = torch.full((n, n_way), DOUBT / n_way).scatter_add_(1, y.unsqueeze(1), torch.full((n, 1), float(n)))
@@ -157,23 +148,5 @@ def least_cosine(z_support: Tensor) -> float:
     By 1 - cosine, it is FAR times as far as any support image is from the nearest other one.
     """
     z = unit(z_support)
-    largest = []
-    for start in range(0, len(z), ROWS):
-        cosine = z[start : start + ROWS] @ z.T
-        rows = torch.arange(len(cosine))
-        cosine[rows, start + rows] = -1.0
-        largest.append(cosine.max(1).values)
-    return 1.0 - FAR * (1.0 - torch.cat(largest).min().item())
-
-
-def calibration_error(probabilities: Tensor, y: Tensor, n_bins: int = 15) -> float:
-    """Expected calibration error (Guo et al., ICML 2017) of probabilities (n, n_way) against y (n,), in 0..1.
-
-    The largest probabilities fall into n_bins bins of equal width; the distance between the mean of a bin and the
-    share that is right, weighted by the number in it.
-    """
-    confidence, predicted = probabilities.max(1)
-    right = (predicted == y).double()
-    bins = (confidence * n_bins).long().clamp_max(n_bins - 1)
-    gaps = torch.zeros(n_bins, dtype=torch.double).index_add_(0, bins, confidence.double() - right)
-    return gaps.abs().sum().item() / len(y)
+    to_others = [(part @ z.T).topk(2).values[:, 1].min().item() for part in z.split(ROWS)]  # the largest is to itself
+    return 1.0 - FAR * (1.0 - min(to_others))

@@ -1,6 +1,6 @@
-"""The user's own folders: a support folder of one subfolder a class, and query images anywhere below a folder.
+"""The user's own folders: a support folder of one subfolder per class, and query images anywhere below a folder.
 
-The images are decoded as those of a benchmark are, but into memory: nothing is written beside them or elsewhere.
+The images are decoded into memory as those of a benchmark are: nothing is written beside them or elsewhere.
 """
 
 import os
@@ -25,13 +25,13 @@ SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
 
 def list_support(folder: Path) -> tuple[list[str], list[Path], list[int]]:
-    """Class names, image paths and labels of `folder/<class>/<image>`, any number of images a class.
+    """Class names, image paths and labels of `folder/<class>/<image>`, any number of images per class.
 
     Raises UserError when the folder is missing, holds fewer than two classes, or a class holds no images.
     """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"support folder {folder} {what}: give a folder of one subfolder a class, with its examples")
+        raise UserError(f"support folder {folder} {what}: give a folder of one subfolder per class, with its examples")
     class_names, paths, labels = list_folder(folder)
     if len(class_names) < 2:
         raise UserError(
@@ -73,24 +73,30 @@ def visible_files(folder: Path) -> Iterator[Path]:
 
 
 def other_files(folder: Path, used: list[Path]) -> str:
-    """` besides 3 .heic, 1 .txt`: the visible files below a folder that are not used, or nothing if there are none."""
+    """` besides 3 .heic, 1 .txt`: the visible files below a folder that are not used; empty when there are none."""
     counts = Counter(path.suffix.lower() or "without suffix" for path in set(visible_files(folder)) - set(used))
     return (" besides " if counts else "") + ", ".join(f"{n} {printable(what)}" for what, n in counts.most_common())
 
 
+def ignored_notes(folder: Path, used: list[Path]) -> list[str]:
+    """What was left out of a folder of the user's, if anything, as a note."""
+    ignored = other_files(folder, used) if folder.is_dir() else ""
+    return [f"of {folder}, {len(used)} images were read{ignored}"] if ignored else []
+
+
 def printable(name: str) -> str:
-    r"""A file name that any UTF-8 file and terminal can hold: bytes of it that are no text become such as `\xe9`."""
+    r"""A file name that any UTF-8 file and terminal can hold: its bytes that are no text become such as `\xe9`."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def folder_truth(names: list[str], class_names: list[str]) -> list[int | None]:
-    """For each query name the class that its folder is named as, or None."""
+    """For each query name the index of the class that its folder is named as, or None."""
     label = {name: i for i, name in enumerate(class_names)}
     return [label.get(name.split("/")[-2]) if "/" in name else None for name in names]
 
 
 def open_image(image: object) -> Image.Image:
-    """The RGB image of a path, of an image of PIL or of a uint8 array (h, w, 3) or (h, w).
+    """The RGB image of a path, of an image of PIL or of a uint8 array (h, w, 3), (h, w, 4) or (h, w).
 
     Raises UserError when it is none of them or cannot be decoded.
     """
@@ -106,34 +112,34 @@ def open_image(image: object) -> Image.Image:
 
 
 def decode_views(
-    paths: Sequence[object], n_needed: int, img_size: int, num_workers: int, quiet: bool = False
+    images: Sequence[object], img_size: int, num_workers: int, skip_bad: bool = False, quiet: bool = True
 ) -> tuple[Tensor, list[int], list[str]]:
-    """Evaluation views of images, uint8 (N, 3, s, s), and which of the paths (or see open_image) they are of.
+    """Evaluation views of images (see open_image), uint8 (N, 3, s, s), and the indices of those that they are of.
 
-    Images from index n_needed on that cannot be decoded are left out, and the third result says why. Raises
-    UserError, naming the file, for those before.
+    With skip_bad, images that cannot be decoded are left out, and the third result says why; else UserError is raised,
+    which names the file.
     """
 
-    def decode(path: object) -> np.ndarray | UserError:
+    def decode(image: object) -> np.ndarray | UserError:
         try:
-            return eval_view(open_image(path), img_size)
+            return eval_view(open_image(image), img_size)
         except UserError as error:
             return error
 
-    n_bytes = 3 * len(paths) * img_size**2 + 4 * int(1.15 * img_size) ** 2
+    n_bytes = 3 * len(images) * img_size**2
     check_memory(f"decoding to {img_size} x {img_size} pixels", n_bytes, "take a smaller image size, or fewer images")
-    views = np.empty((len(paths), 3, img_size, img_size), dtype=np.uint8)
+    views = np.empty((len(images), 3, img_size, img_size), dtype=np.uint8)
     kept: list[int] = []
     reasons: list[str] = []
-    bar = progress_bar(None, "decode", "img", quiet, total=len(paths))
+    bar = progress_bar(None, "decode", "img", quiet, total=len(images))
     with bar, ThreadPoolExecutor(max(1, num_workers)) as pool:
-        for i, view in enumerate(map_in_chunks(pool, decode, paths)):
+        for i, view in enumerate(map_in_chunks(pool, decode, images)):
             if not isinstance(view, UserError):
                 views[len(kept)] = view
                 kept.append(i)
-            elif i < n_needed:
-                raise view
-            else:
+            elif skip_bad:
                 reasons.append(str(view))
+            else:
+                raise view
             bar.update()
     return torch.from_numpy(views[: len(kept)]), kept, reasons

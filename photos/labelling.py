@@ -1,121 +1,179 @@
-"""Label any number of images part by part: what is done is kept, so a stopped run goes on, and memory stays bounded."""
+"""Label any number of images in parts of bounded memory; what is done is kept, so that a stopped run can go on."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import Schema, load_tensors, matches_schema, save_atomically
+from engine.files import atomic_file, folder_name, load_tensors, save_atomically
+from engine.records import write_json
 from engine.run import Run
-from photos.classifier import Answers, Classifier, classify
-from photos.images import decode_views
+from photos.classifier import Answers, Fitted, classify
+from photos.images import decode_views, folder_truth, ignored_notes, list_queries
+from photos.predictions_page import write_predictions
+from photos.table import UNSURE, Predictions, prediction_record, write_csv
 
-# Images of a part: their views are all that is held of images.
-PART = 512
-PART_FILE: Schema = {"key": str, "kept": list[int], "reasons": list[str], "answers": dict[str, Tensor]}
-
-
-@dataclass(frozen=True)
-class Part:
-    """What was found of some of the images, in their order: kept, the indices of those that could be decoded, the
-    answers to them, and for each of the others a reason."""
-
-    kept: list[int]
-    answers: Answers
-    reasons: list[str]
+PART = 512  # images decoded and labelled together
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Parts in files of a folder, each with the key of all that it follows from; a folder of None keeps nothing."""
+class LabelFlags:
+    """What is labelled and where it is written; each field is explained at the flag of the same name."""
 
-    folder: Path | None
-    key: str
+    support: Path | None
+    query: Path | None
+    out: Path
+    save: Path | None
+    copy_to: Path | None
+    resume: bool
+    overwrite: bool
+    skip_bad: bool
+    reject: float
+    sort: str
+    num_workers: int
 
-    def load(self, start: int, n_way: int) -> Part | None:
-        """The part whose first image is `start`, if it is kept. Raises UserError when it is of another run."""
-        path = self.path(start)
-        if path is None or not path.is_file():
-            return None
+    @property
+    def table(self) -> Path:
+        """Where the table of predictions is written."""
+        return self.out / "predictions.csv"
+
+    @property
+    def parts(self) -> Path:
+        """The folder of the parts that are done, until all are."""
+        return self.out / "predictions.parts"
+
+
+def check_outputs(flags: LabelFlags) -> None:
+    """Raise UserError, before any work, when something would be replaced or cannot be written; make the folders."""
+    if flags.query and not flags.overwrite:
+        if flags.parts.exists() and not flags.resume:
+            raise UserError(f"{flags.out} holds predictions that were stopped: give --resume to go on, or --overwrite")
+        if flags.table.exists() and not flags.parts.exists():
+            raise UserError(f"{flags.out} holds predictions already: give --overwrite, or another --out")
+    if flags.save and flags.save.exists() and not flags.overwrite:
+        raise UserError(f"{flags.save} is there already: give --overwrite to replace it, or another --save")
+    if flags.copy_to:
+        check_copies(flags, flags.copy_to)
+    folders = {"--save": flags.save and flags.save.absolute().parent, "--out": flags.out if flags.query else None}
+    for flag, folder in folders.items():
         try:
-            content = load_tensors(path, "cpu")
-        except ValueError:  # damaged: made anew
-            return None
-        if not matches_schema(content, PART_FILE):
-            return None
-        n, answers = len(content["kept"]), content["answers"]
-        shapes = {"probabilities": (n, n_way), "finetuned": (n, n_way), "cosine": (n,), "nearest": (n,)}
-        if {name: tuple(value.shape) for name, value in answers.items()} != shapes:
-            return None
-        if content["key"] != self.key:
-            raise UserError(
-                f"{self.folder} is of another classifier, other images or flags: give --overwrite to begin anew, or "
-                "another --out"
-            )
-        return Part(content["kept"], Answers(**answers), content["reasons"])
-
-    def save(self, start: int, part: Part) -> None:
-        """Keep a part."""
-        path = self.path(start)
-        if path is not None:
-            answers = asdict(part.answers)
-            save_atomically(path, {"key": self.key, "kept": part.kept, "reasons": part.reasons, "answers": answers})
-
-    def path(self, start: int) -> Path | None:
-        """Where a part is kept."""
-        return self.folder / f"{start:09d}.pt" if self.folder else None
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"folder {folder} cannot be written ({error.strerror}): give another {flag}") from error
+    if flags.overwrite:
+        shutil.rmtree(flags.parts, ignore_errors=True)
 
 
-def label_part(
-    classifier: Classifier, images: Sequence[object], first: int, img_size: int, num_workers: int, run: Run
-) -> Part:
-    """The part of images (see open_image) that are numbered from `first`."""
-    views, kept, reasons = decode_views(images, 0, img_size, num_workers, quiet=True)
-    n_way, nothing = len(classifier.class_names), torch.empty(0)
-    empty = Answers(nothing.view(0, n_way), nothing.view(0, n_way), nothing, nothing.long())
-    return Part([first + i for i in kept], classify(classifier, views, run) if kept else empty, reasons)
+def check_copies(flags: LabelFlags, folder: Path) -> None:
+    """Raise UserError when copies would come among the user's images or other files, or there is nothing to copy."""
+    if not flags.query:
+        raise UserError("argument --copy_to: name the images that are to be labelled and copied with --query")
+    target = folder.resolve()
+    for own in (flags.query, flags.support):
+        if own and (own.resolve() in (target, *target.parents) or target in own.resolve().parents):
+            raise UserError(f"--copy_to {folder} holds or lies in {own}, images that are read: give a folder elsewhere")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not flags.resume:
+        raise UserError(f"--copy_to {folder} is not an empty folder: give a new one, for nothing is overwritten")
+
+
+def part_file(folder: Path, fitted: Fitted, paths: Sequence[Any], run: Run) -> Path:
+    """Where the answers to these images are kept, under a hash of all that they follow from."""
+    follows_from = (fitted.classifier.digest, run.precision.name, [(path, path.stat().st_size) for path in paths])
+    return folder / f"{hashlib.sha256(repr(follows_from).encode()).hexdigest()[:32]}.pt"
 
 
 def label_images(
-    classifier: Classifier,
-    images: Sequence[object],
-    img_size: int,
-    num_workers: int,
-    skip_bad: bool,
-    parts: Parts,
-    run: Run,
-) -> Iterator[Part]:
-    """The parts of all images, one after another, under a bar with the rate; those that are kept are not made again.
+    fitted: Fitted, images: Sequence[Any], num_workers: int, skip_bad: bool, run: Run, folder: Path | None = None
+) -> tuple[list[int], list[str], Answers]:
+    """The indices of the images (see open_image) that could be decoded, reasons for the others, and the answers.
 
-    Raises UserError for an image that cannot be decoded, unless they are to be skipped.
+    Parts of them are kept in `folder`, if one is given, and not labelled again. Raises UserError for an image that
+    cannot be decoded, unless skip_bad leaves it out, and when there is no other.
     """
+    parts: list[dict[str, Any]] = []
     with run.bar(None, "label", "img", total=len(images)) as bar:
         for start in range(0, len(images), PART):
             chunk = images[start : start + PART]
-            part = parts.load(start, len(classifier.class_names))
+            path = part_file(folder, fitted, chunk, run) if folder else None
+            try:
+                part = load_tensors(path, "cpu") if path else None
+            except (OSError, ValueError):  # not there, or damaged
+                part = None
             if part is None:
-                part = label_part(classifier, chunk, start, img_size, num_workers, run)
-                if part.reasons and not skip_bad:
-                    raise UserError(part.reasons[0])
-                if part.kept:
-                    parts.save(start, part)
-            yield part
+                views, kept, reasons = decode_views(chunk, fitted.facts["img_size"], num_workers, skip_bad)
+                answers = classify(fitted.classifier, views, run)._asdict() if kept else None
+                part = {"kept": [start + i for i in kept], "reasons": reasons, "answers": answers}
+                if path and kept:
+                    save_atomically(path, part)
+            parts.append(part)
             bar.update(len(chunk))
+    kept, reasons = ([item for part in parts for item in part[name]] for name in ("kept", "reasons"))
+    if not kept:
+        raise UserError(f"no image can be decoded, the first: {reasons[0]}")
+    columns = zip(*(Answers(**part["answers"]) for part in parts if part["answers"]), strict=True)
+    return kept, reasons, Answers(*map(torch.cat, columns))
 
 
-def label_all(parts: Iterator[Part], each: Callable[[Part], None] | None = None) -> Part:
-    """All parts as one; `each`, if there is one, is given every part as it comes."""
-    kept: list[int] = []
-    reasons: list[str] = []
-    answers: list[Answers] = []
-    for part in parts:
-        if each:
-            each(part)
-        kept += part.kept
-        reasons += part.reasons
-        answers.append(part.answers)
-    columns = ([getattr(a, name) for a in answers] for name in ("probabilities", "finetuned", "cosine", "nearest"))
-    return Part(kept, Answers(*(torch.cat(column) for column in columns)), reasons)
+def label_folder(fitted: Fitted, query: Path, flags: LabelFlags, run: Run) -> Predictions:
+    """What a classifier says of the query images, in the order of --sort."""
+    classifier = fitted.classifier
+    if UNSURE in classifier.class_names and flags.reject:
+        raise UserError(f"argument --reject: a class is named {UNSURE!r} itself: rename its folder")
+    for name in classifier.class_names if flags.copy_to else ():
+        folder_name(name)
+    paths, names = list_queries(query)
+    try:
+        kept, reasons, answers = label_images(fitted, paths, flags.num_workers, flags.skip_bad, run, flags.parts)
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt("interrupted: the same command with --resume goes on") from stopped
+    if flags.sort == "sure":
+        order = answers.probabilities.max(1).values.argsort(stable=True)
+        kept, answers = [kept[i] for i in order.tolist()], Answers(*(column[order] for column in answers))
+    names = [names[i] for i in kept]
+    notes = [f"skipped: {reason}" for reason in reasons] + ignored_notes(query, paths) + fitted.notes
+    if flags.reject and classifier.confidence is None:
+        notes.append("the probabilities are not calibrated, so --reject is of the head's own")
+    return Predictions(
+        files=names,
+        paths=[paths[i] for i in kept],
+        class_names=classifier.class_names,
+        probabilities=answers.probabilities,
+        finetuned=answers.finetuned,
+        nearest=answers.nearest.tolist(),
+        unlike=(answers.cosine < classifier.least_cosine).tolist(),
+        truth=folder_truth(names, classifier.class_names),
+        related=fitted.related,
+        n_support=torch.bincount(classifier.y_support, minlength=len(classifier.class_names)).tolist(),
+        notes=notes,
+        facts=fitted.facts,
+        confidence=classifier.confidence,
+        reject=flags.reject,
+    )
+
+
+def write_outputs(predictions: Predictions, flags: LabelFlags, about: dict[str, Any], run: Run) -> None:
+    """Write record, table and page of predictions, and the copies. about: how they were made, for the record."""
+    write_json(flags.out / "predictions.json", {"stage": "predict", **prediction_record(predictions), **about})
+    write_csv(flags.table, predictions)
+    write_predictions(flags.out / "predictions.html", predictions, flags.support)
+    if flags.copy_to:
+        copy_images(predictions, flags.copy_to, run)
+    shutil.rmtree(flags.parts, ignore_errors=True)
+
+
+def copy_images(predictions: Predictions, folder: Path, run: Run) -> None:
+    """Copy each image into folder/LABEL, below its own folders; copies that are there stay as they are."""
+    rows = list(zip(predictions.paths, predictions.files, predictions.labels, strict=True))
+    for path, name, label in run.bar(rows, "copy", "img"):
+        target = folder / label / name
+        if not target.exists():
+            with atomic_file(target) as temporary:
+                shutil.copy2(path, temporary)

@@ -1,8 +1,9 @@
-"""What predict.py writes and prints of its predictions: a csv, a record, a summary."""
+"""Predictions of query images, and what is written and printed of them: a csv, a record, a summary."""
 
 import csv
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,53 +12,74 @@ from torch import Tensor
 from engine.files import atomic_file
 from photos.classifier import Classifier
 from photos.confidence import Confidence
-from photos.predictions import UNSURE, Predictions
 
+UNSURE = "unsure"  # the label of an image whose largest probability is below --reject
 N_LEAST_SURE = 5
 
 
-MARK = "mark"  # the last column: `unlike`, or nothing
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says of q query images.
+
+    files: their names below the query folder, and paths, where they are; class_names (n_way); probabilities (q, n_way),
+    and finetuned (q, n_way), those before alignment. nearest: for each query the index of the support image whose
+    feature has the largest cosine to its own, and unlike: whether that is far below those within the support. truth:
+    the index of the class that each query's folder is named as, or None. related: for each class the base classes that
+    it was aligned with, best first. n_support: support images of each class. notes: what a user should know. facts:
+    what a record says of the classifier. reject: the least probability of a label, below which a query is `unsure`.
+    """
+
+    files: list[str]
+    paths: list[Path]
+    class_names: list[str]
+    probabilities: Tensor
+    finetuned: Tensor
+    nearest: list[int]
+    unlike: list[bool]
+    truth: list[int | None]
+    related: dict[str, list[str]]
+    n_support: list[int]
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    confidence: Confidence | None = None
+    reject: float = 0.0
+
+    @property
+    def best(self) -> list[int]:
+        """For each query the index of the most probable class."""
+        return self.probabilities.argmax(1).tolist()
+
+    @property
+    def sure(self) -> list[bool]:
+        """Whether the largest probability of each query is at least `reject`."""
+        return (self.probabilities.max(1).values >= self.reject).tolist()
+
+    @property
+    def labels(self) -> list[str]:
+        """For each query the name of the most probable class, or `unsure`."""
+        return [self.class_names[c] if sure else UNSURE for c, sure in zip(self.best, self.sure, strict=True)]
+
+    @property
+    def n_right(self) -> int | None:
+        """How many queries have the class of their folder as the most probable one, the unsure ones included; None
+        unless every query lies in a class's folder."""
+        if None in self.truth:
+            return None
+        return sum(p == c for p, c in zip(self.best, self.truth, strict=True))
 
 
-def table_rows(
-    files: Sequence[str], probabilities: Tensor, unlike: Sequence[bool], class_names: Sequence[str], reject: float
-) -> Iterator[list[str]]:
-    """A row a query: file, label, or `unsure` below the probability `reject`, that of every class, and the mark."""
-    best = probabilities.max(1)
-    columns = zip(
-        files, best.indices.tolist(), (best.values >= reject).tolist(), probabilities.tolist(), unlike, strict=True
-    )
-    for name, label, sure, row, is_unlike in columns:
-        yield [name, class_names[label] if sure else UNSURE, *(f"{p:.6f}" for p in row), "unlike" if is_unlike else ""]
+def prediction_rows(predictions: Predictions) -> Iterator[list[str]]:
+    """A header, and a row per query: file, label, the probability of every class, and the mark `unlike`, or nothing."""
+    p = predictions
+    yield ["file", "label", *p.class_names, "mark"]
+    for name, label, row, unlike in zip(p.files, p.labels, p.probabilities.tolist(), p.unlike, strict=True):
+        yield [name, label, *(f"{probability:.6f}" for probability in row), "unlike" if unlike else ""]
 
 
 def write_csv(path: Path, predictions: Predictions) -> None:
-    """The header and the table_rows of all queries; UTF-8, written atomically."""
-    p = predictions
+    """Write the prediction_rows, UTF-8, atomically."""
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "label", *p.class_names, MARK])
-        writer.writerows(table_rows(p.files, p.probabilities, p.unlike, p.class_names, p.reject))
-
-
-class PartialTable:
-    """The table as it grows, for who does not want to wait: an open file, in a block of `with`."""
-
-    def __init__(self, path: Path, class_names: list[str], reject: float):
-        self.path, self.class_names, self.reject = path, class_names, reject
-
-    def __enter__(self) -> "PartialTable":
-        self.file = open(self.path, "w", encoding="utf-8", newline="")
-        csv.writer(self.file).writerow(["file", "label", *self.class_names, MARK])
-        return self
-
-    def add(self, files: list[str], probabilities: Tensor, unlike: list[bool]) -> None:
-        """Write the rows of some queries, at once."""
-        csv.writer(self.file).writerows(table_rows(files, probabilities, unlike, self.class_names, self.reject))
-        self.file.flush()
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
+        csv.writer(file).writerows(prediction_rows(predictions))
 
 
 def per_class_summary(predictions: Predictions) -> dict[str, dict[str, Any]]:
@@ -75,11 +97,11 @@ def per_class_summary(predictions: Predictions) -> dict[str, dict[str, Any]]:
     }
 
 
-def least_sure(predictions: Predictions, n: int) -> list[dict[str, Any]]:
-    """The n queries whose label has the smallest probability, the least sure first, with their second best class."""
+def least_sure(predictions: Predictions) -> list[dict[str, Any]]:
+    """The queries whose label has the smallest probability, the least sure first, with their second best class."""
     names, best = predictions.class_names, predictions.probabilities.topk(2)
     rows = []
-    for i in best.values[:, 0].argsort(stable=True)[:n].tolist():
+    for i in best.values[:, 0].argsort(stable=True)[:N_LEAST_SURE].tolist():
         (p, p_then), (label, then) = best.values[i].tolist(), best.indices[i].tolist()
         row = {"file": predictions.files[i], "label": names[label], "probability": p}
         rows.append(row | {"then": names[then], "probability_then": p_then})
@@ -96,12 +118,6 @@ def confidence_record(confidence: Confidence | None) -> dict[str, Any] | None:
     return {"n": confidence.n, "n_right": confidence.n_right, **numbers, "temperature": confidence.temperature}
 
 
-def estimate(confidence: Confidence) -> str:
-    """`92 % (75 to 98 %)`: the accuracy on support images that were left out, and its interval."""
-    low, high = confidence.interval
-    return f"{100 * confidence.accuracy:.0f} % ({100 * low:.0f} to {100 * high:.0f} %)"
-
-
 def confidence_lines(classifier: Classifier) -> list[str]:
     """What is known of a classifier before it labels anything."""
     n, n_way, confidence = len(classifier.y_support), len(classifier.class_names), classifier.confidence
@@ -109,8 +125,9 @@ def confidence_lines(classifier: Classifier) -> list[str]:
     if confidence is None:
         why = "blocks were aligned" if classifier.aligned is not classifier.backbone else "no class has 2 examples"
         return [*lines, f"accuracy not known, probabilities not calibrated: {why}"]
+    accuracy, low, high = (100 * share for share in (confidence.accuracy, *confidence.interval))
     of = f"{confidence.n_right} of {confidence.n} examples, left out in turn, were labelled right"
-    lines.append(f"accuracy {estimate(confidence)}, 95 % interval: {of}")
+    lines.append(f"accuracy {accuracy:.0f} % ({low:.0f} to {high:.0f} %), 95 % interval: {of}")
     return [*lines, f"temperature {confidence.temperature:.2f}, which calibrates the probabilities"]
 
 
@@ -125,10 +142,24 @@ def prediction_record(predictions: Predictions) -> dict[str, Any]:
         "n_unsure": predictions.sure.count(False),
         "n_unlike": predictions.unlike.count(True),
         "classes": per_class_summary(predictions),
-        "least_sure": least_sure(predictions, N_LEAST_SURE),
+        "least_sure": least_sure(predictions),
         "related_base_classes": predictions.related,
         "notes": predictions.notes,
     }
+
+
+def accuracy_lines(predictions: Predictions) -> list[str]:
+    """The accuracy where every query lies in a class's folder, and that of the queries that are not `unsure`."""
+    n, n_known = len(predictions.files), sum(c is not None for c in predictions.truth)
+    if predictions.n_right is None:
+        return [f"no accuracy: only {n_known} of {n} images lie in a folder named as a class"] if n_known else []
+    right = f"{100 * predictions.n_right / n:.2f} % ({predictions.n_right} of {n})"
+    lines = [f"accuracy {right}: every image lies in a folder named as a class"]
+    columns = zip(predictions.best, predictions.truth, predictions.sure, strict=True)
+    kept = [best == truth for best, truth, sure in columns if sure]
+    if 0 < len(kept) < n:
+        lines.append(f"accuracy of those kept {100 * sum(kept) / len(kept):.2f} % ({sum(kept)} of {len(kept)})")
+    return lines
 
 
 def summary_lines(predictions: Predictions) -> list[str]:
@@ -143,24 +174,12 @@ def summary_lines(predictions: Predictions) -> list[str]:
     for name, row in per_class_summary(predictions).items():
         confidence = "" if row["mean_confidence"] is None else f"{row['mean_confidence']:.2f}"
         lines.append(f"  {name:{width}}  {row['n_support']:8d}  {row['n_query']:6d}  {confidence:>16}".rstrip())
-    if not all(predictions.sure):
-        lines.append(
-            f"  {UNSURE}: {predictions.sure.count(False)} images, of a probability below {predictions.reject:g}"
-        )
+    if n_unsure := predictions.sure.count(False):
+        lines.append(f"  {UNSURE}: {n_unsure} images, of a probability below {predictions.reject:g}")
     if any(predictions.unlike):
         lines.append(f"unlike every class: {predictions.unlike.count(True)} images, marked in the table")
     lines.append("least sure")
-    for row in least_sure(predictions, N_LEAST_SURE):
+    for row in least_sure(predictions):
         best, then = (f"{row[a]} {row[b]:.2f}" for a, b in (("label", "probability"), ("then", "probability_then")))
         lines.append(f"  {row['file']}: {best}, then {then}")
-    n_known = sum(c is not None for c in predictions.truth)
-    if predictions.n_right is not None:
-        right = f"{100 * predictions.n_right / n:.2f} % ({predictions.n_right} of {n})"
-        lines.append(f"accuracy {right}: every image lies in a folder named as a class")
-        most_probable = predictions.probabilities.argmax(1).tolist()
-        kept = [p == t for p, t, sure in zip(most_probable, predictions.truth, predictions.sure, strict=True) if sure]
-        if 0 < len(kept) < n:
-            lines.append(f"accuracy of those kept {100 * sum(kept) / len(kept):.2f} % ({sum(kept)} of {len(kept)})")
-    elif n_known:
-        lines.append(f"no accuracy: only {n_known} of {n} images lie in a folder named as a class")
-    return lines
+    return lines + accuracy_lines(predictions)

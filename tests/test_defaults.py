@@ -24,7 +24,7 @@ EXCEPT = {
     ("DataOptions", "crop_scale"): "a split is not to be augmented, unless that is asked for",
 }
 # HeadFit is of stage 1's tests; AlignmentSetting, of the other two, brings one of its own.
-STAGES_OF = {"HeadFit": ["transfer"], "Augmentation": ["transfer", "meta"]}
+STAGES_OF = {"HeadFit": ["transfer"], "Augmentation": ["transfer", "meta"], "Comparison": ["predict"]}
 ROOMS = ["engine", "models", "data", "methods", "persistence", "reporting", "photos"]
 
 

@@ -58,10 +58,7 @@ from persistence.feature_cache import FeatureCache
 from persistence.import_published import import_published
 from persistence.run_files import ALIGNMENT_STATE, STATE_FORMAT, TRAINING_STATE
 from persistence.saved_episode import read_saved_episodes
-from photos.base import base_hashes
-from photos.classifier import Answers
 from photos.classifier_file import load_classifier
-from photos.labelling import Part, Parts
 from reporting.paper_tables import finished
 from reporting.report import read_results, result_rows, training_logs
 from tests.helpers import CHECKPOINT, CURVE, RUN, STAGE_1, STAGE_3, TRAIN, call, folders, make_split
@@ -217,7 +214,8 @@ def read_weights(path: Path, suffix: str) -> object:
 
 
 def read_kept_classifier(path: Path) -> object:
-    classifier, facts = load_classifier(path)
+    fitted = load_classifier(path, None, torch.device("cpu"))
+    classifier, facts = fitted.classifier, fitted.facts
     modules = (classifier.backbone, classifier.aligned, classifier.finetuned, classifier.head)
     numbers = [module.state_dict() for module in modules]
     return numbers, classifier.z_support, classifier.y_support, classifier.examples, classifier.confidence, facts
@@ -247,15 +245,6 @@ def cached(suffix: str, ask: Callable[[Path], Any]) -> Kind:
 
 def activations(folder: Path) -> Any:
     return FeatureCache(folder, Run()).activations(split_backbone(backbone(), 2)[0], SPLIT).sum().item()
-
-
-def hashes(folder: Path) -> Any:
-    source = folder.parent / "source"
-    source.mkdir(exist_ok=True)
-    paths = [source / name for name in "abc"]
-    for path in paths:
-        path.write_text(path.name)
-    return base_hashes(paths, SPLIT, folder)
 
 
 def image_arrays(folder: Path) -> Any:
@@ -301,7 +290,6 @@ def read_state(path: Path, schema: dict) -> object:
 
 
 NUMBERS = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
-PART = Part([0, 1], Answers(NUMBERS, NUMBERS + 1, NUMBERS[:, 0].clone(), torch.tensor([1, 0])), ["x"])
 LISTED = {"label_names": ["a", "b"], "image_names": ["1.png", "2.png"], "image_labels": [0, 1]}
 SPLIT_FILE = {"base": ["a"], "val": {"b": [1]}, "novel": []}
 PICKLED = {"data": np.zeros((20, 30), np.uint8), "labels": [1, 2.5, "name"], "more": {"a": (None, True)}}
@@ -337,9 +325,7 @@ KINDS = {
     "alignment state": Kind(kept("logs", f"{STAGE_3}_last.tar"), lambda path: read_state(path, ALIGNMENT_STATE), True),
     "saved episode": Kind(kept("episodes", f"{STAGE_3}.pt"), read_saved_episodes, True),
     "classifier": Kind(kept(CLASSIFIER), read_kept_classifier, True),
-    "part": cached(".pt", lambda folder: part(folder)),
     "features": cached(".pt", lambda folder: FeatureCache(folder, Run()).features(backbone(), SPLIT)),
-    "hashes": cached(".pt", hashes),
     "activations": cached(".npy", activations),
     "cache": cached("meta.json", image_arrays),
     "sizes": cached("sizes.bin", image_arrays),
@@ -350,15 +336,6 @@ KINDS = {
     "glyphs": Kind(constant(json.dumps({"benchmark": "glyphs", "seed": 3, "version": 1})), read_settings),
     "lock": Kind(constant("process 1 on elsewhere since 2020-01-01 00:00:00\n"), read_lock),
 }
-
-
-def part(folder: Path) -> Part:
-    """A part of labelling, as it is kept or else as it is made anew."""
-    parts = Parts(folder, "key")
-    found = parts.load(0, 3)
-    if found is None:
-        parts.save(0, PART)
-    return found or PART
 
 
 class Command(NamedTuple):

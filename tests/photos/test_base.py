@@ -2,13 +2,12 @@
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
 from data.benchmarks import DataOptions
 from engine.errors import UserError
-from photos.base import base_hashes, load_base, shared_classes, without_classes
+from photos.base import load_base, shared_classes, without_classes
 from tests.helpers import make_benchmark, make_split
 
 
@@ -40,19 +39,9 @@ def test_classes_of_the_same_name_or_with_the_same_image_are_found(root):
     base, paths = load_base(root / "tiny", options(root))
     shutil.copy(paths[-1], root / "mine.png")
     mine = [root / "mine.png", root / "tiny" / "novel" / "class06" / "000.png"]
-    assert shared_classes(base, paths, root / "cache", ["zebra"], mine[1:]) == {}
-    found = shared_classes(base, paths, root / "cache", ["zebra", "Class01"], mine)
+    assert shared_classes(base, paths, ["zebra"], mine[1:]) == {}
+    found = shared_classes(base, paths, ["zebra", "Class01"], mine)
     assert found == {1: "is a class of the support", 3: "holds 1 of the support and query images"}
-
-
-def test_hashes_are_kept_and_damaged_ones_made_anew(root):
-    base, paths = load_base(root / "tiny", options(root))
-    first = base_hashes(paths, base, root / "cache")
-    (kept,) = (root / "cache").glob("hashes_*.pt")
-    assert np.array_equal(first, base_hashes([], base, root / "cache")) is False  # other images: none is kept for them
-    base_hashes(paths, base, root / "cache")
-    kept.write_bytes(b"damaged")
-    assert np.array_equal(base_hashes(paths, base, root / "cache"), first)
 
 
 def test_images_of_classes_that_are_left_out_do_not_count():

@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import torch
 
+from photos.compare import calibration_error
 from tests.helpers import CHECKPOINT, call
 
 SMALL = [
@@ -38,6 +40,11 @@ def test_the_table_has_a_row_a_classifier_and_what_the_temperature_does(workspac
     assert len(re.findall(r"aligned is better by -?[\d.]+ ± ", outcome.out)) == 6
     assert len(re.findall(r"calibration error [\d.]+ % before, [\d.]+ % after", outcome.out)) == 2
     assert len(re.findall(r"--reject 0.\d: [\d.]+ % kept", outcome.out)) == 6
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    p = torch.tensor([[0.9, 0.1]] * 4 + [[0.4, 0.6]] * 2)
+    assert calibration_error(p, torch.tensor([0, 0, 0, 1, 1, 1])) == pytest.approx((4 * 0.15 + 2 * 0.4) / 6, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from methods.novel_finetune import HeadFit
 from photos.confidence import (
     FAR,
     MAX_FOLDS,
-    calibration_error,
     cross_validate,
     fit_temperature,
     folds,
@@ -65,11 +64,6 @@ def test_a_few_right_answers_do_not_make_sure():
     logits = torch.eye(2).repeat(2, 1)
     p = (logits / fit_temperature(logits, torch.tensor([0, 1, 0, 1]))).softmax(1).max(1).values
     assert 0.9 < p.min() and p.max() < 0.99
-
-
-def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
-    p = torch.tensor([[0.9, 0.1]] * 4 + [[0.4, 0.6]] * 2)
-    assert calibration_error(p, torch.tensor([0, 0, 0, 1, 1, 1])) == pytest.approx((4 * 0.15 + 2 * 0.4) / 6, abs=1e-6)
 
 
 def features(seed, n_base=8):

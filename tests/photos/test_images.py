@@ -62,7 +62,7 @@ def test_class_names_are_printable(tmp_path):
 @pytest.mark.parametrize(
     "files, given, message",
     [
-        ([], "missing", "missing does not exist: give a folder of one subfolder a class"),
+        ([], "missing", "missing does not exist: give a folder of one subfolder per class"),
         (["file"], "file", "file is not a folder: give a folder"),
         (["1.png"], ".", "holds no class folders"),
         (["ant/1.png"], ".", "holds a single class, 'ant': add a subfolder for each of the others"),
@@ -158,7 +158,7 @@ def test_views_are_those_of_a_benchmark_in_order_and_nothing_is_written(tmp_path
     monkeypatch.setattr(image_cache, "CHUNK", 2)
     paths = colours(tmp_path, 5)
     before = set(tmp_path.rglob("*"))
-    views, kept, reasons = decode_views(paths, 5, 16, num_workers, quiet=True)
+    views, kept, reasons = decode_views(paths, 16, num_workers)
     assert views.shape == (5, 3, 16, 16) and views.dtype == torch.uint8
     for path, view in zip(paths, views, strict=True):
         assert torch.equal(view, torch.from_numpy(eval_view(open_rgb(path), 16).copy()))
@@ -166,25 +166,25 @@ def test_views_are_those_of_a_benchmark_in_order_and_nothing_is_written(tmp_path
     assert set(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("bad, n_needed", [([2], 3), ([0], 1), ([4], 5), ([3, 1], 2)])
-def test_a_bad_image_among_the_needed_ones_is_named(tmp_path, bad, n_needed):
+@pytest.mark.parametrize("bad", [[2], [0], [4], [3, 1]])
+def test_a_bad_image_is_named(tmp_path, bad):
     paths = colours(tmp_path, 5)
     for i in bad:
         paths[i].write_bytes(b"<html>not found</html>")
     with pytest.raises(UserError, match=rf"{min(bad)}\.png cannot be decoded"):
-        decode_views(paths, n_needed, 16, 2, quiet=True)
+        decode_views(paths, 16, 2)
 
 
-def test_bad_images_after_the_needed_ones_are_left_out_and_said(tmp_path, monkeypatch):
+def test_bad_images_are_left_out_and_said_when_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "CHUNK", 2)
     paths = colours(tmp_path, 6)
-    whole, _, _ = decode_views(paths, 6, 16, 2, quiet=True)
+    whole, _, _ = decode_views(paths, 16, 2)
     for i in (2, 5):
         paths[i].write_bytes(paths[i].read_bytes()[:40])
-    views, kept, reasons = decode_views(paths, 2, 16, 2, quiet=True)
+    views, kept, reasons = decode_views(paths, 16, 2, skip_bad=True)
     assert kept == [0, 1, 3, 4] and torch.equal(views, whole[kept])
     assert [str(paths[i]) in reason for i, reason in zip((2, 5), reasons, strict=True)] == [True, True]
-    views, kept, reasons = decode_views(paths[2:3], 0, 16, 2, quiet=True)
+    views, kept, reasons = decode_views(paths[2:3], 16, 2, skip_bad=True)
     assert views.shape == (0, 3, 16, 16) and kept == [] and len(reasons) == 1
 
 
@@ -192,7 +192,7 @@ def test_the_bar_counts_every_image_unless_quiet(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     paths = colours(tmp_path, 3)
     paths[1].write_bytes(b"")
-    decode_views(paths, 0, 16, 1)
+    decode_views(paths, 16, 1, skip_bad=True, quiet=False)
     assert "3/3" in capfd.readouterr().err
-    decode_views(paths, 0, 16, 1, quiet=True)
+    decode_views(paths, 16, 1, skip_bad=True)
     assert capfd.readouterr() == ("", "")

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from engine.errors import UserError
-from photos.predictions import Predictions
 from photos.predictions_page import write_predictions
+from photos.table import Predictions
 
 EVIL = "<script>alert(1)</script>"
 
@@ -30,8 +30,8 @@ def predictions_of(support, related):
         class_names=["heron", "tern"],
         probabilities=torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]) if related else finetuned,
         finetuned=finetuned,
-        nearest=[support / "heron" / "a.png", support / "tern" / "b.png", support / "tern" / "b.png"],
-        nearest_label=[0, 1, 1],
+        nearest=[0, 1, 1],
+        unlike=[False] * 3,
         truth=[None, 0, None],
         related=related,
         n_support=[1, 1],

@@ -1,0 +1,143 @@
+"""Fit a classifier to a few examples per class, with what it takes from a base set."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.benchmarks import DataOptions, Split, load_split
+from engine.errors import UserError
+from engine.run import Run, move_if_fits
+from methods.alignment import AlignedEpisode, AlignmentSetting
+from methods.features import MAPPED, Source, feature_source, trainable_blocks
+from methods.related_base import empty_notes, exceeding_notes
+from models.backbone import Backbone
+from persistence.checkpoints import create_backbone, load_backbone
+from persistence.chosen_setting import choose_for_support
+from persistence.feature_cache import FeatureCache
+from photos.base import base_without
+from photos.classifier import Fitted, fit_classifier
+from photos.images import decode_views, ignored_notes, list_support
+
+
+@dataclass(frozen=True)
+class FitFlags:
+    """What a classifier is fitted by; each field is explained at the flag of the same name."""
+
+    checkpoint: Path | None
+    backbone: str | None
+    weights: str
+    img_size: int | None
+    base: Path | None
+    image_root: Path | None
+    cache_dir: Path
+    rebuild_cache: bool
+    num_workers: int
+    align_preset: str
+    align_blocks: int | None
+    setting: AlignmentSetting
+
+
+@dataclass(frozen=True)
+class Examples:
+    """k support images (see open_image), their names and labels, 0 to n_way - 1, of n_way classes."""
+
+    class_names: list[str]
+    images: Sequence[Any]
+    names: list[str]
+    labels: list[int]
+
+
+def fit_folder(support: Path, queries: Sequence[Path], flags: FitFlags, run: Run) -> Fitted:
+    """A classifier fitted to the images of a support folder. Raises UserError when something given is wrong."""
+    class_names, paths, labels = list_support(support)
+    names = [f"{path.parent.name}/{path.name}" for path in paths]
+    fitted = fit_examples(Examples(class_names, paths, names, labels), queries, flags, run)
+    fitted.notes.extend(ignored_notes(support, paths))
+    return fitted
+
+
+def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, run: Run) -> Fitted:
+    """A classifier fitted to examples; base classes that hold one of them, or of the queries, are left out."""
+    backbone, img_size, facts = trained_backbone(flags, run)
+    blocks = trainable_blocks(backbone, flags.align_blocks)
+    user = user_split(examples, img_size, flags, run)
+    facts |= {"images_sha256": user.fingerprint}
+    setting, notes = flags.setting, list[str]()
+    base: Source | None = None
+    if flags.base is None or setting.alignment == "none":
+        why = f"--base {flags.base} is not used, for --alignment none" if flags.base else "it takes base images, --base"
+        notes.append(f"no alignment: {why}")
+    else:
+        parent, loading = Path(os.path.abspath(flags.base)).parent, (flags.num_workers, run.quiet, None)
+        options = DataOptions(
+            parent, img_size, flags.cache_dir, flags.image_root, *loading, rebuild_cache=flags.rebuild_cache
+        )
+        files = [Path(image) for image in (*examples.images, *queries) if isinstance(image, str | Path)]
+        split, notes = base_without(flags.base, options, examples.class_names, files)
+        facts |= {"base": split.benchmark, "base_fingerprint": split.fingerprint}
+        cache = FeatureCache(flags.cache_dir, run)
+        if blocks.in_feature_space and len(split.labels) * backbone.feature_dim > MAPPED:
+            base = feature_source(move_if_fits(cache.half_features(backbone, split), run.device), split)
+        else:
+            base = cache.source(backbone, blocks, split)
+        if flags.align_preset == "auto":
+            load_val = partial(load_split, options, split.benchmark, "val")
+            n_support = torch.bincount(user.labels).tolist()
+            choice = choose_for_support(load_val, backbone, base, cache, n_support, setting)
+            setting = choice.setting
+            notes += [line.removeprefix("note: ") for line in choice.lines]
+    classifier, episode = fit_classifier(backbone, blocks, user, base, setting, run)
+    fitted = Fitted(classifier, facts | {"alignment": setting.alignment, "method": setting.fit.method}, notes=notes)
+    if base is not None and setting.alignment != "none":
+        names = base.split.class_names
+        notes += alignment_notes(episode, setting, user.class_names, len(names))
+        pairs = zip(user.class_names, episode.related.classes, strict=True)
+        fitted.related.update({name: [names[b] for b in classes] for name, classes in pairs})
+    return fitted
+
+
+def trained_backbone(flags: FitFlags, run: Run) -> tuple[Backbone, int, dict[str, Any]]:
+    """The backbone on the run's device, its image size, and what a record says of it."""
+    if not flags.checkpoint:
+        name, img_size = str(flags.backbone), flags.img_size or 0
+        backbone = create_backbone(name, img_size, run.seed, weights=flags.weights)
+        facts: dict[str, Any] = {}
+    elif not flags.checkpoint.is_file():
+        raise UserError(
+            f"no checkpoint {flags.checkpoint}: give the path of a *_bestModel.tar; 'make demo' or transferLearning.py "
+            "writes one to results/models"
+        )
+    else:
+        backbone, checkpoint = load_backbone(flags.checkpoint, flags.backbone, flags.img_size)
+        name, img_size = checkpoint.backbone, checkpoint.img_size
+        facts = {"checkpoint_stage": checkpoint.stage, "checkpoint_dataset": checkpoint.dataset}
+    facts |= {"backbone": name, "img_size": img_size}
+    return backbone.to(run.device).to(memory_format=torch.channels_last), img_size, facts
+
+
+def user_split(examples: Examples, img_size: int, flags: FitFlags, run: Run) -> Split:
+    """The examples as a split, decoded."""
+    images, _, _ = decode_views(examples.images, img_size, flags.num_workers, quiet=run.quiet)
+    sizes = torch.tensor(images.shape[2:]).expand(len(images), -1)
+    digest, labels = hashlib.sha256(images.numpy().tobytes()).hexdigest(), torch.tensor(examples.labels)
+    return Split("", "user", examples.class_names, examples.names, labels, images, None, sizes, digest)
+
+
+def alignment_notes(
+    episode: AlignedEpisode, setting: AlignmentSetting, class_names: list[str], n_base_class: int
+) -> list[str]:
+    """What a user should know of the related base images that alignment had."""
+    notes = exceeding_notes(len(class_names), setting.related.n_B, n_base_class)
+    notes += empty_notes(episode.related, class_names)
+    if 0 < episode.n_drawn < setting.related.aug_size:
+        notes.append(
+            f"the smallest related set holds fewer than --aug_size {setting.related.aug_size} images: "
+            f"{episode.n_drawn} were drawn of each class"
+        )
+    return notes
