@@ -23,8 +23,8 @@ EXCEPT = {
     ("DataOptions", "quiet"): "what runs without flags shows no bars",
     ("DataOptions", "crop_scale"): "a split is not to be augmented, unless that is asked for",
 }
-# HeadFit is of stage 1's tests; AlignmentSetting, of the other two, brings one of its own.
-STAGES_OF = {"HeadFit": ["transfer"], "Augmentation": ["transfer", "meta"], "Comparison": ["predict"]}
+# HeadFit is that of alignment; the flags of stage 1 have a margin of their own.
+STAGES_OF = {"HeadFit": ["alignment", "predict"], "Augmentation": ["transfer", "meta"], "Comparison": ["predict"]}
 ROOMS = ["engine", "models", "data", "methods", "persistence", "reporting", "photos"]
 
 
