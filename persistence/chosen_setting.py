@@ -1,6 +1,5 @@
 """What --align_preset auto chose by: a table beside the checkpoint, under a hash of all that it follows from."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,7 +14,9 @@ from engine.files import matches_schema, read_json, weights_digest
 from engine.records import provenance, write_json
 from engine.run import Run
 from methods.alignment import AlignmentSetting
-from methods.features import Source, trainable_blocks
+from methods.feature_alignment import ALIGN_VERSION
+from methods.features import EMBED_VERSION, Source, trainable_blocks
+from methods.novel_finetune import FIT_VERSION
 from methods.setting_choice import FINE_TUNING, N_EPISODES, Row, candidates, choose_setting, flags_text, winner
 from models.backbone import Backbone
 from persistence.feature_cache import FeatureCache
@@ -49,9 +50,9 @@ def choose_and_keep(
         episodes = sample_episodes(val, shape, N_EPISODES, run.seed)
     except UserError as error:
         return no_choice(setting, error)
-    # Another weight, image, base class, protocol or candidate, another name.
+    # Another weight, image, base class, protocol, candidate or version of the code, another name.
     splits = (val.fingerprint, base.split.fingerprint, tuple(base.split.class_names))
-    facts = (*splits, shape, run.seed, run.precision.name, N_EPISODES)
+    facts = (*splits, shape, run.seed, run.precision.name, N_EPISODES, EMBED_VERSION, FIT_VERSION, ALIGN_VERSION)
     asked = {flags: replace(each, record_curve=0) for flags, each in settings.items()}
     path = stem.with_name(f"{stem.stem}_auto_{weights_digest(backbone, *facts, asked)}.json")
     rows = read_rows(path, list(settings))
@@ -110,7 +111,6 @@ def read_rows(path: Path, flags: list[str]) -> list[Row] | None:
     try:
         record = read_json(path)
         rows = [Row(**row) for row in record["rows"]] if matches_schema(record, {"rows": [get_type_hints(Row)]}) else []
-        numbers = [value for row in rows for value in (row.accuracy, row.gain, row.gain_ci95)]
-        return rows if [row.flags for row in rows] == flags and all(map(math.isfinite, numbers)) else None
     except (OSError, ValueError, TypeError):
         return None
+    return rows if [row.flags for row in rows] == flags else None

@@ -29,6 +29,7 @@ EVERY_STATE: Schema = {"config": FLAGS, "made_from": dict[str, str], "seconds": 
 TRAINING_STATE: Schema = EVERY_STATE | {
     "scaler": dict[str, float],
     **{"n_done": int, "best": float, "backbone": dict[str, Tensor], "head": dict[str, Tensor]},
+    "rows": [dict[str, float | None]],
     "optimizer": {"state": dict[int, dict[str, Tensor]]},
 }
 COLUMNS = ("finetuned", "aligned", "curve", "losses", "n_related", "n_empty", "n_drawn")
@@ -118,13 +119,8 @@ class RunFiles:
         Quiet, it prints nothing.
         """
         took = ""
-        with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
-            record = read_json(self.table)
-            took = (
-                f"; it took {record['seconds'] / 60:.1f} min last time"
-                if matches_schema(record, {"seconds": float})
-                else ""
-            )
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none yet, or damaged
+            took = f"; it took {read_json(self.table)['seconds'] / 60:.1f} min last time"
         if not quiet:
             name = self.name
             print(f"{self.stage}: {name.method}, {name.backbone}, {name.dataset}: {what}{took}; result: {self.table}")

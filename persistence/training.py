@@ -15,7 +15,6 @@ from data.benchmarks import Split
 from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.distributed import rank_0_first
 from engine.errors import UserError
-from engine.files import matches_schema, read_json
 from engine.records import to_json
 from engine.run import Run
 from methods.evaluation import EpisodeScores, mean_and_ci95
@@ -128,20 +127,16 @@ class TrainState:
         )
 
     def restore(self, n_epoch: int) -> None:
-        """Go on from the state that was found, with the metrics as they were then. Raises UserError if it does not fit.
-
-        A state that keeps no rows, of an older version, goes on with those of the metrics file.
-        """
-        last, metrics = self.files.last, self.files.metrics.path
+        """Go on from the state that was found, and its metrics. Raises UserError if it does not fit."""
+        last = self.files.last
         with self.files.taking_over() as state:
             self.model.backbone.load_state_dict(state["backbone"])
             self.model.head.load_state_dict(state["head"])
             load_moments(self.model.optimizer, state["optimizer"]["state"])
             self.run.precision.scaler.load_state_dict(state["scaler"])
             self.n_done, self.best = state["n_done"], state["best"]
-            n_rows = self.n_done - self.first
-            self.rows = state["rows"] if "rows" in state else read_json(metrics, lines=True)[:n_rows]
-            if not matches_schema(self.rows, list[dict[str, float | None]]) or len(self.rows) != n_rows:
+            self.rows = state["rows"]
+            if len(self.rows) != self.n_done - self.first:
                 raise ValueError("its rows are of other epochs")
         if self.n_done > n_epoch:
             raise UserError(f"{last} has done {self.n_done} epochs, more than --n_epoch {n_epoch}: give at least that")

@@ -12,8 +12,8 @@ from tests.helpers import ROOT
 PAGES = [*(ROOT / name for name in ("README.md", "SECURITY.md", "fs_benchmarks/README.md", "results/README.md"))]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 SOURCES = [path for path in ROOT.glob("**/*.py") if path.relative_to(ROOT).parts[0] not in (".venv", "tests")]
-# Flags of torchrun, ruff, tensorboard and tests.fault_run.
-FOREIGN = {"--standalone", "--nproc_per_node", "--check", "--logdir", "--minutes", "--help"}
+# Flags of torchrun, ruff and tensorboard.
+FOREIGN = {"--standalone", "--nproc_per_node", "--check", "--logdir", "--help"}
 
 
 def ids(paths):

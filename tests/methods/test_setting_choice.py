@@ -166,13 +166,18 @@ def test_a_second_run_reads_the_table_and_a_damaged_one_is_made_anew(kept_choice
         assert path.read_text() == text
 
 
-def test_another_protocol_val_split_or_set_of_base_classes_has_a_table_of_its_own(kept_choice, tmp_path):
+def test_another_protocol_split_set_of_base_classes_or_version_has_a_table_of_its_own(
+    kept_choice, tmp_path, monkeypatch
+):
     kept_choice()
     kept_choice(EpisodeShape(5, 2, 5))
     kept_choice(align_m=0.1)
     kept_choice(val=make_split((20,) * 6, split="val", seed=9))
     kept_choice(left_out=[5])  # a class that the user has too
-    assert len(list(tmp_path.glob("best_auto_*.json"))) == 5
+    for version in ("EMBED_VERSION", "FIT_VERSION", "ALIGN_VERSION"):
+        monkeypatch.setattr(kept, version, 99)
+        kept_choice()
+    assert len(list(tmp_path.glob("best_auto_*.json"))) == 8
 
 
 @pytest.mark.parametrize(

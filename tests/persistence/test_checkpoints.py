@@ -153,27 +153,22 @@ def fail_to_save(monkeypatch, error):
 FULL, WRITER = OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter\nfailed")
 
 
-@pytest.mark.parametrize(("fail", "error"), [(fail_to_replace, FULL), (fail_to_save, FULL), (fail_to_save, WRITER)])
+@pytest.mark.parametrize(
+    ("fail", "error"),
+    [
+        *((fail_to_replace, FULL), (fail_to_save, FULL), (fail_to_save, WRITER)),
+        *((fail, KeyboardInterrupt()) for fail in (fail_to_replace, fail_to_save)),
+    ],
+)
 def test_a_failing_write_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, monkeypatch, saved, fail, error):
     path = tmp_path / "model.tar"
     shutil.copy(saved[0], path)
     with monkeypatch.context() as patch:
         fail(patch, error)
-        with pytest.raises(UserError, match="cannot be written") as raised:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt if interrupted else UserError) as raised:
             save_checkpoint(path, a_checkpoint(trained_backbone(1)))
-    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
-    assert path.read_bytes() == saved[0].read_bytes()
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("fail", [fail_to_replace, fail_to_save])
-def test_an_interrupted_write_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, monkeypatch, saved, fail):
-    path = tmp_path / "model.tar"
-    shutil.copy(saved[0], path)
-    with monkeypatch.context() as patch:
-        fail(patch, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(path, a_checkpoint(trained_backbone(1)))
+    assert interrupted or (f"{path} cannot be written" in str(raised.value) and "\n" not in str(raised.value))
     assert path.read_bytes() == saved[0].read_bytes()
     assert list(tmp_path.iterdir()) == [path]
 
@@ -312,26 +307,6 @@ def test_what_is_no_checkpoint_is_named_with_a_remedy(tmp_path, saved, kind):
     message = str(error.value)
     assert str(path) in message and "not a checkpoint of this project" in message and "transferLearning.py" in message
     assert "\n" not in message
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_damaged_checkpoints_raise_nothing_but_user_errors(tmp_path):
-    path, damaged = tmp_path / "model.tar", tmp_path / "damaged.tar"
-    small = {"weight": torch.zeros(2)}
-    save_checkpoint(path, a_checkpoint(trained_backbone(), backbone_state=small, head_state=small))
-    content = path.read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    n_refused = 0
-    for _ in range(300):
-        changed = bytearray(content)
-        for position in torch.randint(len(content), (6,), generator=generator).tolist():
-            changed[position] = int(torch.randint(256, (), generator=generator))
-        damaged.write_bytes(changed)
-        try:
-            load_checkpoint(damaged)
-        except UserError:
-            n_refused += 1
-    assert n_refused > 50
 
 
 def test_a_missing_checkpoint_is_named_with_a_remedy(tmp_path):

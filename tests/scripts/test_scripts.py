@@ -199,16 +199,6 @@ def spoil_checkpoint(root):
     (root / "results" / "models" / CHECKPOINT).write_bytes(b"not a checkpoint")
 
 
-def spoil_class(root):
-    for image in sorted((root / "benchmarks" / "tiny" / "novel" / "class12").iterdir())[4:]:
-        image.unlink()
-
-
-def spoil_image(root):
-    image = next((root / "benchmarks" / "tiny" / "novel" / "class13").iterdir())
-    image.write_bytes(image.read_bytes()[:100])
-
-
 def rename_base_class(root):
     folder = root / "benchmarks" / "tiny" / "base" / "class00"
     folder.rename(folder.with_name("other"))
@@ -229,10 +219,7 @@ def nothing(root):
 
 USER_ERRORS = {
     "missing dataset": ("transferLearning", nothing, ["--dataset", "absent"], ["absent", "data.prepare", "glyphs"]),
-    "more ways than classes": ("transferLearning", nothing, ["--test_n_way", 7], ["6 classes", "7 ways"]),
-    "class too small": ("transferLearning", spoil_class, [], ["class12", "4 images", "n_shot + n_query = 5"]),
     "empty class": ("transferLearning", empty_class, [], ["empty", "no images"]),
-    "truncated image": ("transferLearning", spoil_image, [], ["class13", "cannot be decoded"]),
     "image too small for Conv4": (
         "transferLearning",
         nothing,
@@ -243,18 +230,11 @@ USER_ERRORS = {
     "diverging loss": ("transferLearning", nothing, ["--lr", 1e30, "--method", "softMax"], ["epoch", "batch", "--lr"]),
     "no such device": ("transferLearning", nothing, ["--device", "mps"], ["mps", "cpu"]),
     "way of 1": ("transferLearning", nothing, ["--test_n_way", 1], ["--test_n_way", "at least 2"]),
-    "negative rate": ("transferLearning", nothing, ["--lr", -1], ["--lr", "above 0"]),
     "crop scale out of order": ("transferLearning", nothing, ["--crop_scale", 1, 0.5], ["--crop_scale", "order"]),
     "unknown flag": ("transferLearning", nothing, ["--n_shots", 5], ["--n_shots", "--help"]),
     "no checkpoint": ("associative_alignment", nothing, ["--n_shot", 1], ["1shot", "transferLearning.py"]),
     "init_from is missing": ("associative_alignment", nothing, ["--init_from", "absent.tar"], ["absent.tar"]),
     "not a checkpoint": ("associative_alignment", spoil_checkpoint, [], [CHECKPOINT, "not a checkpoint"]),
-    "other image size": (
-        "associative_alignment",
-        nothing,
-        ["--img_size", 32],
-        ["img_size 16, not 32", "--img_size 16"],
-    ),
     "too many blocks": ("associative_alignment", nothing, ["--align_blocks", 5], ["--align_blocks 5", "4 blocks"]),
     "other base classes": ("associative_alignment", rename_base_class, [], ["base classes", "trained on"]),
     "unwritable results": ("associative_alignment", block_results, [], ["tables", "cannot be written"]),
