@@ -35,7 +35,7 @@ class AlignmentSetting:
     """The numbers of one episode of stage 3; each is explained at the flag of the same name."""
 
     alignment: str = "centroid"
-    fit: HeadFit = HeadFit(ft_m=0.001)
+    fit: HeadFit = HeadFit()
     related: RelatedSetting = field(default_factory=RelatedSetting)
     critic: CriticSetting = field(default_factory=CriticSetting)
     align_s: float = 15.0
