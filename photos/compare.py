@@ -48,6 +48,11 @@ class Comparison:
     n_B: int = 10
     aug_size: int = 50
 
+    @property
+    def settings(self) -> tuple[AlignmentSetting, AlignmentSetting]:
+        """Those of the head as fitted, and aligned in feature space, else with the defaults of predict.py."""
+        return AlignmentSetting("none"), AlignmentSetting("head", related=RelatedSetting(self.n_B, self.aug_size))
+
 
 def logistic_regression(source: Source, episodes: Episodes, strength: float) -> Tensor:
     """The accuracy (E,) of scikit-learn's on unit features. Raises UserError when it is not installed."""
@@ -109,8 +114,8 @@ def comparison_lines(sources: dict[str, Source], n_shot: int, on: Comparison, ru
     strength = max(STRENGTHS, key=lambda c: logistic_regression(sources["val"], val, c).mean().item())
     episodes = sample_episodes(novel.split, shape, on.n_episodes, run.seed)
     tasks, y = list(map(episodes.task, range(len(episodes)))), class_major_labels(on.n_way, on.n_query)
-    aligned = AlignmentSetting("head", related=RelatedSetting(on.n_B, on.aug_size))
-    heads = {"our head": (None, AlignmentSetting("none")), "our head, aligned": (sources["base"], aligned)}
+    fitted, aligned = on.settings
+    heads = {"our head": (None, fitted), "our head, aligned": (sources["base"], aligned)}
     logits = {
         name: left_out_logits(tasks, novel, *head, run).view(len(tasks), -1, on.n_way) for name, head in heads.items()
     }

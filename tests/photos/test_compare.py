@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 
-from photos.compare import calibration_error
+from args_parser import args_parser, from_flags
+from methods.alignment import AlignmentSetting
+from photos.compare import Comparison, calibration_error
 from tests.helpers import CHECKPOINT, call
 
 SMALL = [
@@ -40,6 +42,12 @@ def test_the_table_has_a_row_a_classifier_and_what_the_temperature_does(workspac
     assert len(re.findall(r"aligned is better by -?[\d.]+ ± ", outcome.out)) == 6
     assert len(re.findall(r"calibration error [\d.]+ % before, [\d.]+ % after", outcome.out)) == 2
     assert len(re.findall(r"--reject 0.\d: [\d.]+ % kept", outcome.out)) == 6
+
+
+@pytest.mark.parametrize("i, base", [(0, []), (1, ["--base", "b"])])
+def test_the_heads_are_those_of_predict(i, base):
+    args = args_parser("predict", ["--support", "s", "--query", "q", "--checkpoint", "c", *base])
+    assert Comparison().settings[i] == from_flags(AlignmentSetting, args)
 
 
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
