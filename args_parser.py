@@ -197,7 +197,7 @@ TRANSFER: Table = [
     flag("--n_epoch", COUNT_OR_0, 600, "epochs over the base classes; 0 tests --init_from, or --weights, as it is"),
     flag("--batch_size", COUNT, 64, "images in a batch, of all processes together if there are several"),
     flag("--sync_bn", SWITCH, False,
-         "with several processes: batch norm over the whole batch, not over each one's part"),
+         "on several GPUs: batch norm over the whole batch, not over each process's part (PyTorch's SyncBatchNorm)"),
     flag("--lr", POSITIVE, 1e-3, "learning rate of Adam, constant"),
     flag("--n_base_class", COUNT, None, "number of base classes, to be checked against the data"),
     flag("--s", POSITIVE, 20.0, "scale of cosMax and arcMax on the base classes"),

@@ -11,13 +11,13 @@ from data.benchmarks import DataOptions, count_classes, load_split
 from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, TrainingImages, training_images
 from engine.distributed import copy_rank_0, data_parallel, rank_0_first
+from engine.errors import UserError
 from engine.script import run_script
 from methods.base_training import TrainingFeatures, last_blocks, train_base_epoch
 from methods.evaluation import EpisodeScores, evaluate_heads
 from methods.features import embed
 from methods.novel_finetune import HeadFit
-from models import Model, build_head, n_parameters
-from models.global_batch_norm import use_global_batch_norm
+from models import Model, build_head, n_parameters, sync_batch_norm
 from persistence.checkpoints import BackboneSpec, initial_backbone
 from persistence.feature_cache import FeatureCache
 from persistence.results import save_result
@@ -28,6 +28,8 @@ from persistence.training import TrainState
 def main() -> None:
     args, run, files = start_training("transfer")
     ranks = run.ranks
+    if args.sync_bn and run.device.type != "cuda":
+        raise UserError("--sync_bn is for GPUs: PyTorch has no batch norm over several processes of a CPU")
 
     # Images as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch.
     load = partial(load_split, from_flags(DataOptions, args))
@@ -44,7 +46,7 @@ def main() -> None:
     backbone, _ = initial_backbone(from_flags(BackboneSpec, args), run)
     head = build_head(args.method, backbone.feature_dim, n_class, args.s, args.m, run.generator("base head"))
     if args.sync_bn and ranks.n > 1:
-        use_global_batch_norm(backbone)
+        backbone = sync_batch_norm(backbone)
     model = Model(backbone, head.to(run.device), args.lr)
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
     images: TrainingImages | TrainingFeatures = training_images(base, augmentation, run.device, backbone.normalisation)

@@ -3,8 +3,10 @@
 A new backbone or head is one class of the contract, `Backbone` or `Head`, and one entry.
 """
 
+import importlib
 import re
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -73,6 +75,16 @@ def build_backbone(name: str, img_size: int, relation: bool = False, weights: st
         raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}, {OTHERS_USAGE}")
     make = BACKBONES[name].for_relation if relation else BACKBONES[name]
     return make(img_size)
+
+
+def sync_batch_norm(backbone: Backbone) -> Backbone:
+    """The backbone, its batch norms over the images of all processes, on GPUs; it shares all parameters."""
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    if any(list(norm.children()) for norm in norms):  # timm's hold an activation, which PyTorch's conversion drops
+        convert = importlib.import_module("timm.layers").convert_sync_batchnorm
+    else:
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    return cast(Backbone, convert(backbone))
 
 
 def build_head(method: str, d: int, n_class: int, s: float, m: float, generators: Generators = None) -> Head:

@@ -29,7 +29,7 @@ class ConvBlock(nn.Module):
         nn.init.normal_(self.conv.weight, 0.0, math.sqrt(2.0 / (3 * 3 * c_out)))
 
     def forward(self, x: Tensor) -> Tensor:
-        # pooled_norm is of a plain batch norm, which GlobalBatchNorm may have replaced, and of at least one image.
+        # pooled_norm takes a plain batch norm, which nn.SyncBatchNorm may have replaced, and at least one image.
         conv, norm = self.conv, self.bn
         plain = isinstance(norm, nn.BatchNorm2d) and isinstance(self.pool, nn.MaxPool2d) and len(x) > 0
         learns = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)

@@ -44,6 +44,12 @@ def golden(name: str) -> dict[str, torch.Tensor]:
         return {key: torch.from_numpy(np.array(arrays[key])).to(DEVICE) for key in arrays.files}
 
 
+def net_without_norms() -> torch.nn.Module:
+    """A backbone, custom:tests.helpers:net_without_norms, whose features depend on no other image of a batch."""
+    conv = torch.nn.Conv2d(3, 16, 5, stride=2)
+    return torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+
+
 def make_benchmark(root: Path, n_class=(6, 6, 6), n_images=8, side=20, seed=0) -> Path:
     """Image folders root/{base,val,novel}/<class>/*.png, each class a colour and a stripe pattern, with noise."""
     rng = np.random.default_rng(seed)

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
-from models import BACKBONES, build_backbone, n_parameters, native_img_size
+from models import BACKBONES, build_backbone, n_parameters, native_img_size, sync_batch_norm
 from models.backbone import Backbone, PartlyFrozen, split_backbone
 from models.conv4 import Conv4
 from models.pretrained import PretrainedBackbone
@@ -321,3 +322,13 @@ def test_a_backbone_has_nothing_of_its_own_in_its_state():
 def test_unknown_names_and_weights_are_refused(name, weights, words):
     with pytest.raises(ValueError, match=words):
         build_backbone(name, 32, weights=weights)
+
+
+@pytest.mark.parametrize("name", ["Conv4", "ResNet12", "WideResNet", "torchvision:resnet18"])
+def test_batch_norm_over_processes_keeps_the_keys_the_parameters_and_the_features(name):
+    net, x = build_backbone(name, 64).eval(), images(2, 64)
+    before, expected = {key: value.data_ptr() for key, value in net.state_dict().items()}, net(x)
+    net = sync_batch_norm(net)
+    assert {key: value.data_ptr() for key, value in net.state_dict().items()} == before
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    torch.testing.assert_close(net(x), expected)

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from engine.normalisation import IMAGENET
-from models import build_backbone, native_img_size
+from models import build_backbone, native_img_size, sync_batch_norm
 from models.backbone import split_backbone
-from models.global_batch_norm import use_global_batch_norm
 from models.pretrained import timm_network
 
 SIDE = 64
@@ -96,7 +95,7 @@ def test_batch_norms_of_timm_keep_their_activation_over_processes():
     net = build_backbone("timm:mobilenetv3_small_050", SIDE).eval()
     with torch.no_grad():
         expected = net(images(2))
-        use_global_batch_norm(net)
+        net = sync_batch_norm(net)
         torch.testing.assert_close(net.eval()(images(2)), expected)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
 

@@ -157,6 +157,7 @@ FLAGS = {  # what argparse is given: (script, flags, parts of the line)
     "no validation": (STAGE_1, ["--val_episodes", 0], ["--val_episodes", "at least 1"]),
     "negative epochs": (STAGE_1, ["--n_epoch", -1], ["--n_epoch", "at least 0"]),
     "half an epoch": (STAGE_1, ["--n_epoch", 0.5], ["--n_epoch", "whole number"]),
+    "batch norm of a CPU": (STAGE_1, ["--sync_bn", "--device", "cpu"], ["--sync_bn", "for GPUs"]),
     "empty batch": (STAGE_1, ["--batch_size", 0], ["--batch_size", "at least 1"]),
     "rate NaN": (STAGE_1, ["--lr", "nan"], ["--lr", "out of range"]),
     "rate infinite": (STAGE_1, ["--lr", "inf"], ["--lr", "out of range"]),
