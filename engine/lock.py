@@ -1,90 +1,65 @@
-"""One run at a time on the same files: a lock that the system drops when the process that holds it ends."""
+"""One run at a time on the same files: a lock that the system releases when the process that holds it ends."""
 
 import contextlib
 import os
 import platform
 import time
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from engine.errors import UserError
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
-except ImportError:  # on this platform there is none: see hold
+except ImportError:  # this platform has no such locks: see hold
     flock = None  # type: ignore[assignment]
 
 
-def hold(path: Path, owner: object) -> None:
-    """Lock the file at `path` (see take) until `owner` is gone or this process ends.
+def hold(path: Path) -> int:
+    """Lock the file at `path` until its descriptor, which is returned, is closed, at the latest when the process ends.
 
-    Raises UserError when another process holds it, or when it cannot be written.
+    The file, which is never removed, names the process. Raises UserError, with that name, when another process holds
+    it, or when it cannot be written; a process may hold it twice. Prints a note where the file system has no locks.
     """
+    me = f"process {os.getpid()} on {platform.node()} since "
     try:
-        file = take(path)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): give another folder") from error
-    if file:
-        weakref.finalize(owner, release_at_end, path, file)
+    try:
+        if flock is None:
+            raise OSError("this platform has no flock")
+        flock(file, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        holder = " ".join(os.read(file, 200).decode(errors="replace").split()) or "it has just begun"
+        if holder.startswith(me):
+            return file
+        raise UserError(
+            f"another run is at work on these files ({holder}): wait until it ends, or give another "
+            f"--results_dir and --checkpoint_dir; the lock is {path}"
+        ) from None
+    except OSError as error:
+        print(f"note: whether another run is at work on these files cannot be known from here: {path}: {error}")
+    os.ftruncate(file, 0)
+    os.write(file, f"{me}{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+    return file
 
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """A block that holds the lock at `path` (see take), and has it removed at its end. Raises what take does."""
-    file = take(path)
+    """A block that holds the lock at `path`, a file of its own, and removes it at the end. Raises UserError as hold."""
+    file = hold(path)
     try:
         yield
     finally:
-        if file:
-            release(path, file)
-
-
-def take(path: Path) -> IO[str] | None:
-    """Lock the file at `path`, which says who holds it; None when this process holds it already.
-
-    Raises UserError, naming the process that holds it, when another does; OSError when it cannot be written. Where
-    that cannot be known, as there are no locks or the file is left from another machine, a line says so.
-    """
-    machine, why = platform.node(), ""
-    while True:
-        file = open(path, "a+", errors="replace")
-        file.seek(0)
-        try:
-            if flock is None:
-                raise OSError("this platform has no locks")
-            flock(file, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            holder = " ".join(file.read().split())[:200] or "it has just begun"
-            if holder.startswith(f"process {os.getpid()} on {machine} "):
-                return None
-            raise UserError(
-                f"another run is at work on these files ({holder}): wait until it ends, or give another "
-                f"--results_dir and --checkpoint_dir; the lock is {path}"
-            ) from None
-        except OSError as error:
-            why = str(error)
-        # The holder before removes the file: a lock on one that is no longer there keeps nobody out.
-        with contextlib.suppress(FileNotFoundError):
-            if why or os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-        file.close()
-    left = " ".join(file.read().split())[:200]
-    if left and f" on {machine} " not in left:
-        why = f"{path} was left by {left}"
-    if why:
-        print(f"note: whether another run is at work on these files cannot be known from here: {why}")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {machine} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    file.flush()
-    return file
+        path.unlink(missing_ok=True)
+        os.close(file)
 
 
 def is_free(path: Path) -> bool:
-    """Whether the process that made a lock file, on this machine, is gone; False where that cannot be known.
+    """Whether the process of this machine that made a lock file has ended; False where that is unknown.
 
-    One that holds nothing is of a process that was killed as it began.
+    An empty file was left by a process killed at start-up.
     """
     if flock is None:
         return False
@@ -95,18 +70,3 @@ def is_free(path: Path) -> bool:
             return not holder or f" on {platform.node()} " in holder
     except OSError:
         return False
-
-
-def release(path: Path, file: IO[str]) -> None:
-    """Remove and unlock a lock file that this process holds."""
-    with contextlib.suppress(OSError):
-        path.unlink()
-    file.close()
-
-
-def release_at_end(path: Path, file: IO[str]) -> None:
-    """Release a lock when its owner has gone; a signal that comes meanwhile finds the run done."""
-    try:
-        release(path, file)
-    except KeyboardInterrupt:  # in a finalizer it would end in a traceback; no second one comes (see interruptible)
-        release(path, file)

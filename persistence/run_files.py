@@ -170,7 +170,7 @@ class RunFiles:
             except OSError as error:
                 raise UserError(f"{path.parent} cannot be written ({error}): give another folder") from error
         for path in written[:2]:
-            hold(path.with_name(f".{path.name}.lock"), self)
+            hold(path.with_name(f".{path.name}.lock"))
         for path in (*written, self.metrics.path, self.episode):
             for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 stale.unlink(missing_ok=True)

@@ -228,7 +228,7 @@ def test_of_two_runs_at_once_the_second_names_the_first_and_changes_nothing(fini
     root = new_root(finished[0], tmp_path, script)
     flags = [*COMMANDS[script], *folders(root)]
     pid = processes.start(script, flags, root / "out")
-    while not any(lock.read_text() for lock in root.rglob("tables/.*.lock")):  # what it says is written once locked
+    while not any(f"process {pid} on " in lock.read_text() for lock in root.rglob("tables/.*.lock")):
         time.sleep(0.005)
     os.kill(pid, signal.SIGSTOP)
     try:
