@@ -16,7 +16,6 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -113,6 +112,8 @@ def character_tiles(character: str) -> list[Image.Image]:
     A typeface without the character draws nothing, or the box that it draws for any character it lacks: neither is
     kept.
     """
+    import matplotlib  # whose import takes half a second
+
     fonts_folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     names = DEJAVU_AND_STIX + (COMPUTER_MODERN if character.isascii() and character.isalnum() else [])
     fonts = [ImageFont.truetype(str(fonts_folder / f"{name}.ttf"), EXTENT) for name in names]

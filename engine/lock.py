@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from engine.errors import UserError
 
@@ -15,15 +16,15 @@ except ImportError:  # this platform has no such locks: see hold
     flock = None  # type: ignore[assignment]
 
 
-def hold(path: Path) -> int:
-    """Lock the file at `path` until its descriptor, which is returned, is closed, at the latest when the process ends.
+def hold(path: Path) -> IO[str]:
+    """The file at `path`, locked until it is closed, at the latest when the process ends.
 
-    The file, which is never removed, names the process. Raises UserError, with that name, when another process holds
+    It is never removed, and names the process. Raises UserError, with that name, when another process holds
     it, or when it cannot be written; a process may hold it twice. Prints a note where the file system has no locks.
     """
     me = f"process {os.getpid()} on {platform.node()} since "
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = open(path, "a+", errors="replace")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): give another folder") from error
     try:
@@ -31,7 +32,8 @@ def hold(path: Path) -> int:
             raise OSError("this platform has no flock")
         flock(file, LOCK_EX | LOCK_NB)
     except BlockingIOError:
-        holder = " ".join(os.read(file, 200).decode(errors="replace").split()) or "it has just begun"
+        file.seek(0)
+        holder = " ".join(file.read(200).split()) or "it has just begun"
         if holder.startswith(me):
             return file
         raise UserError(
@@ -40,20 +42,20 @@ def hold(path: Path) -> int:
         ) from None
     except OSError as error:
         print(f"note: whether another run is at work on these files cannot be known from here: {path}: {error}")
-    os.ftruncate(file, 0)
-    os.write(file, f"{me}{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+    file.truncate(0)
+    file.write(f"{me}{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
     return file
 
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
     """A block that holds the lock at `path`, a file of its own, and removes it at the end. Raises UserError as hold."""
-    file = hold(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(file)
+    with hold(path):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def is_free(path: Path) -> bool:

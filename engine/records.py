@@ -6,13 +6,13 @@ import os
 import platform
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
 import torch
-import torchvision
 
 from engine.errors import UserError
 from engine.files import atomic_file
@@ -48,7 +48,7 @@ def provenance(config: dict[str, Any], run: Run) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": version("torchvision"),
             "numpy": np.__version__,
             "pillow": PIL.__version__,
         },

@@ -2,8 +2,8 @@
 image model of timm (optional), and a network that a user's own function makes.
 
 The classifier is removed; what it was fed is the feature. A network that makes its feature map by layers, one after
-another, is cut into blocks and a tail that pools; a transformer's blocks are those of tokens, of which the tail takes
-the class token or the mean, as the model does. Any other, and a user's own, is a single block of map (d, 1, 1).
+another, is cut into blocks and a tail that pools; the blocks of a transformer take tokens, of which the tail takes the
+class token or the mean, as the model does. Any other network, and a user's own, is a single block of map (d, 1, 1).
 """
 
 import difflib
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from engine.files import load_tensors
@@ -32,7 +31,6 @@ TRUNKS = (
     ("features", "norm", "permute"),  # Swin
     ("features",),  # AlexNet, VGG, SqueezeNet, MobileNet, EfficientNet, ConvNeXt, DenseNet
 )
-CLASSIFIERS = ("fc", "classifier", "head", "heads")
 
 
 class Input(NamedTuple):
@@ -42,66 +40,53 @@ class Input(NamedTuple):
     normalisation: Normalisation
 
 
-def unknown(library: str, name: str, known: list[str]) -> ValueError:
-    """What is said of a name that a library does not know."""
-    close = ", ".join(difflib.get_close_matches(name, known) or [*known[:3], "..."])
-    return ValueError(f"{library} has no classification model {name!r}: try {close}")
+def check_name(library: str, name: str, known: list[str]) -> None:
+    """Raise ValueError, with similar names, when a library does not know a name."""
+    if name not in known:
+        close = ", ".join(difflib.get_close_matches(name, known) or [*known[:3], "..."])
+        raise ValueError(f"{library} has no classification model {name!r}: try {close}")
 
 
 def torchvision_input(name: str) -> Input:
-    """That of the transforms of a model's best weights. Raises ValueError for an unknown name."""
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise unknown("torchvision", name, known)
-    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    """Image size and normalisation of the DEFAULT weights. Raises ValueError for an unknown name."""
+    from torchvision import models
+
+    check_name("torchvision", name, models.list_models(module=models))
+    transforms = models.get_model_weights(name).DEFAULT.transforms()
     return Input(transforms.crop_size[0], Normalisation.of(transforms.mean, transforms.std))
 
 
 def timm_input(name: str) -> Input:
-    """That of a model's configuration. Raises ValueError without timm, and for an unknown name."""
+    """Image size and normalisation of a model's configuration. Raises ValueError without timm, for an unknown name."""
     try:
         import timm
     except ImportError as error:
         raise ValueError(f"--backbone timm:{name} needs timm: pip install timm") from error
-    try:
-        found = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    except RuntimeError:  # there is the model, but not the weights that the name goes on with
-        found = None
-    if found is None:
-        raise unknown("timm", name, timm.list_models() + timm.list_pretrained())
-    config = timm.data.resolve_data_config(pretrained_cfg=found.to_dict())
+    check_name("timm", name, timm.list_models() + timm.list_pretrained())
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     return Input(config["input_size"][-1], Normalisation.of(config["mean"], config["std"]))
 
 
-def attributes_of(net: nn.Module, name: str) -> Input:
-    """That of the attributes img_size, mean and std of a user's network; of ImageNet, 224 pixels, where it has none."""
-    size = getattr(net, "img_size", 224)
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"the img_size of custom:{name} is {size!r:.40}: expected a number of pixels")
-    mean, std = (getattr(net, part, getattr(IMAGENET, part)) for part in ("mean", "std"))
-    return Input(size, Normalisation.of(mean, std))
-
-
 def custom_input(name: str) -> Input:
-    """That of the network which a user's function makes."""
-    return attributes_of(custom_network(name), name)
+    """Image size and normalisation of the network which a user's function makes."""
+    return custom_network(name)[1]
 
 
 INPUTS = {"torchvision": torchvision_input, "timm": timm_input, "custom": custom_input}
 
 
-def torchvision_network(name: str, pretrained: bool) -> nn.Module:
-    """A model without its classifier."""
-    net = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+def torchvision_network(name: str, pretrained: bool, img_size: int) -> nn.Module:
+    """A model without its classifier, its last linear layer, or the last convolution where none is linear."""
+    from torchvision import models
+
+    net = models.get_model(name, weights="DEFAULT" if pretrained else None)
     if hasattr(net, "transform_input"):
         # GoogLeNet's and Inception's weights expect inputs in [-1, 1], also when a checkpoint brings them.
         net.transform_input = True
-    classifier = next(name for name in CLASSIFIERS if hasattr(net, name))
-    layers = dict(getattr(net, classifier).named_modules(prefix=classifier))
+    layers = dict(net.named_modules())
     linear = [path for path, layer in layers.items() if isinstance(layer, nn.Linear)]
-    conv = [path for path, layer in layers.items() if isinstance(layer, nn.Conv2d)]  # SqueezeNet's
-    parent, _, child = (linear or conv)[-1].rpartition(".")
-    setattr(net.get_submodule(parent), child, nn.Identity())
+    conv = [path for path, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+    net.set_submodule((linear or conv)[-1], nn.Identity())
     # In train mode GoogLeNet and Inception would return the logits of auxiliary classifiers too.
     for attribute, value in (("aux_logits", False), ("aux1", None), ("aux2", None), ("AuxLogits", None)):
         if hasattr(net, attribute):
@@ -117,17 +102,14 @@ def timm_network(name: str, pretrained: bool, img_size: int) -> nn.Module:
     return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
 
 
-def library_network(library: str, name: str, img_size: int, weights: str) -> nn.Module:
-    """A model of torchvision or timm without its classifier, with weights.
+NETWORKS = {"torchvision": torchvision_network, "timm": timm_network}
 
-    Raises ValueError when it or they cannot be had.
-    """
+
+def library_network(library: str, name: str, img_size: int, weights: str) -> nn.Module:
+    """A model of torchvision or timm without its classifier, with weights. Raises ValueError when it has none such."""
     pretrained = weights == "DEFAULT"
     try:
-        if library == "timm":
-            net = timm_network(name, pretrained, img_size)
-        else:
-            net = torchvision_network(name, pretrained)
+        net = NETWORKS[library](name, pretrained, img_size)
     except (AssertionError, OSError, RuntimeError) as error:
         if not pretrained:
             raise refused(name, img_size, error) from error
@@ -142,17 +124,39 @@ def library_network(library: str, name: str, img_size: int, weights: str) -> nn.
 
 
 def refused(name: str, img_size: int, error: Exception) -> ValueError:
-    """What is said of an image size that a network does not take."""
+    """The error of an image size that a network does not take."""
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return ValueError(
         f"{name} cannot take images of {img_size} pixels ({reason}): give another --img_size, such as 224"
     )
 
 
-def custom_network(name: str) -> nn.Module:
-    """What the function FUNCTION of MODULE makes, of the name MODULE:FUNCTION. Runs the user's code.
+def load_weights(net: nn.Module, name: str, path: Path) -> None:
+    """Load a state dict into a model without classifier; what the file holds beyond that is ignored.
 
-    Raises ValueError when that cannot be imported or called, or gives no nn.Module.
+    Raises ValueError when the file is no state dict of this model, or a .safetensors without that package.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = importlib.import_module("safetensors.torch").load_file(path)
+        else:
+            state = load_tensors(path, "cpu")
+        missing = net.load_state_dict(state, strict=False).missing_keys
+    except ImportError as error:
+        raise ValueError(f"--weights {path} needs safetensors: pip install safetensors") from error
+    except Exception as error:  # a damaged file of safetensors raises an exception of its own
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--weights {path} cannot be read as a state dict of {name}: {reason}") from error
+    if missing:
+        lacks = f"{len(missing)} tensors are missing, first {missing[0]!r}"
+        raise ValueError(f"--weights {path} is not a state dict of {name}: {lacks}")
+
+
+def custom_network(name: str) -> tuple[nn.Module, Input]:
+    """The network that the function FUNCTION of MODULE makes, of the name MODULE:FUNCTION, and what it takes.
+
+    It takes images of its attributes img_size, mean and std; where it has none, those of ImageNet, of 224 pixels. Runs
+    the user's code. Raises ValueError when that cannot be imported or called, or gives no such nn.Module.
     """
     module, _, function = name.partition(":")
     try:
@@ -165,39 +169,11 @@ def custom_network(name: str) -> nn.Module:
         ) from error
     if not isinstance(net, nn.Module):
         raise ValueError(f"--backbone custom:{name} gives a {type(net).__name__}: expected a torch.nn.Module")
-    return net
-
-
-def load_weights(net: nn.Module, name: str, path: Path) -> None:
-    """Load a state dict into a model without classifier; what the file holds beyond that is ignored.
-
-    Raises ValueError when the file is no state dict of this model, or a .safetensors without that package.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = load_tensors(path, "cpu")
-    except ImportError as error:
-        raise ValueError(f"--weights {path} needs safetensors: pip install safetensors") from error
-    except Exception as error:  # a damaged file of safetensors raises an exception of its own
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--weights {path} cannot be read as a state dict of {name}: {reason}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"--weights {path} holds a {type(state).__name__}, not a state dict of {name}")
-    own = net.state_dict()
-    fits = {key: state[key] for key in own if getattr(state.get(key), "shape", None) == own[key].shape}
-    # Files of old versions of torch lack the counters of batch norm.
-    missing = [key for key in own if key not in fits and not key.endswith("num_batches_tracked")]
-    if missing:
-        raise ValueError(
-            f"--weights {path} is not a state dict of {name}: {len(missing)} of its {len(own)} tensors are "
-            f"missing or have another shape, first {missing[0]!r}"
-        )
-    own.update(fits)
-    net.load_state_dict(own)
+    size = getattr(net, "img_size", 224)
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"the img_size of custom:{name} is {size!r:.40}: expected a number of pixels")
+    mean, std = (getattr(net, part, getattr(IMAGENET, part)) for part in ("mean", "std"))
+    return net, Input(size, Normalisation.of(mean, std))
 
 
 def members(child: nn.Module) -> list[nn.Module]:
@@ -213,8 +189,8 @@ def last_layers(net: nn.Module, image: Tensor) -> tuple[list[str], bool]:
     """
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
 
-    def note(name: str, _: nn.Module, taken: tuple[Any, ...], named: dict[str, Any], given: Any) -> None:
-        calls.append((name, taken, named, given))
+    def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((name, args, kwargs, output))
 
     children = dict(net.named_children())
     layers = [(name, part) for name, child in children.items() for part in members(child)]
@@ -225,11 +201,11 @@ def last_layers(net: nn.Module, image: Tensor) -> tuple[list[str], bool]:
     if not isinstance(end, Tensor):
         return [], False
     names: list[str] = []
-    for name, taken, named, given in reversed(calls):
-        if given is not end or len(taken) != 1 or named:
+    for name, args, kwargs, output in reversed(calls):
+        if output is not end or len(args) != 1 or kwargs:
             break
         names.append(name)
-        end = taken[0]
+        end = args[0]
     whole = list(takewhile(lambda name: names.count(name) == len(members(children[name])), dict.fromkeys(names)))
     return whole[::-1], end is not image or len(whole) < len(set(names))
 
@@ -237,13 +213,13 @@ def last_layers(net: nn.Module, image: Tensor) -> tuple[list[str], bool]:
 class Part(nn.Sequential):
     """Layers of a network. Tokens (b, n, d) go from part to part as a map (b, d, n, 1), features as (b, d, 1, 1).
 
-    n_axes: of what the first layer takes.
+    n_axes: of the input of the first layer.
     """
 
     n_axes = 4
 
     def forward(self, x: Tensor) -> Tensor:
-        return as_map(super().forward(as_taken(x, self.n_axes)))
+        return as_map(super().forward(from_map(x, self.n_axes)))
 
 
 def as_map(x: Tensor) -> Tensor:
@@ -251,8 +227,8 @@ def as_map(x: Tensor) -> Tensor:
     return x if x.dim() == 4 else (x.mT if x.dim() == 3 else x.unsqueeze(2)).unsqueeze(3)
 
 
-def as_taken(x: Tensor, n_axes: int) -> Tensor:
-    """What as_map made a map of."""
+def from_map(x: Tensor, n_axes: int) -> Tensor:
+    """Inverse of as_map: a map, tokens of 3 axes, or features of 2."""
     return x if n_axes == 4 else x.flatten(2).mT if n_axes == 3 else x.flatten(1)
 
 
@@ -296,11 +272,11 @@ class PretrainedBackbone(Backbone):
         super().__init__()
         library, _, model = name.partition(":")
         if library == "custom":
-            net = custom_network(model)
-            self.normalisation = attributes_of(net, model).normalisation
+            net, taken = custom_network(model)
         else:
-            self.normalisation = INPUTS[library](model).normalisation
+            taken = INPUTS[library](model)
             net = library_network(library, model, img_size, weights)
+        self.normalisation = taken.normalisation
         self.embeds = self.permuted = False
         self.eval()
         try:
@@ -318,20 +294,18 @@ class PretrainedBackbone(Backbone):
         elif library == "torchvision":
             names = next((names for names in TRUNKS if all(hasattr(net, name) for name in names)), ())
         blocks = take_layers(net, names, self.embeds)
-        if blocks and isinstance(
-            net, torchvision.models.MNASNet
-        ):  # it takes no state dict that was copied to a plain dict
-            net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.classifier)
+        if blocks and type(net).__name__ == "MNASNet":  # which loads no state dict that was copied to a plain dict
+            net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), cast(nn.Module, net.classifier))
         self.layers = nn.ModuleList(blocks or [net])
         self.tail = net if blocks else nn.Identity()
         x = image
-        for part in self.parts():
+        for part in cast(list[Part], self.blocks()):
             part.n_axes = x.dim()
             x = nn.Sequential.forward(part, x)
         self.n_axes = x.dim()
         if self.n_axes == 4 and x.shape[1] != x.shape[3] == getattr(net, "num_features", None):  # such as Swin's
             self.permuted = True
-            cast(Part, self.layers[-1]).append(torchvision.ops.Permute([0, 3, 1, 2]))
+            cast(Part, self.layers[-1]).append(importlib.import_module("torchvision.ops").Permute([0, 3, 1, 2]))
         if library == "custom" and self.n_axes != 2:
             raise ValueError(f"it gives {tuple(x.shape)} of one image, not (1, d)")
         feature_map = self.feature_map(image)
@@ -340,15 +314,11 @@ class PretrainedBackbone(Backbone):
         self.feature_dim = self.pool_and_flatten(feature_map).shape[1]
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks from input to output."""
-        return [*self.parts()]
-
-    def parts(self) -> list[Part]:
-        """The blocks, the first of them with what embeds the image where that is no layer."""
-        layers = [part if isinstance(part, Part) else Part(part) for part in self.layers]
-        return [Part(Embedding(self.tail), *layers[0]), *layers[1:]] if self.embeds else layers
+        """The blocks from input to output, the first of them after what embeds the image where that is no layer."""
+        layers: list[nn.Module] = [part if isinstance(part, Part) else Part(part) for part in self.layers]
+        return [Part(Embedding(self.tail), *layers[0].children()), *layers[1:]] if self.embeds else layers
 
     def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
         """(b, c, h', w') -> (b, d): what the model does between its feature map and its classifier."""
-        x = feature_map.permute(0, 2, 3, 1) if self.permuted else as_taken(feature_map, self.n_axes)
+        x = feature_map.permute(0, 2, 3, 1) if self.permuted else from_map(feature_map, self.n_axes)
         return getattr(self.tail, "forward_head", self.tail)(x).flatten(1)

@@ -5,7 +5,6 @@ torchvision's without `fc`. That the paper's ResNet18 is this one is the best ev
 """
 
 from torch import nn
-from torchvision.models import resnet18
 
 from models.backbone import Backbone
 
@@ -17,6 +16,8 @@ class ResNet18(Backbone):
 
     def __init__(self, img_size: int = 224):
         super().__init__()
+        from torchvision.models import resnet18  # whose import takes a second
+
         net = resnet18(weights=None)
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
@@ -107,6 +107,7 @@ class RunFiles:
     state: dict[str, Any] | None = None
     made_from: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.time)
+    locks: list[IO[str]] = field(default_factory=list)
 
     @property
     def episode(self) -> Path:
@@ -169,8 +170,7 @@ class RunFiles:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"{path.parent} cannot be written ({error}): give another folder") from error
-        for path in written[:2]:
-            hold(path.with_name(f".{path.name}.lock"))
+        self.locks = [hold(path.with_name(f".{path.name}.lock")) for path in written[:2]]
         for path in (*written, self.metrics.path, self.episode):
             for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 stale.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from engine.errors import UserError
 from tests.helpers import ROOT
 
 pytest.importorskip("fcntl")
-HOLD = "import sys, engine.lock as lock; lock.hold(lock.Path(sys.argv[1])); print('held')\n"
+HOLD = "import sys, engine.lock as lock; file = lock.hold(lock.Path(sys.argv[1])); print('held')\n"
 HOLD += "sys.stdout.flush(); sys.stdin.read()"
 
 
@@ -39,15 +39,15 @@ def test_the_second_is_told_who_the_first_is_until_that_has_ended(tmp_path, othe
     other.stdin.close()
     other.wait(20)
     assert lock.is_free(path)
-    lock.hold(path)
-    assert path.read_text().startswith(f"process {os.getpid()} on ")
+    with lock.hold(path):
+        assert path.read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_killed_process_holds_nothing_and_one_process_may_hold_a_lock_twice(tmp_path, other, capsys):
     other.send_signal(signal.SIGKILL)
     other.wait(20)
-    for _ in range(2):
-        lock.hold(tmp_path / "lock")
+    with lock.hold(tmp_path / "lock"), lock.hold(tmp_path / "lock"):
+        assert not lock.is_free(tmp_path / "lock")
     assert (tmp_path / "lock").read_text().count("process") == 1 and capsys.readouterr().out == ""
 
 
@@ -63,7 +63,7 @@ def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
 
     for flock, part in ((fail, "not supported"), (None, "no flock")):
         monkeypatch.setattr(lock, "flock", flock)
-        lock.hold(tmp_path / "lock")
+        lock.hold(tmp_path / "lock").close()
         said = capsys.readouterr().out
         assert "cannot be known" in said and part in said and said.count("\n") == 1
         assert not lock.is_free(tmp_path / "lock")

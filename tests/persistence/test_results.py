@@ -30,7 +30,7 @@ def test_the_confusion_of_every_stage_matches_its_accuracies(aligned, tmp_path):
     meta = [*TINY, "--method", "ProtoNet", "--n_epoch", 0, "--n_episodes", 6, "--init_from", trained]
     outcome = call("metaLearning", *meta, *folders(aligned), "--results_dir", tmp_path)
     assert outcome.status == 0, outcome.err
-    check_confusion(json.loads(next((tmp_path / "tables").iterdir()).read_text()), 6 * 3 * 3)
+    check_confusion(json.loads(next((tmp_path / "tables").glob("*.json")).read_text()), 6 * 3 * 3)
 
 
 def test_accuracies_are_percent_pooled_and_of_each_episode_and_class():

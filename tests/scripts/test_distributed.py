@@ -82,7 +82,7 @@ def outcome(root, name):
 
 
 def test_numbers(root):
-    (table,) = (root / "results" / "tables").iterdir()
+    (table,) = (root / "results" / "tables").glob("*.json")
     record = json.loads(table.read_text())
     return {key: record[key] for key in ("accuracy_per_episode", "accuracy_per_class", "ci95", "n_processes")}
 

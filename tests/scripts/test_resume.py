@@ -186,7 +186,8 @@ def copy(finished, tmp_path):
 
 
 def files(root):
-    return {path: path.read_bytes() for path in (root / "results").rglob("*") if path.is_file()}
+    found = [path for path in (root / "results").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {path: path.read_bytes() for path in found}
 
 
 @pytest.mark.parametrize("script", COMMANDS)

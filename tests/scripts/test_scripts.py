@@ -248,19 +248,23 @@ USER_ERRORS = {
 }
 
 
+def kept_files(workspace):
+    found = [path for path in (workspace / "results").rglob("*") if path.suffix not in (".jsonl", ".lock")]
+    return {path: path.read_bytes() for path in found if path.is_file()}
+
+
 @pytest.mark.parametrize("case", USER_ERRORS)
 def test_a_user_error_is_one_clear_line_and_overwrites_nothing(workspace, case):
     script, spoil, flags, expected = USER_ERRORS[case]
     spoil(workspace)
     stage = {"transferLearning": TRAIN, "associative_alignment": ALIGN, "reporting.report": []}[script]
-    before = {p: p.read_bytes() for p in (workspace / "results").rglob("*") if p.is_file() and p.suffix != ".jsonl"}
+    before = kept_files(workspace)
     outcome = call(script, *stage, *(folders(workspace) if stage else []), *flags)
     assert outcome.status == 2, outcome.err
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
     for part in expected:
         assert part in outcome.err
-    after = {p: p.read_bytes() for p in (workspace / "results").rglob("*") if p.is_file() and p.suffix != ".jsonl"}
-    assert after == before
+    assert kept_files(workspace) == before
 
 
 def test_the_readme_names_every_script():
