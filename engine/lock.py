@@ -1,10 +1,8 @@
 """One run at a time on the same files: a lock that the system releases when the process that holds it ends."""
 
-import contextlib
 import os
 import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -46,29 +44,3 @@ def hold(path: Path) -> IO[str]:
     file.write(f"{me}{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
     return file
-
-
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """A block that holds the lock at `path`, a file of its own, and removes it at the end. Raises UserError as hold."""
-    with hold(path):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def is_free(path: Path) -> bool:
-    """Whether the process of this machine that made a lock file has ended; False where that is unknown.
-
-    An empty file was left by a process killed at start-up.
-    """
-    if flock is None:
-        return False
-    try:
-        with open(path, errors="replace") as file:
-            flock(file, LOCK_EX | LOCK_NB)
-            holder = file.read()
-            return not holder or f" on {platform.node()} " in holder
-    except OSError:
-        return False

@@ -189,8 +189,8 @@ def last_layers(net: nn.Module, image: Tensor) -> tuple[list[str], bool]:
     """
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
 
-    def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append((name, args, kwargs, output))
+    def note(name: str, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        calls.append((name, given, named, output))
 
     children = dict(net.named_children())
     layers = [(name, part) for name, child in children.items() for part in members(child)]
@@ -201,11 +201,11 @@ def last_layers(net: nn.Module, image: Tensor) -> tuple[list[str], bool]:
     if not isinstance(end, Tensor):
         return [], False
     names: list[str] = []
-    for name, args, kwargs, output in reversed(calls):
-        if output is not end or len(args) != 1 or kwargs:
+    for name, given, named, output in reversed(calls):
+        if output is not end or len(given) != 1 or named:
             break
         names.append(name)
-        end = args[0]
+        end = given[0]
     whole = list(takewhile(lambda name: names.count(name) == len(members(children[name])), dict.fromkeys(names)))
     return whole[::-1], end is not image or len(whole) < len(set(names))
 

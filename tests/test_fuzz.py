@@ -47,7 +47,7 @@ from data.image_cache import ImageFiles, load_images
 from data.listing import list_folder, list_json
 from engine.errors import UserError
 from engine.files import read_record
-from engine.lock import held
+from engine.lock import hold
 from engine.run import Run
 from engine.script import escaped
 from models.backbone import split_backbone
@@ -263,8 +263,7 @@ def read_finished(path: Path) -> object:
 
 
 def read_lock(path: Path) -> None:
-    with held(path):
-        pass
+    hold(path).close()
 
 
 def read_logs(path: Path) -> object:

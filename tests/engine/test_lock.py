@@ -35,10 +35,8 @@ def test_the_second_is_told_who_the_first_is_until_that_has_ended(tmp_path, othe
         lock.hold(path)
     who = f"process {other.pid} on {platform.node()} since 20"
     assert who in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
-    assert not lock.is_free(path)
     other.stdin.close()
     other.wait(20)
-    assert lock.is_free(path)
     with lock.hold(path):
         assert path.read_text().startswith(f"process {os.getpid()} on ")
 
@@ -46,15 +44,10 @@ def test_the_second_is_told_who_the_first_is_until_that_has_ended(tmp_path, othe
 def test_a_killed_process_holds_nothing_and_one_process_may_hold_a_lock_twice(tmp_path, other, capsys):
     other.send_signal(signal.SIGKILL)
     other.wait(20)
+    lock.hold(tmp_path / "lock").close()
     with lock.hold(tmp_path / "lock"), lock.hold(tmp_path / "lock"):
-        assert not lock.is_free(tmp_path / "lock")
+        pass
     assert (tmp_path / "lock").read_text().count("process") == 1 and capsys.readouterr().out == ""
-
-
-def test_the_lock_of_a_block_is_removed_at_its_end(tmp_path):
-    with lock.held(tmp_path / "lock"):
-        assert not lock.is_free(tmp_path / "lock")
-    assert not (tmp_path / "lock").exists()
 
 
 def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
@@ -66,4 +59,3 @@ def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
         lock.hold(tmp_path / "lock").close()
         said = capsys.readouterr().out
         assert "cannot be known" in said and part in said and said.count("\n") == 1
-        assert not lock.is_free(tmp_path / "lock")
