@@ -40,7 +40,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: range) -> range:
-        """This rank's of the items."""
+        """The part of the items that this rank computes."""
         mine = split_range(len(items), self.rank, self.n)
         return items[mine.start : mine.stop]
 
@@ -82,7 +82,7 @@ def end_with(launcher: int) -> None:
 
 
 def leave_ranks() -> None:
-    """The end of join_ranks, when nothing has failed."""
+    """Destroy the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -134,7 +134,7 @@ def gather_rows(parts: list[Tensor], ranks: Ranks, device: torch.device | str = 
 
 @contextlib.contextmanager
 def rank_0_first(ranks: Ranks) -> Iterator[None]:
-    """A block that the first rank runs alone, and the others after it: they find the files that it has written."""
+    """A block that the first rank runs before the others, which then read the files that it wrote."""
     if not ranks.first:
         gather_objects(None, ranks)
     yield
@@ -143,10 +143,10 @@ def rank_0_first(ranks: Ranks) -> Iterator[None]:
 
 
 def data_parallel(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """The module with gradients averaged over the ranks, starting from the first one's weights; itself if alone, or if
-    nothing of it learns.
+    """The module with gradients averaged over the ranks, which start from rank 0's weights.
 
-    After a step its statistics are those of each rank's own images: see copy_rank_0.
+    The module itself with one process or without trainable parameters. Running statistics differ between ranks after a
+    step: see copy_rank_0.
     """
     learns = any(p.requires_grad for p in module.parameters())
     return DistributedDataParallel(module) if ranks.n > 1 and learns else module
@@ -154,7 +154,7 @@ def data_parallel(module: nn.Module, ranks: Ranks) -> nn.Module:
 
 @torch.no_grad()
 def copy_rank_0(modules: list[nn.Module], ranks: Ranks) -> None:
-    """Give the weights and statistics of the first rank to all."""
+    """Broadcast the weights and running statistics of rank 0 to all ranks."""
     for module in modules if ranks.n > 1 else []:
         for value in module.state_dict().values():
             sent = value.contiguous()

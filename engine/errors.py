@@ -21,7 +21,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class RaisingParser(OneLineParser):
-    """The same for a caller in Python, who has no command line to ask."""
+    """An argparse parser for a caller in Python, who has no --help: its error is the message alone."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""

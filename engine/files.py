@@ -25,7 +25,7 @@ ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 Schema = dict[str, Any]  # the keys that a record must have, and the type of each value as an annotation or a Schema
-# What flags become in a file.
+# The type of a run's flags in a file.
 FLAGS = dict[str, str | float | bool | None | list[str | float]]
 
 

@@ -7,9 +7,23 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+# All keys of make_generator and seeded: what is drawn, and the numbers that follow the key.
+KEYS = {
+    "backbone": "initial weights of the backbone, of stages 1 and 2 and of predict.py",
+    "base head": "initial weights of stage 1's head on the base classes",
+    "meta-learner": "initial weights of stage 2's meta-learner",
+    "base training": "order and augmentation of stage 1's images: epoch",
+    "episodic training": "augmentation of stage 2's images: epoch, episode of the epoch",
+    "dropout": "dropout: epoch, step and, but for the first, rank in stage 1; epoch, episode in stage 2; episode in 3",
+    "episode": "classes, support and query of an episode, after the name of the split: episode",
+    "head": "initial weights of the head on a support set: episode; 0 for a user's support, fold for its confidence",
+    "critic": "initial weights of the critic of adversarial alignment: episode",
+    "related draws": "related samples of every iteration of alignment: episode",
+}
+
 
 def make_generator(seed: int, *keys: str | int) -> torch.Generator:
-    """A CPU generator that depends on (seed, keys) alone, e.g. `make_generator(0, "align", episode)`.
+    """A CPU generator that depends on (seed, keys) alone, e.g. `make_generator(0, "head", episode)`; keys: see KEYS.
 
     Draws are made on the CPU and moved, so that every device sees the same numbers.
     """

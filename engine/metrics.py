@@ -31,7 +31,7 @@ class MetricsLog:
     writer: Any = None
 
     def write(self, step: int, row: dict[str, Any], first: int = 0) -> None:
-        """Append the row of an epoch or episode `step`; that of `first` starts the files anew.
+        """Append the row of an epoch or episode `step`; the row of `first` empties the files.
 
         TensorBoard shows nothing of an earlier run from the first step that is written here on. Raises UserError when
         the folder cannot be written.

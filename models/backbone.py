@@ -1,7 +1,6 @@
-"""What a backbone must give, and a backbone in two: the blocks that stand still, and the last ones.
+"""The contract of a backbone, and a backbone split in two: frozen blocks, then the trainable blocks.
 
-Alignment may update the last blocks alone; what the others make of an image is then computed once. Stage 1 may train
-the last ones alone. Beyond the paper, which updates all blocks.
+Alignment and stage 1 may train the last blocks alone, beyond the paper, which trains all of them.
 """
 
 from typing import ClassVar
@@ -13,11 +12,11 @@ from engine.normalisation import IMAGENET, Normalisation
 
 
 class Backbone(nn.Module):
-    """A network for square images: a list of blocks, and what is done with the map that the last one makes.
+    """A network for square images: blocks that make a feature map, and the pooling of that map to a feature vector.
 
-    native_img_size: the side, in pixels, that it is published with; map_shape (c, h', w') and feature_dim d: of one
-    image; layers: its blocks, unless `blocks` says otherwise; normalisation: of the images that it takes. Made as
-    Backbone(img_size), which raises ValueError for a size that it cannot take.
+    native_img_size: the published image side, in pixels; map_shape (c, h', w') and feature_dim d: of one image; layers:
+    the blocks, unless `blocks` is overridden; normalisation: of the input. Backbone(img_size) raises ValueError for a
+    size that the network cannot take.
     """
 
     native_img_size: ClassVar[int]
@@ -28,15 +27,15 @@ class Backbone(nn.Module):
 
     @classmethod
     def for_relation(cls, img_size: int) -> "Backbone":
-        """The form of it that RelationNet compares maps of, with the same parameters: itself, for most."""
+        """The variant with the feature maps that RelationNet compares, with the same parameters; for most, itself."""
         return cls(img_size)
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks from input to output: (b, 3, h, w) -> (b, c, h', w') by one after another."""
+        """The blocks from input to output, which together map (b, 3, h, w) -> (b, c, h', w')."""
         return list(self.layers)
 
     def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
-        """(b, c, h', w') -> (b, d): the mean over the map, unless a backbone says otherwise."""
+        """(b, c, h', w') -> (b, d): global average pooling, unless overridden."""
         return feature_map.mean((-2, -1))
 
     def feature_map(self, x: Tensor) -> Tensor:
@@ -51,9 +50,9 @@ class Backbone(nn.Module):
 
 
 class LastBlocks(nn.Module):
-    """The last `n_blocks` blocks of a backbone, sharing its weights: what block -n_blocks takes -> (b, d).
+    """The last `n_blocks` blocks of a backbone and its pooling, sharing its weights: input of these blocks -> (b, d).
 
-    Parameters of pool_and_flatten, which models of libraries may have, are the backbone's and none of these.
+    Parameters of the pooling, which models of libraries may have, stay with the backbone and are not trained here.
     """
 
     def __init__(self, backbone: Backbone, n_blocks: int):
@@ -66,14 +65,14 @@ class LastBlocks(nn.Module):
 
 
 def split_backbone(backbone: Backbone, n_last: int) -> tuple[nn.Sequential, LastBlocks]:
-    """The blocks below the last n_last (1 to all but one), and those: one after the other, the backbone."""
+    """The blocks to freeze, and the last n_last blocks (1 to all but one) to train; composed, they are the backbone."""
     return nn.Sequential(*backbone.blocks()[:-n_last]), LastBlocks(backbone, n_last)
 
 
 class PartlyFrozen(nn.Module):
-    """A backbone (b, 3, h, w) -> (b, d) of which all but the last n_last blocks (1 to all but one) stand still.
+    """A backbone (b, 3, h, w) -> (b, d) with all but the last n_last blocks (1 to all but one) frozen.
 
-    These stay in eval mode, whatever the mode of the rest, and get no gradient from then on.
+    Frozen blocks stay in eval mode in train(), and get no gradient.
     """
 
     def __init__(self, backbone: Backbone, n_last: int):

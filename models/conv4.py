@@ -33,9 +33,9 @@ class ConvBlock(nn.Module):
         conv, norm = self.conv, self.bn
         plain = isinstance(norm, nn.BatchNorm2d) and isinstance(self.pool, nn.MaxPool2d) and len(x) > 0
         learns = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
-        if plain and self.training and learns and x.device.type in ("cpu", "meta"):
+        if plain and self.training and learns and x.device.type == "cpu":
             return pooled_norm(F.conv2d(x, conv.weight, padding=conv.padding), cast(Tensor, conv.bias), norm)
-        if not self.training and not learns:  # a batch norm that stands still is part of the convolution
+        if not self.training and not learns:  # a frozen batch norm is part of the convolution
             mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
             weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, var, norm.eps, norm.weight, norm.bias)
             return self.relu(self.pool(F.conv2d(x, weight, bias, padding=conv.padding)))

@@ -20,7 +20,7 @@ CACHE_ROWS = 8
 
 def pool(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """2x2 maxima of the channels (minima where the weight is negative) and their indices: (b, c, h // 2, w // 2)."""
-    if weight.is_meta or not bool((weight < 0).any()):
+    if not bool((weight < 0).any()):
         return F.max_pool2d(x, 2, return_indices=True)
     sign = torch.where(weight < 0, -1.0, 1.0).to(x.dtype).view(-1, 1, 1)
     pooled, index = F.max_pool2d(x * sign, 2, return_indices=True)
@@ -45,10 +45,7 @@ class PooledNorm(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, ...]:
         assert norm.momentum is not None
-        if x.is_meta:  # shapes without numbers, for which PyTorch has no such operation
-            mean = var = x.new_empty(x.shape[1])
-        else:
-            mean, var = torch.batch_norm_update_stats(x, norm.running_mean, norm.running_var, norm.momentum)
+        mean, var = torch.batch_norm_update_stats(x, norm.running_mean, norm.running_var, norm.momentum)
         pooled, index = pool(x, weight)
         # In single precision the indices are found again: kept, they would be twice as large as what was pooled. In
         # half precision, which needs less memory, that would be a tenth of the time.

@@ -1,9 +1,23 @@
 """Generators: what they depend on, that they are unrelated, and that nothing leaks."""
 
+import ast
+
 import pytest
 import torch
 
-from engine.generators import make_generator, seeded
+from engine.generators import KEYS, make_generator, seeded
+from tests.helpers import ROOT
+
+NAMES = ("generator", "seeded", "make_generator")
+
+
+def test_the_table_of_keys_is_that_of_the_source():
+    rooms = ("engine", "models", "data", "methods", "persistence", "reporting", "photos")
+    paths = [*ROOT.glob("*.py"), *(path for room in rooms for path in (ROOT / room).rglob("*.py"))]
+    calls = [node for path in paths for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    draws = [call for call in calls if getattr(call.func, "attr", getattr(call.func, "id", "")) in NAMES]
+    words = [word.value for call in draws for word in call.args if isinstance(word, ast.Constant)]
+    assert {word for word in words if isinstance(word, str)} == KEYS.keys()
 
 
 def draws(generator, n=8):
