@@ -6,7 +6,6 @@ Colours: Okabe and Ito, Color Universal Design, 2008 (jfly.uni-koeln.de/color), 
 from typing import Any
 
 INK, GREY = "#222222", "#666666"
-BLUE, ORANGE, PALE, PAPER = "#0072B2", "#D55E00", "#E4E4E4", "#FFFFFF"
 # Of lines and classes, repeated after the last. In this order the first 4, 5 or 6 are those that are farthest apart (in
 # CIELAB, under simulated deuteranopia, protanopia and tritanopia). Okabe and Ito's yellow is too pale for a line.
 CYCLE = ("#0072B2", "#D55E00", "#56B4E9", INK, "#CC79A7", "#E69F00", "#009E73")
