@@ -37,16 +37,13 @@ SCALES: dict[str, dict[str, Words]] = {
 }
 # Flags that the rows set themselves, and what to give instead.
 TAKEN = {
-    "--method": "the table has its own methods",
-    "--alignment": "the table has its own alignments",
+    **dict.fromkeys(("--method", "--alignment"), "give another --table"),
     "--n_shot": "give --shots",
     "--test_n_way": "the paper's tables are 5-way",
     "--preset": "give --scale",
     "--align_preset": "the rows are the published updates; give the flags that it stands for (docs/tuning.md)",
-    "--init_from": "each row has its own checkpoint",
-    "--episodes_file": "all rows share episodes as it is",
-    "--resume": "it is what every row does",
-    "--overwrite": "give another --results_dir, or run the commands of --dry_run by themselves",
+    **dict.fromkeys(("--init_from", "--episodes_file", "--resume"), "every row has its own"),
+    **dict.fromkeys(("--overwrite", "--checkpoint_dir"), "give another --results_dir"),
 }
 
 
@@ -65,7 +62,6 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Words]:
     add("--backbones", "--backbone", type=backbone_name, nargs="+", help=backbones)
     add("--shots", type=COUNT, nargs="+", help="default: 1 5; 5 for --table crossdomain")
     add("--results_dir", type=Path, help="where all is written (default: results; at --scale laptop results/laptop)")
-    add("--checkpoint_dir", type=Path, help="of checkpoints (default: models/ in the results folder)")
     add("--nproc_per_node", type=COUNT, help="start each stage with torchrun on so many processes")
     add("--dry_run", action="store_true", help="print the commands, and do nothing")
     args, others = parser.parse_known_args([text for text in argv if text != "--"])
@@ -80,9 +76,7 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Words]:
     published = ["ResNet18"] if crossdomain else ["Conv4", "ResNet18", "WideResNet"]
     args.backbones = args.backbones or (["Conv4"] if laptop else published)
     args.shots = args.shots or ([5] if crossdomain else [1, 5])
-    # The laptop's checkpoints are of fewer epochs than the demo's of the same names.
     args.results_dir = args.results_dir or Path("results/laptop" if laptop else "results")
-    args.checkpoint_dir = args.checkpoint_dir or args.results_dir / "models"
     return args, passed_on(parser, others)
 
 
@@ -108,16 +102,7 @@ def passed_on(parser: OneLineParser, others: Sequence[str]) -> Words:
 
 def flags_of(stage: str) -> set[str]:
     """The names of all flags of a stage."""
-    return {name for action in stage_parser(stage)._actions for name in action.option_strings}
-
-
-def stage_flags(args: Namespace, passed: Words) -> dict[str, Words]:
-    """By stage, the flags that all its rows have: those of the scale, of folders, and those passed on."""
-    folders = {"--results_dir": [str(args.results_dir)], "--checkpoint_dir": [str(args.checkpoint_dir)]}
-    return {
-        stage: SCALES[args.scale][stage] | folders | {f: v for f, v in passed.items() if f in flags_of(stage)}
-        for stage in SCRIPTS
-    }
+    return set(stage_parser(stage)._option_string_actions)
 
 
 def stop(status: int, row: Row, command: str) -> NoReturn:
@@ -136,7 +121,11 @@ def main() -> None:
     args, passed = parse(sys.argv[1:])
     os.chdir(REPOSITORY)  # where the commands run, so that folders mean the same here
     novel = args.novel_dataset
-    plan = Plan(args.dataset, novel, args.results_dir, args.checkpoint_dir, stage_flags(args, passed))
+    flags = {
+        stage: scale | {flag: values for flag, values in passed.items() if flag in flags_of(stage)}
+        for stage, scale in SCALES[args.scale].items()
+    }
+    plan = Plan(args.dataset, novel, args.results_dir, flags)
     rows = [row for b in args.backbones for shots in args.shots for row in TABLES[args.table](plan, b, shots)]
     configs = [vars(args_parser(row.stage, row.flags)) for row in rows]  # a value out of range ends here
     commands = [script_command(STAGES[row.stage][0], row.flags, args.nproc_per_node) for row in rows]

@@ -1,8 +1,7 @@
 """The tables of the paper (Afrasiyabi et al., ECCV 2020) as rows of commands, and the paper's numbers beside ours.
 
-A row is one command of a stage and the result file that it writes. The rows of a table come in an order in which each
-finds the checkpoint that it starts from. All rows of the same novel classes and shot share a file of episodes, so that
-methods are compared on the same ones.
+A row is one command of a stage and the result file that it writes; each comes after the row that writes its checkpoint.
+All rows of the same novel classes and shot share a file of episodes.
 """
 
 import math
@@ -11,22 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.errors import UserError
 from engine.files import Schema, atomic_file, matches_schema
 from engine.records import write_json
 from methods.meta_learners import META_LEARNERS
 from models import HEADS
-from persistence.results import paired_difference
 from persistence.run_files import RunName, differences
 from reporting.report import interval, markdown_table, signed, stage_result
 
 SCRIPTS = {"transfer": "transferLearning", "meta": "metaLearning", "alignment": "associative_alignment"}
 
 Number = tuple[float, float]  # accuracy % and its 95% interval
-# 5-way numbers of the paper at 1 and 5 shots, as public leaderboards copy them, by row, backbone and benchmark. No
-# other is known here for sure.
+# The paper's 5-way numbers at 1 and 5 shots, as public leaderboards copy them, by row, backbone and benchmark.
 N_WAY, PAPER_SHOTS = 5, (1, 5)
 PAPER: dict[tuple[str, str, str], tuple[Number, Number]] = {
     ("arcMax, centroid alignment", "Conv4", "miniImagenet"): ((53.14, 1.06), (71.45, 0.72)),
@@ -45,18 +40,15 @@ PAPER: dict[tuple[str, str, str], tuple[Number, Number]] = {
     ("arcMax, adversarial alignment", "ResNet18", "CUB"): ((70.80, 1.12), (88.04, 0.54)),
     ("arcMax, adversarial alignment", "WideResNet", "miniImagenet"): ((64.79, 0.93), (82.02, 0.88)),
     ("arcMax, adversarial alignment", "WideResNet", "tieredImageNet"): ((73.87, 0.76), (84.95, 0.59)),
-    # Of runs of the published code, which its checkpoints record.
+    # Of the published code, recorded in its checkpoints.
     ("arcMax, fine-tuning", "Conv4", "miniImagenet"): ((51.37, 0.69), (69.13, 0.59)),
 }
-# The smallest classes of these benchmarks have too few images for the default of 50 queries.
-FEWER_QUERIES = {"CUB": 15}
-# ProtoNet and the others are trained for longer at 1 shot (Chen et al., ICLR 2019); at more shots by the default.
-META_EPOCHS_1_SHOT = 600
+FEWER_QUERIES = {"CUB": 15}  # some classes have too few images for the default of 50
+META_EPOCHS_1_SHOT = 600  # meta-learners are trained for longer at 1 shot (Chen et al., ICLR 2019)
 MADE_WITH: Schema = {"n_query": int, "commit": str, "command": str}  # what a row of a table takes beside a result
-# What an alignment is compared with, beside fine-tuning, and the alignments.
-CONTROLS, ALIGNMENTS = ("head", "naive"), ("centroid", "adversarial")
+ALIGNMENTS = ("head", "naive", "centroid", "adversarial")  # two controls, and the paper's
 HEADER = ["method", "backbone", "novel classes", "task", "ours %", "paper %", "ours - paper", "gain of alignment"]
-HEADER += ["over head", "over naive", "over nearest mean", "epochs", "episodes", "seconds"]
+HEADER += ["epochs", "episodes", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -73,24 +65,17 @@ class Row:
     result: Path
     checkpoint: Path
 
-    @property
-    def task(self) -> tuple[str, str, str, int]:
-        """The name of the row and the task that it is of."""
-        return self.name, self.backbone, self.novel, self.n_shot
-
     def __str__(self) -> str:
         return f"{self.name}, {self.backbone}, {N_WAY}-way {self.n_shot}-shot on {self.novel}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all rows of a run have in common; flags: by stage, more flags with their values, which win over the
-    protocol's."""
+    """What all rows of a run have in common; flags: by stage, with their values, which win over the protocol's."""
 
     dataset: str
     novel_dataset: str
     results_dir: Path
-    checkpoint_dir: Path
     flags: Mapping[str, Mapping[str, Sequence[str]]]
 
     def row(
@@ -99,11 +84,12 @@ class Plan:
         """One row. novel: benchmark of its novel classes (default: the dataset); on another, stage 1 only tests."""
         novel = novel or self.dataset
         files = RunName(N_WAY, n_shot, self.dataset, novel, method, backbone)
-        checkpoint = files.best_model(self.checkpoint_dir)
+        checkpoint = files.best_model(self.results_dir / "models")
         result = files.table(self.results_dir, SCRIPTS[stage], alignment)
         part = {"transfer": ", fine-tuning", "meta": "", "alignment": f", {alignment} alignment"}[stage]
         flags: dict[str, Sequence[str]] = {"--dataset": [self.dataset], "--method": [method], "--backbone": [backbone]}
         flags |= {"--n_shot": [str(n_shot)], "--novel_dataset": [novel]}
+        flags |= {"--results_dir": [str(self.results_dir)], "--checkpoint_dir": [str(checkpoint.parent)]}
         flags |= {"--n_query": [str(FEWER_QUERIES[novel])]} if novel in FEWER_QUERIES else {}
         flags |= {"--n_epoch": [str(META_EPOCHS_1_SHOT)]} if stage == "meta" and n_shot == 1 else {}
         flags |= self.flags[stage]
@@ -122,7 +108,7 @@ def main_rows(plan: Plan, backbone: str, n_shot: int) -> list[Row]:
     return [
         *(plan.row("transfer", head, backbone, n_shot) for head in HEADS),
         *(plan.row("meta", learner, backbone, n_shot) for learner in META_LEARNERS),
-        *(plan.row("alignment", "arcMax", backbone, n_shot, alignment) for alignment in (*CONTROLS, *ALIGNMENTS)),
+        *(plan.row("alignment", "arcMax", backbone, n_shot, alignment) for alignment in ALIGNMENTS),
     ]
 
 
@@ -132,7 +118,7 @@ def crossdomain_rows(plan: Plan, backbone: str, n_shot: int) -> list[Row]:
     return [
         plan.row("transfer", *task),
         plan.row("transfer", *task, novel=novel),
-        *(plan.row("alignment", *task, alignment, novel) for alignment in (*CONTROLS, *ALIGNMENTS)),
+        *(plan.row("alignment", *task, alignment, novel) for alignment in ALIGNMENTS),
     ]
 
 
@@ -161,22 +147,6 @@ def paper_number(row: Row, dataset: str) -> dict[str, Any] | None:
     return {"accuracy": accuracy, "ci95": ci95, "source": "paper" if "alignment" in row.name else "published code"}
 
 
-def over_controls(row: Row, found: Mapping[tuple[Any, ...], dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By control, the paired difference of an alignment from it, in points: head alone, naive, nearest mean.
-
-    found: results by task and name. A control that has not been run yet is left out.
-    """
-    result, over = found[row.task], {}
-    for control in CONTROLS:
-        other = found.get((f"{row.method}, {control} alignment", *row.task[1:]))
-        if other and other is not result:
-            mean, ci95 = paired_difference(*(torch.tensor(r["accuracy_per_episode"]) for r in (other, result)))
-            over[control] = {"accuracy": mean, "ci95": ci95}
-    if nearest := result.get("nearest_mean"):
-        over["nearest mean"] = max(nearest.values(), key=lambda control: control["accuracy"])["difference"]
-    return over
-
-
 def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
     """A record of each row: our number, the paper's, their difference, and what ours was made with.
 
@@ -185,7 +155,6 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
     the checkpoint it tests.
     """
     epochs: dict[Path, int] = {}
-    found = {row.task: result for row, result in zip(rows, results, strict=True) if result}
     records = []
     for row, result in zip(rows, results, strict=True):
         paper = paper_number(row, dataset)
@@ -209,7 +178,6 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
             if paper and result["ci95"] is not None:
                 record["ours_minus_paper_ci95"] = round(math.hypot(result["ci95"], paper["ci95"]), 3)
             record["gain"] = result["difference"] if row.stage == "alignment" else None
-            record["over"] = over_controls(row, found) if record["gain"] else {}
             record["result"] = row.result
         records.append(record)
     return records
@@ -220,24 +188,21 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     rows = []
     for record in records:
         ours, paper = record["ours"], record["paper"]
-        gains = [record.get("gain"), *map(record.get("over", {}).get, (*CONTROLS, "nearest mean"))]
+        gain = record.get("gain")
         theirs = "not known here" if paper is None else interval(paper)
         if paper and paper["source"] != "paper":
             theirs += f" ({paper['source']})"
         cells = [record["name"], record["backbone"], record["novel_dataset"]]
         cells += [f"{record['n_way']}-way {record['n_shot']}-shot", interval(ours) if ours else "not run yet", theirs]
         cells.append(signed(record["ours_minus_paper"], record["ours_minus_paper_ci95"]) if ours and paper else "")
-        cells += [signed(gain["accuracy"], gain["ci95"]) if gain else "" for gain in gains]
+        cells.append(signed(gain["accuracy"], gain["ci95"]) if gain else "")
         cells += [str(ours["n_epoch"]), str(ours["n_episodes"]), f"{ours['seconds']:.0f}"] if ours else ["", "", ""]
         rows.append(cells)
     return markdown_table(HEADER, rows)
 
 
 def write_table(stem: Path, about: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    """Write STEM.md and STEM.json, each atomically, and return the Markdown.
-
-    about: what the table is of. Raises UserError when they cannot be written.
-    """
+    """Write STEM.md and STEM.json and return the Markdown. Raises UserError when they cannot be written."""
     done = sum(record["ours"] is not None for record in records)
     title = f"{about['table']} table, {about['dataset']}, {about['scale']} scale: {done} of {len(records)} rows"
     text = f"# {title}\n\nmade by `{about['command']}`\n\n{markdown(records)}\n"

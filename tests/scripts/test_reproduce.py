@@ -131,6 +131,7 @@ def test_a_flag_goes_to_the_stages_that_know_it():
         (["--n_shots", 1], ["--n_shots", "any stage"]),
         (["--n_shot", 1], ["--n_shot", "--shots"]),
         (["--overwrite"], ["--overwrite", "--results_dir"]),
+        (["--checkpoint_dir", "models"], ["--checkpoint_dir", "--results_dir"]),
         (["--align_preset", "tuned"], ["--align_preset", "published updates", "docs/tuning.md"]),
         (["stray"], ["stray"]),
         (["--n_epoch", "many"], ["--n_epoch", "many"]),
@@ -195,14 +196,9 @@ def test_a_table_is_run_once_and_goes_on_after_a_row_that_failed(tmp_path, runne
         assert row["paper"] is None
     aligned = result_of(tmp_path, "centroid")
     assert record["rows"][-2]["gain"] == aligned["difference"]
-    assert set(record["rows"][-2]["over"]) == {"head", "naive", "nearest mean"}
-    for control, row in zip(("head", "naive"), record["rows"][-4:-2], strict=True):
-        above = aligned["accuracy"] - result_of(tmp_path, control)["accuracy"]
-        assert record["rows"][-2]["over"][control]["accuracy"] == pytest.approx(above, abs=1e-2)
-        assert control not in row["over"]
     text = summary.with_suffix(".md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 11 and {len(cells) for cells in rows} == {14}
+    assert len(rows) == 2 + 11 and {len(cells) for cells in rows} == {11}
     assert all(cells[5] == "not known here" and cells[6] == "" for cells in rows[2:])
     assert text in outcome.out
 
