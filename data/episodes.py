@@ -7,7 +7,6 @@ list depends on (seed, i) alone, so that a list may be cut into any chunks, or s
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +14,10 @@ from torch import Tensor
 from data.benchmarks import Split
 from engine.budget import check_memory
 from engine.errors import UserError
-from engine.files import Schema, atomic_file, misfit, read_json
+from engine.files import Schema, atomic_file, matches_schema, read_json
 from engine.generators import make_generator
 
-EPISODES_FILE: Schema = {
-    **dict.fromkeys(("n_way", "n_shot", "n_query"), int),
-    "images": list[str],
-    "episodes": list[Any],
-}
+EPISODES_FILE: Schema = {"n_way": int, "n_shot": int, "n_query": int, "images": list[str], "episodes": list}
 
 
 @dataclass(frozen=True)
@@ -151,16 +146,14 @@ def read_episodes(path: Path, split: Split, shape: EpisodeShape, n_episodes: int
     Raises UserError when the file is of another shape, is too short, names images that the split lacks, or holds an
     episode with a class or an image twice.
     """
+    again = "delete it to have it written again"
     try:
         record = read_json(path)
-        if wrong := misfit(record, EPISODES_FILE) if isinstance(record, dict) else "it is no json object":
-            raise ValueError(wrong)
-        index, names = torch.tensor(record["episodes"]), record["images"]
-        if index.numel() and index.dtype != torch.long:
-            raise ValueError("its 'episodes' are not whole numbers")
-    except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last two of an uneven list
-        reason = " ".join(str(error).split())
-        raise UserError(f"episodes file {path} cannot be read ({reason}): delete it to have it written anew") from error
+        if not matches_schema(record, EPISODES_FILE):
+            raise ValueError(f"it does not hold {', '.join(EPISODES_FILE)}")
+        index, names = torch.tensor(record["episodes"], dtype=torch.long), record["images"]
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last two: lists of unequal length, no numbers
+        raise UserError(f"episodes file {path} cannot be read ({' '.join(str(error).split())}): {again}") from error
     found = EpisodeShape(record["n_way"], record["n_shot"], record["n_query"])
     if found != shape:
         raise UserError(
@@ -168,34 +161,26 @@ def read_episodes(path: Path, split: Split, shape: EpisodeShape, n_episodes: int
             f"{shape.n_way}-way {shape.n_shot}-shot with {shape.n_query} were asked for: "
             f"give matching flags or another file"
         )
-    if (
-        index.ndim != 3
-        or index.shape[1:] != (shape.n_way, shape.n_shot + shape.n_query)
-        or not len(index)
-        or not 0 <= index.min() <= index.max() < len(names)
-    ):
-        raise UserError(f"episodes file {path} is damaged: delete it to have it written anew")
     if len(index) < n_episodes:
         raise UserError(
             f"episodes file {path} holds {len(index)} episodes, {n_episodes} were asked for: "
-            f"lower --n_episodes or delete the file to have it written anew"
+            f"lower --n_episodes or {again}"
         )
     position = {name: i for i, name in enumerate(split.image_names)}
-    missing = [name for name in names if name not in position]
-    if missing:
+    if missing := [name for name in names if name not in position]:
         raise UserError(
             f"episodes file {path} names {len(missing)} images that the {split.split} split of "
             f"{split.benchmark!r} lacks, the first {missing[0]!r}: give the benchmark that it was written for"
         )
+    damaged = UserError(f"episodes file {path} is damaged, or an episode has a class or an image twice: {again}")
+    size = (len(index), shape.n_way, shape.n_shot + shape.n_query)
+    if index.shape != size or index.min() < 0 or index.max() >= len(names):
+        raise damaged
     index = torch.tensor([position[name] for name in names])[index[:n_episodes]]
     labels = split.labels[index]
-    for what, values in (("a class", labels[:, :, 0]), ("an image", index.flatten(1))):
-        if (values.sort(1).values.diff(dim=1) == 0).any():
-            raise UserError(f"episodes file {path} has {what} twice in an episode: delete it to have it written anew")
-    if (labels != labels[:, :, :1]).any():
-        raise UserError(
-            f"episodes file {path} has a way of images of several classes: delete it to have it written anew"
-        )
+    distinct = all((values.sort(1).values.diff(dim=1) > 0).all() for values in (index.flatten(1), labels[:, :, 0]))
+    if not distinct or (labels != labels[:, :, :1]).any():
+        raise damaged
     return Episodes(index, labels[:, :, 0], shape.n_shot)
 
 

@@ -2,17 +2,13 @@
 
 A split has up to two arrays, written in one pass over the files:
 - `eval` (N, 3, s, s): the published evaluation view, resize to int(1.15 s) square and centre crop;
-- `train`, for the base split of a training: what augmentation crops from. Images that share one small size are kept as
-  they are; others are reduced, their aspect kept, to as many pixels as leave s x s of them to the smallest crop.
+- `train`, for the base split of a training: what augmentation crops from. Images of one small size are kept as they
+  are; others are reduced, their aspect kept, to as many pixels as leave s x s of them to the smallest crop.
   `sizes` (N, 2) keeps their original (height, width), in which crops are drawn.
 
-Training images are pixels, not JPEG: decoding takes 0.5 to 1 ms of a core per image, more than a GPU's training step,
-and a crop of mapped pixels reads only what it needs; 300 x 225 pixels are 0.2 MB of disk per image.
-
 A cache is keyed by the names, sizes, modification times and inodes of its source files, by the bytes of at most SAMPLE
-of them, and by the versions of the code that computes it: changed images are decoded again. What is not noticed is an
-image outside of that sample that is written over in place, to the same size, its time set back; --rebuild_cache
-decodes all in any case. A cache never lies beside the user's images, which may be read-only.
+of them, and by the versions of the code. What is not noticed is an image outside of that sample that is written over
+in place, to the same size, its time set back; --rebuild_cache decodes all in any case.
 """
 
 import glob
@@ -43,14 +39,12 @@ from engine.run import progress_bar
 S = TypeVar("S")
 T = TypeVar("T")
 
-# Images of one common size are kept as they are up to this many pixels each.
-MAX_NATIVE_PIXELS = 256 * 256
-# Others are reduced to this many at most, enough for 224 px and crops of 0.08 of an image.
-MAX_TRAIN_PIXELS = 800 * 800
-# Images decoded ahead of the writer: bounds the memory of a pass over any number of images.
-CHUNK = 64
-# Source files of a split whose bytes are looked at before its cache is trusted.
-SAMPLE = 256
+MAX_NATIVE_PIXELS = 256 * 256  # images of one common size are kept as they are up to this many pixels each
+MAX_TRAIN_PIXELS = 800 * 800  # others are reduced to this many at most, enough for 224 px and crops of 0.08
+CHUNK = 64  # images decoded ahead of the writer: bounds the memory
+SAMPLE = 256  # source files of a split whose bytes are compared before its cache is trusted
+# Folders in which processes of this machine build caches; the id of the process follows.
+BUILDING = f".building.{platform.node()}."
 
 
 @dataclass(frozen=True)
@@ -112,15 +106,12 @@ TRAIN_VIEW_VERSION = 1  # raise it with any change of the three functions below
 
 
 def train_pixels(img_size: int, min_crop: float) -> int:
-    """The pixels to keep of an image, so that a crop of min_crop of it, or of 0.15 if that is less, has img_size^2.
-
-    With fewer, larger crops are reduced twice by nearly the same: 1.4 grey levels off torchvision's, not 0.7.
-    """
+    """Pixels to keep of an image, so that a crop of min_crop of it, or of 0.15 if that is less, has img_size^2."""
     return min(int(img_size**2 / min(min_crop, 0.15)), MAX_TRAIN_PIXELS)
 
 
 def stored_sizes(sizes: np.ndarray, n_pixels: int) -> np.ndarray:
-    """(height, width) (N, 2) at which training images of `sizes` (N, 2) are kept: see the top of this file."""
+    """(height, width) (N, 2) at which training images of `sizes` (N, 2) are kept."""
     area = sizes.prod(1, keepdims=True)
     if (sizes == sizes[0]).all() and area[0] <= MAX_NATIVE_PIXELS:
         return sizes
@@ -128,7 +119,7 @@ def stored_sizes(sizes: np.ndarray, n_pixels: int) -> np.ndarray:
 
 
 def train_view(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """What is kept of a training image, (3, height, width): by a sharp filter, because the crop is filtered again."""
+    """A training image, (3, height, width), reduced by a sharp filter, because its crops are filtered again."""
     return hwc_to_chw(image.resize((width, height), Image.Resampling.LANCZOS))
 
 
@@ -136,7 +127,7 @@ VERSIONS = [DECODE_VERSION, EVAL_VIEW_VERSION, TRAIN_VIEW_VERSION]
 
 
 def listing_signature(files: ImageFiles) -> str:
-    """A hash that changes with the source files: see the top of this file for what of them it notices.
+    """A hash of names, sizes, times and inodes of the source files, and of the bytes of SAMPLE of them.
 
     Raises UserError for an image that is missing, or whose name is no text.
     """
@@ -166,22 +157,22 @@ def load_images(
     label, key = f"{files.label}_{img_size}px", signature[:16]
     folder = cache_dir / (f"{label}_train{n_pixels}_{key}" if n_pixels else f"{label}_{key}")
     shape = (len(files.paths), 3, img_size, img_size)
-    # The evaluation views are the same in the caches of trainings.
-    others = [] if n_pixels else cache_dir.glob(f"{glob.escape(label)}_*{key}")
+    others = [] if n_pixels else cache_dir.glob(f"{glob.escape(label)}_*{key}")  # of trainings: the same views
     for candidate in [] if rebuild else [folder, *others]:
         if arrays := read_cache(candidate, shape, n_pixels):
             return arrays
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(cache_dir)
-        with tempfile.TemporaryDirectory(prefix=f"{hidden_prefix()}{os.getpid()}.", dir=cache_dir) as hidden:
+        for abandoned in cache_dir.glob(f"{glob.escape(BUILDING)}*"):
+            if is_gone(abandoned.name.removeprefix(BUILDING).partition(".")[0]):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f"{BUILDING}{os.getpid()}.", dir=cache_dir) as hidden:
             building = Path(hidden) / folder.name
             building.mkdir()
             decode_all(files, img_size, n_pixels, building, num_workers, quiet)
             if rebuild or not read_cache(folder, shape, n_pixels):  # else another process has just built it
-                stale = cache_dir.glob(f"{glob.escape(files.label)}_*px_*{key}") if rebuild else [folder]
-                for each in stale:  # of whatever size
-                    shutil.rmtree(each, ignore_errors=True)
+                for stale in cache_dir.glob(f"{glob.escape(files.label)}_*px_*{key}") if rebuild else [folder]:
+                    shutil.rmtree(stale, ignore_errors=True)
                 os.replace(building, folder)
         failure = "it is not what was written"
     except OSError as error:
@@ -191,45 +182,32 @@ def load_images(
     raise UserError(f"cache folder {folder} cannot be written ({failure}): give another --cache_dir")
 
 
-def hidden_prefix() -> str:
-    """How the names of hidden folders begin in which this machine builds caches; the id of the process follows."""
-    return f".building.{platform.node()}."
-
-
-def remove_abandoned(cache_dir: Path) -> None:
-    """Remove the hidden folders of caches whose builder, a process of this machine, was killed."""
-    for folder in cache_dir.glob(f"{glob.escape(hidden_prefix())}*"):
-        if is_gone(folder.name.removeprefix(hidden_prefix()).partition(".")[0]):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def read_cache(folder: Path, shape: tuple[int, ...], n_pixels: int) -> ImageArrays | None:
-    """The arrays of a cache folder, with training images of n_pixels if any, mapped into memory, copy-on-write.
+    """The arrays of a cache folder, with evaluation views of a shape and training images of n_pixels if any, mapped.
 
-    shape: that of the evaluation views. None when the folder is missing, damaged, or of another version of the code.
+    None when the folder is missing, damaged, or of another version of the code.
     """
     try:
         meta = read_json(folder / "meta.json")
         sizes = np.fromfile(folder / "sizes.bin", dtype=np.int64).reshape(shape[0], 2)
-        known = matches_schema(meta, {"versions": list[int], "fingerprint": str}) and meta["versions"] == VERSIONS
+        known = matches_schema(meta, {"versions": list, "fingerprint": str}) and meta["versions"] == VERSIONS
         if not known or sizes.min() < 1:
             return None
         train = map_train(folder / "train.bin", stored_sizes(sizes, n_pixels)) if n_pixels else None
-        evaluation = map_array(folder / "eval.bin", shape)
-        return ImageArrays(evaluation, train, torch.from_numpy(sizes), meta["fingerprint"])
+        return ImageArrays(map_array(folder / "eval.bin", shape), train, torch.from_numpy(sizes), meta["fingerprint"])
     except (OSError, ValueError):
         return None
 
 
 def map_array(path: Path, shape: Sequence[int]) -> Tensor:
-    """A uint8 file as a tensor mapped into memory. Raises ValueError when the file is of another size."""
+    """A uint8 file as a tensor mapped copy-on-write. Raises ValueError when the file is of another size."""
     if path.stat().st_size != math.prod(shape):
         raise ValueError(f"{path} is damaged")
     return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=tuple(shape)))
 
 
 def map_train(path: Path, stored: np.ndarray) -> Tensor | UnequalImages:
-    """The training images (3, h, w) of sizes `stored` (N, 2) in a file, as one tensor where they are of one size."""
+    """The training images (3, h, w) of sizes `stored` (N, 2) in a file; one tensor when they are of one size."""
     if (stored == stored[0]).all():
         return map_array(path, [len(stored), 3, *stored[0].tolist()])
     ends = 3 * torch.from_numpy(stored).prod(1).cumsum(0)
@@ -243,9 +221,8 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
     Raises UserError when an image cannot be decoded, or they do not fit in memory or on the disk.
     """
     what, smaller = f"decoding to {img_size} x {img_size} pixels", "give a smaller --img_size"
-    n_threads = max(1, num_workers)
-    n_bytes = 4 * int(1.15 * img_size) ** 2 * min(n_threads, len(files.paths))
-    check_memory(what, n_bytes, f"{smaller} or --num_workers")
+    n_threads = min(max(1, num_workers), len(files.paths))
+    check_memory(what, 4 * int(1.15 * img_size) ** 2 * n_threads, f"{smaller} or --num_workers")
     with ThreadPoolExecutor(n_threads) as pool:
         sizes = np.array(list(map_in_chunks(pool, image_size, files.paths)), dtype=np.int64)
         stored = stored_sizes(sizes, n_pixels)

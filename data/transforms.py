@@ -1,7 +1,6 @@
-"""Augmentation of a whole batch in a few tensor operations, on the device, with the meaning of torchvision and PIL.
+"""The published augmentation of a whole batch in a few tensor operations on the device, as torchvision and PIL do it.
 
-The published training transform: random resized crop; brightness, contrast and colour factors of 1 +- 0.4, drawn
-independently and applied in that order (PIL's ImageEnhance); horizontal flip; ImageNet normalisation. A resized
+Random resized crop; brightness, contrast and colour jitter, in that order; horizontal flip; normalisation. A resized
 crop is a separable linear map: for a batch, two batched matrix products, rows (s, H) @ image (H, W) @ columns (W, s).
 """
 
@@ -17,11 +16,7 @@ from data.image_cache import UnequalImages
 from engine.normalisation import IMAGENET, Normalisation
 from engine.run import move, move_if_fits
 
-# PIL's integer weights of RGB -> L (ITU-R 601-2), over 65536.
-LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
-
-# Unequal images that are padded to one size: bounds the memory.
-CUT_TOGETHER = 16
+CUT_TOGETHER = 16  # unequal images that are padded to one size: bounds the memory
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,7 @@ class Augmentation:
 
 
 def normalise(images: Tensor, by: Normalisation = IMAGENET) -> Tensor:
-    """uint8 (b, 3, h, w) -> float32 with this mean and standard deviation taken out."""
+    """Images (b, 3, h, w) in 0..255 -> float32 with mean 0 and standard deviation 1."""
     mean, std = move(torch.tensor((by.mean, by.std)), images.device).view(2, 3, 1, 1)
     scale, shift = 1.0 / (255.0 * std), mean * 255.0
     return (images.float() - shift) * scale
@@ -71,8 +66,7 @@ def draw_crops(sizes: Tensor, scale: tuple[float, float], ratio: tuple[float, fl
 def resize_weights(start: Tensor, length: Tensor, n_in: int, n_out: int) -> Tensor:
     """PIL's bilinear (triangle, antialiased) filter from pixels [start, start + length) to n_out: (b, n_out, n_in).
 
-    start and length (b,), in pixels of the source axis, not always whole; rows sum to 1 and are zero on the pixels
-    that lie outside the box.
+    start and length (b,) need not be whole; rows sum to 1 and are 0 on pixels outside of the box.
     """
     scale = (length / n_out).view(-1, 1, 1)
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
@@ -88,7 +82,6 @@ def resized_crop(images: Tensor, boxes: Tensor, img_size: int) -> Tensor:
     boxes = move(boxes.float(), images.device)
     rows = resize_weights(boxes[:, 0], boxes[:, 2], images.shape[2], img_size)
     columns = resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], img_size)
-    # Columns first, all channels and rows of an image in one matrix product.
     b, c, height, width = images.shape
     narrow = torch.bmm(images.float().reshape(b, c * height, width), columns.transpose(1, 2))
     return torch.matmul(rows.unsqueeze(1), narrow.view(b, c, height, img_size))
@@ -108,16 +101,15 @@ def cut(images: UnequalImages, boxes: Tensor, device: torch.device) -> tuple[Ten
 
 
 def luma(images: Tensor) -> Tensor:
-    """Greyscale of RGB images as PIL converts: (b, 3, h, w) -> (b, 1, h, w)."""
-    red, green, blue = images.unbind(1)
-    return (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]).unsqueeze(1)
+    """Greyscale of RGB images: (b, 3, h, w) -> (b, 1, h, w)."""
+    red, green, blue = images.split(1, dim=1)
+    return red * (19595 / 65536) + green * (38470 / 65536) + blue * (7471 / 65536)  # PIL's weights
 
 
 def colour_jitter(images: Tensor, factors: Tensor) -> Tensor:
-    """PIL's ImageEnhance Brightness, Contrast and Color, in that order, by factors (b, 3), on images in 0..255.
+    """PIL's ImageEnhance Brightness, Contrast and Color, in that order, by factors f (b, 3), on images in 0..255.
 
-    Each blends the image with a degenerate one, f * image + (1 - f) * degenerate, and clips to 0..255: black for
-    brightness, the mean grey level for contrast, the greyscale image for colour.
+    Each clips f * image + (1 - f) * another one: black, the mean grey level, the greyscale image.
     """
     brightness, contrast, colour = move(factors, images.device).view(-1, 3, 1, 1, 1).unbind(1)
     images = (images * brightness).clamp_(0.0, 255.0)
@@ -136,18 +128,16 @@ def augment(
     by: Normalisation = IMAGENET,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The published training transform of a batch: uint8 (b, 3, H, W) or unequal -> normalised float32 (b, 3, s, s).
+    """Augmented images of a batch: uint8 (b, 3, H, W) or unequal -> network input (b, 3, s, s) on `device`.
 
-    sizes (B, 2): the original (height, width), in which the crops are drawn, of the batch of which the images are
-    `part`, all of it by default: the draws for an image are the same in any part. It is made on `device`, by default
-    that of the images.
+    sizes (B, 2): original (height, width) of the whole batch, in which crops are drawn; the images are its `part`, and
+    get the same draws in any part. device: by default that of the images.
     """
-    n = len(sizes)
     boxes = draw_crops(sizes, augmentation.crop_scale, augmentation.crop_ratio, generator)[part]
     stored = torch.tensor(images.shape[2:]) if isinstance(images, Tensor) else images.sizes
     boxes = boxes * (stored / sizes[part].double()).repeat(1, 2)
-    factors = 1.0 + augmentation.jitter * (2.0 * torch.rand(n, 3, generator=generator) - 1.0)
-    flips = torch.rand(n, generator=generator) < 0.5
+    factors = 1.0 + augmentation.jitter * (2.0 * torch.rand(len(sizes), 3, generator=generator) - 1.0)
+    flips = torch.rand(len(sizes), generator=generator) < 0.5
     if isinstance(images, Tensor):
         crops = resized_crop(move(images, device or images.device), boxes, img_size)
     else:
@@ -156,19 +146,19 @@ def augment(
     out = colour_jitter(crops, factors[part])
     if augmentation.flip:
         out = torch.where(move(flips[part], out.device).view(-1, 1, 1, 1), out.flip(3), out)
-    return normalise(out, by)
+    return network_input(out, out.device, by)
 
 
 def network_input(images: Tensor, device: torch.device, by: Normalisation = IMAGENET) -> Tensor:
-    """uint8 images (b, 3, s, s) as a network takes them: normalised, float32, channels-last, on `device`."""
+    """Images (b, 3, s, s) in 0..255 as a network takes them: normalised, float32, channels-last, on `device`."""
     return normalise(move(images, device), by).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """What a stage trains on: uint8 images, (N, 3, H, W) or unequal, their labels (N,), and how they are augmented.
+    """What a stage trains on: uint8 images, (N, 3, H, W) or unequal, their original sizes (N, 2) and labels (N,).
 
-    sizes (N, 2): the original (height, width) of the images. Without augmentation they are (N, 3, img_size, img_size).
+    Without augmentation the images are (N, 3, img_size, img_size).
     """
 
     images: Tensor | UnequalImages
@@ -180,23 +170,18 @@ class TrainingImages:
     normalisation: Normalisation = IMAGENET
 
     def batch(self, index: Tensor, generator: Generator, part: slice = slice(None)) -> Tensor:
-        """The images at `index` (b,), augmented if asked: channels-last input (b, 3, s, s) on the device.
-
-        `part` gives the rows of the input that are made, without changing them.
-        """
+        """The rows `part` of the network input (b, 3, s, s) of the images at `index` (b,), augmented if asked."""
         by, images = self.normalisation, self.images
         images = images[move(index[part], images.device) if isinstance(images, Tensor) else index[part]]
         if self.augmentation is None:
             return network_input(cast(Tensor, images), self.device, by)
-        sizes = self.sizes[index]
-        x = augment(images, sizes, self.img_size, self.augmentation, generator, part, by, self.device)
-        return x.contiguous(memory_format=torch.channels_last)
+        return augment(images, self.sizes[index], self.img_size, self.augmentation, generator, part, by, self.device)
 
 
 def training_images(
     base: Split, augmentation: Augmentation | None, device: torch.device, by: Normalisation = IMAGENET
 ) -> TrainingImages:
-    """The images of a base split to train on, moved to the device for good where they have room there."""
+    """The images of a base split to train on, moved to the device if they have room there."""
     images = base.images if augmentation is None or base.train_images is None else base.train_images
     if isinstance(images, UnequalImages):
         images = replace(images, pixels=move_if_fits(images.pixels, device))

@@ -42,7 +42,7 @@ from data.converters.tiered_imagenet import convert_tiered_imagenet
 from data.converters.writing import SETTINGS
 from data.decode import open_rgb
 from data.episodes import EpisodeShape, read_episodes, sample_episodes, write_episodes
-from data.glyphs import provide_glyphs
+from data.glyphs import VERSION, provide_glyphs
 from data.image_cache import ImageFiles, load_images
 from data.listing import list_folder, list_json
 from engine.errors import UserError
@@ -332,7 +332,7 @@ KINDS = {
     "result": Kind(kept("tables", f"{STAGE_3}.json"), read_tables),
     "finished": Kind(kept("tables", f"{STAGE_1}.json"), read_finished),
     "metrics": Kind(kept("logs", f"{RUN}_bestModel", "metrics.jsonl"), read_logs),
-    "glyphs": Kind(constant(json.dumps({"benchmark": "glyphs", "seed": 3, "version": 1})), read_settings),
+    "glyphs": Kind(constant(json.dumps({"benchmark": "glyphs", "seed": 3, "version": VERSION})), read_settings),
     "lock": Kind(constant("process 1 on elsewhere since 2020-01-01 00:00:00\n"), read_lock),
 }
 

@@ -40,8 +40,8 @@ class ImageItem:
 class Conversion:
     """The images that a converter hands over, lazily, and the published numbers of images and of classes per split.
 
-    class_counts: where it is known, how many images each class of a split has. `settings` tells two conversions of one
-    benchmark apart; `title` is the name of the benchmark where the user chooses it.
+    class_counts: known numbers of images of each class per split. `settings` tells two conversions of one benchmark
+    apart; `title` is the name of the benchmark if the user chooses it.
     """
 
     items: Iterable[ImageItem]
@@ -66,9 +66,9 @@ class Converter:
 
 
 def read_split_file(path: str | Path) -> dict[str, Any]:
-    """A JSON of {base, val, novel: classes}, where classes is a list or a dictionary by class name.
+    """A JSON of {base, val, novel: classes}, a list or a dictionary by class name, or of those under `coarse_labels`.
 
-    The three may lie under a key `coarse_labels`. Raises UserError when the file has another form, or a class twice.
+    Raises UserError when the file has another form, or a class twice.
     """
     try:
         content = read_json(Path(path))

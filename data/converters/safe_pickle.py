@@ -1,8 +1,7 @@
 """Read a pickle of numpy arrays and plain containers, without running it.
 
-Benchmarks are shared as pickles from anywhere, and a pickle is a program: the standard unpickler calls whatever
-function it names. As the standard library documents under "Restricting Globals", find_class allows the few names that
-pickled arrays and containers need, and refuses any other before it is looked up.
+A pickle is a program: the standard unpickler calls whatever function it names. As the standard library documents under
+"Restricting Globals", find_class allows what arrays and containers need, and refuses any other name.
 """
 
 import codecs
@@ -66,7 +65,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The object that a name in the pickle stands for. Raises UnpicklingError when it is not allowed."""
-        # numpy 2 renamed numpy.core to numpy._core, and Python 3 __builtin__ to builtins.
+        # numpy 2 renamed numpy.core, and Python 3 __builtin__.
         full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
         if full_name not in ALLOWED:
             raise pickle.UnpicklingError(
@@ -79,8 +78,7 @@ class ArrayUnpickler(pickle.Unpickler):
 def load_pickle(file: IO[bytes], name: str) -> Any:
     """The object pickled in `file`; strings of Python 2 come as str.
 
-    Raises UserError, naming `name`, when the file is truncated, is no pickle, or asks for anything but arrays and
-    plain containers.
+    Raises UserError when the file is truncated, is no pickle, or asks for anything but arrays and plain containers.
     """
     try:
         with warnings.catch_warnings():  # of numpy, about the ways in which its old versions pickled
@@ -92,7 +90,7 @@ def load_pickle(file: IO[bytes], name: str) -> Any:
 
 
 def load_pickle_file(path: Path) -> Any:
-    """The object pickled in a file. Raises UserError as load_pickle does, and when `path` is no regular file."""
+    """The object pickled in a regular file. Raises UserError when it is none, damaged, or holds anything else."""
     try:
         check_regular(path)
     except ValueError as error:

@@ -25,20 +25,17 @@ def write_benchmark(
     skip_bad: bool,
     allow_incomplete: bool,
 ) -> None:
-    """Write `folder/{base,val,novel}/<class>/<file>`.
+    """Write `folder/{base,val,novel}/<class>/<file>`: encoded images byte for byte, pixels and resized ones as PNG.
 
-    Encoded images are copied byte for byte; those that come as pixels, or are resized (to img_size x img_size), are
-    written as PNG, losslessly. A first run works in a hidden folder beside `folder` and moves it there when all is
-    well, so an unfinished benchmark is never trained on; the same command continues where an earlier one stopped, and
-    keeps every image that is already there.
+    A first run works in a hidden folder beside `folder` and moves it there when all is well, so that an unfinished
+    benchmark is never trained on; the same command goes on where an earlier one stopped.
 
     Raises UserError when `folder` was made otherwise, when images cannot be decoded (unless skip_bad), and when
     classes or images are missing (unless allow_incomplete).
     """
     work = folder if folder.exists() else folder.with_name(f".{folder.name}.partial")
     _check_settings(work, {"benchmark": benchmark} | conversion.settings | {"img_size": img_size})
-    unreadable: list[str] = []
-    missing: list[str] = []
+    unreadable, missing = [], []
     for item in tqdm(conversion.items, total=conversion.n_images, desc=f"preparing {folder.name}", unit="image"):
         for part in (item.class_name, item.file_name):
             if part in ("", ".", "..") or set(part) & {"/", "\\", "\0"} or not is_text(part):
@@ -55,9 +52,8 @@ def write_benchmark(
             f"{len(unreadable)} image(s) cannot be read: {_some(unreadable)}; "
             "repair them, or leave them out with --skip_bad"
         )
-    problems = count_problems(count_images(work), conversion, len(unreadable))
-    if missing:
-        problems.append(f"not in the source: {_some(missing)}")
+    problems = _count_problems(count_images(work), conversion, len(unreadable))
+    problems += [f"not in the source: {_some(missing)}"] if missing else []
     if problems and not allow_incomplete:
         raise UserError(
             f"{folder.name} is not complete: {_some(problems)}; run the same command with the missing images in place, "
@@ -69,16 +65,14 @@ def write_benchmark(
 
 def count_images(folder: Path) -> dict[str, dict[str, int]]:
     """{split: {class: number of images}} of a benchmark's folder."""
-    counts: dict[str, dict[str, int]] = {}
-    for split in SPLITS:
-        classes = sorted((folder / split).iterdir()) if (folder / split).is_dir() else []
-        counts[split] = {
-            path.name: sum(not name.startswith(".") for name in os.listdir(path)) for path in classes if path.is_dir()
-        }
+    counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+    for path in sorted(folder.glob("*/*")):
+        if path.is_dir() and path.parent.name in counts:
+            counts[path.parent.name][path.name] = sum(not name.startswith(".") for name in os.listdir(path))
     return counts
 
 
-def count_problems(counts: dict[str, dict[str, int]], expected: Conversion, n_left_out: int) -> list[str]:
+def _count_problems(counts: dict[str, dict[str, int]], expected: Conversion, n_left_out: int) -> list[str]:
     """Every difference between the counts and the expected ones, less the images left out, a phrase each."""
     problems = []
     for split, found in counts.items():
@@ -98,15 +92,16 @@ def count_problems(counts: dict[str, dict[str, int]], expected: Conversion, n_le
 
 def _check_settings(work: Path, settings: dict[str, object]) -> None:
     """Start `work`, or make sure that it was started with the same settings; a dict is recorded as its hash."""
-    settings = {key: _digest(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            settings[key] = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
     file = work / SETTINGS
     if file.exists():
         try:
             earlier = dict(read_json(file))
         except (ValueError, TypeError):
             raise UserError(f"'{file}' is damaged: delete '{work}', or give another folder with --out") from None
-        different = [key for key in settings if earlier.get(key) != settings[key]]
-        if different:
+        if different := [key for key in settings if earlier.get(key) != settings[key]]:
             raise UserError(
                 f"'{work}' was prepared with another choice of {', '.join(different)}: delete it, or give another "
                 "folder with --out"
@@ -118,10 +113,6 @@ def _check_settings(work: Path, settings: dict[str, object]) -> None:
             temporary.write_text(json.dumps(settings), encoding="utf-8")
 
 
-def _digest(content: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
 def _write_image(item: ImageItem, target: Path, img_size: int | None) -> None:
     """Write one image, unless it is there already. Raises ValueError when it cannot be decoded."""
     if img_size is not None:
@@ -131,13 +122,13 @@ def _write_image(item: ImageItem, target: Path, img_size: int | None) -> None:
     content = item.read()
     # A file is decoded whole even where it is copied, so that a truncated one is found now.
     image = decode(content) if isinstance(content, bytes) else Image.fromarray(content)
+    if img_size is not None:
+        image = image.resize((img_size, img_size), Image.Resampling.LANCZOS)
     with atomic_file(target) as temporary:
         if isinstance(content, bytes) and img_size is None:
             temporary.write_bytes(content)
-            return
-        if img_size is not None:
-            image = image.resize((img_size, img_size), Image.Resampling.LANCZOS)
-        image.save(temporary, format="PNG")
+        else:
+            image.save(temporary, format="PNG")
 
 
 def _some(names: list[str]) -> str:

@@ -516,7 +516,7 @@ def test_a_cache_that_is_rebuilt_takes_the_place_of_the_stale_ones(tmp_path, mon
 def test_the_folder_of_a_killed_builder_is_removed_and_that_of_a_living_one_stays(tmp_path):
     cache, gone = tmp_path / "cache", subprocess.Popen(["true"])
     gone.wait()
-    living, dead = (cache / f"{image_cache.hidden_prefix()}{pid}.x" for pid in (os.getpid(), gone.pid))
+    living, dead = (cache / f"{image_cache.BUILDING}{pid}.x" for pid in (os.getpid(), gone.pid))
     for folder in (living, dead):
         folder.mkdir(parents=True)
     load(write_images(tmp_path, [(20, 20)]), cache)
