@@ -118,13 +118,6 @@ def test_classes_differ_in_shape_whatever_the_size(tiles):
     assert overlap.max() < 0.85, CHARACTERS[i] + CHARACTERS[j]
 
 
-def test_refusals(small, tmp_path):
-    with pytest.raises(UserError, match="exists already"):
-        render_glyphs(small)
-    with pytest.raises(UserError, match="100 classes, but 126 were"):
-        render_glyphs(tmp_path / "many", n_class=(90, 16, 20))
-
-
 def test_an_interrupted_render_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
