@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.files import weights_digest
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
-from methods.feature_alignment import align_episodes, n_together
+from methods.feature_alignment import align_episodes, episodes_per_chunk
 from methods.features import trainable_blocks
 from methods.related_base import exceeding_notes
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
@@ -69,7 +69,8 @@ def main() -> None:
     done = AlignedEpisodes(files, run, episodes, novel.class_names, setting)
     for i in sorted(i for i in {*args.save_episode} - {*done.drawings} if i < len(done)):
         print(f"note: episode {i} is done and was not saved: only --overwrite runs it again")
-    step = n_together(backbone.feature_dim, args.test_n_way, setting) if blocks.in_feature_space else SAVE_EVERY
+    in_feature_space, n_way = blocks.in_feature_space, args.test_n_way
+    step = episodes_per_chunk(backbone.feature_dim, n_way, setting) if in_feature_space else SAVE_EVERY
     with files.resumable(done.save), done.bar:
         while (first := len(done)) < n_test:
             mine = ranks.share(range(first, min(first + ranks.n * step, n_test)))

@@ -1,15 +1,14 @@
 """Stage 3: align one novel episode with its related base samples (Algorithms 1 and 2 of the paper).
 
 Per episode: fit the head on frozen support features; find the related base samples with it; then alternate the three
-updates of `Updates`. The backbone starts each episode from the checkpoint's weights, kept in memory. The alignment
-loss is centroid (Algorithm 1) or adversarial (Algorithm 2); `naive` is the ablation without one, and `none` stops at
-the fitted head. Beyond the paper, the updates may train only the backbone's last blocks, whose inputs are computed once
-for all episodes, or none of it: in `head`, the head alone learns (see feature_alignment.py).
+updates of `Updates`. Each episode starts from the checkpoint's weights. The alignment loss is centroid (Algorithm 1) or
+adversarial (Algorithm 2); `naive` is the ablation without one, and `none` stops at the fitted head. Beyond the paper,
+only the backbone's last blocks may be trainable, or none: in `head`, the head alone learns (see feature_alignment.py).
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,7 +20,7 @@ from engine.run import Run, move
 from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
 from methods.centroid_alignment import centroid_alignment_loss
 from methods.evaluation import count_predictions, share_right
-from methods.features import INPUT_ROWS, Source, TrainableBlocks, updated_features
+from methods.features import Source, TrainableBlocks, updated_features
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedBase, RelatedSetting, draw_related, drawn_per_class, related_base_of_head
 from models.heads import Head
@@ -36,8 +35,8 @@ class AlignmentSetting:
 
     alignment: str = "centroid"
     fit: HeadFit = HeadFit()
-    related: RelatedSetting = field(default_factory=RelatedSetting)
-    critic: CriticSetting = field(default_factory=CriticSetting)
+    related: RelatedSetting = RelatedSetting()
+    critic: CriticSetting = CriticSetting()
     align_s: float = 15.0
     align_m: float = 0.001
     align_iters: int = 150
@@ -48,20 +47,13 @@ class AlignmentSetting:
     record_curve: int = 0
 
 
-def adversarial(
-    d: int, n_way: int, setting: AlignmentSetting, generator: Generator, device: torch.device
-) -> AlignmentLoss:
-    """The adversarial loss of an episode, with a new critic."""
-    return AdversarialAlignment(d, n_way, setting.critic, generator, device)
-
-
-# By name, a function that makes the alignment loss of an episode.
+# By name, a function (d, n_way, setting, generator, device) that makes the alignment loss of an episode.
 ALIGNMENTS: dict[str, Callable[..., AlignmentLoss | None]] = {
     "none": lambda *_: None,
     "naive": lambda *_: None,
     "head": lambda *_: None,
     "centroid": lambda d, n_way, *_: partial(centroid_alignment_loss, n_way=n_way),
-    "adversarial": adversarial,
+    "adversarial": lambda d, n_way, setting, *rest: AdversarialAlignment(d, n_way, setting.critic, *rest),
 }
 
 
@@ -83,8 +75,8 @@ class AlignedEpisode:
     """One episode: its head after alignment, and the scores (q, n_way) of its queries by fine-tuning and alignment.
 
     n_drawn: related samples per novel class in an iteration; losses: of the three updates, a row per iteration, NaN for
-    an update that was left out; curve: scores after every record_curve iterations. Without alignment `finetuned` and
-    `aligned` are the same.
+    an update that was left out, and none in feature space; curve: scores after every record_curve iterations. Of
+    episodes aligned together, `head` is all heads, weight (E, n_way, d).
     """
 
     head: Head
@@ -99,8 +91,7 @@ class AlignedEpisode:
 class Updates:
     """The three updates of Algorithms 1 and 2, each with an optimiser of its own.
 
-    fitted: the optimiser that fitted the head. alignment_loss: centroid (equations 4-5) or adversarial (6-8); None in
-    the ablation without update (1).
+    fitted: the optimiser that fitted the head. alignment_loss: None in the ablation without update (1).
     """
 
     def __init__(
@@ -116,7 +107,7 @@ class Updates:
         self.head = head
         self.alignment_loss = alignment_loss
         self.batch_statistics = setting.align_bn == "train"
-        # With a scaler of its own: the one of fp16 adapts to past losses, and an episode depends on none before it.
+        # With a loss scaler of its own: that of fp16 adapts to past losses, and an episode depends on none before it.
         self.precision = Precision(precision.name, precision.device_type)
         both = [*backbone.parameters(), *head.parameters()]
         # (1) the backbone; (2) the head, by the optimiser that fitted it, moments included; (3) both.
@@ -127,7 +118,7 @@ class Updates:
     def align(self, support: Batch, related: Batch) -> Tensor | None:
         """(1): one step of the backbone on the alignment loss, if there is one.
 
-        Related and support images go through it in two passes, so that in train mode each has its own batch statistics.
+        Related and support images take a forward pass each: in train mode, each has its own batch statistics.
         """
         if self.alignment_loss is None:
             return None
@@ -138,7 +129,7 @@ class Updates:
         return self.precision.backward_and_step(loss, self.align_optimizer)
 
     def train_head(self, related: Batch) -> Tensor:
-        """(2): one step of the head on related samples; the backbone, in eval mode, needs no gradient."""
+        """(2): one step of the head on related samples; the backbone is frozen, in eval mode."""
         self.backbone.eval()
         with torch.no_grad(), self.precision.autocast():
             z_related = self.backbone(related.x)
@@ -153,7 +144,7 @@ class Updates:
 
 
 def with_rate(optimizer: torch.optim.Optimizer, lr: float) -> torch.optim.Optimizer:
-    """The optimiser, going on with another learning rate."""
+    """The optimiser with its moments, set to another learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     return optimizer
@@ -165,8 +156,10 @@ def related_batches(
     """The related samples of each iteration, class-major; None where no class has any, as without a base set."""
     for picks in draw_related(samples, setting.related.aug_size, setting.align_iters, generator):
         drawn = picks >= 0
-        is_any = base is not None and bool(drawn.any())
-        yield Batch(base.block_inputs(picks[drawn]), move(drawn.nonzero()[:, 0], device)) if base and is_any else None
+        if base is None or not drawn.any():
+            yield None
+        else:
+            yield Batch(base.block_inputs(picks[drawn]), move(drawn.nonzero()[:, 0], device))
 
 
 def align_episode(
@@ -181,9 +174,9 @@ def align_episode(
 ) -> AlignedEpisode:
     """Run episode i of stage 3; the result depends on (seed, i), the weights and the images alone.
 
-    The blocks start from their initial state, and are left as alignment has trained them. A novel class without related
-    samples takes no part in updates (1) and (2), which are left out when no class has any. `bar` names a progress bar
-    over the iterations; empty shows none.
+    The blocks start from their initial state, and are left as alignment has trained them. Updates (1) and (2) are left
+    out when no class has related samples. `bar` names a progress bar; empty shows none. Raises UserError when the loss
+    is no longer finite.
     """
     fit, d, n_way = setting.fit, novel.features.shape[1], task.n_way
     blocks.restore()
@@ -202,42 +195,25 @@ def align_episode(
     updates = Updates(blocks.updated, head, fitted, alignment_loss, setting, run.precision)
     support = Batch(novel.block_inputs(task.support), y_support)
     batches = related_batches(related_base.samples, base, setting, run.generator("related draws", i), run.device)
-    losses, curve = UpdateLosses(i, run.device), []
+    losses, curve = Losses(f"episode {i}, iteration"), []
     with run.seeded("dropout", i):
         for iteration, related in enumerate(run.bar(batches, bar, "iteration", total=setting.align_iters), 1):
             align_loss = updates.align(support, related) if related else None
             related_loss = updates.train_head(related) if related else None
             support_loss = updates.train_on_support(support)
-            losses.add(align_loss, related_loss, support_loss)
+            checked = support_loss if related_loss is None else support_loss + related_loss
+            losses.add(checked, align_loss, related_loss, support_loss)
             if setting.record_curve and iteration % setting.record_curve == 0:
                 curve.append(query_scores(blocks, head, novel, task, run))
     aligned = query_scores(blocks, head, novel, task, run)
-    return AlignedEpisode(head, finetuned, aligned, related_base, n_drawn, losses.read(), curve)
+    rows = [row[1:] for row in losses.read()]
+    return AlignedEpisode(head, finetuned, aligned, related_base, n_drawn, rows, curve)
 
 
 @torch.no_grad()
 def query_scores(blocks: TrainableBlocks, head: Head, novel: Source, task: Task, run: Run) -> Tensor:
-    """Scores (q, n_way) of the queries by blocks and head as they are now; no query sees another."""
-    parts = task.query.split(INPUT_ROWS)
-    return torch.cat([head(updated_features(blocks, novel, part, run.precision)) for part in parts])
-
-
-class UpdateLosses:
-    """The losses of the three updates of episode i, kept on the device until they are read: see Losses."""
-
-    def __init__(self, i: int, device: torch.device):
-        self.losses = Losses(f"episode {i}, iteration")
-        self.left_out = torch.full((), math.nan, device=device)
-
-    def add(self, align_loss: Tensor | None, related_loss: Tensor | None, support_loss: Tensor) -> None:
-        """Keep a row, None as NaN. Raises UserError when the loss of update (2) or (3) is not finite."""
-        checked = support_loss if related_loss is None else support_loss + related_loss
-        row = [self.left_out if loss is None else loss for loss in (align_loss, related_loss)]
-        self.losses.add(checked, *row, support_loss)
-
-    def read(self) -> list[tuple[float, ...]]:
-        """A row (align, related, support) of each iteration."""
-        return [row[1:] for row in self.losses.read()]
+    """Scores (q, n_way) of the queries by the current blocks and head, in eval mode."""
+    return head(updated_features(blocks, novel, task.query, run.precision))
 
 
 def episode_record(episode: AlignedEpisode) -> dict[str, Tensor]:

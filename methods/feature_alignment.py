@@ -1,13 +1,12 @@
 """Alignment in feature space: Algorithms 1 and 2 with a frozen backbone, E episodes together.
 
-On features that are computed once, there is no backbone for update (1) to move: an iteration is update (2), the head on
-related samples, by the optimiser that fitted it, and (3), the head on the support. The heads of E episodes are one
-weight (E, n_way, d), as in `fit_heads`, and their gradients are written out. Each episode draws its own number of
-related samples, padded to the same width with samples of weight 0, so that it does not depend on those beside it.
+The features are computed once, and update (1) has no backbone to train: an iteration is update (2), the head on related
+samples, and (3), the head on the support. The heads of E episodes are one weight (E, n_way, d), and their gradients are
+written out. Each episode draws its own number of related samples, padded with samples of weight 0, so that it does not
+depend on the others.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -23,40 +22,17 @@ from methods.related_base import RelatedBase, draw_related, drawn_per_class, rel
 from models.head_gradients import set_gradients
 from models.heads import Head, one_hot_of
 
-# Episodes aligned together; see evaluation.HEAD_CHUNK.
-TOGETHER = 40
-# Elements that the episodes aligned together may hold, beside the features of the splits: 256 MB of them.
-MEMORY = 2**26
+# Episodes aligned together (see evaluation.HEAD_CHUNK), and elements that they may hold: 256 MB of them.
+ALIGN_CHUNK = 40
+CHUNK_ELEMENTS = 2**26
 # Part of the name of whatever is kept of aligned episodes: raise it when the numbers of align_features change.
 ALIGN_VERSION = 1
 
 
-@dataclass(frozen=True)
-class AlignedFeatures:
-    """E aligned episodes: heads, and scores (E, q, n_way) of the queries by fine-tuning and after alignment.
-
-    n_drawn: related samples per novel class in an iteration; curve: scores after every record_curve iterations. Without
-    alignment `finetuned` and `aligned` are the same.
-    """
-
-    head: Head
-    finetuned: Tensor
-    aligned: Tensor
-    related: list[RelatedBase]
-    n_drawn: list[int]
-    curve: list[Tensor]
-
-    def episode(self, e: int) -> AlignedEpisode:
-        """One of the episodes, its head still among the others; the written-out gradients leave no losses to keep."""
-        curve = [scores[e] for scores in self.curve]
-        n_drawn, related = self.n_drawn[e], self.related[e]
-        return AlignedEpisode(self.head, self.finetuned[e], self.aligned[e], related, n_drawn, [], curve)
-
-
-def n_together(d: int, n_way: int, setting: AlignmentSetting) -> int:
-    """How many episodes of features of size d to align together: TOGETHER, or as few as keep within MEMORY."""
+def episodes_per_chunk(d: int, n_way: int, setting: AlignmentSetting) -> int:
+    """How many episodes of features of size d to align together: ALIGN_CHUNK, or as CHUNK_ELEMENTS allow."""
     elements_per_episode = 4 * n_way * setting.related.aug_size * d  # related samples, and their copies on the way
-    return max(1, min(TOGETHER, MEMORY // elements_per_episode))
+    return max(1, min(ALIGN_CHUNK, CHUNK_ELEMENTS // elements_per_episode))
 
 
 def padded_related_batches(
@@ -66,7 +42,7 @@ def padded_related_batches(
     generators: list[Generator],
     device: torch.device,
 ) -> Iterator[Batch]:
-    """The related samples of E episodes in each iteration, n_way * aug_size of each, padding included, on `device`."""
+    """The related samples of E episodes in each iteration, n_way * aug_size per episode with padding, on `device`."""
     each, aug_size = zip(related_base, generators, strict=True), setting.related.aug_size
     picks = torch.stack([draw_related(found.samples, aug_size, setting.align_iters, g) for found, g in each], 1)
     n_way, picks = picks.shape[2], picks.flatten(2)
@@ -79,7 +55,7 @@ def padded_related_batches(
 
 
 def padded(index: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices (n_i,) of E episodes as (E, n), padded with 0, and the weight (E, n) of each in the episode's mean."""
+    """Pad indices (n_i,) of E episodes with 0 to (E, n); with the weight (E, n) of each in the episode's mean."""
     n = torch.tensor([len(i) for i in index])
     real = torch.arange(int(n.max())) < n.unsqueeze(1)
     return pad_sequence(index, batch_first=True).to(device), (real / n.unsqueeze(1)).to(device)
@@ -88,16 +64,15 @@ def padded(index: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
 class HeadUpdates:
     """Updates (2) and (3) of an iteration, of E episodes together, each with an optimiser of its own.
 
-    fitted: the optimiser that fitted the heads. An update whose rate is 0 is left out. idle (E,): the episodes without
-    related samples, which (2) leaves as they are.
+    fitted: the optimiser that fitted the heads. An update of learning rate 0 is left out. idle (E,): the episodes
+    without related samples, whose heads (2) does not train.
     """
 
     def __init__(self, head: Head, fitted: torch.optim.Optimizer, setting: AlignmentSetting, idle: Tensor):
         self.head, self.setting = head, setting
-        # (2) the heads, by the optimiser that fitted them, moments included; (3) the heads.
         self.related_optimizer = with_rate(fitted, setting.related_lr)
         self.support_optimizer = torch.optim.Adam(head.parameters(), lr=setting.support_lr, fused=True)
-        # An idle head has no gradient in (2); without the momentum of the fit it stays where it is.
+        # An idle head has no gradient in (2); without the momentum of the fit, Adam leaves it unchanged.
         for moments in fitted.state.values():
             moments["exp_avg"][idle] = 0.0
 
@@ -122,10 +97,11 @@ class HeadUpdates:
 @torch.no_grad()
 def align_features(
     tasks: list[Task], novel: Source, base: Source, setting: AlignmentSetting, run: Run, first: int
-) -> AlignedFeatures:
-    """Run episodes first, first + 1, ... of stage 3 together, with a frozen backbone.
+) -> list[AlignedEpisode]:
+    """Run episodes first, first + 1, ... of stage 3 together, with a frozen backbone; n_way is that of all tasks.
 
-    The tasks have the same number of ways. Supports, and queries, of unequal number are padded to the longest.
+    Supports, and queries, of unequal number are padded to the longest; so are the scores of the queries. Raises
+    UserError when the scores are no longer finite.
     """
     fit, d, n_way, device = setting.fit, novel.features.shape[1], tasks[0].n_way, novel.features.device
     numbers = range(first, first + len(tasks))
@@ -140,23 +116,21 @@ def align_features(
     finetuned = head(z_query)
     related_base = related_base_of_heads(head, base, setting.related)
     n_drawn = [drawn_per_class(related.samples, setting.related.aug_size) for related in related_base]
-    if setting.alignment == "none" or not setting.align_iters:
-        return AlignedFeatures(head, finetuned, finetuned, related_base, n_drawn, [])
-
-    head.rescale(setting.align_s, setting.align_m)
-    idle = torch.tensor(n_drawn, device=device) == 0
-    updates = HeadUpdates(head, fitted, setting, idle)
-    curve = []
-    generators = [run.generator("related draws", i) for i in numbers]
-    batches = padded_related_batches(related_base, base.features, setting, generators, device)
-    for iteration, related in enumerate(batches, 1):
-        updates.train_head(related)
-        updates.train_on_support(support)
-        if setting.record_curve and iteration % setting.record_curve == 0:
-            curve.append(head(z_query))
-    aligned = head(z_query)
-    check_finite(aligned.sum(), f"episodes {first} to {numbers[-1]}")
-    return AlignedFeatures(head, finetuned, aligned, related_base, n_drawn, curve)
+    aligned, curve = finetuned, []
+    if setting.alignment != "none" and setting.align_iters:
+        head.rescale(setting.align_s, setting.align_m)
+        updates = HeadUpdates(head, fitted, setting, idle=torch.tensor(n_drawn, device=device) == 0)
+        generators = [run.generator("related draws", i) for i in numbers]
+        batches = padded_related_batches(related_base, base.features, setting, generators, device)
+        for iteration, related in enumerate(batches, 1):
+            updates.train_head(related)
+            updates.train_on_support(support)
+            if setting.record_curve and iteration % setting.record_curve == 0:
+                curve.append(head(z_query))
+        aligned = head(z_query)
+        check_finite(aligned.sum(), f"episodes {first} to {numbers[-1]}")
+    each = enumerate(zip(finetuned, aligned, related_base, n_drawn, strict=True))
+    return [AlignedEpisode(head, *of_one, [], [scores[e] for scores in curve]) for e, of_one in each]
 
 
 def align_episodes(
@@ -169,8 +143,9 @@ def align_episodes(
     numbers: range,
 ) -> Iterator[tuple[int, AlignedEpisode]]:
     """The aligned episodes of these consecutive numbers, in feature space all together, else one after another."""
-    if blocks.in_feature_space and numbers:
-        together = align_features([episodes.task(i) for i in numbers], novel, base, setting, run, numbers[0])
-        yield from ((i, together.episode(e)) for e, i in enumerate(numbers))
-    elif numbers:
-        yield from ((i, align_episode(blocks, episodes.task(i), novel, base, setting, run, i)) for i in numbers)
+    tasks = [episodes.task(i) for i in numbers]
+    if blocks.in_feature_space and tasks:
+        yield from zip(numbers, align_features(tasks, novel, base, setting, run, numbers[0]), strict=True)
+    else:
+        for i, task in zip(numbers, tasks, strict=True):
+            yield i, align_episode(blocks, task, novel, base, setting, run, i)

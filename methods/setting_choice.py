@@ -1,23 +1,24 @@
 """Choose the setting of alignment for a backbone and a protocol on episodes of val classes, never of novel ones.
 
 The candidates are fine-tuning and a few settings in feature space: heads of either scale and number of related base
-classes, few iterations or many, update (2) alone, and update (3) alone, which uses no base image: where a head is not
-fitted to convergence, more steps on the support are a gain, and this candidate shows how much of it. The last block is
-left out: in the minute that a choice may take on two CPU cores, about 20 episodes of it fit, whose paired interval is
-several times its difference from the others. A setting is chosen only if its paired gain over fine-tuning is clear; the
-interval is not widened for the number of candidates.
+classes, few iterations or many, update (2) alone, and update (3) alone, which uses no base image: it shows how much
+comes of more steps on the support, where a head is not fitted to convergence. A setting is chosen only if its paired
+gain over fine-tuning is clear; the interval is not widened for the number of candidates.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from data.episodes import Episodes
 from engine.distributed import gather_rows
 from engine.run import Run
 from methods.alignment import AlignmentSetting
 from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95
-from methods.feature_alignment import align_features, n_together
+from methods.feature_alignment import align_features, episodes_per_chunk
 from methods.features import Source
 
 N_EPISODES = 100
@@ -35,9 +36,8 @@ CHOSEN_FLAGS = ["align_blocks", *dict.fromkeys(name for flags in (FINE_TUNING, *
 
 
 @dataclass(frozen=True)
-class Row:
-    """A setting, by its flags, on the val episodes: its accuracy, and its gain over fine-tuning with the half width of
-    its paired 95 % interval, all in %."""
+class SettingGain:
+    """A setting on the val episodes, in %: accuracy, and gain over fine-tuning with its paired 95 % interval."""
 
     flags: str
     accuracy: float
@@ -52,7 +52,7 @@ def flags_text(flags: dict[str, Any]) -> str:
 
 
 def candidates(setting: AlignmentSetting) -> dict[str, AlignmentSetting]:
-    """The settings to choose among, by their flags, fine-tuning first; what they do not name is that of `setting`."""
+    """The settings to choose among, by their flags, fine-tuning first; the rest of each is as in `setting`."""
     made = {}
     for flags in (FINE_TUNING, *SETTINGS):
         changes: dict[str, Any] = {"alignment": "head"} | flags
@@ -61,34 +61,32 @@ def candidates(setting: AlignmentSetting) -> dict[str, AlignmentSetting]:
     return made
 
 
-def paired_scores(
-    val: Source, base: Source, episodes: Episodes, setting: AlignmentSetting, run: Run
-) -> tuple[EpisodeScores, EpisodeScores]:
-    """Scores of the val episodes by fine-tuning, and after alignment in feature space; the ranks share the episodes."""
-    setting = replace(setting, record_curve=0)
-    before, after = [], []
-    step = n_together(val.features.shape[1], episodes.n_way, setting)
+def paired_counts(val: Source, base: Source, episodes: Episodes, setting: AlignmentSetting, run: Run) -> Tensor:
+    """Predictions (E, 2, n_way, n_way) of the val episodes, by fine-tuning and after alignment in feature space."""
+    parts, n_way = [], episodes.n_way
+    step = episodes_per_chunk(val.features.shape[1], n_way, setting)
     for first in run.ranks.share(range(0, len(episodes), step)):
         tasks = [episodes.task(i) for i in range(first, min(first + step, len(episodes)))]
-        together = align_features(tasks, val, base, setting, run, first)
-        before.append(count_predictions(together.finetuned, episodes.n_way).cpu())
-        after.append(count_predictions(together.aligned, episodes.n_way).cpu())
-    return EpisodeScores(gather_rows(before, run.ranks)), EpisodeScores(gather_rows(after, run.ranks))
+        aligned = align_features(tasks, val, base, replace(setting, record_curve=0), run, first)
+        scores = torch.stack([torch.stack([episode.finetuned, episode.aligned]) for episode in aligned])
+        parts.append(count_predictions(scores, n_way).cpu())
+    return gather_rows(parts, run.ranks)
 
 
-def winner(rows: Sequence[Row]) -> str:
-    """The flags of the row of the largest mean gain whose interval lies above zero; of fine-tuning when none does."""
+def winner(rows: Sequence[SettingGain]) -> str:
+    """The flags of the largest mean gain whose interval lies above zero; those of fine-tuning when none does."""
     clear = [row for row in rows if row.gain - row.gain_ci95 > 0]
     return max(clear, key=lambda row: row.gain).flags if clear else flags_text(FINE_TUNING)
 
 
-def choose_setting(
+def compare_settings(
     val: Source, base: Source, episodes: Episodes, settings: dict[str, AlignmentSetting], run: Run
-) -> tuple[list[Row], str]:
-    """A row for each of the candidates, by their flags, on the same val episodes; and the flags of the one to take."""
+) -> list[SettingGain]:
+    """A row for each of the candidates, by their flags, on the same val episodes."""
     rows = []
     for flags, setting in run.bar(list(settings.items()), "choose on val", "setting"):
-        before, after = paired_scores(val, base, episodes, setting, run)
-        gain, ci95 = mean_and_ci95(after.accuracy.double() - before.accuracy.double())
-        rows.append(Row(flags, 100 * after.accuracy.mean().item(), 100 * gain, 100 * ci95))
-    return rows, winner(rows)
+        counts = paired_counts(val, base, episodes, setting, run)
+        before, after = (EpisodeScores(each).accuracy for each in counts.unbind(1))
+        gain, ci95 = mean_and_ci95(after.double() - before.double())
+        rows.append(SettingGain(flags, 100 * after.mean().item(), 100 * gain, 100 * ci95))
+    return rows

@@ -1,8 +1,7 @@
-"""The critic of adversarial alignment (Afrasiyabi et al., ECCV 2020): a two-layer network that scores a feature
-together with its label, without a sigmoid, as a Wasserstein critic (Arjovsky et al., ICML 2017) has none.
+"""The critic of adversarial alignment: a two-layer network without a sigmoid (Arjovsky et al., ICML 2017).
 
-linear([feature, one-hot label] -> hidden), ReLU, linear(hidden -> 1). The label makes the critic compare each
-class with itself; `conditional=False` leaves it out, to show what it is for.
+linear([feature, one-hot label] -> hidden), ReLU, linear(hidden -> 1). The label makes it compare class
+by class.
 """
 
 import math
@@ -17,18 +16,10 @@ from models.heads import one_hot_of
 class Critic(nn.Module):
     """The critic h([z, y]) of d features and `n_way` labels; its initial weights come from `generator`."""
 
-    def __init__(
-        self,
-        d: int,
-        n_way: int,
-        hidden: int = 1024,
-        conditional: bool = True,
-        generator: Generator | None = None,
-    ):
+    def __init__(self, d: int, n_way: int, hidden: int = 1024, generator: Generator | None = None):
         super().__init__()
         self.n_way = n_way
-        self.conditional = conditional
-        self.hidden = nn.utils.skip_init(nn.Linear, d + n_way if conditional else d, hidden)
+        self.hidden = nn.utils.skip_init(nn.Linear, d + n_way, hidden)
         self.out = nn.utils.skip_init(nn.Linear, hidden, 1)
         for layer in (self.hidden, self.out):
             bound = 1.0 / math.sqrt(layer.in_features)
@@ -37,6 +28,4 @@ class Critic(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """z (n, d), y (n,) in 0..n_way-1 -> scores (n,)."""
-        if self.conditional:
-            z = torch.cat([z, one_hot_of(y, self.n_way).to(z)], dim=1)
-        return self.out(F.relu(self.hidden(z))).squeeze(1)
+        return self.out(F.relu(self.hidden(torch.cat([z, one_hot_of(y, self.n_way).to(z)], dim=1)))).squeeze(1)

@@ -55,7 +55,10 @@ class Head(nn.Module):
         return scores
 
     def rescale(self, s: float, m: float) -> None:
-        """Go on with another scale s and margin m; a head that has neither changes nothing."""
+        """Go on with another scale s and margin m, where the head has them among its scalars."""
+        for name, value in (("s", s), ("m", m)):
+            if name in self.scalars:
+                setattr(self, name, value)
 
     def loss(self, scores: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Cross-entropy of scores (..., n, n_class) against y (..., n), summed over the heads: scalar.
@@ -130,10 +133,6 @@ class cosMax(Head):
         """Unit features (..., n, d) -> s cos(theta) (..., n, n_class)."""
         return self.s * (projected @ unit(self.weight).transpose(-1, -2))
 
-    def rescale(self, s: float, m: float) -> None:
-        """Go on with another scale s; there is no margin."""
-        self.s = s
-
 
 class arcMax(Head):
     """Cosine similarity with an additive angular margin m (radians) on the true class, scaled by s in the loss.
@@ -160,10 +159,6 @@ class arcMax(Head):
     def logits(self, scores: Tensor) -> Tensor:
         """Inputs of the softmax of a prediction: s cos(theta)."""
         return self.s * scores
-
-    def rescale(self, s: float, m: float) -> None:
-        """Go on with another scale s and margin m."""
-        self.s, self.m = s, m
 
     def loss(self, scores: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Cross-entropy of s cos(theta + m) on scores = cos(theta) (..., n, n_class) against y (..., n)."""

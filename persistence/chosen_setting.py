@@ -17,7 +17,15 @@ from methods.alignment import AlignmentSetting
 from methods.feature_alignment import ALIGN_VERSION
 from methods.features import EMBED_VERSION, Source, trainable_blocks
 from methods.novel_finetune import FIT_VERSION
-from methods.setting_choice import FINE_TUNING, N_EPISODES, Row, candidates, choose_setting, flags_text, winner
+from methods.setting_choice import (
+    FINE_TUNING,
+    N_EPISODES,
+    SettingGain,
+    candidates,
+    compare_settings,
+    flags_text,
+    winner,
+)
 from models.backbone import Backbone
 from persistence.feature_cache import FeatureCache
 
@@ -58,7 +66,7 @@ def choose_and_keep(
     rows = read_rows(path, list(settings))
     if not all(gather_objects(rows is not None, run.ranks)) or rows is None:
         source = cache.source(backbone, trainable_blocks(backbone, 0), val)
-        rows, _ = choose_setting(source, base, episodes, settings, run)
+        rows = compare_settings(source, base, episodes, settings, run)
         if run.ranks.first:
             write_json(path, {"n_episodes": N_EPISODES, "chosen": winner(rows), "rows": [asdict(row) for row in rows]})
     flags = winner(rows)
@@ -106,11 +114,15 @@ def command(flags: str, setting: AlignmentSetting, run: Run) -> str:
     return by_flags if n else chosen
 
 
-def read_rows(path: Path, flags: list[str]) -> list[Row] | None:
+def read_rows(path: Path, flags: list[str]) -> list[SettingGain] | None:
     """The rows of a kept table, one for each of these flags in order; None when it is not there or damaged."""
     try:
         record = read_json(path)
-        rows = [Row(**row) for row in record["rows"]] if matches_schema(record, {"rows": [get_type_hints(Row)]}) else []
+        rows = (
+            [SettingGain(**row) for row in record["rows"]]
+            if matches_schema(record, {"rows": [get_type_hints(SettingGain)]})
+            else []
+        )
     except (OSError, ValueError, TypeError):
         return None
     return rows if [row.flags for row in rows] == flags else None

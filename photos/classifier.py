@@ -116,7 +116,7 @@ def fit_classifier(
     everything = torch.arange(len(y))
     task = Task(everything, y, everything)
     if blocks.in_feature_space and base:
-        episode = align_features([task], novel, base, setting, run, 0).episode(0)
+        (episode,) = align_features([task], novel, base, setting, run, 0)
     else:
         episode = align_episode(blocks, task, novel, base, setting, run, 0, f"{setting.alignment} alignment")
     confidence = cross_validate(novel, y, base, setting, run) if frozen else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from data.episodes import Task
 from engine.run import Run
 from methods.alignment import AlignmentSetting
-from methods.feature_alignment import MEMORY, align_features, n_together, padded
+from methods.feature_alignment import CHUNK_ELEMENTS, align_features, episodes_per_chunk, padded
 from methods.features import Source
 from methods.novel_finetune import fit_heads
 from models.heads import unit
@@ -82,15 +82,15 @@ def left_out_logits(
 ) -> Tensor:
     """Logits (n, n_way) of the queries of all folds, in their order, each by the head of its fold.
 
-    With a base set the heads are aligned in feature space. As many folds are fitted together as MEMORY allows.
+    With a base set the heads are aligned in feature space. As many folds are fitted together as CHUNK_ELEMENTS allow.
     """
     (k, d), n_way, logits = novel.features.shape, tasks[0].n_way, []
-    step = max(1, min(MAX_FOLDS, MEMORY // (4 * k * d), n_together(d, n_way, setting)))
+    step = max(1, min(MAX_FOLDS, CHUNK_ELEMENTS // (4 * k * d), episodes_per_chunk(d, n_way, setting)))
     for first in range(0, len(tasks), step):
         part = tasks[first : first + step]
         if base is not None:
-            together = align_features(part, novel, base, setting, run, first)
-            scores = together.head.logits(together.aligned)
+            aligned = align_features(part, novel, base, setting, run, first)
+            scores = aligned[0].head.logits(torch.stack([episode.aligned for episode in aligned]))
         else:
             index, weight = padded([task.support for task in part], run.device)
             y = padded([task.y_support for task in part], run.device)[0]

@@ -23,7 +23,7 @@ from data.transforms import normalise
 from engine.generators import make_generator
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
 from methods.evaluation import count_predictions, share_right
-from methods.feature_alignment import TOGETHER, AlignedFeatures, align_features
+from methods.feature_alignment import ALIGN_CHUNK, align_features
 from methods.features import Source, TrainableBlocks, trainable_blocks
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, draw_related, related_base_of_head
@@ -34,9 +34,9 @@ from speed import reference_loops as plain
 from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, timed
 
 WORK = "an alignment episode: 150 iterations"
-FEATURES = f"an episode aligned in feature space, of {TOGETHER} together"
+FEATURES = f"an episode aligned in feature space, of {ALIGN_CHUNK} together"
 N_WAY, SEED, EPISODE = 5, 0, 0
-N_TOGETHER = {"tiny": 4, "full": TOGETHER}
+N_TOGETHER = {"tiny": 4, "full": ALIGN_CHUNK}
 CHECKED_EPISODES = 4
 ITERATIONS = {"tiny": 2, "full": 150}
 TIMED_ITERATIONS = {"tiny": 2, "full": 10}
@@ -170,7 +170,7 @@ def our_episode(setting: Setting, e: Episode, iterations: int) -> AlignedEpisode
     return align_episode(e.blocks, e.task, e.novel, e.base, algorithm(setting, iterations), setting.run, EPISODE)
 
 
-def our_chunk(setting: Setting, e: Episode) -> AlignedFeatures:
+def our_chunk(setting: Setting, e: Episode) -> list[AlignedEpisode]:
     """align_features as associative_alignment.py calls it, all iterations."""
     numbers = algorithm(setting, ITERATIONS[setting.scale])
     return align_features(e.chunk, e.novel, e.base, numbers, setting.run, EPISODE)
@@ -190,7 +190,8 @@ def ours(setting: Setting) -> dict[str, Measured]:
         "update": difference(e.backbone, e.blocks.initial),
     }
     chunk_seconds, chunk = timed(lambda: our_chunk(setting, e))
-    finetuned = share_right(count_predictions(chunk.finetuned[:CHECKED_EPISODES], N_WAY))
+    scores = torch.stack([episode.finetuned for episode in chunk[:CHECKED_EPISODES]])
+    finetuned = share_right(count_predictions(scores, N_WAY))
     return {
         WORK: Measured(seconds, answer, f"both timed on {n_timed} iterations"),
         FEATURES: Measured(chunk_seconds / len(e.chunk), {"fine-tuned accuracy": finetuned}, "beyond the embedding"),

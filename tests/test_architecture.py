@@ -150,10 +150,6 @@ def too_long(sources: Sources) -> set[str]:
     return found
 
 
-# Names that two things still share: the list only ever shrinks.
-STILL_SHARED = {"Row"}
-
-
 def house(sources: Sources) -> dict[str, ast.Module]:
     """The syntax trees of the files that are neither of speed nor of the tests."""
     return {path: ast.parse(text) for path, text in sources.items() if LEVEL[room_of(module_of(path))] < LEVEL["speed"]}
@@ -166,7 +162,7 @@ def shared_names(sources: Sources) -> set[str]:
     defined = [getattr(node, "name", "") for tree in trees.values() for node in tree.body]
     public = [name for name in defined if name and name != "main" and not name.startswith("_")]
     found = {name for names in (modules, public) for name, count in Counter(names).items() if count > 1}
-    return {f"{name}: of more than one thing" for name in found - STILL_SHARED}
+    return {f"{name}: of more than one thing" for name in found}
 
 
 def comparisons_with_head_names(sources: Sources) -> set[str]:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_two_iterations_of_algorithm_1_follow_the_published_trace():
 
     head.rescale(15.0, 0.001)
     setting = AlignmentSetting(align_lr=lr, related_lr=lr, support_lr=lr)
-    updates = Updates(net, head, head_optimizer, centroid_alignment_loss, setting, Precision())
+    updates = Updates(net, head, head_optimizer, partial(centroid_alignment_loss, n_way=5), setting, Precision())
     support = Batch(x_support, y_support)
     for i, picks in enumerate(g["picks"]):
         x_related = torch.cat([g["x_related"][w, picks[w]] for w in range(5)]).float()
@@ -176,7 +177,10 @@ def test_updates_of_the_last_blocks_leave_those_below_as_they_were_and_move_all_
 # The three updates.
 
 
-def tiny_updates(alignment_loss=centroid_alignment_loss, **setting):
+CENTROID_3_WAY = partial(centroid_alignment_loss, n_way=3)
+
+
+def tiny_updates(alignment_loss=CENTROID_3_WAY, **setting):
     """Updates of a small Conv4 and a head fitted in 3 steps at 0.1, with 6 support and 9 related images."""
     _, given, net = tiny_episode_run()
     head = build_head("arcMax", net.feature_dim, 3, 15.0, 0.001)

@@ -16,7 +16,7 @@ def test_centroid_loss_and_gradients_are_the_published_ones(shot):
     z_support = g[f"shot{shot}.z_support"].requires_grad_()
     z_related = g[f"shot{shot}.z_related"].requires_grad_()
     y_support, y_related = (class_major_labels(5, n, DEVICE) for n in (shot, len(z_related) // 5))
-    loss = centroid_alignment_loss(z_support, y_support, z_related, y_related)
+    loss = centroid_alignment_loss(z_support, y_support, z_related, y_related, 5)
     loss.backward()
     torch.testing.assert_close(loss.detach(), g[f"shot{shot}.loss"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(z_related.grad, g[f"shot{shot}.grad_related"], rtol=1e-4, atol=1e-5)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from data.episodes import Task, class_major_labels
 from engine.run import Run
-from methods.alignment import AlignmentSetting, Batch
-from methods.feature_alignment import TOGETHER, AlignedFeatures, HeadUpdates, align_features, n_together
+from methods.alignment import AlignedEpisode, AlignmentSetting, Batch
+from methods.feature_alignment import ALIGN_CHUNK, HeadUpdates, align_features, episodes_per_chunk
 from methods.features import Source
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, draw_related, drawn_per_class, related_base_of_head
@@ -82,17 +82,19 @@ def plain_episode(task: Task, i: int, setting: AlignmentSetting, base: Source = 
     return scores, related, n_drawn
 
 
-def check_against_plain(together: AlignedFeatures, given: list[Task], setting: AlignmentSetting, base: Source = BASE):
-    for e, task in enumerate(given):
-        scores, related, n_drawn = plain_episode(task, 3 + e, setting, base)
-        found = (together.finetuned, *together.curve, together.aligned)
+def check_against_plain(
+    together: list[AlignedEpisode], given: list[Task], setting: AlignmentSetting, base: Source = BASE
+):
+    for i, (episode, task) in enumerate(zip(together, given, strict=True), 3):
+        scores, related, n_drawn = plain_episode(task, i, setting, base)
+        found = (episode.finetuned, *episode.curve, episode.aligned)
         every = setting.record_curve or setting.align_iters
         recorded = scores[every::every] if setting.record_curve else []
         for ours, theirs in zip(found, (scores[0], *recorded, scores[-1]), strict=True):
-            torch.testing.assert_close(ours[e, : len(task.query)], theirs, rtol=1e-5, atol=1e-5)
-        assert together.n_drawn[e] == n_drawn
-        assert together.related[e].classes == related.classes
-        assert all(map(torch.equal, together.related[e].samples, related.samples))
+            torch.testing.assert_close(ours[: len(task.query)], theirs, rtol=1e-5, atol=1e-5)
+        assert episode.n_drawn == n_drawn
+        assert episode.related.classes == related.classes
+        assert all(map(torch.equal, episode.related.samples, related.samples))
 
 
 @pytest.mark.parametrize("n_way", [5, 11])
@@ -102,7 +104,7 @@ def test_episodes_together_are_each_as_in_a_plain_loop(method, shot, n_way):
     setting = change(SETTING, method, record_curve=2)
     given = tasks(n_way, shot)
     together = align_features(given, NOVEL, BASE, setting, Run(), 3)
-    assert not torch.allclose(together.finetuned, together.aligned)
+    assert not any(torch.allclose(episode.finetuned, episode.aligned) for episode in together)
     check_against_plain(together, given, setting)
 
 
@@ -130,15 +132,15 @@ def test_classes_without_related_samples_and_sets_of_different_size():
     setting = change(SETTING, related=related)
     given = tasks(5, 1, n=8)
     together = align_features(given, NOVEL, base, setting, Run(), 3)
-    assert any(not len(s) for related in together.related for s in related.samples)
-    assert len(set(together.n_drawn)) > 1
+    assert any(not len(samples) for episode in together for samples in episode.related.samples)
+    assert len({episode.n_drawn for episode in together}) > 1
     check_against_plain(together, given, setting, base)
 
 
 def test_without_any_related_sample_only_the_support_is_learned():
     base = source("base", 3, 2)  # fewer base classes than ways
     together = align_features(tasks(5, 2), NOVEL, base, SETTING, Run(), 3)
-    assert together.n_drawn == [0] * 4
+    assert [episode.n_drawn for episode in together] == [0] * 4
     check_against_plain(together, tasks(5, 2), SETTING, base)
 
 
@@ -162,15 +164,16 @@ def test_an_episode_does_not_depend_on_those_beside_it():
     setting = change(SETTING, related=RelatedSetting(n_B=2, aug_size=12))
     given = tasks(5, 2, n=6)
     together = align_features(given, NOVEL, BASE, setting, Run(), 3)
-    assert len(set(together.n_drawn)) > 1
+    assert len({episode.n_drawn for episode in together}) > 1
     parts = [align_features(given[a:b], NOVEL, BASE, setting, Run(), 3 + a) for a, b in ((0, 1), (1, 4), (4, 6))]
-    torch.testing.assert_close(torch.cat([part.aligned for part in parts]), together.aligned, rtol=1e-5, atol=1e-6)
+    for episode, same in zip(sum(parts, []), together, strict=True):
+        torch.testing.assert_close(episode.aligned, same.aligned, rtol=1e-5, atol=1e-6)
 
 
 def test_fewer_episodes_go_together_when_each_holds_much():
-    assert n_together(256, 5, SETTING) == n_together(1600, 5, AlignmentSetting()) == TOGETHER
-    assert 1 < n_together(10**4, 5, AlignmentSetting()) < TOGETHER
-    assert n_together(10**7, 5, AlignmentSetting()) == 1
+    assert episodes_per_chunk(256, 5, SETTING) == episodes_per_chunk(1600, 5, AlignmentSetting()) == ALIGN_CHUNK
+    assert 1 < episodes_per_chunk(10**4, 5, AlignmentSetting()) < ALIGN_CHUNK
+    assert episodes_per_chunk(10**7, 5, AlignmentSetting()) == 1
 
 
 def test_the_draws_of_all_iterations_are_those_of_one_after_another():
@@ -184,22 +187,19 @@ def test_the_draws_of_all_iterations_are_those_of_one_after_another():
 
 @pytest.mark.parametrize("score", ["vote", "soft"])
 def test_related_base_of_heads_together_is_that_of_each(score):
-    setting = RelatedSetting(n_B=3, related_score=score)
-    given = tasks(5, 1, n=5)
-    fit = change(SETTING, related=setting, alignment="none")
-    together = align_features(given, NOVEL, BASE, fit, Run(), 0)
-    assert torch.equal(together.finetuned, together.aligned)
-    for e in range(5):
-        alone = fit.fit.new_head(D, 5, None)
-        alone.weight.data = together.head.weight.data[e]
-        related = related_base_of_head(alone, BASE, setting)
-        torch.testing.assert_close(together.related[e].score, related.score)
-        assert together.related[e].classes == related.classes
-        assert all(map(torch.equal, together.related[e].samples, related.samples))
+    setting = change(SETTING, related=RelatedSetting(n_B=3, related_score=score), alignment="none")
+    for e, episode in enumerate(align_features(tasks(5, 1, n=5), NOVEL, BASE, setting, Run(), 0)):
+        assert torch.equal(episode.finetuned, episode.aligned)
+        alone = setting.fit.new_head(D, 5, None)
+        alone.weight.data = episode.head.weight.data[e]
+        related = related_base_of_head(alone, BASE, setting.related)
+        torch.testing.assert_close(episode.related.score, related.score)
+        assert episode.related.classes == related.classes
+        assert all(map(torch.equal, episode.related.samples, related.samples))
 
 
 def test_without_any_rate_alignment_is_fine_tuning_to_the_bit():
     setting = change(SETTING, related_lr=0.0, support_lr=0.0, record_curve=5)
-    together = align_features(tasks(5, 2), NOVEL, BASE, setting, Run(), 3)
-    assert torch.equal(together.finetuned, together.aligned)
-    assert torch.equal(together.finetuned, together.curve[-1])
+    for episode in align_features(tasks(5, 2), NOVEL, BASE, setting, Run(), 3):
+        assert torch.equal(episode.finetuned, episode.aligned)
+        assert torch.equal(episode.finetuned, episode.curve[-1])

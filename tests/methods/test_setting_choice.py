@@ -16,7 +16,7 @@ from methods.feature_alignment import align_features
 from methods.features import Source, feature_source
 from methods.novel_finetune import HeadFit
 from methods.related_base import RelatedSetting
-from methods.setting_choice import FINE_TUNING, SETTINGS, Row, candidates, choose_setting, flags_text, winner
+from methods.setting_choice import FINE_TUNING, SETTINGS, SettingGain, candidates, compare_settings, flags_text, winner
 from models import build_backbone
 from persistence import chosen_setting as kept
 from persistence.feature_cache import FeatureCache
@@ -49,11 +49,13 @@ def small_choice(monkeypatch):
     monkeypatch.setattr(setting_choice, "SETTINGS", [{**SETTINGS[0], "align_iters": n} for n in (3, 6)])
 
 
-def choose(base_like_val: bool, seed: int = 0) -> tuple[list[Row], str]:
+def choose(base_like_val: bool, seed: int = 0) -> tuple[list[SettingGain], str]:
     """The choice with heads fitted to the end: else more steps on the support are a gain, whatever the base classes."""
     val, base = made(base_like_val)
     setting = dataclasses.replace(SETTING, fit=HeadFit(ft_n_epoch=1000, ft_lr=0.02))
-    return choose_setting(val, base, sample_episodes(val.split, SHAPE, 40, seed), candidates(setting), Run(seed=seed))
+    episodes = sample_episodes(val.split, SHAPE, 40, seed)
+    rows = compare_settings(val, base, episodes, candidates(setting), Run(seed=seed))
+    return rows, winner(rows)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -72,7 +74,12 @@ def test_base_classes_like_those_of_val_give_a_setting_in_feature_space_of_the_l
 
 
 def test_only_a_gain_with_its_interval_above_zero_wins():
-    rows = [Row(NONE, 60, 0, 0), Row("a", 63, 3, 3), Row("b", 61, 1, 0.5), Row("c", 62, 2, 0.9)]
+    rows = [
+        SettingGain(NONE, 60, 0, 0),
+        SettingGain("a", 63, 3, 3),
+        SettingGain("b", 61, 1, 0.5),
+        SettingGain("c", 62, 2, 0.9),
+    ]
     assert winner(rows) == "c"
     assert winner(rows[:2]) == NONE
 
@@ -80,13 +87,14 @@ def test_only_a_gain_with_its_interval_above_zero_wins():
 def test_a_row_is_the_gain_of_alignment_over_fine_tuning_in_whatever_chunks(monkeypatch):
     val, base = made(base_like_val=True)
     episodes = sample_episodes(val.split, SHAPE, 7, 0)
-    name, setting = list(candidates(SETTING).items())[1]
+    flags, setting = list(candidates(SETTING).items())[1]
     together = align_features([episodes.task(i) for i in range(7)], val, base, setting, Run(), 0)
     y = torch.arange(5).repeat_interleave(15)
-    right = [100 * (scores.argmax(-1) == y).double().mean().item() for scores in (together.finetuned, together.aligned)]
-    monkeypatch.setattr(setting_choice, "n_together", lambda *_: 3)
-    (row,), _ = choose_setting(val, base, episodes, {name: setting}, Run())
-    assert (row.flags, row.accuracy) == (name, pytest.approx(right[1], abs=1e-3))
+    scores = [torch.stack([getattr(each, name) for each in together]) for name in ("finetuned", "aligned")]
+    right = [100 * (of_way.argmax(-1) == y).double().mean().item() for of_way in scores]
+    monkeypatch.setattr(setting_choice, "episodes_per_chunk", lambda *_: 3)
+    (row,) = compare_settings(val, base, episodes, {flags: setting}, Run())
+    assert (row.flags, row.accuracy) == (flags, pytest.approx(right[1], abs=1e-3))
     assert row.gain == pytest.approx(right[1] - right[0], abs=1e-3)
 
 
@@ -145,7 +153,7 @@ def test_for_images_of_no_benchmark_the_episodes_are_like_their_support(tmp_path
         assert choice.setting in candidates(SETTING).values()
 
 
-def test_a_second_run_reads_the_table_and_a_damaged_one_is_made_anew(kept_choice, tmp_path, monkeypatch):
+def test_a_second_run_reads_the_table_and_a_damaged_one_is_made_again(kept_choice, tmp_path, monkeypatch):
     drawn_of = []
     original = kept.sample_episodes
     monkeypatch.setattr(
@@ -157,7 +165,7 @@ def test_a_second_run_reads_the_table_and_a_damaged_one_is_made_anew(kept_choice
     assert record["table"] == path and json.loads(path.read_text())["chosen"] == record["flags"]
     text = path.read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(kept, "choose_setting", lambda *_: pytest.fail("the table was not read"))
+        patch.setattr(kept, "compare_settings", lambda *_: pytest.fail("the table was not read"))
         assert kept_choice() == (setting, record)
         assert kept_choice(record_curve=5)[1] == record  # which changes no choice
     for damaged in ("", "{", "[]", '{"rows": [1]}', '{"rows": []}', text.replace('"gain": ', '"gain": null, "x": ', 1)):

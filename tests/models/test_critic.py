@@ -1,6 +1,5 @@
 """The critic: one score a feature, of the feature and of its label, and weights from its generator alone."""
 
-import pytest
 import torch
 
 from models.critic import Critic
@@ -26,11 +25,3 @@ def test_a_score_is_of_a_feature_and_its_label_alone():
     weight = critic.hidden.weight
     hidden = (z @ weight[:, :4].T + weight[:, 4 + y].T + critic.hidden.bias).relu()
     torch.testing.assert_close((hidden @ critic.out.weight.T + critic.out.bias).squeeze(1), scores)
-
-
-@pytest.mark.parametrize("conditional", [False, True])
-def test_the_label_matters_to_a_conditional_critic_alone(conditional):
-    critic = Critic(4, 3, 8, conditional, torch.Generator().manual_seed(0))
-    z = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
-    zeros, ones = (torch.full((6,), label) for label in (0, 1))
-    assert torch.equal(critic(z, zeros), critic(z, ones)) == (not conditional)

@@ -120,7 +120,7 @@ def test_the_centroid_loss_is_its_definition_with_finite_gradients(seed, n_way, 
     z_support = (scale * normal(seed, n_way, n_shot, 8)).requires_grad_()
     z_related = (scale * normal(seed + 1, n, 8)).requires_grad_()
     y = torch.randint(n_way, (n,), generator=torch.Generator().manual_seed(seed))
-    loss = centroid_alignment_loss(z_support.flatten(0, 1), class_major_labels(n_way, n_shot), z_related, y)
+    loss = centroid_alignment_loss(z_support.flatten(0, 1), class_major_labels(n_way, n_shot), z_related, y, n_way)
     loss.backward()
     distance = torch.cdist(z_related.detach().double(), z_support.detach().double().mean(1)).square()
     expected = (distance[torch.arange(n), y] + torch.logsumexp(-distance, 1)).mean().item()
