@@ -288,7 +288,7 @@ PREDICT: Table = [
     "output",
     flag("--reject P", number(float, 0, 1), 0.0, "label images whose probability is below P as 'unsure'"),
     flag("--sort", ["name", "sure"], "name", "order of the output: by file name, or the least sure first"),
-    flag("--copy_to FOLDER", Path, None, "copy each image into FOLDER/LABEL, a new or empty folder"),
+    flag("--copy_to FOLDER", Path, None, "copy each image into FOLDER/LABEL, a new folder"),
     flag("--out", Path, Path("./results/predictions"),
          "folder of predictions.csv, predictions.json and predictions.html"),
     EITHER,
@@ -339,6 +339,7 @@ CONDITIONS: list[tuple[Callable[..., Any], str]] = [
      "name the examples with --support FOLDER, or a kept classifier with --classifier FILE"),
     (lambda query, save: not query and not save,
      "name the images to label with --query, or a file to keep the classifier in with --save FILE"),
+    (lambda query, copy_to: copy_to and not query, "argument --copy_to: name the images to copy with --query"),
     (lambda weights, init_from: weights != "none" and init_from,
      "argument --weights: --init_from brings its own weights, so give only one of the two"),
     (lambda weights, checkpoint: weights != "none" and checkpoint,
@@ -369,10 +370,10 @@ CONDITIONS: list[tuple[Callable[..., Any], str]] = [
 # fmt: on
 
 
-def stage_parser(stage: str, parser_class: type[OneLineParser] = OneLineParser, help_all: bool = True) -> OneLineParser:
+def stage_parser(stage: str, help_all: bool = True) -> OneLineParser:
     """The parser of a stage, whose namespace holds what was given; help_all: predict's help shows all flags."""
     prog, table, description = STAGES[stage]
-    parser = parser_class(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     hidden = set()
     if stage == "predict":
         parser.add_argument("--help_all", action="help", help="show all flags, not only these, and exit")
@@ -430,15 +431,13 @@ def complete(stage: str, flags: Flags) -> None:
         flags["novel_dataset"] = flags["novel_dataset"] or flags["dataset"]
 
 
-def args_parser(
-    stage: str, argv: Sequence[str] | None = None, parser_class: type[OneLineParser] = OneLineParser
-) -> argparse.Namespace:
+def args_parser(stage: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line of a stage: defaults, then --preset, then --align_preset, then what was given.
 
     Raises UserError for an unknown flag, a value out of range, or flags that do not go together.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = stage_parser(stage, parser_class, "--help_all" in argv)
+    parser = stage_parser(stage, "--help_all" in argv)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         refuse(unknown, stage, parser)

@@ -14,7 +14,6 @@ import time
 
 from args_parser import args_parser, from_flags
 from engine.distributed import ALONE
-from engine.errors import RaisingParser
 from engine.records import provenance
 from engine.run import Run, start_run
 from engine.script import run_script
@@ -45,7 +44,7 @@ class FewShotClassifier(Estimator):
         given["backbone" if is_name else "checkpoint"] = self.backbone
         flags = {flag: value for flag, value in given.items() if value is not None and value is not False}
         command = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
-        args = args_parser("predict", command, RaisingParser)
+        args = args_parser("predict", command)
         run = start_run(ALONE, args.device, args.precision, args.seed, quiet=True, no_keep_memory=args.no_keep_memory)
         return from_flags(FitFlags, args), run
 

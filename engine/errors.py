@@ -18,11 +18,3 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _command(self) -> str:
         return self.prog if self.prog.startswith("python ") else f"python {self.prog}"
-
-
-class RaisingParser(OneLineParser):
-    """An argparse parser for a caller in Python, who has no --help: its error is the message alone."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(" ".join(message.split()))

@@ -1,11 +1,9 @@
-"""Compare classifiers of a few images per class on the same novel episodes: accuracies, paired intervals, calibration.
+"""Compare classifiers of a few images per class on the same novel episodes: accuracies, paired intervals.
 
 python -m photos.compare --checkpoint results/models/..._bestModel.tar --dataset typefaces
 
 On the features of one backbone: scikit-learn's logistic regression (its C chosen on val episodes), the nearest mean,
-the head as fitted, and the head aligned in feature space with the base classes, with the defaults of predict.py. Of the
-heads also the expected calibration error, before and after the temperature of leave-one-out, and the accuracy of what
-is kept above a probability.
+the head as fitted, and the head aligned in feature space with the base classes, with the defaults of predict.py.
 """
 
 import warnings
@@ -16,46 +14,44 @@ import torch
 from torch import Tensor
 
 from data.benchmarks import DataOptions, load_split
-from data.episodes import Episodes, EpisodeShape, Task, class_major_labels, sample_episodes
+from data.episodes import Episodes, EpisodeShape, class_major_labels, sample_episodes
 from engine.errors import OneLineParser, UserError
 from engine.run import Run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
 from methods.evaluation import mean_and_ci95, nearest_mean
-from methods.features import Source, feature_source, trainable_blocks
+from methods.features import Source, trainable_blocks
 from methods.related_base import RelatedSetting
 from models.heads import unit
 from persistence.checkpoints import load_backbone
 from persistence.feature_cache import FeatureCache
 from persistence.results import percent
-from photos.confidence import cross_validate, left_out_logits
+from photos.confidence import left_out_logits
 
 # Inverse strengths of the regularisation of logistic regression among which val episodes choose.
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
-KEPT_ABOVE = (0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared on: novel episodes, of which the first n_calibrated are calibrated, and val episodes that choose
-    C; n_B related base classes of each novel class, and aug_size related images in an iteration."""
+    """What is compared on: novel episodes, and val episodes that choose C; n_B related base classes per novel class,
+    and aug_size related images of them in an iteration."""
 
     n_way: int = 5
     n_query: int = 15
     n_episodes: int = 600
-    n_calibrated: int = 200
     n_val: int = 100
     n_B: int = 10
     aug_size: int = 50
 
     @property
     def settings(self) -> tuple[AlignmentSetting, AlignmentSetting]:
-        """Those of the head as fitted, and aligned in feature space, else with the defaults of predict.py."""
+        """The settings of the head as fitted, and of the aligned head, with the defaults of predict.py."""
         return AlignmentSetting("none"), AlignmentSetting("head", related=RelatedSetting(self.n_B, self.aug_size))
 
 
 def logistic_regression(source: Source, episodes: Episodes, strength: float) -> Tensor:
-    """The accuracy (E,) of scikit-learn's on unit features. Raises UserError when it is not installed."""
+    """Accuracy (E,) of scikit-learn's logistic regression on unit features. Raises UserError where it is missing."""
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
@@ -64,51 +60,14 @@ def logistic_regression(source: Source, episodes: Episodes, strength: float) -> 
     for task in map(episodes.task, range(len(episodes))):
         y_query = class_major_labels(task.n_way, len(task.query) // task.n_way)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those that it has not converged
+            warnings.simplefilter("ignore")  # that it has not converged
             fitted = LogisticRegression(C=strength, max_iter=1000).fit(z[task.support], task.y_support.numpy())
         accuracies.append(fitted.score(z[task.query], y_query.numpy()))
     return torch.tensor(accuracies, dtype=torch.double)
 
 
-def calibrate(
-    tasks: list[Task], logits: Tensor, novel: Source, base: Source | None, setting: AlignmentSetting, run: Run
-) -> Tensor:
-    """Logits (E, q, n_way) of episodes, each divided by the temperature of its own support."""
-    temperatures = []
-    for task in run.bar(tasks, "leave one out", "episode"):
-        support = feature_source(novel.features[task.support], novel.split)
-        confidence = cross_validate(support, task.y_support, base, setting, run)
-        temperatures.append(confidence.temperature if confidence else 1.0)
-    return logits / torch.tensor(temperatures).view(-1, 1, 1)
-
-
-def calibration_error(probabilities: Tensor, y: Tensor, n_bins: int = 15) -> float:
-    """Expected calibration error (Guo et al., ICML 2017) of probabilities (n, n_way) against y (n,), in 0..1.
-
-    The largest probabilities fall into n_bins bins of equal width; the distance between the mean of a bin and the
-    share that is right, weighted by the number in it.
-    """
-    confidence, predicted = probabilities.max(1)
-    right = (predicted == y).double()
-    bins = (confidence * n_bins).long().clamp_max(n_bins - 1)
-    gaps = torch.zeros(n_bins, dtype=torch.double).index_add_(0, bins, confidence.double() - right)
-    return gaps.abs().sum().item() / len(y)
-
-
-def calibration_lines(name: str, raw: Tensor, calibrated: Tensor, y: Tensor) -> list[str]:
-    """The calibration error of probabilities (n, n_way) before and after, and what is right above a probability."""
-    before, after = (100 * calibration_error(p, y) for p in (raw, calibrated))
-    lines = [f"{name}: calibration error {before:.1f} % before, {after:.1f} % after the temperature"]
-    confidence, predicted = calibrated.max(1)
-    for least in KEPT_ABOVE:
-        kept = confidence >= least
-        right = 100 * (predicted == y)[kept].double().mean().item()
-        lines.append(f"  --reject {least}: {100 * kept.double().mean().item():.1f} % kept, {right:.2f} % of them right")
-    return lines
-
-
 def comparison_lines(sources: dict[str, Source], n_shot: int, on: Comparison, run: Run) -> list[str]:
-    """The lines of n_shot images per class."""
+    """The table of n_shot images per class, in lines."""
     shape, novel = EpisodeShape(on.n_way, n_shot, on.n_query), sources["novel"]
     val = sample_episodes(sources["val"].split, shape, on.n_val, run.seed)
     strength = max(STRENGTHS, key=lambda c: logistic_regression(sources["val"], val, c).mean().item())
@@ -116,24 +75,18 @@ def comparison_lines(sources: dict[str, Source], n_shot: int, on: Comparison, ru
     tasks, y = list(map(episodes.task, range(len(episodes)))), class_major_labels(on.n_way, on.n_query)
     fitted, aligned = on.settings
     heads = {"our head": (None, fitted), "our head, aligned": (sources["base"], aligned)}
-    logits = {
-        name: left_out_logits(tasks, novel, *head, run).view(len(tasks), -1, on.n_way) for name, head in heads.items()
-    }
     rows = {
         f"logistic regression, C {strength:g}": logistic_regression(novel, episodes, strength),
         "nearest mean": nearest_mean(novel.features, episodes)["cosine"].accuracy.double(),
-        **{name: (of_head.argmax(2) == y).double().mean(1) for name, of_head in logits.items()},
     }
+    for name, head in heads.items():
+        logits = left_out_logits(tasks, novel, *head, run).view(len(tasks), -1, on.n_way)
+        rows[name] = (logits.argmax(2) == y).double().mean(1)
     lines = [f"{on.n_way} classes, {n_shot} image{'s' * (n_shot > 1)} each, {len(episodes)} novel episodes"]
     for name, accuracy in rows.items():
         gain = percent(*mean_and_ci95(rows["our head, aligned"] - accuracy))
         less = "" if name == "our head, aligned" else f"   aligned is better by {gain}"
         lines.append(f"  {name:<32} {percent(*mean_and_ci95(accuracy))} %{less}")
-    for name, head in heads.items() if n_shot > 1 else ():
-        raw = logits[name][: on.n_calibrated]
-        calibrated = calibrate(tasks[: on.n_calibrated], raw, novel, *head, run)
-        before, after = (each.flatten(0, 1).softmax(1) for each in (raw, calibrated))
-        lines += calibration_lines(name, before, after, y.repeat(len(raw)))
     return lines
 
 
@@ -154,10 +107,8 @@ def main() -> None:
     run = Run(quiet=args.quiet)
     backbone, checkpoint = load_backbone(args.checkpoint, None, None)
     backbone, blocks = backbone.to(memory_format=torch.channels_last), trainable_blocks(backbone, 0)
-    options, cache = (
-        DataOptions(args.benchmarks_dir, checkpoint.img_size, args.cache_dir),
-        FeatureCache(args.cache_dir, run),
-    )
+    options = DataOptions(args.benchmarks_dir, checkpoint.img_size, args.cache_dir)
+    cache = FeatureCache(args.cache_dir, run)
     splits = {split: load_split(options, args.dataset, split) for split in ("base", "val", "novel")}
     sources = {name: cache.source(backbone, blocks, split) for name, split in splits.items()}
     for n_shot in args.n_shot:

@@ -19,12 +19,10 @@ E = TypeVar("E", bound="Estimator")
 
 
 class Estimator(ABC):
-    """What FewShotClassifier does; from predict.py it has only the meaning of its flags.
+    """FewShotClassifier without the meaning of its flags, which predict.py knows.
 
     After fit: classes_, the labels in order, and confidence_, what is known of the accuracy, or None.
     """
-
-    _estimator_type = "classifier"
 
     def __init__(self, backbone: str | Path | None = None, base: str | Path | None = None, **flags: Any):
         self.backbone, self.base, self.flags = backbone, base, flags
@@ -44,19 +42,13 @@ class Estimator(ABC):
         return self
 
     def __sklearn_tags__(self) -> Any:
-        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags  # only scikit-learn calls this
+        from sklearn.utils import ClassifierTags, Tags, TargetTags  # only scikit-learn calls this
 
-        target, inputs = TargetTags(required=True), InputTags(two_d_array=False)
-        return Tags(
-            estimator_type="classifier", target_tags=target, classifier_tags=ClassifierTags(), input_tags=inputs
-        )
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "classes_")
+        return Tags("classifier", TargetTags(required=True), classifier_tags=ClassifierTags())
 
     def check_is_fitted(self) -> None:
         """Raise UserError when it is not fitted."""
-        if not self.__sklearn_is_fitted__():
+        if not hasattr(self, "fitted_"):
             raise UserError("this classifier is not fitted: call fit, or load a saved one")
 
     def fit(self: E, images: Sequence[Any], labels: Sequence[Any]) -> E:
@@ -74,8 +66,6 @@ class Estimator(ABC):
     def predict_proba(self, images: Sequence[Any]) -> np.ndarray:
         """The probability of each of classes_ for each image, calibrated where that is known: (n, n_way)."""
         self.check_is_fitted()
-        if not len(images):
-            raise UserError("no images to label: give one or more")
         answers = label_images(self.fitted_, list(images), num_workers=4, skip_bad=False, run=self.run_)[2]
         return answers.probabilities.numpy()
 

@@ -123,7 +123,7 @@ def trained_backbone(flags: FitFlags, run: Run) -> tuple[Backbone, int, dict[str
 
 def user_split(examples: Examples, img_size: int, flags: FitFlags, run: Run) -> Split:
     """The examples as a split, decoded."""
-    images, _, _ = decode_views(examples.images, img_size, flags.num_workers, quiet=run.quiet)
+    images, _, _ = decode_views(examples.images, img_size, flags.num_workers)
     sizes = torch.tensor(images.shape[2:]).expand(len(images), -1)
     digest, labels = hashlib.sha256(images.numpy().tobytes()).hexdigest(), torch.tensor(examples.labels)
     return Split("", "user", examples.class_names, examples.names, labels, images, None, sizes, digest)

@@ -1,11 +1,10 @@
 """The user's own folders: a support folder of one subfolder per class, and query images anywhere below a folder.
 
-The images are decoded into memory as those of a benchmark are: nothing is written beside them or elsewhere.
+The images are decoded into memory by the evaluation view of a benchmark: nothing is written beside them or elsewhere.
 """
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from data.decode import IMAGE_SUFFIXES, open_rgb, to_rgb
-from data.image_cache import eval_view, map_in_chunks
+from data.image_cache import eval_view
 from data.listing import list_folder
 from engine.budget import check_memory
 from engine.errors import UserError
-from engine.run import progress_bar
 
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
@@ -30,19 +28,16 @@ def list_support(folder: Path) -> tuple[list[str], list[Path], list[int]]:
     Raises UserError when the folder is missing, holds fewer than two classes, or a class holds no images.
     """
     if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"support folder {folder} {what}: give a folder of one subfolder per class, with its examples")
-    class_names, paths, labels = list_folder(folder)
+        raise UserError(f"support {folder} is not a folder: give a folder of one subfolder per class of examples")
+    names, paths, labels = list_folder(folder)
+    class_names = [printable(name) for name in names]
     if len(class_names) < 2:
-        raise UserError(
-            f"support folder {folder} holds a single class, {printable(class_names[0])!r}: "
-            "add a subfolder for each of the others, for at least 2 classes"
-        )
-    return [printable(name) for name in class_names], paths, labels
+        raise UserError(f"support folder {folder} holds a single class, {class_names[0]!r}: give at least 2 subfolders")
+    return class_names, paths, labels
 
 
 def list_queries(query: Path) -> tuple[list[Path], list[str]]:
-    """Paths of the query images, and their names below `query`, by name: all below a folder, or a single image.
+    """Paths of the query images, and their names below `query`, by path: all below a folder, or a single image.
 
     Hidden files and folders are left out, and links to folders are not followed. Raises UserError when there are none.
     """
@@ -50,26 +45,17 @@ def list_queries(query: Path) -> tuple[list[Path], list[str]]:
         return [query], [printable(query.name)]
     if not query.is_dir():
         raise UserError(f"query {query} does not exist: give a folder of images or one image")
-    paths = sorted(path for path in visible_files(query) if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = [path for path in visible_files(query) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
-        raise UserError(
-            f"query folder {query} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){other_files(query, paths)}: "
-            "put the images to label there, or convert them"
-        )
+        what = f"holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){other_files(query, paths)}"
+        raise UserError(f"query folder {query} {what}: put the images to label there, or convert them")
     return paths, [printable(path.relative_to(query).as_posix()) for path in paths]
 
 
-def visible_files(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones and those that file managers leave."""
-
-    def stop(error: OSError) -> None:
-        raise UserError(f"folder {error.filename} cannot be read ({error.strerror}): see to its permissions") from error
-
-    for root, subfolders, files in os.walk(folder, onerror=stop):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and name.lower() not in SYSTEM_FILES:
-                yield Path(root, name)
+def visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, by path, but hidden ones and those that file managers leave."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.lower() not in SYSTEM_FILES)
+    return [path for path in files if not any(part[0] == "." for part in path.relative_to(folder).parts)]
 
 
 def other_files(folder: Path, used: list[Path]) -> str:
@@ -79,8 +65,8 @@ def other_files(folder: Path, used: list[Path]) -> str:
 
 
 def ignored_notes(folder: Path, used: list[Path]) -> list[str]:
-    """What was left out of a folder of the user's, if anything, as a note."""
-    ignored = other_files(folder, used) if folder.is_dir() else ""
+    """What was left out of a user's folder, if anything, as a note."""
+    ignored = other_files(folder, used)
     return [f"of {folder}, {len(used)} images were read{ignored}"] if ignored else []
 
 
@@ -98,21 +84,20 @@ def folder_truth(names: list[str], class_names: list[str]) -> list[int | None]:
 def open_image(image: object) -> Image.Image:
     """The RGB image of a path, of an image of PIL or of a uint8 array (h, w, 3), (h, w, 4) or (h, w).
 
-    Raises UserError when it is none of them or cannot be decoded.
+    Raises UserError when a file cannot be decoded, or for another type.
     """
     if isinstance(image, str | Path):
         return open_rgb(Path(image))
     if isinstance(image, Image.Image):
         return to_rgb(image)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
-        if image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4)):
-            return to_rgb(Image.fromarray(image))
-    what = f"a {image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
-    raise UserError(f"{what} is no image: give a path, an image of PIL or a uint8 array (h, w, 3)")
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        return to_rgb(Image.fromarray(image))
+    what = f"{image.dtype} array" if isinstance(image, np.ndarray) else type(image).__name__
+    raise UserError(f"a {what} is no image: give a path, an image of PIL or a uint8 array (h, w, 3)")
 
 
 def decode_views(
-    images: Sequence[object], img_size: int, num_workers: int, skip_bad: bool = False, quiet: bool = True
+    images: Sequence[object], img_size: int, num_workers: int, skip_bad: bool = False
 ) -> tuple[Tensor, list[int], list[str]]:
     """Evaluation views of images (see open_image), uint8 (N, 3, s, s), and the indices of those that they are of.
 
@@ -124,22 +109,15 @@ def decode_views(
         try:
             return eval_view(open_image(image), img_size)
         except UserError as error:
+            if not skip_bad:
+                raise
             return error
 
     n_bytes = 3 * len(images) * img_size**2
     check_memory(f"decoding to {img_size} x {img_size} pixels", n_bytes, "take a smaller image size, or fewer images")
-    views = np.empty((len(images), 3, img_size, img_size), dtype=np.uint8)
-    kept: list[int] = []
-    reasons: list[str] = []
-    bar = progress_bar(None, "decode", "img", quiet, total=len(images))
-    with bar, ThreadPoolExecutor(max(1, num_workers)) as pool:
-        for i, view in enumerate(map_in_chunks(pool, decode, images)):
-            if not isinstance(view, UserError):
-                views[len(kept)] = view
-                kept.append(i)
-            elif skip_bad:
-                reasons.append(str(view))
-            else:
-                raise view
-            bar.update()
-    return torch.from_numpy(views[: len(kept)]), kept, reasons
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        decoded = list(pool.map(decode, images))
+    views = [view for view in decoded if not isinstance(view, UserError)]
+    kept = [i for i, view in enumerate(decoded) if not isinstance(view, UserError)]
+    reasons = [str(error) for error in decoded if isinstance(error, UserError)]
+    return torch.from_numpy(np.array(views, np.uint8).reshape(-1, 3, img_size, img_size)), kept, reasons

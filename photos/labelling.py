@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +49,7 @@ class LabelFlags:
 
 
 def check_outputs(flags: LabelFlags) -> None:
-    """Raise UserError, before any work, when something would be replaced or cannot be written; make the folders."""
+    """Raise UserError, before any work, when files would be replaced or copies mix with images; make the folders."""
     if flags.query and not flags.overwrite:
         if flags.parts.exists() and not flags.resume:
             raise UserError(f"{flags.out} holds predictions that were stopped: give --resume to go on, or --overwrite")
@@ -59,29 +58,16 @@ def check_outputs(flags: LabelFlags) -> None:
     if flags.save and flags.save.exists() and not flags.overwrite:
         raise UserError(f"{flags.save} is there already: give --overwrite to replace it, or another --save")
     if flags.copy_to:
-        check_copies(flags, flags.copy_to)
-    folders = {"--save": flags.save and flags.save.absolute().parent, "--out": flags.out if flags.query else None}
-    for flag, folder in folders.items():
-        try:
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"folder {folder} cannot be written ({error.strerror}): give another {flag}") from error
+        parents = (flags.copy_to.resolve(), *flags.copy_to.resolve().parents)
+        if any(own and own.resolve() in parents for own in (flags.query, flags.support)):
+            raise UserError(f"--copy_to {flags.copy_to} lies among images that are read: give a folder elsewhere")
+        if flags.copy_to.exists() and not flags.resume:
+            raise UserError(f"{flags.copy_to} is there already: give another --copy_to, for nothing is overwritten")
+    for folder in (flags.save and flags.save.parent, flags.query and flags.out):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
     if flags.overwrite:
         shutil.rmtree(flags.parts, ignore_errors=True)
-
-
-def check_copies(flags: LabelFlags, folder: Path) -> None:
-    """Raise UserError when copies would come among the user's images or other files, or there is nothing to copy."""
-    if not flags.query:
-        raise UserError("argument --copy_to: name the images that are to be labelled and copied with --query")
-    target = folder.resolve()
-    for own in (flags.query, flags.support):
-        if own and (own.resolve() in (target, *target.parents) or target in own.resolve().parents):
-            raise UserError(f"--copy_to {folder} holds or lies in {own}, images that are read: give a folder elsewhere")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not flags.resume:
-        raise UserError(f"--copy_to {folder} is not an empty folder: give a new one, for nothing is overwritten")
 
 
 def part_file(folder: Path, fitted: Fitted, paths: Sequence[Any], run: Run) -> Path:
@@ -117,7 +103,7 @@ def label_images(
             bar.update(len(chunk))
     kept, reasons = ([item for part in parts for item in part[name]] for name in ("kept", "reasons"))
     if not kept:
-        raise UserError(f"no image can be decoded, the first: {reasons[0]}")
+        raise UserError(": ".join(["no image can be decoded", *reasons[:1]]))
     columns = zip(*(Answers(**part["answers"]) for part in parts if part["answers"]), strict=True)
     return kept, reasons, Answers(*map(torch.cat, columns))
 
