@@ -22,7 +22,7 @@ from data.converters.converter import SPLITS
 from data.converters.writing import SETTINGS
 from engine.errors import UserError
 from engine.files import matches_schema, read_json
-from engine.run import progress_bar
+from engine.run import Run
 
 VERSION = 2  # raise it with any change of the images: older folders and checkpoints are refused
 # In a fixed mixed order: the first n_base are the base classes, the next n_val the val classes, then n_novel novel.
@@ -78,7 +78,7 @@ def render_glyphs(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         unfinished = Path(temporary) / out.name
-        bar = progress_bar(splits, f"rendering {out.name}", "class", quiet)
+        bar = Run(quiet=quiet).bar(splits, f"rendering {out.name}", "class")
         for split, character in zip(bar, CHARACTERS, strict=False):
             folder = unfinished / split / class_name(character)
             folder.mkdir(parents=True)

@@ -34,7 +34,7 @@ from data.decode import DECODE_VERSION, decode, image_bytes, image_size, naming_
 from engine.budget import check_disk, check_memory
 from engine.errors import UserError
 from engine.files import is_gone, matches_schema, read_json
-from engine.run import progress_bar
+from engine.run import Run
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -237,7 +237,7 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
             return hashlib.sha256(content).digest(), eval_view(image, img_size).tobytes(), train
 
         fingerprint = hashlib.sha256()
-        bar = progress_bar(None, f"decode {files.label}", "img", quiet, total=len(files.paths))
+        bar = Run(quiet=quiet).bar(None, f"decode {files.label}", "img", total=len(files.paths))
         # Plain sequential writes: pages of a written memory map would count as resident memory.
         with bar, open(folder / "eval.bin", "wb") as eval_file, open(folder / "train.bin", "wb") as train_file:
             decoded = map_in_chunks(pool, decode_one, range(len(files.paths)))

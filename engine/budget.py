@@ -24,27 +24,20 @@ def free_memory(device: torch.device) -> int | None:
     return 1024 * int(found[1]) if found and device.type == "cpu" else None
 
 
-def has_room(n_bytes: int, device: torch.device) -> bool:
-    """Whether data of a CPU is moved to the device to stay: to a GPU, when it takes less than half of what is free."""
-    return device.type == "cuda" and n_bytes < (free_memory(device) or 0) / 2
-
-
 def check_memory(what: str, n_bytes: int, remedy: str, device: torch.device = CPU) -> None:
     """Raise UserError, with the remedy, when `what` takes more memory than is free; nothing where that is unknown."""
-    free = free_memory(device)
-    if free is not None and n_bytes > free:
-        where = "memory" if device.type == "cpu" else f"memory of {device}"
-        raise UserError(f"{takes(what, n_bytes, where, free)}: {remedy}")
+    where = "memory" if device.type == "cpu" else f"memory of {device}"
+    check_room(what, n_bytes, where, free_memory(device), remedy)
 
 
 def check_disk(what: str, n_bytes: int, folder: Path, remedy: str) -> None:
     """Raise UserError, with the remedy, when `what` takes more than is free on the disk of a folder."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if n_bytes > free:
-        raise UserError(f"{takes(what, n_bytes, f'disk in {there}', free)}: {remedy}")
+    check_room(what, n_bytes, f"disk in {there}", shutil.disk_usage(there).free, remedy)
 
 
-def takes(what: str, n_bytes: int, where: str, free: int) -> str:
-    """Needed and free gigabytes in words."""
-    return f"{what} takes {n_bytes / 1e9:,.1f} GB of {where}, of which {free / 1e9:,.1f} GB are free"
+def check_room(what: str, n_bytes: int, where: str, free: int | None, remedy: str) -> None:
+    """Raise UserError when `what` takes more than the free bytes, None where they are unknown."""
+    if free is not None and n_bytes > free:
+        takes = f"{what} takes {n_bytes / 1e9:,.1f} GB of {where}, of which {free / 1e9:,.1f} GB are free"
+        raise UserError(f"{takes}: {remedy}")

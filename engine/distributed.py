@@ -36,19 +36,13 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: range) -> range:
-        """The part of the items that this rank computes."""
-        mine = split_range(len(items), self.rank, self.n)
-        return items[mine.start : mine.stop]
+        """The items that this rank computes: consecutive, and as many for each, or one more for the first ranks."""
+        each, left = divmod(len(items), self.n)
+        start = self.rank * each + min(self.rank, left)
+        return items[start : start + each + (self.rank < left)]
 
 
 ALONE = Ranks()  # a run of one process
-
-
-def split_range(n_items: int, rank: int, n_ranks: int) -> range:
-    """The items of a rank: consecutive, as many for each as for any other, or one more for the first ranks."""
-    each, left = divmod(n_items, n_ranks)
-    start = rank * each + min(rank, left)
-    return range(start, start + each + (rank < left))
 
 
 def join_ranks() -> Ranks:
@@ -62,12 +56,6 @@ def join_ranks() -> Ranks:
     if not ranks.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return ranks
-
-
-def leave_ranks() -> None:
-    """Destroy the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def first_to_fail() -> bool:
@@ -98,21 +86,11 @@ def gather_objects(value: T, ranks: Ranks) -> list[T]:
 def gather_rows(parts: list[Tensor], ranks: Ranks, device: torch.device | str = "cpu") -> Tensor:
     """The rows of all ranks, in their order, on each of them: parts (n_i, ...) of this rank -> (sum of all n_i, ...).
 
-    parts: on `device`, of one dtype; some ranks, not all, may have none. Their memory format is kept.
+    parts: on `device`, of one dtype and memory format; some ranks, not all, may have none. They travel over the CPU.
     """
-    mine = (parts[0] if len(parts) == 1 else torch.cat(parts)) if parts else None
-    if ranks.n == 1 and mine is not None:
-        return mine
-    forms = gather_objects(None if mine is None else (mine.shape, mine.dtype, mine.is_contiguous()), ranks)
-    shape, dtype, contiguous = next(form for form in forms if form)
-    counts = [form[0][0] if form else 0 for form in forms]
-    rows = torch.empty(sum(counts), *shape[1:], dtype=dtype, device=device)
-    for rank, piece in enumerate(rows.split(counts)):
-        if rank == ranks.rank and mine is not None:
-            piece.copy_(mine)
-        if len(piece):
-            dist.broadcast(piece, src=rank)
-    return rows if contiguous else rows.contiguous(memory_format=torch.channels_last)
+    if ranks.n > 1:
+        parts = [part.to(device) for theirs in gather_objects([p.cpu() for p in parts], ranks) for part in theirs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @contextlib.contextmanager
@@ -126,10 +104,9 @@ def rank_0_first(ranks: Ranks) -> Iterator[None]:
 
 
 def data_parallel(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """The module with gradients averaged over the ranks, which start from rank 0's weights.
+    """The module, if it is trained, with rank 0's weights and gradients averaged over the ranks.
 
-    The module itself with one process or without trainable parameters. Running statistics differ between ranks after a
-    step: see copy_rank_0.
+    Running statistics are not averaged: see copy_rank_0.
     """
     learns = any(p.requires_grad for p in module.parameters())
     return DistributedDataParallel(module) if ranks.n > 1 and learns else module

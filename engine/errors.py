@@ -14,7 +14,5 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
-        raise UserError(f"{' '.join(message.split())} ({self._command()} --help explains the flags)")
-
-    def _command(self) -> str:
-        return self.prog if self.prog.startswith("python ") else f"python {self.prog}"
+        command = f"python {self.prog.removeprefix('python ')}"
+        raise UserError(f"{' '.join(message.split())} ({command} --help explains the flags)")

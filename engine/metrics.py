@@ -1,6 +1,5 @@
 """The numbers of a run as it goes: a line of metrics.jsonl an epoch or episode and, if asked, TensorBoard's scalars."""
 
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +7,9 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files import atomic_file
-from engine.records import append_jsonl, to_json
+from engine.records import to_json
 
-# What TensorBoard's files are called.
-EVENTS = "events.out.tfevents.*"
-
-
-def summary_writer() -> Any:
-    """TensorBoard's SummaryWriter class. Raises UserError when that optional package is not installed."""
-    try:
-        return importlib.import_module("torch.utils.tensorboard").SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from error
+EVENTS = "events.out.tfevents.*"  # TensorBoard's files
 
 
 @dataclass
@@ -33,18 +23,19 @@ class MetricsLog:
     def write(self, step: int, row: dict[str, Any], first: int = 0) -> None:
         """Append the row of an epoch or episode `step`; the row of `first` empties the files.
 
-        TensorBoard shows nothing of an earlier run from the first step that is written here on. Raises UserError when
-        the folder cannot be written.
+        TensorBoard shows nothing of an earlier run from the first step that is written here on.
         """
+        row, folder = to_json(row), self.path.parent
         if step == first:
-            for old in (self.path, *self.path.parent.glob(EVENTS)):
+            for old in (self.path, *folder.glob(EVENTS)):
                 old.unlink(missing_ok=True)
-        append_jsonl(self.path, row)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         if not self.writer_class:
             return
-        if self.writer is None:
-            self.writer = self.writer_class(log_dir=str(self.path.parent), purge_step=step)
-        for name, value in to_json(row).items():
+        self.writer = self.writer or self.writer_class(log_dir=str(folder), purge_step=step)
+        for name, value in row.items():
             if isinstance(value, int | float):
                 self.writer.add_scalar(name, value, step)
         self.writer.flush()
@@ -56,5 +47,12 @@ class MetricsLog:
 
 
 def open_metrics(folder: Path, tensorboard: bool) -> MetricsLog:
-    """The log in `folder`; nothing is written yet. Raises UserError when `tensorboard` is not to be had."""
-    return MetricsLog(folder / "metrics.jsonl", summary_writer() if tensorboard else None)
+    """The log in `folder`; nothing is written yet. Raises UserError when `tensorboard` is not installed."""
+    path = folder / "metrics.jsonl"
+    if not tensorboard:
+        return MetricsLog(path)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from error
+    return MetricsLog(path, SummaryWriter)

@@ -13,28 +13,18 @@ from torch import Tensor
 from engine.errors import UserError
 
 CPUINFO = Path("/proc/cpuinfo")
-# A GPU waits for the steps before it when a loss is read.
-READ_SECONDS = 0.5
+READ_SECONDS = 0.5  # between two readings of losses, for each of which a GPU finishes the steps before
 BF16_UNITS = {"amx_bf16", "avx512_bf16", "bf16"}  # as x86 and Arm call what multiplies bf16 numbers
 
 
-def has_bf16(device_type: str) -> bool:
-    """Whether a device computes in bf16 itself; emulated, it would be slower than fp32. False where nothing tells."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type != "cpu" or not CPUINFO.is_file():
-        return False
-    return not BF16_UNITS.isdisjoint(CPUINFO.read_text().split())
-
-
 def choose_precision(name: str, device_type: str) -> str:
-    """The precision of this name; `auto` is bf16 where the device has it, else fp32."""
-    return ("bf16" if has_bf16(device_type) else "fp32") if name == "auto" else name
-
-
-def float32_on(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """A block that autocast leaves alone; shapes without numbers, on the meta device, it does so everywhere."""
-    return contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+    """The precision of this name; `auto` is bf16 where the device computes in it, not by emulation, else fp32."""
+    if name != "auto":
+        return name
+    if device_type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    units = CPUINFO.read_text().split() if device_type == "cpu" and CPUINFO.is_file() else []
+    return "fp32" if BF16_UNITS.isdisjoint(units) else "bf16"
 
 
 @dataclass
@@ -55,10 +45,7 @@ class Precision:
         return torch.autocast(self.device_type, torch.bfloat16 if self.name == "bf16" else torch.float16)
 
     def backward_and_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-        """One step of the optimiser on a loss, returned detached; fp16 scales it so that small gradients survive.
-
-        What the optimiser's parameters held as gradients before is dropped.
-        """
+        """One step of the optimiser on a loss, returned detached; fp16 scales it so that small gradients survive."""
         optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
@@ -68,7 +55,7 @@ class Precision:
 
 def check_finite(loss: Tensor | float, where: str) -> None:
     """Raise UserError, saying where, when a loss is no longer finite."""
-    value = loss.item() if isinstance(loss, Tensor) else loss
+    value = float(loss)
     if not math.isfinite(value):
         raise UserError(f"the loss became {value} at {where}: lower --lr, or use --precision fp32")
 

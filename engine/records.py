@@ -14,7 +14,6 @@ import numpy as np
 import PIL
 import torch
 
-from engine.errors import UserError
 from engine.files import atomic_file
 from engine.run import Run
 
@@ -22,16 +21,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def git_commit() -> str:
-    """The commit of this repository, `-dirty` appended when tracked files differ; `unknown` outside git.
-
-    Nothing is written to the repository, as `git describe --dirty` does, of which a kill would leave a lock there.
-    """
+    """The commit of this repository, `-dirty` appended when tracked files differ; `unknown` outside git."""
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", *words]
         return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
+    try:  # without describe's own --dirty, which writes to the repository and, killed, would leave a lock there
         dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
         return git("describe", "--always", "--abbrev=12", "--exclude=*") + dirty
     except (OSError, subprocess.CalledProcessError):
@@ -76,13 +72,3 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a JSON file atomically. Raises UserError when the folder cannot be written."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
-
-
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one line to a metrics file. Raises UserError when the folder cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(to_json(record)) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}): free some space or give another folder") from error

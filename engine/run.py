@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from engine.budget import has_room
+from engine.budget import free_memory
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
 from engine.generators import make_generator, seeded
@@ -31,21 +31,6 @@ class Log:
         """Write the text without what moves a cursor, if anything is left."""
         if line := text.strip():
             print(line, file=sys.stderr)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def progress_bar(items: Iterable[Any] | None, name: str, unit: str, quiet: bool = False, **options: Any) -> tqdm:
-    """A bar of tqdm over items, unless quiet or without a name; off a terminal a line every LOG_SECONDS.
-
-    There a bar that does not stay (leave=False) is left out.
-    """
-    options |= {"desc": name, "unit": unit, "disable": quiet or not name}
-    if not sys.stderr.isatty():
-        options |= {"file": Log(), "bar_format": LOG_FORMAT, "delay": LOG_SECONDS, "mininterval": LOG_SECONDS}
-        options |= {"miniters": 1, "disable": options["disable"] or not options.get("leave", True)}
-    return tqdm(items, **options)
 
 
 @dataclass(frozen=True)
@@ -67,33 +52,33 @@ class Run:
         return seeded(self.seed, *keys)
 
     def bar(self, items: Iterable[Any] | None, name: str, unit: str, **options: Any) -> tqdm:
-        """A progress bar over items, unless the run is quiet or the bar has no name: see progress_bar."""
-        return progress_bar(items, name, unit, self.quiet, **options)
+        """A bar of tqdm over items, unless the run is quiet or the bar has no name.
+
+        Off a terminal it is a line every LOG_SECONDS, and a bar that does not stay (leave=False) is left out.
+        """
+        options |= {"desc": name, "unit": unit, "disable": self.quiet or not name}
+        if not sys.stderr.isatty():
+            options |= {"file": Log(), "bar_format": LOG_FORMAT, "delay": LOG_SECONDS, "mininterval": LOG_SECONDS}
+            options |= {"miniters": 1, "disable": options["disable"] or not options.get("leave", True)}
+        return tqdm(items, **options)
 
 
-def select_device(name: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu. Raises UserError when the named device is not there."""
+def select_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of this process; `auto` is cuda, else mps, else cpu. Each of several ranks has a CUDA GPU of its own,
+    or all share the CPU. Raises UserError when the device is not there, or is too few for the ranks."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available[name]:
-        there = ", ".join(kind for kind, yes in available.items() if yes)
-        raise UserError(f"--device {name} is not available on this machine: choose auto or one of {there}")
-    return torch.device(name)
-
-
-def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
-    """The GPU of this rank among those of its machine, or the CPU, which the ranks share.
-
-    Raises UserError when there are more ranks than GPUs, or for a device that ranks cannot exchange tensors on.
-    """
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda" or ranks.local >= torch.cuda.device_count():
-        there = f"{torch.cuda.device_count()} CUDA GPUs" if device.type == "cuda" else "one process"
-        raise UserError(f"--device {device.type} is for {there} here: give a smaller --nproc_per_node, or --device cpu")
+    there = [kind for kind, yes in available.items() if yes]
+    name = there[0] if name == "auto" else name
+    if name not in there:
+        raise UserError(f"--device {name} is not available on this machine: choose auto or one of {', '.join(there)}")
+    if ranks.n == 1 or name == "cpu":
+        return torch.device(name)
+    n_gpus = torch.cuda.device_count()
+    if name != "cuda" or ranks.local >= n_gpus:
+        most = f"{n_gpus} CUDA GPUs" if name == "cuda" else "one process"
+        raise UserError(f"--device {name} is for {most} here: give a smaller --nproc_per_node, or --device cpu")
     torch.cuda.set_device(ranks.local)
-    return torch.device("cuda", ranks.local)
+    return torch.device(name, ranks.local)
 
 
 def keep_memory() -> None:
@@ -118,13 +103,8 @@ def repeat_exactly() -> None:
 
 
 def start_run(ranks: Ranks, device: str, precision: str, seed: int, quiet: bool, no_keep_memory: bool) -> Run:
-    """The run that the flags ask for; on a CPU also the memory setting (see keep_memory), on a GPU repeat_exactly.
-
-    Of several ranks each takes a GPU of its own. Raises UserError when there is no such device for this rank.
-    """
-    chosen = select_device(device)
-    if ranks.n > 1:
-        chosen = device_of_rank(chosen, ranks)
+    """The run that the flags ask for; on a CPU also keep_memory, on a GPU repeat_exactly. Raises as select_device."""
+    chosen = select_device(device, ranks)
     if chosen.type == "cpu" and not no_keep_memory:
         keep_memory()
     if chosen.type == "cuda":
@@ -140,6 +120,6 @@ def move(values: Tensor, device: torch.device) -> Tensor:
 
 
 def move_if_fits(rows: Tensor, device: torch.device) -> Tensor:
-    """What a split has a row an image of, moved to a GPU for good when it has room there (see has_room); else left
-    mapped."""
-    return rows.to(device) if has_room(rows.nbytes, device) else rows
+    """Rows of a split, moved to a GPU for good when they take less than half of what is free there; else as given."""
+    fits = device.type == "cuda" and rows.nbytes < (free_memory(device) or 0) / 2
+    return rows.to(device) if fits else rows

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from engine.distributed import first_to_fail, leave_ranks
+import torch.distributed as dist
+
+from engine.distributed import first_to_fail
 from engine.errors import UserError
 from engine.records import REPOSITORY
 
@@ -27,7 +29,8 @@ def run_script(main: Callable[[], None], memory_flags: str = "batch or image siz
     try:
         with interruptible():
             main()
-            leave_ranks()
+            if dist.is_initialized():
+                dist.destroy_process_group()
         return
     except UserError as error:
         line, status = f"error: {error}", 2

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.precision import float32_on
 from methods.meta_learner import MetaLearner
 from models.linear import linear
 
@@ -63,7 +62,7 @@ class MatchingNet(MetaLearner):
     def forward(self, z_support: Tensor, z_query: Tensor) -> Tensor:
         """z_support (..., n_way, n_shot, d), z_query (..., n, d) -> log-probabilities (..., n, n_way)."""
         n_way, n_shot, d = z_support.shape[-3:]
-        with float32_on(z_query.device.type):
+        with torch.autocast(z_query.device.type, enabled=False):
             support = self.embed_support(z_support.reshape(-1, n_way * n_shot, d).float())
             query = self.embed_query(z_query.reshape(-1, *z_query.shape[-2:]).float(), support)
             support = support / (support.norm(dim=-1, keepdim=True) + NORM_EPS)

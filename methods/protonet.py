@@ -8,9 +8,9 @@ Departures: none. Distances are computed in float32, under autocast too, and aro
 they lose less to rounding; any number of episodes goes through at once.
 """
 
+import torch
 from torch import Tensor
 
-from engine.precision import float32_on
 from methods.meta_learner import MetaLearner
 
 
@@ -19,7 +19,7 @@ def protonet_scores(z_support: Tensor, z_query: Tensor) -> Tensor:
 
     z_support (..., n_way, n_shot, d), z_query (..., n_query_total, d) -> (..., n_query_total, n_way).
     """
-    with float32_on(z_query.device.type):
+    with torch.autocast(z_query.device.type, enabled=False):
         prototypes = z_support.float().mean(-2)
         # Distances do not change when everything is shifted, so the shift takes no part in the gradient.
         origin = prototypes.detach().mean(-2, keepdim=True)

@@ -24,13 +24,6 @@ def draws(generator, n=8):
     return torch.randint(2**31, (n,), generator=generator).tolist()
 
 
-def test_a_generator_follows_from_seed_and_keys_alone():
-    torch.manual_seed(0)
-    first = draws(make_generator(3, "episode", 7))
-    torch.manual_seed(1)
-    assert draws(make_generator(3, "episode", 7)) == first
-
-
 def test_generators_of_other_seeds_or_keys_are_others():
     keys = [("base head",), ("backbone",), ("novel", "episode", 0), ("val", "episode", 0), ("head", 0), ("align", 0)]
     keys += [("novel", "episode", i) for i in range(1, 200)] + [("head", i) for i in range(1, 200)]

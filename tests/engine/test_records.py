@@ -12,7 +12,7 @@ import torch
 
 from engine import records
 from engine.errors import UserError
-from engine.records import append_jsonl, git_commit, provenance, write_json
+from engine.records import git_commit, provenance, write_json
 from engine.run import Run
 
 
@@ -38,31 +38,6 @@ def test_a_failing_write_leaves_the_previous_result_and_nothing_else(tmp_path, m
     assert json.loads(path.read_text()) == {"accuracy": 1} and list(tmp_path.iterdir()) == [path]
     write_json(path, {"accuracy": 3})
     assert json.loads(path.read_text()) == {"accuracy": 3} and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_record_that_json_cannot_hold_leaves_the_previous_result(tmp_path):
-    path = tmp_path / "result.json"
-    write_json(path, {"accuracy": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"accuracy": torch.zeros(1)})
-    assert json.loads(path.read_text()) == {"accuracy": 1} and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("write", [write_json, append_jsonl])
-def test_a_results_folder_that_cannot_be_made_is_named(tmp_path, write):
-    (tmp_path / "file").write_text("")
-    path = tmp_path / "file" / "logs" / "result.json"
-    with pytest.raises(UserError, match="cannot be written.*another folder") as error:
-        write(path, {"a": 1})
-    assert str(path) in str(error.value)
-
-
-def test_metrics_are_appended_a_line_each(tmp_path):
-    path = tmp_path / "logs" / "metrics.jsonl"
-    append_jsonl(path, {"epoch": 0, "loss": 1.5})
-    append_jsonl(path, {"epoch": 1, "loss": math.nan})
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == [{"epoch": 0, "loss": 1.5}, {"epoch": 1, "loss": None}]
 
 
 def test_a_result_says_how_it_was_made(monkeypatch):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from engine import run
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
-from engine.run import Run, device_of_rank, move_if_fits, select_device, start_run
+from engine.run import Run, move_if_fits, select_device, start_run
 
 
 def with_accelerators(monkeypatch, cuda, mps):
@@ -35,7 +35,7 @@ def test_a_device_that_is_not_there_is_a_user_error(monkeypatch, name, there):
 
 def test_starting_on_a_gpu_asks_for_operations_that_repeat_themselves(monkeypatch):
     asked = []
-    monkeypatch.setattr(run, "select_device", torch.device)
+    with_accelerators(monkeypatch, True, False)
     monkeypatch.setattr(run.torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.append(warn_only))
     monkeypatch.setattr(run.torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
@@ -76,22 +76,16 @@ def test_on_a_cpu_images_stay_mapped():
 
 
 def test_ranks_have_a_gpu_each_or_share_the_cpu(monkeypatch):
-    assert device_of_rank(torch.device("cpu"), Ranks(1, 2, 1)) == torch.device("cpu")
+    with_accelerators(monkeypatch, True, True)
     assert start_run(Ranks(1, 2, 1), "cpu", "fp32", 0, True, True).device == torch.device("cpu")
     with pytest.raises(UserError, match="mps is for one process"):
-        device_of_rank(torch.device("mps"), Ranks(0, 2, 0))
+        select_device("mps", Ranks(0, 2, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert device_of_rank(torch.device("cuda"), Ranks(5, 8, 1)) == torch.device("cuda", 1) and chosen == [1]
+    assert select_device("auto", Ranks(5, 8, 1)) == torch.device("cuda", 1) and chosen == [1]
     with pytest.raises(UserError, match="2 CUDA GPUs here: give a smaller --nproc_per_node"):
-        device_of_rank(torch.device("cuda"), Ranks(2, 4, 2))
-
-
-def test_auto_precision_becomes_that_of_the_device(monkeypatch):
-    for supported, name in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr("engine.precision.has_bf16", lambda device_type, supported=supported: supported)
-        assert start_run(ALONE, "cpu", "auto", 0, True, True).precision.name == name
+        select_device("cuda", Ranks(2, 4, 2))
 
 
 def log_of(monkeypatch, capsys, seconds, **options):

@@ -163,7 +163,8 @@ def test_a_warm_up_leaves_the_backbone_of_stage_1_as_it_is(meta_trained, tmp_pat
 
 @pytest.mark.parametrize(("supported", "precision"), [(True, "bf16"), (False, "fp32")])
 def test_a_result_says_what_auto_precision_became(meta_trained, tmp_path, monkeypatch, supported, precision):
-    monkeypatch.setattr("engine.precision.has_bf16", lambda device_type: supported)
+    (tmp_path / "cpuinfo").write_text("amx_bf16" if supported else "")
+    monkeypatch.setattr("engine.precision.CPUINFO", tmp_path / "cpuinfo")
     flags = [*TEST, *folders(meta_trained), "--results_dir", tmp_path, "--n_epoch", 0, "--precision", "auto"]
     outcome = succeed("metaLearning", *flags, "--init_from", model(meta_trained, "arcMax"))
     record = json.loads((tmp_path / "tables" / f"metaLearning_{run_name('ProtoNet')}.json").read_text())
