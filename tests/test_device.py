@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 
-import predict
 from args_parser import args_parser, from_flags
 from data.episodes import EpisodeShape, sample_episodes
 from data.transforms import Augmentation, TrainingImages
@@ -22,6 +21,7 @@ from methods.feature_alignment import align_episodes
 from methods.features import embed, image_source, trainable_blocks
 from methods.novel_finetune import HeadFit, fit_heads
 from models import BACKBONES, HEADS, build_backbone, build_head
+from photos import fitting
 from tests.helpers import (
     ALIGN,
     CHECKPOINT,
@@ -236,7 +236,7 @@ def test_a_state_of_the_cpu_goes_on_on_the_device_and_back(trained, tmp_path):
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("kind", ["none", "centroid", "head alone"])
 def test_predict_labels_on_the_device_and_its_classifier_elsewhere(kind, half, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "MAPPED", 0 if half else predict.MAPPED)
+    monkeypatch.setattr(fitting, "MAPPED", 0 if half else fitting.MAPPED)
     novel = trained / "benchmarks" / "tiny" / "novel"
     flags = ["--support", novel, "--base", trained / "benchmarks" / "tiny", "--ft_n_epoch", 20, *ALIGNMENTS[kind]]
     flags += ["--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--save", tmp_path / "kept.tar"]
