@@ -77,7 +77,8 @@ def main() -> None:
             for i, episode in align_episodes(blocks, episodes, novel_source, base_source, setting, run, mine):
                 done.add(i, episode)
                 if i in args.save_episode:
-                    done.keep(gather_episode(episodes, i, episode, novel_source, base_source, blocks, setting, run))
+                    saved = gather_episode(episodes, i, episode, novel_source, base_source, blocks, setting, run)
+                    done.kept.append(saved)
             done.exchange(first)
             done.save()
         done.save()

@@ -15,7 +15,7 @@ from engine.distributed import copy_rank_0, rank_0_first
 from engine.script import run_script
 from methods.episodic_training import train_episodic_epoch
 from methods.evaluation import EpisodeScores
-from methods.meta_learners import build_meta_learner, uses_maps
+from methods.meta_learners import META_LEARNERS, build_meta_learner
 from methods.split_evaluation import evaluate_on_split
 from models import Model, n_parameters
 from persistence.checkpoints import BackboneSpec, initial_backbone, load_state
@@ -43,7 +43,7 @@ def main() -> None:
         check_episodes_fit(base, train_shape)
 
     # Model: the backbone, and the meta-learner's own module, which a checkpoint of the same method brings as well.
-    maps = uses_maps(args.method)
+    maps = META_LEARNERS[args.method][0].uses_maps
     backbone, checkpoint = initial_backbone(from_flags(BackboneSpec, args), run, relation=maps)
     with run.seeded("meta-learner"):
         learner = build_meta_learner(args.method, backbone, args.temperature).to(run.device)

@@ -18,7 +18,7 @@ from models.heads import Head
 
 @dataclass(frozen=True)
 class TrainingFeatures:
-    """What the head of a frozen backbone trains on in the place of images: features (N, d) and labels (N,)."""
+    """Training data of the head on a frozen backbone: features (N, d) and labels (N,)."""
 
     features: Tensor
     labels: Tensor
@@ -29,9 +29,9 @@ class TrainingFeatures:
 
 
 def last_blocks(backbone: Backbone, n_blocks: int | None) -> nn.Module:
-    """What the steps train of a backbone: its last blocks, or all; without any, what passes features on.
+    """The last n_blocks blocks of a backbone (None: all), or nn.Identity when 0; freezes the rest.
 
-    From then on the others get no gradient. Raises UserError when the backbone has fewer.
+    Raises UserError when the backbone has fewer.
     """
     check_blocks(backbone, n_blocks, "--train_blocks")
     if n_blocks == 0:
@@ -45,9 +45,8 @@ def train_base_epoch(
 ) -> tuple[float, float]:
     """One shuffled pass over the base images, the last batch kept; returns the mean loss and accuracy in 0..1.
 
-    The order, the augmentation and dropout depend on (seed, epoch) alone; dropout on the rank as well. Each rank takes
-    its share of every batch; its average of the ranks' gradients is that of the batch. Raises UserError when the loss
-    is no longer finite.
+    Order and augmentation depend on (seed, epoch) alone, dropout on the rank as well. Each rank takes its share of
+    every batch, and the gradients are averaged. Raises UserError when the loss is no longer finite.
     """
     head, ranks = cast(Head, model.head), run.ranks
     model.net.train()

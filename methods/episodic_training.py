@@ -1,11 +1,9 @@
 """Stage 2: episodic training on the base classes, and evaluation of a meta-learner on any number of episodes.
 
 Vinyals et al., Matching Networks for One Shot Learning, NeurIPS 2016: train as you test. Each step is an episode of
-base classes, and its loss is that of the queries given the support; the gradient flows through both.
-
-Support and query images go through the backbone in one forward pass, so that batch norm, in train mode, sees the
-whole episode. At test everything is in eval mode: a split is embedded once and no query sees another. As in Chen et
-al., A Closer Look at Few-shot Classification (ICLR 2019), the images of an episode are augmented one by one.
+base classes, and its loss is that of the queries given the support. One forward pass takes support and query images, so
+that batch norm, in train mode, sees the whole episode; evaluation is in eval mode, where no query sees another. As in
+Chen et al., A Closer Look at Few-shot Classification (ICLR 2019), each image of an episode is augmented by itself.
 """
 
 from typing import cast
@@ -23,18 +21,18 @@ from methods.evaluation import EpisodeScores, count_predictions, share_right
 from methods.meta_learner import MetaLearner
 from models import Model, n_parameters
 
-# Episodes evaluated together: as many as keep their largest tensor, of which a few live at a time, at 32 MiB.
-CHUNK_NUMBERS = 2**23
+# Elements of the largest tensor of the episodes evaluated together, of which a few are in memory: 32 MiB.
+CHUNK_ELEMENTS = 2**23
 
 
 def train_episodic_epoch(
     model: Model, images: TrainingImages, episodes: Episodes, epoch: int, run: Run, warm_up: bool = False
 ) -> tuple[float, float]:
-    """One optimiser step an episode; returns the mean loss and the mean query accuracy in 0..1.
+    """One optimiser step per episode; returns the mean loss and the mean query accuracy in 0..1.
 
-    In a warm-up the backbone stands still, in eval mode, and only the learner's own parameters learn. `episodes` index
-    the images. The augmentation and dropout of episode k depend on (seed, epoch, k) alone. Raises
-    UserError when the loss is no longer finite, or a learner without parameters is to warm up.
+    In a warm-up the backbone is frozen, in eval mode. `episodes` index the images. Augmentation and dropout of episode
+    k depend on (seed, epoch, k) alone. Raises UserError when the loss is no longer finite, or when a learner without
+    parameters is to warm up.
     """
     if warm_up and not n_parameters(model.head):
         raise UserError(f"{type(model.head).__name__} has no module of its own to warm up: give --warm_up_epochs 0")
@@ -66,35 +64,23 @@ def means(losses: Losses) -> tuple[float, float]:
     return loss_sum / len(losses.rows), accuracy_sum / len(losses.rows)
 
 
-def episode_numbers(learner: MetaLearner, episodes: Episodes, of_image: int) -> int:
-    """The numbers of the largest tensor of an episode, whose images have so many each.
-
-    A map for each pair of query and class; the four gates of MatchingNet's LSTM.
-    """
-    return (episodes.n_way if learner.uses_maps else 4) * episodes.index[0].numel() * of_image
-
-
 @torch.no_grad()
 def evaluate_meta_learner(
-    learner: MetaLearner,
-    features: Tensor,
-    episodes: Episodes,
-    run: Run,
-    bar: str = "",
-    chunk_numbers: int = CHUNK_NUMBERS,
+    learner: MetaLearner, features: Tensor, episodes: Episodes, run: Run, bar: str = ""
 ) -> EpisodeScores:
     """Score the queries of all episodes with the learner in eval mode, many episodes together.
 
-    features: the embedded split that `episodes` index, (N, d), or its maps (N, c, h, w) if learner.uses_maps. How
-    many go together follows from chunk_numbers (see CHUNK_NUMBERS), and changes no score. `bar` names a progress bar.
-    The chunks are shared out over the ranks, which all get all scores.
+    features: the embedded split that `episodes` index, (N, d), or its maps (N, c, h, w) if learner.uses_maps. `bar`
+    names a progress bar. The chunks are shared out over the ranks, which all get all scores.
     """
     learner.eval()
-    chunk = max(1, chunk_numbers // episode_numbers(learner, episodes, features[0].numel()))
+    # A map for each pair of query and class, or the four gates of MatchingNet's LSTM.
+    per_image = (episodes.n_way if learner.uses_maps else 4) * features[0].numel()
+    episodes_per_chunk = max(1, CHUNK_ELEMENTS // (episodes.index[0].numel() * per_image))
     counts: list[Tensor] = []
     with run.bar(None, bar, "episode", total=len(episodes)) as progress:
-        for first in run.ranks.share(range(0, len(episodes), chunk)):
-            part = episodes.slice(first, first + chunk)
+        for first in run.ranks.share(range(0, len(episodes), episodes_per_chunk)):
+            part = episodes.slice(first, first + episodes_per_chunk)
             support = features[part.support.to(features.device)]
             query = features[part.query.flatten(1).to(features.device)]
             counts.append(count_predictions(learner(support, query), part.n_way).cpu())

@@ -1,4 +1,4 @@
-"""Run any number of episodes on the features of a split: how their queries are predicted, a mean and its interval."""
+"""Evaluation of episodes on the features of a split: counts of predictions, accuracy, and its 95 % interval."""
 
 import math
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from methods.novel_finetune import HeadFit, fit_heads
 from methods.protonet import protonet_scores
 from models.heads import unit
 
-# Heads fitted together: on a CPU, more of them spend less time between operations, fewer stay in a nearer cache. A GPU
-# is not filled by so few: there all go together whose images have no more than so many numbers, 512 MB of them.
+# Episodes whose heads are fitted together on a CPU, where more spend less time between operations and fewer stay in the
+# cache; on a GPU, which they would not fill, elements of the features of all that are: 512 MB of them.
 HEAD_CHUNK = 50
-GPU_NUMBERS = 2**27
+GPU_ELEMENTS = 2**27
 
 # The 0.975 quantile of Student's t with 1 to 28 degrees of freedom; beyond, it is close to the normal 1.96.
 # fmt: off
@@ -30,9 +30,9 @@ T_975 = (
 
 @dataclass(frozen=True)
 class EpisodeScores:
-    """How the queries of E episodes were predicted: counts (E, n_way, n_way), rows true and columns predicted.
+    """Predictions of the queries of E episodes: counts (E, n_way, n_way), rows true and columns predicted.
 
-    correct (E, n_way): the share of each class's queries that were right; accuracy (E,): of all, in 0..1.
+    correct (E, n_way): accuracy per class; accuracy (E,): per episode, in 0..1.
     """
 
     counts: Tensor
@@ -59,39 +59,29 @@ def mean_and_ci95(values: Tensor) -> tuple[float, float]:
 
 
 def count_predictions(scores: Tensor, n_way: int) -> Tensor:
-    """Queries of each of n_way true classes by predicted class: class-major scores (..., n_way * n_query, n_class) ->
-    (..., n_way, n_class), rows true, columns predicted."""
+    """Count class-major scores (..., n_way * n_query, n_class) by true and predicted class: (..., n_way, n_class)."""
     predicted = scores.argmax(-1).unflatten(-1, (n_way, -1))
     return F.one_hot(predicted, scores.shape[-1]).sum(-2)
 
 
 def share_right(counts: Tensor) -> Tensor:
-    """Share of each true class's queries that are right, by true and predicted class: (..., n_way, n_way) ->
-    (..., n_way)."""
+    """Accuracy per class from counts, rows true: (..., n_way, n_way) -> (..., n_way)."""
     return counts.diagonal(dim1=-2, dim2=-1).float() / counts.sum(-1)
-
-
-def heads_together(n_episodes: int, numbers: int, run: Run) -> int:
-    """How many heads to fit together, of episodes whose images have so many numbers of features.
-
-    HEAD_CHUNK, or on a GPU a rank's share of the episodes, if GPU_NUMBERS admit it.
-    """
-    if run.device.type != "cuda":
-        return HEAD_CHUNK
-    return max(1, min(math.ceil(n_episodes / run.ranks.n), GPU_NUMBERS // numbers))
 
 
 @torch.no_grad()
 def evaluate_heads(features: Tensor, episodes: Episodes, fit: HeadFit, run: Run, bar: str = "") -> EpisodeScores:
-    """Fit a new head on the support of each episode and score its queries, heads_together episodes together.
+    """Fit a new head on the support of each episode and score its queries, many episodes together.
 
-    features (N, d): the embedded split that `episodes` index. The initial head of the i-th of them is drawn from
-    (seed, i). The chunks are shared out over the ranks, which all get all scores.
+    features (N, d): the embedded split that `episodes` index. The initial head of episode i depends on (seed, i) alone.
+    The chunks are shared out over the ranks, which all get all scores.
     """
     counts, d, device = [], features.shape[1], features.device
-    # Once for all, as an image is a query of many episodes.
+    # Once for all episodes, as an image is a query of many.
     projected = fit.new_head(d, episodes.n_way, run.generator("head", 0)).to(device).project(features)
-    chunk = heads_together(len(episodes), episodes.index[0].numel() * d, run)
+    chunk, elements_per_episode = HEAD_CHUNK, episodes.index[0].numel() * d
+    if run.device.type == "cuda":
+        chunk = max(1, min(math.ceil(len(episodes) / run.ranks.n), GPU_ELEMENTS // elements_per_episode))
     for first in run.bar(run.ranks.share(range(0, len(episodes), chunk)), bar, f"x{chunk} episodes"):
         part = episodes.slice(first, first + chunk)
         y = class_major_labels(part.n_way, part.n_shot, device).expand(len(part), -1)
@@ -104,10 +94,10 @@ def evaluate_heads(features: Tensor, episodes: Episodes, fit: HeadFit, run: Run,
 
 
 def nearest_mean(features: Tensor, episodes: Episodes) -> dict[str, EpisodeScores]:
-    """Scores of two controls that fit nothing, by name: the class whose prototype is nearest to the query.
+    """Scores of two controls without a fit, by name: the class whose prototype is nearest to the query.
 
-    Euclidean: ProtoNet's rule, the squared distance to the mean of the support features. cosine: the cosine of the
-    query to the mean of the unit support features. features (N, d): the embedded split that `episodes` index.
+    Euclidean: by squared distance to the mean of the support features, as ProtoNet. cosine: to the mean of the
+    normalised support features. features (N, d): the embedded split that `episodes` index.
     """
     counts: dict[str, list[Tensor]] = {"Euclidean": [], "cosine": []}
     for first in range(0, len(episodes), HEAD_CHUNK):
@@ -121,27 +111,19 @@ def nearest_mean(features: Tensor, episodes: Episodes) -> dict[str, EpisodeScore
 
 
 def per_class_accuracy(scores: EpisodeScores, episodes: Episodes, class_names: list[str]) -> dict[str, float]:
-    """Mean accuracy (%) of each class over the episodes that it was part of."""
+    """Mean accuracy (%) per class over the episodes that it was part of."""
     classes, correct = episodes.classes.flatten(), scores.correct.flatten().double()
     total = torch.zeros(len(class_names), dtype=torch.double).index_add_(0, classes, correct)
     count = torch.bincount(classes, minlength=len(class_names))
     return {name: round(100.0 * (total[c] / count[c]).item(), 2) for c, name in enumerate(class_names) if count[c] > 0}
 
 
-def confusion_matrix(counts: Tensor, classes: Tensor, n_class: int) -> Tensor:
-    """Counts (E, n_way, n_way) of E episodes of the classes (E, n_way), summed by class: (n_class, n_class).
-
-    Within an episode only its own classes can be confused: classes which never met in one have no count.
-    """
-    true, predicted = classes.unsqueeze(2).expand_as(counts), classes.unsqueeze(1).expand_as(counts)
-    total = torch.zeros(n_class * n_class, dtype=torch.long)
-    total.index_add_(0, (true * n_class + predicted).flatten(), counts.flatten())
-    return total.view(n_class, n_class)
-
-
 def confusion_record(counts: Tensor, episodes: Episodes, class_names: list[str]) -> dict[str, dict[str, int]]:
-    """The confusion matrix by class name, true then predicted; classes without a query and counts of 0 are left out."""
-    total = confusion_matrix(counts, episodes.classes, len(class_names)).tolist()
-    rows = {name: dict(zip(class_names, row, strict=True)) for name, row in zip(class_names, total, strict=True)}
-    rows = {true: {name: count for name, count in row.items() if count} for true, row in rows.items()}
-    return {true: row for true, row in rows.items() if row}
+    """The confusion matrix of counts (E, n_way, n_way) by class name, true then predicted; counts of 0 are left out."""
+    n_class, classes = len(class_names), episodes.classes
+    cell = classes.unsqueeze(2) * n_class + classes.unsqueeze(1)
+    total = torch.zeros(n_class * n_class, dtype=torch.long).index_add_(0, cell.flatten(), counts.flatten())
+    record: dict[str, dict[str, int]] = {}
+    for true, predicted in total.view(n_class, n_class).nonzero().tolist():
+        record.setdefault(class_names[true], {})[class_names[predicted]] = int(total[true * n_class + predicted])
+    return record

@@ -1,4 +1,4 @@
-"""Images to features: of a whole split, by a frozen backbone; of a few images, by the blocks that alignment trains."""
+"""Images to features: a whole split by a frozen backbone, or a few images by the trainable blocks of alignment."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -16,10 +16,9 @@ from engine.precision import Precision
 from engine.run import Run, move
 from models.backbone import Backbone, split_backbone
 
-# Images that go through a network together: no more than a training batch, so that this does not set the peak of
-# memory.
+# Images per forward pass: no more than a training batch, so that this does not set the peak of memory.
 BATCH = 64
-# Images whose inputs are made together: a folder of them may be larger than memory.
+# Images whose inputs are prepared together: a folder of them may be larger than memory.
 INPUT_ROWS = 512
 # Elements of features above which they may be kept in half precision and mapped from disk: 256 MB of them.
 MAPPED = 2**26
@@ -30,7 +29,7 @@ EMBED_VERSION = 1
 
 @torch.no_grad()
 def outputs(network: Callable[[Tensor], Tensor], batches: Iterable[Tensor], precision: Precision) -> Iterator[Tensor]:
-    """Outputs of a network on each batch, in float32, without gradients; the caller sets the network's mode."""
+    """Outputs of a network for each batch, in float32, without gradients; the caller sets train or eval mode."""
     for x in batches:
         with precision.autocast():
             z = network(x).float()
@@ -38,7 +37,7 @@ def outputs(network: Callable[[Tensor], Tensor], batches: Iterable[Tensor], prec
 
 
 def joined(parts: Iterable[Tensor], n: int) -> Tensor:
-    """The n rows of all parts (n_i, ...), as torch.cat, without a moment at which they take their memory twice."""
+    """Concatenate parts (n_i, ...) of n rows in all, without the second copy in memory of torch.cat."""
     rows, end = torch.empty(0), 0
     for part in parts:
         if not end:
@@ -72,10 +71,9 @@ def embed(backbone: Backbone, images: Tensor, run: Run, bar: str = "", maps: boo
 
 @dataclass(frozen=True)
 class TrainableBlocks:
-    """A backbone in two: `below`, its frozen blocks (None if all are trained), and `updated`, which alignment trains.
+    """A backbone in two parts: `below`, frozen (None if all blocks are trainable), and `updated`, trainable.
 
-    initial: the state that `updated` starts every episode from. In feature space the whole backbone is frozen, and
-    `updated` is nn.Identity, which takes features.
+    initial: the state of `updated` at the start of every episode. In feature space `updated` is nn.Identity.
     """
 
     below: nn.Sequential | None
@@ -88,7 +86,7 @@ class TrainableBlocks:
         return isinstance(self.updated, nn.Identity)
 
     def restore(self) -> None:
-        """Give the updated blocks their initial state."""
+        """Reset the trainable blocks to their initial state."""
         self.updated.load_state_dict(self.initial)
 
 
@@ -100,10 +98,7 @@ def check_blocks(backbone: Backbone, asked: int | None, flag: str) -> None:
 
 
 def trainable_blocks(backbone: Backbone, align_blocks: int | None) -> TrainableBlocks:
-    """The last align_blocks blocks of a backbone (None: all) as trainable, the others frozen; 0 is feature space.
-
-    Raises UserError when the backbone has fewer.
-    """
+    """Freeze all but the last align_blocks blocks (None: all, 0: none). Raises UserError when there are fewer."""
     check_blocks(backbone, align_blocks, "--align_blocks")
     if align_blocks == 0:
         return TrainableBlocks(None, nn.Identity(), {})
@@ -152,8 +147,7 @@ def feature_source(features: Tensor, split: Split) -> Source:
 
 @torch.no_grad()
 def updated_features(blocks: TrainableBlocks, source: Source, index: Tensor, precision: Precision) -> Tensor:
-    """Features (n, d) of the images at `index` (n,) by the blocks as they are now, in eval mode: no image sees
-    another."""
+    """Features (n, d) of the images at `index` (n,) by the current blocks in eval mode."""
     blocks.updated.eval()
     batches = (x for part in index.split(INPUT_ROWS) for x in source.block_inputs(part).split(BATCH))
     return torch.cat(list(outputs(blocks.updated, batches, precision)))

@@ -1,17 +1,13 @@
-"""MatchingNet: Vinyals et al., Matching Networks for One Shot Learning, NeurIPS 2016, with full context
-embeddings.
+"""MatchingNet: Vinyals et al., Matching Networks for One Shot Learning, NeurIPS 2016, with full context embeddings.
 
-A bidirectional LSTM reads the support set and adds its states to the support features. Each query is refined
-by an LSTM that attends to the support set, once a support sample. Then a query's class probabilities are its
-softmax similarities to the support samples, summed over the samples of a class.
+A bidirectional LSTM reads the support set and adds its states to the support features. Each query is refined by an LSTM
+that attends to the support set, in as many steps as there are support samples. Then a query's class probabilities are
+its softmax similarities to the support samples, summed per class.
 
-Departures of the published numbers from the original, which we follow: the similarity is a rectified cosine
-times 100; 1e-6 is added to a probability before its logarithm; the number of attention steps is that of the
-support samples. The LSTM reads the support class by class, so the order of the classes matters slightly.
-
-Ours: what the attention LSTM computes at each step from the query and from the support set does not depend
-on its state; that part is computed once. The numbers are the same, at a third of the work. All is in float32, also
-under autocast. Any number of episodes goes through at once.
+Departures of the published numbers from the paper, which we follow: the similarity is a rectified cosine times 100, and
+1e-6 is added to a probability before its logarithm. The LSTM reads the support class by class, so the order of the
+classes matters slightly. The inputs of the attention LSTM that do not depend on its state are computed once, at a third
+of the work. All is in float32, also under autocast.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What a meta-learner of stage 2 must give."""
+"""The contract of a meta-learner of stage 2."""
 
 from abc import abstractmethod
 from typing import ClassVar
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 class MetaLearner(nn.Module):
     """Scores of query samples, given the support: made as MetaLearner(feature_dim, map_shape) for one backbone.
 
-    It works on the backbone's maps where uses_maps, and on its features otherwise. takes_means: whether its scores
-    follow from the mean of each class's support alone, so that a support of these means has the same. temperature: what
-    its logits are divided by, 1 as published.
+    uses_maps: whether it works on the backbone's maps instead of its features. takes_means: whether its scores depend
+    only on the mean of each class's support. temperature: divides the logits; 1 as published.
     """
 
     uses_maps: ClassVar[bool] = False

@@ -16,15 +16,8 @@ META_LEARNERS: dict[str, tuple[type[MetaLearner], dict[str, Any]]] = {
 }
 
 
-def uses_maps(method: str) -> bool:
-    """Whether a meta-learner works on maps, which is known before the backbone is built."""
-    return META_LEARNERS[method][0].uses_maps
-
-
 def build_meta_learner(method: str, backbone: Backbone, temperature: float = 1.0) -> MetaLearner:
-    """A fresh meta-learner for the features, or the maps, of a backbone. Raises ValueError if unknown."""
-    if method not in META_LEARNERS:
-        raise ValueError(f"unknown meta-learner {method!r}: choose one of {', '.join(META_LEARNERS)}")
+    """A new meta-learner for the features, or the maps, of a backbone."""
     cls, options = META_LEARNERS[method]
     learner = cls(backbone.feature_dim, backbone.map_shape, **options)
     learner.temperature = temperature

@@ -1,8 +1,7 @@
 """Fit the head of an episode on frozen features, or the heads of many episodes together.
 
-Published protocol: a new head, 200 full-batch Adam steps at 1e-3, features of the backbone in eval mode. The heads
-of E episodes are one weight (E, n_way, d): Adam works element by element and the losses are summed over the
-episodes, so that each head moves exactly as it would alone.
+Published protocol: a new head, 200 full-batch Adam steps at 1e-3, features of the backbone in eval mode. The heads of E
+episodes are one weight (E, n_way, d): their losses are summed, and each head is trained exactly as it would be alone.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,8 @@
 """ProtoNet: Snell, Swersky and Zemel, Prototypical Networks for Few-shot Learning, NeurIPS 2017.
 
-A class is the mean of its support features, its prototype; a query scores minus its squared Euclidean
-distance to each prototype, and the loss is the cross-entropy of those scores. There is nothing to learn but
-the backbone.
-
-Departures: none. Distances are computed in float32, under autocast too, and around the mean prototype, where
-they lose less to rounding; any number of episodes goes through at once.
+The prototype of a class is the mean of its support features; a query scores minus its squared Euclidean distance to
+each prototype, and the loss is the cross-entropy. Distances are computed in float32, under autocast too, and around the
+mean prototype, where they lose less to rounding.
 """
 
 import torch

@@ -31,8 +31,7 @@ class RelatedSetting:
 
 @dataclass(frozen=True)
 class RelatedBase:
-    """score (n_base_class, n_way); classes: n_way lists of base classes; samples: n_way index tensors (k_w,), on
-    the CPU."""
+    """score (n_base_class, n_way); per novel class, base classes, best first, and sample indices (k_w,) on the CPU."""
 
     score: Tensor
     classes: list[list[int]]
@@ -40,9 +39,9 @@ class RelatedBase:
 
 
 def choose_related_base(score: Tensor, n_B: int) -> list[list[int]]:
-    """Disjoint base classes of each novel class, best first: n_way lists of n_B indices; ties keep the lower index.
+    """Disjoint base classes per novel class, best first: n_way lists of n_B indices; ties keep the lower index.
 
-    When n_way * n_B exceeds the number of base classes, they are shared out evenly: n_base_class // n_way each.
+    Fewer than n_way * n_B base classes are shared out evenly: n_base_class // n_way each.
     """
     n_base_class, n_way = score.shape
     score = score.cpu()
@@ -58,7 +57,7 @@ def choose_related_base(score: Tensor, n_B: int) -> list[list[int]]:
 
 
 def related_samples(score: Tensor, predicted: Tensor, members: list[Tensor], n_B: int) -> RelatedBase:
-    """Choose by a score (n_base_class, n_way), and keep the samples whose prediction (N,) is the class chosen for."""
+    """Choose base classes by score (n_base_class, n_way); keep the samples predicted (N,) as the class chosen for."""
     classes = choose_related_base(score, n_B)
     samples = []
     for w, chosen in enumerate(classes):
@@ -71,9 +70,7 @@ def related_samples(score: Tensor, predicted: Tensor, members: list[Tensor], n_B
 def related_base_of_heads(head: Head, base: Source, setting: RelatedSetting) -> list[RelatedBase]:
     """Related base classes and samples by each of E heads fitted together, weight (E, n_way, d), or by one (n_way, d).
 
-    A samples tensor lists its base classes best first, the samples of each in order; it is empty when no sample of the
-    chosen classes is predicted as w. The base features may be of half precision and mapped from disk: a block of them
-    at a time is read.
+    The base features may be in half precision and mapped from disk: they are read a block at a time.
     """
     n_way, members, device = head.weight.shape[-2], base.split.members, head.weight.device
     rows = BASE_ROWS if device.type == "cpu" else GPU_BASE_ROWS
@@ -101,18 +98,14 @@ def related_base_of_head(head: Head, base: Source | None, setting: RelatedSettin
 
 
 def drawn_per_class(samples: list[Tensor], aug_size: int) -> int:
-    """Related samples drawn per novel class in each iteration: min(aug_size, smallest related set that is not empty).
-
-    0 when every related set is empty.
-    """
-    return min([aug_size] + [len(s) for s in samples if len(s)]) if any(len(s) for s in samples) else 0
+    """Related samples drawn per novel class and iteration: min(aug_size, smallest related set that is not empty)."""
+    return min(aug_size, min((len(s) for s in samples if len(s)), default=0))
 
 
 def draw_related(samples: list[Tensor], aug_size: int, n_iterations: int, generator: Generator) -> Tensor:
     """Draw related samples for each iteration and novel class: indices (n_iterations, n_way, aug_size).
 
-    samples: n_way index tensors, of each of which drawn_per_class are drawn without replacement; the rest is padded
-    with -1, as is a class whose set is empty.
+    samples: n_way index tensors; drawn_per_class of each are drawn without replacement, and the rest is -1.
     """
     a = drawn_per_class(samples, aug_size)
     filled = [w for w, s in enumerate(samples) if len(s)]

@@ -6,14 +6,11 @@ batch norm, ReLU and 2x2 max pooling, then two linear layers. `mse` has a sigmoi
 the one-hot labels, as in the paper; `softmax` has none and takes the cross-entropy over the classes
 (RelationNet_softmax of Chen et al., ICLR 2019).
 
-Batch norm has momentum 1, as published: in train mode it normalises by the statistics of the episode, and
-its running statistics are those of the last episode seen. Train mode at test would let a query's score depend
-on the other queries, so evaluate in eval mode: every novel episode is then normalised by the statistics of
-the last training episode, and any number of episodes goes through at once. In train mode, one at a time.
+Batch norm has momentum 1, as published: in eval mode every novel episode is normalised by the statistics of the last
+training episode, and no query sees another. In train mode give one episode at a time.
 
-Departures: the first convolution is linear, so it is applied to the n_way class maps and to the n query maps
-apart and their sums are the n * n_way pairs: the same numbers, at a fraction of the work. Maps too small for
-two poolings (below 4 pixels), which the original does not take, are pooled with partial windows.
+Departures: the first convolution is applied to the n_way class maps and to the n query maps apart, whose sums are the
+n * n_way pairs. Maps below 4 pixels, too small for two poolings, are pooled with partial windows.
 """
 
 import math
@@ -24,14 +21,11 @@ from torch import Tensor, nn
 from methods.meta_learner import MetaLearner
 from models.heads import one_hot_of
 
-KINDS = ("mse", "softmax")
-
 
 class RelationNet(MetaLearner):
-    """The relation module on maps of shape (c, h, w); `hidden` is the width of its linear layers.
+    """The relation module on maps of shape (c, h, w), `mse` or `softmax`; `hidden`: width of its linear layers.
 
-    The temperature divides what the sigmoid or the softmax takes.
-    Raises ValueError for a kind other than 'mse' and 'softmax'.
+    The temperature divides the inputs of the sigmoid or the softmax.
     """
 
     uses_maps = True
@@ -39,8 +33,6 @@ class RelationNet(MetaLearner):
 
     def __init__(self, feature_dim: int, map_shape: tuple[int, int, int], kind: str = "mse", hidden: int = 8):
         super().__init__(feature_dim, map_shape)
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind of RelationNet {kind!r}: choose one of {', '.join(KINDS)}")
         self.kind = kind
         c, h, w = map_shape
         # As published, small maps are padded. The rounding up matters below 4 pixels alone.

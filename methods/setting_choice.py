@@ -31,7 +31,7 @@ SETTINGS: list[dict[str, Any]] = [
     PUBLISHED | {"support_lr": 0.0},
     PUBLISHED | {"related_lr": 0.0},
 ]
-# The flags which the choice takes from the user.
+# Flags that a user must not give beside the choice.
 CHOSEN_FLAGS = ["align_blocks", *dict.fromkeys(name for flags in (FINE_TUNING, *SETTINGS) for name in flags)]
 
 

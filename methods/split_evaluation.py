@@ -1,9 +1,8 @@
-"""Evaluation of a meta-learner on a split, which is embedded once and kept, or, where it is too large, class by class.
+"""Evaluation of a meta-learner on a split, which is embedded once, or, where its maps are too large, class by class.
 
-A learner that takes the mean of a class's support, and no more of it, can score the queries of one class after another:
-the means of all episodes are made first, then each class is embedded and its queries scored in all episodes that have
-it. Only one class of the split is in memory at a time, and the images of a support are embedded twice. The scores are
-the same but for rounding.
+A learner that takes only the mean of each class's support can score the queries of one class after another: first the
+means of all episodes, then each class is embedded and its queries scored in all episodes that have it. Only one class
+is in memory at a time, and support images are embedded twice. The scores are the same but for rounding.
 """
 
 import math
@@ -16,21 +15,16 @@ from data.benchmarks import Split
 from data.episodes import Episodes
 from engine.distributed import ALONE, gather_objects
 from engine.run import Run, move
-from methods.episodic_training import CHUNK_NUMBERS, evaluate_meta_learner
+from methods.episodic_training import CHUNK_ELEMENTS, evaluate_meta_learner
 from methods.evaluation import EpisodeScores, count_predictions
 from methods.features import INPUT_ROWS, MAPPED, embed
 from methods.meta_learner import MetaLearner
 from models.backbone import Backbone
 
 
-def image_shape(backbone: Backbone, learner: MetaLearner) -> tuple[int, ...]:
-    """The shape of what a learner takes of an image: (c, h, w) or (d,)."""
-    return backbone.map_shape if learner.uses_maps else (backbone.feature_dim,)
-
-
 def is_kept(backbone: Backbone, learner: MetaLearner, n_images: int) -> bool:
-    """Whether so many images are embedded once and kept: unless they are many and the learner can do without."""
-    return not learner.takes_means or n_images * math.prod(image_shape(backbone, learner)) <= MAPPED
+    """Whether a split is embedded once: unless its maps are large and the learner takes means."""
+    return not learner.takes_means or n_images * math.prod(backbone.map_shape) <= MAPPED
 
 
 def evaluate_on_split(
@@ -46,7 +40,7 @@ def evaluate_on_split(
 @torch.no_grad()
 def support_means(learner: MetaLearner, backbone: Backbone, split: Split, episodes: Episodes, run: Run) -> Tensor:
     """The mean of each support: (E, n_way, d), or (E, n_way, c, h, w) of maps. The ranks share out the images."""
-    shape = image_shape(backbone, learner)
+    shape = backbone.map_shape if learner.uses_maps else (backbone.feature_dim,)
     support, order = episodes.support.flatten().sort(stable=True)
     sums = torch.zeros(len(order) // episodes.n_shot, *shape, device=run.device)
     for image, row in zip(*(each.split(INPUT_ROWS) for each in (support, order // episodes.n_shot)), strict=True):
@@ -60,11 +54,11 @@ def support_means(learner: MetaLearner, backbone: Backbone, split: Split, episod
 def evaluate_class_by_class(
     learner: MetaLearner, backbone: Backbone, split: Split, episodes: Episodes, run: Run, bar: str = ""
 ) -> EpisodeScores:
-    """What evaluate_on_split gives, with the features of one class in memory. The ranks share out the classes."""
+    """The scores of evaluate_on_split, with the maps of one class in memory. The ranks share out the classes."""
     learner.eval()
     alone, (n_way, n_query) = replace(run, ranks=ALONE), episodes.query.shape[1:]
     means = support_means(learner, backbone, split, episodes, run)
-    chunk = max(1, CHUNK_NUMBERS // (n_way * n_query * means[0, 0].numel()))
+    chunk = max(1, CHUNK_ELEMENTS // (n_way * n_query * means[0, 0].numel()))
     counts = torch.zeros(len(episodes), n_way, n_way, dtype=torch.long)
     for c in run.bar(run.ranks.share(range(len(split.class_names))), bar, "class"):
         at = (episodes.classes == c).nonzero()

@@ -1,8 +1,5 @@
-"""Gradients of the losses of the heads, written out for the inner loops that fit heads on fixed features.
-
-Automatic differentiation of so small a problem costs several times the problem itself. These are the gradients of
-`head.loss`, to rounding; a head without an entry in WRITTEN_OUT takes automatic differentiation.
-"""
+"""Gradients of `head.loss`, written out for the inner loops that fit heads on frozen features, where autograd costs
+several times the arithmetic. A head without an entry in WRITTEN_OUT takes autograd."""
 
 from collections.abc import Callable
 from functools import partial
@@ -86,8 +83,7 @@ def set_cosine_gradient(
     """Give a weight (..., n_class, d) the gradient of a loss on scores k cos(theta) of unit features (..., n, d).
 
     gradient: scores -> gradient of the loss to them, (..., n, n_class). Only the component orthogonal to a row of the
-    weight changes its scores. An existing gradient is overwritten in place: allocating memory in every step would cost
-    more than the arithmetic.
+    weight changes its scores. An existing gradient is overwritten in place, as an allocation per step is slow.
     """
     w = weight.detach()
     norm = torch.linalg.vector_norm(w, dim=-1).clamp_min(NORM_EPS).unsqueeze(-2)

@@ -1,12 +1,9 @@
 """The contract of a head, and the heads of the paper: softMax, cosMax and arcMax (ArcFace, Deng et al., CVPR 2019).
 
-A head maps features to scores, `head(z) -> scores`, and scores to a loss, `head.loss(scores, y)`. The same
-formulas serve one head, weight (n_class, d) on z (n, d), and E heads of E episodes at once, weight
-(E, n_class, d) on z (E, n, d): everything before the class axis broadcasts. `project` is the part of a head
-that does not depend on its weight; on frozen features it is computed once, before the steps of the optimiser.
-
-Initial weights come from generators, one per head, so that the head of an episode depends on that episode alone. The
-inner loops take the gradients written out in head_gradients.py.
+A head maps features to scores, `head(z) -> scores`, and scores to a loss, `head.loss(scores, y)`. The same formulas
+serve one head, weight (n_class, d) on z (n, d), and E heads of E episodes, weight (E, n_class, d) on z (E, n, d).
+`project` does not depend on the weight; on frozen features it is computed once. Initial weights come from generators,
+one per head, so that the head of an episode depends on that episode alone.
 """
 
 import math
@@ -30,9 +27,8 @@ Generators = Generator | Sequence[Generator] | None
 class Head(nn.Module):
     """A classifier of d features, or E of them together; made as Head(d, n_class, s, m, generators).
 
-    s and m: the scale and the margin (radians) of the heads that have them. One generator, or None, makes one head; a
-    list of generators as many. weight: (n_class, d), or (E, n_class, d). scalars: the names of its attributes that are
-    plain numbers, which are saved with its state and set again.
+    s and m: scale and margin (radians), where it has them. One generator, or None, makes one head; a list as many.
+    weight: (n_class, d), or (E, n_class, d). scalars: its attributes that are plain numbers, saved with its state.
     """
 
     weight: nn.Parameter

@@ -1,4 +1,4 @@
-"""What stage 3 keeps: a row an episode, its state every few of them, an episode to be drawn, and the result."""
+"""Files of stage 3: a row per episode, the state every few of them, the saved episodes, and the result."""
 
 import hashlib
 from pathlib import Path
@@ -27,7 +27,7 @@ from persistence.saved_episode import read_saved_episodes
 class AlignedEpisodes:
     """The episodes done, a row each: the columns of `tensors`. class_names: of the split that `episodes` index.
 
-    An episode that is kept to be drawn waits in `kept` until the first rank has it; so do the notes.
+    The saved episodes wait in `kept`, and the notes in `notes`, until the ranks exchange them.
     """
 
     def __init__(
@@ -48,8 +48,9 @@ class AlignedEpisodes:
         self.notes: list[str] = []
         if files.state:
             self.restore()
-        name = f"{setting.alignment} alignment"
-        self.bar = run.bar(None, name, "episode", total=len(episodes), initial=len(self.rows))
+        self.bar = run.bar(
+            None, f"{setting.alignment} alignment", "episode", total=len(episodes), initial=len(self.rows)
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -68,21 +69,8 @@ class AlignedEpisodes:
         """The scores of all episodes done, `finetuned` or `aligned`."""
         return EpisodeScores(torch.stack([row[name] for row in self.rows]))
 
-    def keep(self, drawing: dict[str, Any]) -> None:
-        """Write an episode to be drawn, now if this is the first rank, else when the ranks exchange."""
-        if self.run.ranks.first:
-            self.write(drawing)
-        else:
-            self.kept.append(drawing)
-
-    def write(self, drawing: dict[str, Any]) -> None:
-        """Write an episode to be drawn beside those that this run has kept before: see read_saved_episodes."""
-        self.drawings[drawing["episode"]] = drawing
-        first, *more = (self.drawings[i] for i in sorted(self.drawings))
-        save_atomically(self.files.episode, {**first, "more": more})
-
     def exchange(self, first: int) -> None:
-        """Bring the ranks' rows from the first-th on together, in order, and show what is new."""
+        """Gather the ranks' rows from the first-th on, in order, and their notes and saved episodes."""
         mine = (self.rows[first:], self.notes, self.kept)
         of_ranks = gather_objects(mine, self.run.ranks)
         self.rows[first:] = [row for rows, _, _ in of_ranks for row in rows]
@@ -91,13 +79,12 @@ class AlignedEpisodes:
         for note in (note for _, notes, _ in of_ranks for note in notes):
             tqdm.write(note)
         if self.run.ranks.first:
+            self.kept = [saved for _, _, kept in of_ranks for saved in kept]
             for i in range(first, len(self.rows)):
                 self.files.metrics.write(i, self.metrics_row(i))
-            for drawing in (drawing for _, _, kept in of_ranks for drawing in kept):
-                self.write(drawing)
 
     def metrics_row(self, i: int) -> dict[str, Any]:
-        """Episode i in numbers: accuracy (%), losses of the last iteration, related base images and drawn of them."""
+        """Metrics of episode i: accuracy (%), losses of the last iteration, numbers of related base images."""
         row = self.rows[i]
         before, after = (EpisodeScores(row[name].unsqueeze(0)).accuracy.item() for name in ("finetuned", "aligned"))
         losses = zip(("align_loss", "related_loss", "support_loss"), row["losses"].tolist(), strict=True)
@@ -110,23 +97,22 @@ class AlignedEpisodes:
         return {name: torch.stack([row[name] for row in self.rows]) for name in self.rows[0]}
 
     def save(self) -> None:
-        """Write the state, if any episode is done and this is the first rank."""
+        """Write the state, and the saved episodes, if any episode is done and this is the first rank."""
         if self.rows and self.run.ranks.first:
+            if self.kept:
+                self.drawings |= {saved["episode"]: saved for saved in self.kept}
+                self.kept = []
+                head, *more = (self.drawings[i] for i in sorted(self.drawings))
+                save_atomically(self.files.episode, {**head, "more": more})
             self.files.save_state(episodes=self.digests[: len(self.rows)], **self.tensors())
 
     def restore(self) -> None:
-        """Go on after the episodes of the state, no more than there are to be. Raises UserError if it does not fit."""
+        """Resume after the episodes of the state, at most as many as asked for. Raises UserError if it does not fit."""
         with self.files.taking_over() as state:
-            every = self.setting.record_curve if self.setting.alignment != "none" else 0
-            n_curve = 1 + (self.setting.align_iters // every if every else 0)
-            counts = (self.episodes.n_way, self.episodes.n_way)
-            shapes = {"finetuned": counts, "aligned": counts, "curve": (n_curve,), "losses": (3,)}
-            if any(state[name].shape[1:] != shapes.get(name, ()) for name in COLUMNS):
-                raise ValueError("its columns are of other episodes")
             columns = [state[name][: len(self.episodes)] for name in COLUMNS]
             self.rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
             metrics = [self.metrics_row(i) for i in range(len(self.rows))]
-            same = state.get("episodes", self.digests)[: len(self.rows)] == self.digests[: len(self.rows)]
+            same = state["episodes"][: len(self.rows)] == self.digests[: len(self.rows)]
         if not same:
             raise UserError(
                 f"{self.files.last} cannot be resumed: the episodes have changed since: start anew with --overwrite"
@@ -141,7 +127,7 @@ def save_alignment_result(
 ) -> None:
     """Write the result of all episodes, alignment against its controls, fine-tuning and nearest mean, and print it.
 
-    checkpoint: that the backbone is of, read from `path`. chosen: what --align_preset auto chose, if it did.
+    checkpoint: of the backbone, read from `path`. chosen: the record of --align_preset auto.
     """
     files, episodes, setting, columns = done.files, done.episodes, done.setting, done.tensors()
     split, names = novel.split, novel.split.class_names
@@ -152,7 +138,6 @@ def save_alignment_result(
             f"--aug_size {setting.related.aug_size} images; so many were drawn of each class"
         )
     before, after = done.scores("finetuned"), done.scores("aligned")
-    difference, difference_ci95 = paired_difference(before.accuracy, after.accuracy)
     nearest = nearest_mean(novel.features, episodes)
     record = run_record(files, split, episodes, done.run) | accuracy_record(after, episodes, names)
     record |= {
@@ -176,7 +161,7 @@ def save_alignment_result(
     print(f"{files.name.method} on {split.benchmark}, {task}")
     print(f"  fine-tuning         {percent(*mean_and_ci95(before.accuracy))} %")
     print(f"  {setting.alignment} alignment  {percent(*mean_and_ci95(after.accuracy))} %")
-    print(f"  paired difference   {percent(difference, difference_ci95)} points")
+    print(f"  paired difference   {percent(*paired_difference(before.accuracy, after.accuracy))} points")
     for name, scores in nearest.items():
         above = percent(*paired_difference(scores.accuracy, after.accuracy))
         print(f"  nearest mean, {name:<9} {percent(*mean_and_ci95(scores.accuracy))} %, alignment minus it {above}")

@@ -20,7 +20,7 @@ from engine.generators import make_generator, seeded
 from methods.episodic_training import evaluate_meta_learner, train_episodic_epoch
 from methods.features import embed
 from methods.meta_learner import MetaLearner
-from methods.meta_learners import META_LEARNERS, build_meta_learner, uses_maps
+from methods.meta_learners import META_LEARNERS, build_meta_learner
 from methods.split_evaluation import evaluate_on_split, is_kept
 from models import Model
 from models.backbone import Backbone
@@ -66,7 +66,7 @@ def work_of(setting: Setting, method: str) -> Work:
     novel, novel_paths = load(setting, "novel")
     n_shot, n_train_query, n_query = (2, 3, 4) if setting.tiny else (5, 16, 50)
     n_evaluated = TIMED_EVALUATION["tiny"] if setting.tiny else N_EPISODES
-    backbone = new_conv4(setting, base, relation=uses_maps(method))
+    backbone = new_conv4(setting, base, relation=META_LEARNERS[method][0].uses_maps)
     with seeded(SEED, "meta-learner"):
         learner = build_meta_learner(method, backbone).to(setting.run.device)
     train = sample_episodes(base, EpisodeShape(5, n_shot, n_train_query), TIMED_TRAINING[setting.scale], SEED)

@@ -223,24 +223,6 @@ def test_each_update_changes_what_it_should_and_nothing_else(align_bn):
     assert changed_by(updates, updates.train_on_support, support) == (expected, True)
 
 
-def test_without_an_alignment_loss_update_1_is_left_out():
-    updates, support, related = tiny_updates(alignment_loss=None)
-    before = copy.deepcopy(updates.backbone.state_dict())
-    assert updates.align(support, related) is None
-    assert all(torch.equal(before[name], value) for name, value in updates.backbone.state_dict().items())
-
-
-def test_a_rate_of_its_own_moves_the_head_by_it():
-    """Adam's step is the rate times what its moments say, which are the same for both."""
-    steps = []
-    for related_lr in (1e-3, 1e-2):
-        updates, _, related = tiny_updates(related_lr=related_lr)
-        before = updates.head.weight.detach().clone()
-        updates.train_head(related)
-        steps.append(updates.head.weight.detach() - before)
-    torch.testing.assert_close(steps[1], 10 * steps[0], rtol=1e-3, atol=1e-6)
-
-
 # What alignment is listed as.
 
 

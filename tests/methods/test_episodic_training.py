@@ -8,6 +8,7 @@ from data.episodes import Episodes
 from data.transforms import Augmentation, TrainingImages, normalise
 from engine.errors import UserError
 from engine.run import Run
+from methods import episodic_training
 from methods.episodic_training import evaluate_meta_learner, train_episodic_epoch
 from methods.meta_learners import META_LEARNERS, build_meta_learner
 from models import Model, build_backbone
@@ -77,7 +78,7 @@ def test_a_learner_without_a_module_cannot_warm_up():
 
 
 @pytest.mark.parametrize("method", META_LEARNERS)
-def test_scores_do_not_depend_on_how_many_episodes_are_evaluated_together(method):
+def test_scores_do_not_depend_on_how_many_episodes_are_evaluated_together(method, monkeypatch):
     torch.manual_seed(0)
     backbone = build_backbone("Conv4", 16, relation=method.startswith("RelationNet"))
     learner = build_meta_learner(method, backbone)
@@ -87,6 +88,7 @@ def test_scores_do_not_depend_on_how_many_episodes_are_evaluated_together(method
     features = torch.randn(30, *(backbone.map_shape if learner.uses_maps else (64,)), generator=generator)
     together = evaluate_meta_learner(learner, features, episodes, Run())
     assert together.correct.shape == (7, 5) and 0 < together.accuracy.mean() < 1
-    for chunk_numbers in (1, 3 * 4 * 25 * 64, 3 * 5 * 25 * 256):  # one at a time, and about three
-        scores = evaluate_meta_learner(learner, features, episodes, Run(), chunk_numbers=chunk_numbers)
+    for elements in (1, 3 * 4 * 25 * 64, 3 * 5 * 25 * 256):  # one at a time, and about three
+        monkeypatch.setattr(episodic_training, "CHUNK_ELEMENTS", elements)
+        scores = evaluate_meta_learner(learner, features, episodes, Run())
         assert torch.equal(scores.correct, together.correct)

@@ -13,7 +13,6 @@ from methods import evaluation
 from methods.evaluation import (
     T_975,
     EpisodeScores,
-    confusion_matrix,
     confusion_record,
     count_predictions,
     evaluate_heads,
@@ -115,13 +114,6 @@ def test_separable_classes_are_all_recognised_and_unrelated_features_are_at_chan
         assert abs(evaluate(chance, episodes, method).accuracy.mean() - 0.2) < 0.05
 
 
-def test_the_share_that_is_right_is_of_each_class():
-    scores = torch.eye(3)[[0, 0, 1, 1, 0, 2]]  # two queries each of three classes
-    assert share_right(count_predictions(scores, 3)).tolist() == [1.0, 1.0, 0.5]
-    batch = torch.stack([scores, torch.eye(3)[[1, 1, 0, 0, 0, 0]]])
-    assert share_right(count_predictions(batch, 3)).tolist() == [[1.0, 1.0, 0.5], [0.0, 0.0, 0.0]]
-
-
 # What is reported.
 
 
@@ -138,17 +130,11 @@ def test_the_table_of_students_t_is_scipys():
     assert T_975 == pytest.approx([stats.t.ppf(0.975, degrees) for degrees in range(1, 29)], abs=5e-5)
 
 
-@pytest.mark.parametrize("n", [3, 10])
-def test_the_interval_of_few_values_covers_the_true_mean_95_times_in_100(n):
+@pytest.mark.parametrize("n", [3, 10, 100])
+def test_the_interval_covers_the_true_mean_95_times_in_100(n):
     draws = torch.randn(4000, n, generator=torch.Generator().manual_seed(n))
     covered = sum(abs(mean) <= ci95 for mean, ci95 in map(mean_and_ci95, draws))
     assert 0.94 < covered / 4000 < 0.96
-
-
-def test_the_interval_covers_the_true_mean_95_times_in_100():
-    draws = torch.rand(2000, 100, generator=torch.Generator().manual_seed(0))
-    covered = sum(abs(mean - 0.5) <= ci95 for mean, ci95 in map(mean_and_ci95, draws))
-    assert 0.935 < covered / 2000 < 0.965
 
 
 def test_a_single_value_has_no_interval():
@@ -177,9 +163,7 @@ def test_predictions_are_counted_by_true_and_predicted_class():
 def test_counts_are_summed_by_class_over_episodes():
     counts = torch.tensor([[[3, 1], [2, 2]], [[4, 0], [1, 3]]])
     classes = torch.tensor([[2, 0], [0, 3]])
-    total = confusion_matrix(counts, classes, 4)
-    assert total.tolist() == [[6, 0, 2, 0], [0, 0, 0, 0], [1, 0, 3, 0], [1, 0, 0, 3]]
     record = confusion_record(counts, Episodes(torch.zeros(2, 2, 5), classes, 1), ["ant", "bee", "cat", "dog"])
     assert record == {"ant": {"ant": 6, "cat": 2}, "cat": {"ant": 1, "cat": 3}, "dog": {"ant": 1, "dog": 3}}
     names, matrix = as_matrix(record)
-    assert names == ["ant", "cat", "dog"] and torch.equal(matrix, total[[0, 2, 3]][:, [0, 2, 3]])
+    assert names == ["ant", "cat", "dog"] and matrix.tolist() == [[6, 2, 0], [1, 3, 0], [1, 0, 3]]

@@ -176,28 +176,6 @@ def test_fewer_episodes_go_together_when_each_holds_much():
     assert episodes_per_chunk(10**7, 5, AlignmentSetting()) == 1
 
 
-def test_the_draws_of_all_iterations_are_those_of_one_after_another():
-    samples = [torch.arange(40, 70), torch.empty(0, dtype=torch.long), torch.arange(9), torch.arange(100, 300)]
-    for aug_size in (5, 20):
-        picks = draw_related(samples, aug_size, 4, torch.Generator().manual_seed(0))
-        generator = torch.Generator().manual_seed(0)
-        for of_iteration in picks:
-            assert torch.equal(of_iteration, draw_related(samples, aug_size, 1, generator)[0])
-
-
-@pytest.mark.parametrize("score", ["vote", "soft"])
-def test_related_base_of_heads_together_is_that_of_each(score):
-    setting = change(SETTING, related=RelatedSetting(n_B=3, related_score=score), alignment="none")
-    for e, episode in enumerate(align_features(tasks(5, 1, n=5), NOVEL, BASE, setting, Run(), 0)):
-        assert torch.equal(episode.finetuned, episode.aligned)
-        alone = setting.fit.new_head(D, 5, None)
-        alone.weight.data = episode.head.weight.data[e]
-        related = related_base_of_head(alone, BASE, setting.related)
-        torch.testing.assert_close(episode.related.score, related.score)
-        assert episode.related.classes == related.classes
-        assert all(map(torch.equal, episode.related.samples, related.samples))
-
-
 def test_without_any_rate_alignment_is_fine_tuning_to_the_bit():
     setting = change(SETTING, related_lr=0.0, support_lr=0.0, record_curve=5)
     for episode in align_features(tasks(5, 2), NOVEL, BASE, setting, Run(), 3):

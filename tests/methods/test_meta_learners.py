@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from methods.meta_learner import MetaLearner
-from methods.meta_learners import META_LEARNERS, build_meta_learner, uses_maps
+from methods.meta_learners import META_LEARNERS, build_meta_learner
 from methods.protonet import protonet_scores
 from methods.relationnet import RelationNet
 from models.conv4 import Conv4
@@ -75,15 +75,6 @@ def test_scores_and_loss_are_the_published_ones(method):
 
 
 @ALL
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_permuting_the_queries_permutes_the_rows(method, mode):
-    learner, support, query = learner_and_episodes(method)
-    learner.train(mode == "train")
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    torch.testing.assert_close(learner(support, query[order]), learner(support, query)[order], rtol=1e-4, atol=1e-5)
-
-
-@ALL
 def test_permuting_the_classes_permutes_the_scores(method):
     learner, support, query = learner_and_episodes(method)
     if method == "MatchingNet":
@@ -126,29 +117,6 @@ def test_gradients_reach_support_query_and_every_weight(method):
         assert tensor.grad is not None and tensor.grad.isfinite().all()
     assert (support.grad.flatten(2).abs().sum(-1) > 0).all()
     assert (query.grad.flatten(1).abs().sum(-1) > 0).all()
-
-
-@ALL
-def test_a_few_steps_learn_an_episode(method):
-    torch.manual_seed(0)
-    backbone = Conv4(32, width=8, relation=method.startswith("RelationNet"))
-    learner = build_meta_learner(method, backbone)
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randn(N_WAY, 1, 3, 32, 32, generator=generator)
-    x = patterns + 0.5 * torch.randn(N_WAY, 5, 3, 32, 32, generator=generator)
-    y = torch.arange(N_WAY).repeat_interleave(2)
-    embed = backbone.feature_map if learner.uses_maps else backbone
-    optimizer = torch.optim.Adam([*backbone.parameters(), *learner.parameters()], lr=1e-2)
-    losses = []
-    for _ in range(25):
-        z = embed(x.flatten(0, 1)).unflatten(0, (N_WAY, 5))
-        scores = learner(z[:, :3], z[:, 3:].flatten(0, 1))
-        losses.append(learner.loss(scores, y))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.5 * losses[0]
-    assert (scores.argmax(-1) == y).float().mean() >= 0.75
 
 
 @pytest.mark.parametrize("method", ["ProtoNet", "MatchingNet"])
@@ -210,27 +178,14 @@ def test_a_temperature_makes_the_probabilities_of_matchingnet_more_even():
     )
 
 
-def test_the_temperature_is_that_asked_for():
-    assert build_meta_learner("ProtoNet", Shapes()).temperature == 1.0
-    assert build_meta_learner("ProtoNet", Shapes(), 64.0).temperature == 64.0
-    assert MetaLearner.temperature == 1.0
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="unknown meta-learner 'Protonet': choose one of ProtoNet"):
-        build_meta_learner("Protonet", Shapes())
-    with pytest.raises(ValueError, match="unknown kind of RelationNet 'l2'"):
-        RelationNet(100, (4, 5, 5), "l2")
-
-
 # The contract.
 
 
 @ALL
 def test_every_meta_learner_is_one_of_the_contract_and_runs(method):
-    backbone = Conv4(16, width=8, relation=uses_maps(method))
+    backbone = Conv4(16, width=8, relation=META_LEARNERS[method][0].uses_maps)
     learner = build_meta_learner(method, backbone)
-    assert type(learner).__bases__ == (MetaLearner,) and learner.uses_maps == uses_maps(method)
+    assert type(learner).__bases__ == (MetaLearner,)
     x = torch.randn(3 * 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     z = (backbone.feature_map(x) if learner.uses_maps else backbone(x)).unflatten(0, (3, 4))
     scores = learner(z[:, :2], z[:, 2:].flatten(0, 1))

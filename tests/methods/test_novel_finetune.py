@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from data.episodes import class_major_labels
-from engine.generators import make_generator
 from methods.novel_finetune import fit_heads
 from models import HEADS, build_head
 from models.heads import arcMax
@@ -49,36 +47,11 @@ def test_the_loss_along_the_fit_is_the_published_one(case, n_steps):
 
 @pytest.mark.device
 @pytest.mark.usefixtures("default_device")
-def test_the_optimiser_that_fitted_a_head_keeps_its_moments():
-    g = golden("novel_finetune")
-    head = golden_head(g, "arcMax_s5_m0.01")
-    optimizer = fit_heads(head, g["z_support"], g["y_support"], 3, 1e-3)
-    (state,) = optimizer.state.values()
-    assert state["step"] == 3 and state["exp_avg"].shape == head.weight.shape and state["exp_avg"].abs().sum() > 0
-
-
-@pytest.mark.device
-@pytest.mark.usefixtures("default_device")
 def test_fitting_a_head_sends_no_gradient_into_the_features():
     g = golden("novel_finetune")
     z = g["z_support"].requires_grad_()
     fit_heads(golden_head(g, "cosMax_s5"), z, g["y_support"], 2, 1e-3)
     assert z.grad is None
-
-
-@pytest.mark.parametrize("n_together", [1, 3, 16])
-@ALL_HEADS
-def test_heads_fitted_together_equal_heads_fitted_one_by_one(method, n_together):
-    n_way, n_shot, d = 4, 3, 24
-    z = torch.randn(n_together, n_way * n_shot, d, generator=torch.Generator().manual_seed(0))
-    y = class_major_labels(n_way, n_shot)
-    together = build_head(method, d, n_way, 5.0, 0.01, [make_generator(0, i) for i in range(n_together)])
-    fit_heads(together, z, y.expand(n_together, -1), 60, 1e-2)
-    for i in range(n_together):
-        alone = build_head(method, d, n_way, 5.0, 0.01, make_generator(0, i))
-        fit_heads(alone, z[i], y, 60, 1e-2)
-        torch.testing.assert_close(together.weight[i], alone.weight, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(together(z)[i], alone(z[i]), rtol=1e-4, atol=1e-5)
 
 
 class PlainArcMax(arcMax):

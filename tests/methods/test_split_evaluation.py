@@ -7,7 +7,7 @@ from data.episodes import EpisodeShape, sample_episodes
 from engine.run import Run
 from methods import split_evaluation
 from methods.meta_learners import META_LEARNERS, build_meta_learner
-from methods.split_evaluation import evaluate_on_split, support_means
+from methods.split_evaluation import evaluate_on_split
 from models import build_backbone
 from tests.helpers import DEVICE, make_split
 
@@ -32,7 +32,7 @@ def test_the_scores_of_a_split_that_is_too_large_are_those_of_one_that_is_kept(m
     learner, backbone = model(method)
     kept = evaluate_on_split(learner, backbone, SPLIT, EPISODES, RUN)
     monkeypatch.setattr(split_evaluation, "MAPPED", 0)
-    monkeypatch.setattr(split_evaluation, "CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(split_evaluation, "CHUNK_ELEMENTS", chunk)
     monkeypatch.setattr(split_evaluation, "INPUT_ROWS", 7)
     found = evaluate_on_split(learner, backbone, SPLIT, EPISODES, RUN)
     assert kept.counts.sum() == 9 * 3 * 8 and kept.counts.sum((0, 1)).min() > 0
@@ -46,12 +46,3 @@ def test_only_a_learner_that_takes_means_goes_class_by_class(monkeypatch):
     for method in META_LEARNERS:
         evaluate_on_split(*model(method), SPLIT, EPISODES, RUN)
     assert {learner.kind for learner in by_class} == {"mse", "softmax"} and len(by_class) == 2
-
-
-def test_the_means_are_those_of_the_embedded_supports():
-    learner, backbone = model("RelationNet")
-    means = support_means(learner, backbone, SPLIT, EPISODES, RUN)
-    for e in (0, 8):
-        for way in range(3):
-            maps = split_evaluation.embed(backbone, SPLIT.images[EPISODES.support[e, way]], RUN, maps=True)
-            torch.testing.assert_close(means[e, way], maps.mean(0), rtol=1e-5, atol=1e-6)

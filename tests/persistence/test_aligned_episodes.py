@@ -107,7 +107,7 @@ def test_another_rank_writes_nothing_and_hands_its_rows_notes_and_drawing_to_the
     first, other = (start(tmp_path, n=2, run=Run(ranks=Ranks(rank, 2))) for rank in (0, 1))
     first.add(0, an_episode())
     other.add(1, an_episode(n_related=(0, 6)))
-    other.keep({"episode": torch.tensor(1)})
+    other.kept.append({"episode": torch.tensor(1)})
     handed = [(first.rows[:], first.notes, first.kept), (other.rows[:], other.notes, other.kept)]
     monkeypatch.setattr(aligned_episodes, "gather_objects", lambda mine, ranks: handed)
     other.exchange(0)
