@@ -34,7 +34,7 @@ def pca(z: Tensor) -> tuple[Tensor, list[float]]:
 
 def seen_by_head(z: Tensor, record: dict[str, Any]) -> Tensor:
     """Features (n, d) as the head of an episode takes them: unit ones, if it compares by cosine."""
-    head = HEADS.get(record.get("method", ""))
+    head = HEADS.get(record["method"])
     return head(z.shape[1], 1, 1.0, 0.0, torch.Generator()).project(z) if head else z
 
 
@@ -64,20 +64,17 @@ def projection_figure(record: dict[str, Any]) -> Figure:
     """Support, query and related base samples before and after alignment, each panel a projection of its own.
 
     record: see gather_episode. The feature spaces before and after differ, and so do the axes. A third panel has the
-    margins of the queries, if the record has their logits.
+    margins of the queries.
     """
     kinds = {kind: record[kind]["labels"] for kind in KINDS}
-    n_panels = 3 if "logits" in record else 2
-    figure = Figure(figsize=(5 * n_panels, 5.4), layout="constrained")
-    panels = figure.subplots(1, n_panels)
-    if "logits" in record:
-        draw_margins(panels[2], record)
-    for axes, when in zip(panels, ("before", "after"), strict=False):
+    figure = Figure(figsize=(15, 5.4), layout="constrained")
+    *panels, last = figure.subplots(1, 3)
+    draw_margins(last, record)
+    for axes, when in zip(panels, ("before", "after"), strict=True):
         z = seen_by_head(torch.cat([record[kind][when] for kind in KINDS]), record)
         y, share = pca(z)
         for part, (kind, labels) in zip(y.split([*map(len, kinds.values())]), kinds.items(), strict=True):
-            colours = [colour(label) for label in labels.tolist()]
-            axes.scatter(*part.T, c=colours, **KINDS[kind])
+            axes.scatter(*part.T, c=[colour(label) for label in labels.tolist()], **KINDS[kind])
         axes.set(xlabel=f"PC 1, {100 * share[0]:.0f} % of variance", ylabel=f"PC 2, {100 * share[-1]:.0f} %")
         axes.set(xticks=[], yticks=[], title=f"{when} alignment")
     handles = [
@@ -88,6 +85,6 @@ def projection_figure(record: dict[str, Any]) -> Figure:
         Line2D([], [], linestyle="", marker=style["marker"], color=GREY, label=f"{kind} ({len(kinds[kind])})")
         for kind, style in KINDS.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=n_panels + 1, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(f"episode {record['episode']}: {label_text(record['result'], 90)}", fontsize=10)
     return figure

@@ -5,7 +5,6 @@ are of the newest result, or of the one that --result names.
 """
 
 import argparse
-import glob
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -38,9 +37,10 @@ def draw_figures(results_dir: Path, result: str | None = None) -> dict[str, Figu
         figures["training"] = training_figure(logs)
     if curves := [record for record in read_results(results_dir) if record.get("curve")]:
         figures["curve"] = curve_figure(curves)
-    stem = glob.escape(Path(result).name.removesuffix(".json")) if result else "*"
-    tables = newest_first(results_dir / "tables", f"{stem}.json")
-    episodes = newest_first(results_dir / "episodes", f"{stem}.pt")
+    tables, episodes = newest_first(results_dir / "tables", "*.json"), newest_first(results_dir / "episodes", "*.pt")
+    if result:
+        stem = Path(result).name.removesuffix(".json")
+        tables, episodes = ([file for file in files if file.stem == stem] for files in (tables, episodes))
     if not (tables or episodes):
         raise UserError(f"--result {result}: no such file in {results_dir / 'tables'}: name one")
     tested = (record for file in tables if (record := result_in(file)) and "confusion" in record)

@@ -5,7 +5,6 @@ The results as a table, the figures of reporting.figures, and the episodes that 
 
 import io
 from html import escape
-from itertools import accumulate
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -24,9 +23,8 @@ from reporting.report import interval, newest_first, read_results, result_rows, 
 MAX_BYTES = 2_800_000  # of a page: episodes that would exceed it are left out
 COLUMNS = ("task", "method", "backbone", "accuracy, %", "paired gain", "episodes", "seconds")
 NOTE = (
-    "Accuracy on novel classes, or on val ones where it says so, with its 95% interval; bold is the best of its task. "
-    "The paired gain is that of alignment over fine-tuning on the same episodes, grey where its interval holds zero. "
-    "A column's name sorts by it."
+    "Accuracy on novel classes, or on val ones where it says so, with its 95% interval. The paired gain is that of "
+    "alignment over fine-tuning on the same episodes, grey where its interval holds zero."
 )
 
 
@@ -57,45 +55,30 @@ def interval_bounds(parts: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def measure(part: dict[str, Any], shown: str, low: float, high: float) -> str:
-    """An accuracy or difference as text, then as a dot on its 95% interval, on a scale from low to high."""
-    (left, right), mean = interval_bounds([part]), part["accuracy"]
+    """An accuracy or difference as text, then its 95% interval as a bar on a scale from low to high."""
+    left, right = interval_bounds([part])
     sign = "up" if left > 0 else "down" if right < 0 else "unsure"
-    x, x1, x2, zero = (f"{100 * (v - low) / ((high - low) or 1):.2f}" for v in (mean, left, right, 0))
-    axis = f'<line class="zero" x1="{zero}" x2="{zero}" y1="0" y2="12"/>' if low <= 0 <= high else ""
-    return (
-        f'<div class="measure"><span>{shown}</span>'
-        f'<svg class="mark {sign}" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
-        f'<line class="rule" x1="0" x2="100" y1="6" y2="6"/>{axis}<line x1="{x1}" x2="{x2}" y1="6" y2="6"/>'
-        f'<line class="dot" x1="{x}" x2="{x}" y1="6" y2="6"/></svg></div>'
-    )
+    start, width = (100 * x / ((high - low) or 1) for x in (left - low, right - left))
+    bar = f'<i class="{sign}" style="left:{start:.2f}%;width:{width:.2f}%"></i>'
+    return f'<div class="measure"><span>{shown}</span><span class="scale">{bar}</span></div>'
 
 
 def results_table(records: list[dict[str, Any]]) -> str:
-    """The rows of the results, with intervals and gains drawn, and what each cell is sorted by."""
+    """The rows of the results, with intervals and gains drawn."""
     rows = result_rows(records)
     scale = interval_bounds([numbers for _, numbers, _ in rows])
     gain_scale = interval_bounds([{"accuracy": 0.0, "ci95": None}, *(gain for *_, gain in rows if gain)])
-    best: dict[tuple[str, str], float] = {}
-    for (dataset, _, task, *_), numbers, _ in rows:
-        best[dataset, task] = max(best.get((dataset, task), 0.0), numbers["accuracy"])
     lines = []
     for (dataset, backbone, task, method, *_, episodes, seconds), numbers, gain in rows:
         shown_gain = measure(gain, signed(gain["accuracy"], gain["ci95"]), *gain_scale) if gain else ""
-        cells: list[tuple[Any, str]] = [
-            (f"{dataset} {task}", f'{escape(dataset)}<br><span class="soft">{task}</span>'),
-            (method, escape(method)),
-            (backbone, escape(backbone)),
-            (numbers["accuracy"], measure(numbers, interval(numbers), *scale)),
-            (gain["accuracy"] if gain else "", shown_gain),
-            (episodes, episodes),
-            (seconds, seconds),
-        ]
-        look = ' class="best"' if numbers["accuracy"] == best[dataset, task] else ""
-        lines.append(f"<tr{look}>" + "".join(f'<td data-key="{escape(str(key))}">{shown}</td>' for key, shown in cells))
-    heads = "".join(f'<th scope="col" aria-sort="none"><button type="button">{name}</button>' for name in COLUMNS)
+        of_task = f'{escape(dataset)}<br><span class="soft">{task}</span>'
+        accuracy = measure(numbers, interval(numbers), *scale)
+        cells = (of_task, escape(method), escape(backbone), accuracy, shown_gain, episodes, seconds)
+        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}")
+    heads = "".join(f'<th scope="col">{name}' for name in COLUMNS)
     return (
-        f'<p class="note">{NOTE}</p><table class="results" aria-label="results">'
-        f"<thead><tr>{heads}<tbody>{''.join(lines)}</table>"
+        f'<p class="note">{NOTE}</p><div class="wide" tabindex="0"><table class="results" aria-label="results">'
+        f"<thead><tr>{heads}<tbody>{''.join(lines)}</table></div>"
     )
 
 
@@ -105,22 +88,20 @@ def figure_svg(figure: Figure, about: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "page"}):  # the same figure gives the same page
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawn = img("svg+xml", buffer.getvalue(), about)
-    return f'<figure><figcaption>{about}</figcaption><div class="chart" tabindex="0">{drawn}</div></figure>'
+    return f'<figure><figcaption>{about}</figcaption><div class="wide chart" tabindex="0">{drawn}</div></figure>'
 
 
 def episodes_part(results_dir: Path, budget: int) -> str:
     """The saved episodes, those of the newest result first, as many as have at most `budget` bytes."""
-    sections: list[str] = []
+    kept, left_out = "", 0
     for file in newest_first(results_dir / "episodes", "*.pt"):
-        name = file.stem.removeprefix("associative_alignment_").replace("_", " ")
         for record in read_saved_episodes(file):
-            view = view_of(record, f"Episode {record['episode']}: {name}")
-            sections.append(episode_section(view, is_open=not sections))
-    sizes = accumulate(map(len, sections))
-    kept = [section for section, size in zip(sections, sizes, strict=True) if size <= budget]
-    left_out = len(sections) - len(kept)
-    note = f'<p class="note">{left_out} more would make this file too large.</p>' if left_out else ""
-    return "".join(kept) + note
+            section = episode_section(view_of(record), is_open=not kept)
+            if left_out or len(kept) + len(section) > budget:
+                left_out += 1
+            else:
+                kept += section
+    return kept + f'<p class="note">{left_out} more would make this file too large.</p>' * bool(left_out)
 
 
 def report_page(results_dir: Path) -> str:

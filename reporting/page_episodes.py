@@ -2,7 +2,6 @@
 
 import base64
 import io
-from collections import Counter
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -70,18 +69,15 @@ class EpisodeView:
         return any(query.before != query.after for query in self.queries)
 
 
-def view_of(record: dict[str, Any], title: str) -> EpisodeView:
-    """The view of a saved episode; one that an earlier version kept has no queries."""
-    names = record["class_names"]
-    images = record.get("images", {"support": record["support_images"]})
-    support = [[*of_class] for of_class in images["support"].unflatten(0, (len(names), -1))]
-    queries = []
-    if "logits" in record:
-        truth, nearest = record["query"]["labels"].tolist(), record["nearest"].tolist()
-        before, after = (record["logits"][when].float().softmax(1).tolist() for when in ("before", "after"))
-        about = [f"query {i}, of {names[c]}" for i, c in enumerate(truth)]
-        queries = [*map(Query, about, images["query"], truth, before, after, nearest)]
-    return EpisodeView(title, names, support, record["related_classes"], queries)
+def view_of(record: dict[str, Any]) -> EpisodeView:
+    """The view of a saved episode."""
+    names, truth = record["class_names"], record["query"]["labels"].tolist()
+    title = record["result"].removeprefix("associative_alignment_").replace("_", " ")
+    support = [[*of_class] for of_class in record["images"]["support"].unflatten(0, (len(names), -1))]
+    before, after = (record["logits"][when].float().softmax(1).tolist() for when in ("before", "after"))
+    about = [f"query {i}, of {names[c]}" for i, c in enumerate(truth)]
+    queries = [*map(Query, about, record["images"]["query"], truth, before, after, record["nearest"].tolist())]
+    return EpisodeView(f"Episode {record['episode']}: {title}", names, support, record["related_classes"], queries)
 
 
 def img(kind: str, data: bytes, alt: str) -> str:
@@ -109,17 +105,12 @@ def class_block(view: EpisodeView, w: int) -> str:
     """A novel class: its name and support images, and its related base classes."""
     name = view.class_names[w]
     shots = "".join(thumbnail_img(image, f"support image of {name}") for image in view.support[w])
-    tiles = []
+    tiles = ""
     for related in view.related[w]:
         images = "".join(thumbnail_img(x, f"base image of {related['name']}") for x in related.get("images", []))
-        tiles.append(f'<li><div class="tiles">{images}</div><span class="name">{escape(related["name"])}</span>')
-        if "score" in related:
-            score = f'<i class="bar" style="--p:{100 * related["score"]:.0f}%"></i>score {related["score"]:.2f}'
-            tiles.append(f'<span class="soft">{score}</span>')
-    about = f"base classes related to {name}"  # the list scrolls, and so it must take the focus
-    related_list = (
-        f'<ul class="related" tabindex="0" aria-label="{escape(about)}">{"".join(tiles)}</ul>' if tiles else ""
-    )
+        score = f'<br><span class="soft">score {related["score"]:.2f}</span>' if "score" in related else ""
+        tiles += f'<li><div class="tiles">{images}</div><span class="name">{escape(related["name"])}</span>{score}'
+    related_list = f'<ul class="related" tabindex="0">{tiles}</ul>' if tiles else ""  # it scrolls
     return (
         f'<div class="class"><div><div class="shots">{shots}</div><h4 class="name">{escape(name)}</h4></div>'
         f"{related_list}</div>"
@@ -130,17 +121,14 @@ def probability_table(view: EpisodeView, query: Query) -> str:
     """The probability of each class before and after alignment, as numbers and bars."""
     columns = {"before alignment": query.before, "after alignment": query.after}
     columns = columns if view.aligned else {"probability": query.after}
-    rows = []
+    rows = ""
     for c, name in enumerate(view.class_names):
-        cells = "".join(
-            f"<td{' class=top' if p[c] == max(p) else ''}>"
-            f'<div>{probability_text(p[c])}<i class="bar" style="--p:{100 * p[c]:.1f}%"></i></div>'
-            for p in columns.values()
-        )
-        own = ' class="true"' if c == query.truth else ""
-        rows.append(f'<tr><th scope="row"{own}>{escape(name)}{" (its class)" if own else ""}</th>{cells}')
+        rows += f'<tr><th scope="row">{escape(name)}{" (its class)" if c == query.truth else ""}</th>'
+        for p in columns.values():
+            bar = f'<i class="bar" style="--p:{100 * p[c]:.1f}%"></i>'
+            rows += f"<td{' class=top' if p[c] == max(p) else ''}><div>{probability_text(p[c])}{bar}</div>"
     head = "".join(f'<th scope="col">{title}</th>' for title in ("class", *columns))
-    return f'<table class="probabilities"><thead><tr>{head}<tbody>{"".join(rows)}</table>'
+    return f'<table class="probabilities"><thead><tr>{head}<tbody>{rows}</table>'
 
 
 def query_block(view: EpisodeView, query: Query) -> str:
@@ -168,18 +156,13 @@ def query_block(view: EpisodeView, query: Query) -> str:
 
 
 def summary_text(view: EpisodeView) -> str:
-    """How many queries are right before and after alignment, and how many labels it changed."""
+    """The number of queries and, if their classes are known, how many are right before and after alignment."""
     n = len(view.queries)
-    kinds = Counter(query.kind for query in view.queries)
-    parts = [f"{n} queries"]
-    if n and all(query.truth is not None for query in view.queries):
-        before, after = (100 * (kinds["right"] + kinds[kind]) / n for kind in ("put wrong", "put right"))
-        was = f"{before:.1f} % right before alignment, " if view.aligned else ""
-        parts.append(f"{was}{after:.1f} % right{' after' if was else ''}")
-    if view.aligned:
-        changed = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS[:3] if kinds[kind])
-        parts.append(f"labels that alignment changed: {changed or 'none'}")
-    return "; ".join(parts)
+    if not n or any(query.truth is None for query in view.queries):
+        return f"{n} queries"
+    before, after = (100 * sum(query.labels[k] == query.truth for query in view.queries) / n for k in (0, 1))
+    was = f"{before:.1f} % right before alignment, " if view.aligned else ""
+    return f"{n} queries; {was}{after:.1f} % right{' after' if was else ''}"
 
 
 def episode_section(view: EpisodeView, is_open: bool) -> str:
@@ -190,8 +173,7 @@ def episode_section(view: EpisodeView, is_open: bool) -> str:
     classes = "".join(class_block(view, w) for w in range(len(view.class_names)))
     ordered = sorted(view.queries, key=lambda q: (KINDS.index(q.kind), max(q.after)))[:MAX_QUERIES]
     cut = f", the first {MAX_QUERIES} of {len(view.queries)}" if len(view.queries) > MAX_QUERIES else ""
-    note = HOW if ordered else "Its queries were not kept: --overwrite runs it again, and keeps them."
-    queries = [f'<h3>Queries{cut}</h3><p class="note">{note}</p>']
+    queries = [f'<h3>Queries{cut}</h3><p class="note">{HOW}</p>']
     for kind in KINDS:
         blocks = [query_block(view, query) for query in ordered if query.kind == kind]
         title = f"<h4>{kind} ({len(blocks)})</h4>" if len(blocks) < len(ordered) else ""

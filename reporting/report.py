@@ -27,10 +27,9 @@ RESULT: Schema = ACCURACY | {
 }
 ALIGNMENT: Schema = {"alignment": str, "fine_tuning": ACCURACY, "difference": DIFFERENCE}
 # What results of earlier versions lack.
-CONTROL = ACCURACY | {"difference": DIFFERENCE}
-CURVE = {"iteration": int, "accuracy": float, "ci95": float | None, "gain": float, "gain_ci95": float | None}
+CURVE = DIFFERENCE | {"iteration": int, "gain": float, "gain_ci95": float | None}
 CONFUSION: Schema = {"confusion": dict[str, dict[str, int]]}
-NEAREST = {"Euclidean": CONTROL, "cosine": CONTROL}
+NEAREST = dict.fromkeys(("Euclidean", "cosine"), ACCURACY | {"difference": DIFFERENCE})
 LATER: Schema = CONFUSION | {"nearest_mean": NEAREST, "curve": [CURVE], "novel_dataset": str}
 EPOCH: Schema = {"epoch": int} | dict.fromkeys(("loss", "base_accuracy", "val_accuracy", "val_ci95"), float | None)
 HEADER = "dataset,backbone,task,method,accuracy %,paired gain,over nearest mean,episodes,seconds".split(",")
@@ -138,14 +137,13 @@ def result_rows(records: list[dict[str, Any]]) -> list[ResultRow]:
         task = f"{record['n_way']}-way {record['n_shot']}-shot"
         protocol = (tested_on(record), f"{record['backbone']}, {record['img_size']} px", task)
         nearest: dict[str, Any] = record.get("nearest_mean", {})
-        gains = record.get("difference"), None
         measured = {method: record}
         if "alignment" in record:
             measured = {f"{method}, fine-tuning": record["fine_tuning"]}
             measured |= {f"{method}, nearest mean, {name}": control for name, control in nearest.items()}
             measured |= {f"{method}, {record['alignment']} alignment{variant(record)}": record}
-        if nearest:
-            gains = record["difference"], max(nearest.values(), key=lambda c: c["accuracy"])["difference"]
+        best: dict[str, Any] = max(nearest.values(), key=lambda control: control["accuracy"], default={})
+        gains = record.get("difference"), best.get("difference")
         for name, numbers in measured.items():
             own = numbers is record
             over = [signed(gain["accuracy"], gain["ci95"]) if own and gain else "" for gain in gains]
@@ -160,55 +158,53 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def check_same(files: Sequence[Path], records: list[dict[str, Any]], keys: Sequence[str], remedy: str) -> None:
-    """Raise UserError, with the remedy, when a record of a file differs in one of the keys from the first one."""
+def comparable_results(files: Sequence[Path], keys: Sequence[str], remedy: str) -> list[dict[str, Any]]:
+    """The results in files. Raises UserError when one is no result or, with the remedy, has another value of a key."""
+    records = [stage_result(file) for file in files]
     for file, record in zip(files, records, strict=True):
+        episodes_file = record["config"].get("episodes_file")
+        record["episodes"] = f"in {Path(str(episodes_file)).name}" if episodes_file else f"of seed {record['seed']}"
         for key in keys:
             first, other = records[0].get(key), record.get(key)
             if first != other:
                 raise UserError(f"{files[0]} has {key} {first}, {file} {key} {other}: {remedy}")
+    return records
 
 
-def paired_line(before: Path, after: Path) -> str:
+def paired_lines(before: Path, after: Path) -> list[str]:
     """Both accuracies of two results of the same episodes, and the paired difference with its 95% interval.
 
     When one has more episodes, its first ones are taken: a shorter list is the beginning of a longer one. Raises
     UserError when one is no result, or the episodes are not the same ones.
     """
-    records = [stage_result(file) for file in (before, after)]
-    for record in records:
-        file = record["config"].get("episodes_file")
-        record["episodes"] = f"in {Path(str(file)).name}" if file else f"of seed {record['seed']}"
     remedy = "only results of the same episodes are paired, so run both with the same flags and --episodes_file"
-    check_same((before, after), records, (*PAIR_KEYS, "episodes"), remedy)
+    records = comparable_results((before, after), (*PAIR_KEYS, "episodes"), remedy)
     n = min(len(record["accuracy_per_episode"]) for record in records)
     accuracies = [torch.tensor(record["accuracy_per_episode"][:n]).double() / 100 for record in records]
-    difference = paired_difference(*accuracies)
     lines = [f"{percent(*mean_and_ci95(a))} %  {file}" for a, file in zip(accuracies, (before, after), strict=True)]
-    return "\n".join([*lines, f"paired difference {percent(*difference)} points, {n} episodes"])
+    return [*lines, f"paired difference {percent(*paired_difference(*accuracies))} points, {n} episodes"]
 
 
 def trainings_lines(files: list[Path]) -> list[str]:
-    """Means of one result over several trainings, each with its 95% interval between trainings.
+    """Means of one result over several trainings, each with its 95% interval between trainings (Student's t).
 
-    Each training counts as one value, so that the interval is Student's t of so few. Raises UserError when one is no
-    result, or they are of different methods, backbones or protocols.
+    Raises UserError when one is no result, or they are of different methods, backbones or protocols.
     """
-    records = [stage_result(file) for file in files]
-    check_same(files, records, PROTOCOL_KEYS, "name results of one method, backbone and protocol")
-    values = {"accuracy": [record["accuracy"] for record in records]}
+    records = comparable_results(files, PROTOCOL_KEYS, "name results of one method, backbone and protocol")
+    parts = {"accuracy": records}
     if "alignment" in records[0]:
-        values["fine-tuning"] = [record["fine_tuning"]["accuracy"] for record in records]
-        values["gain over it"] = [record["difference"]["accuracy"] for record in records]
+        parts["fine-tuning"] = [record["fine_tuning"] for record in records]
+        parts["gain over it"] = [record["difference"] for record in records]
     if all("nearest_mean" in record for record in records):
-        for name in ("Euclidean", "cosine"):
-            differences = [record["nearest_mean"][name]["difference"]["accuracy"] for record in records]
-            values[f"gain over nearest mean, {name}"] = differences
-    return [
-        f"{name:<33} {mean:6.2f} ± {ci95:.2f} over {len(files)} trainings: {', '.join(f'{v:.2f}' for v in numbers)}"
-        for name, numbers in values.items()
-        for mean, ci95 in [mean_and_ci95(torch.tensor(numbers))]
-    ]
+        for name in NEAREST:
+            parts[f"gain over nearest mean, {name}"] = [r["nearest_mean"][name]["difference"] for r in records]
+    lines = []
+    for name, of_trainings in parts.items():
+        numbers = [part["accuracy"] for part in of_trainings]
+        mean, ci95 = mean_and_ci95(torch.tensor(numbers))
+        each = ", ".join(f"{number:.2f}" for number in numbers)
+        lines.append(f"{name:<33} {mean:6.2f} ± {ci95:.2f} over {len(files)} trainings: {each}")
+    return lines
 
 
 def main() -> None:
@@ -220,11 +216,12 @@ def main() -> None:
     parser.add_argument("--trainings", type=Path, nargs="+", metavar="RESULT.json", help=trainings)
     args = parser.parse_args()
     if args.pair:
-        print(paired_line(*args.pair))
+        lines = paired_lines(*args.pair)
     elif args.trainings:
-        print("\n".join(trainings_lines(args.trainings)))
+        lines = trainings_lines(args.trainings)
     else:
-        print(markdown_table(HEADER, [cells for cells, *_ in result_rows(read_results(args.results_dir))]))
+        lines = [markdown_table(HEADER, [cells for cells, *_ in result_rows(read_results(args.results_dir))])]
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

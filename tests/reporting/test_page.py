@@ -14,7 +14,7 @@ from persistence.saved_episode import read_saved_episodes
 from reporting.figures import FIGURES
 from reporting.page import MAX_BYTES, measure, report_page
 from reporting.page_episodes import MAX_QUERIES, Query, episode_section, view_of
-from tests.helpers import STAGE_3, align, call
+from tests.helpers import STAGE_3, align, call, result
 
 EVIL = "<script>alert(1)</script>"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -75,12 +75,11 @@ def test_the_page_has_every_part_and_fetches_nothing(page):
 
 
 def test_the_table_holds_what_the_results_hold(page, aligned):
-    found = Page(page)
-    record = json.loads((aligned / "results" / "tables" / f"{STAGE_3}.json").read_text())
-    keys = [attrs["data-key"] for attrs in found.all("td") if "data-key" in attrs]
-    assert {str(r["accuracy"]) for r in (record, record["fine_tuning"], record["difference"])} <= {*keys}
-    assert f"{record['accuracy']:.2f} ± {record['ci95']:.2f}" in words(found)
-    assert len(found.all("svg", "mark")) == 5 + 1  # five accuracies and a gain
+    record = result(aligned, STAGE_3)
+    for part in (record, record["fine_tuning"]):
+        assert f"{part['accuracy']:.2f} ± {part['ci95']:.2f}" in words(Page(page))
+    assert f"{record['difference']['accuracy']:+.2f} ± " in words(Page(page))
+    assert len(Page(page).all("span", "scale")) == 5 + 1  # five accuracies and a gain
 
 
 def test_an_episode_shows_its_queries_those_that_alignment_changed_first(page, aligned):
@@ -95,7 +94,7 @@ def test_an_episode_shows_its_queries_those_that_alignment_changed_first(page, a
     assert all(kind in ("right", "wrong") for kind in kinds[n_changed:])
     assert kinds.count("right") + kinds.count("put right") == int((now == labels).sum())
     assert len(found.all("b", "right")) == int((now == labels).sum())  # not by colour alone
-    record = json.loads((aligned / "results" / "tables" / f"{STAGE_3}.json").read_text())
+    record = result(aligned, STAGE_3)
     assert 100 * (now == labels).double().mean().item() == pytest.approx(record["accuracy_per_episode"][0], abs=1e-3)
     n_related = sum(len(related["images"]) for row in saved["related_classes"] for related in row)
     near = [attrs["data-near"].split() for attrs in found.all("span", "near")]
@@ -133,17 +132,10 @@ def test_names_are_escaped(aligned, aligned_copy):
     assert len(Page(text).all("script")) == 1 and "alert(1)" in Page(text).text and "<script>alert" not in text
 
 
-def test_an_episode_of_an_earlier_version_is_shown_without_queries(aligned):
-    saved = read_saved_episodes(aligned / "results" / "episodes" / f"{STAGE_3}.pt")[0]
-    old = {key: value for key, value in saved.items() if key not in ("images", "logits", "nearest", "method", "more")}
-    section = episode_section(view_of(old, "old"), True)
-    assert "queries were not kept" in section and 'class="query' not in section and "<img" in section
-
-
 def test_a_large_episode_is_cut_and_episodes_beyond_the_size_are_left_out(aligned_copy, monkeypatch):
     noise = torch.randint(0, 256, (3, 84, 84), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     saved = read_saved_episodes(aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt")[0]
-    view = view_of(saved, "large")
+    view = view_of(saved)
     many = [Query("noise", noise, 0, [0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0])] * 250
     section = episode_section(type(view)(**(vars(view) | {"queries": many})), True)
     assert f"the first {MAX_QUERIES} of 250" in section and len(section) < MAX_BYTES
@@ -165,15 +157,10 @@ def test_what_alignment_did_to_a_query(truth, was, now, kind):
 
 
 def test_an_interval_is_drawn_on_a_scale_that_holds_it():
-    drawn = measure({"accuracy": 1.0, "ci95": 1.5}, "+1.00 ± 1.50", -0.5, 2.5)
-    (mark,), lines = Page(drawn).all("svg", "mark"), Page(drawn).all("line")
-    assert "unsure" in mark["class"]
-    assert [(line["x1"], line["x2"]) for line in lines[1:]] == [
-        ("16.67", "16.67"),
-        ("0.00", "100.00"),
-        ("50.00", "50.00"),
-    ]
-    assert "up" in measure({"accuracy": 60.0, "ci95": None}, "60.00", 60.0, 60.0)  # one episode, and one result
+    drawn = measure({"accuracy": 1.0, "ci95": 1.5}, "+1.00 ± 1.50", -1.0, 3.0)
+    assert Page(drawn).all("i") == [{"class": "unsure", "style": "left:12.50%;width:75.00%"}]
+    (point,) = Page(measure({"accuracy": 60.0, "ci95": None}, "60.00", 60.0, 60.0)).all("i")  # one episode, one result
+    assert point == {"class": "up", "style": "left:0.00%;width:0.00%"}
 
 
 @pytest.mark.parametrize(
@@ -196,17 +183,7 @@ def test_a_damaged_file_or_an_empty_folder_is_one_clear_line(aligned_copy, file,
 
 
 CLICKS = """
-const out = {}, table = document.querySelector(".results"), heads = [...table.tHead.rows[0].cells];
-const column = name => heads.findIndex(th => th.textContent === name);
-const keys = name => [...table.tBodies[0].rows].map(row => row.cells[column(name)].dataset.key);
-heads[column("accuracy, %")].querySelector("button").click();
-out.down = keys("accuracy, %"), out.sort = heads[column("accuracy, %")].getAttribute("aria-sort");
-heads[column("accuracy, %")].querySelector("button").click();
-out.up = keys("accuracy, %");
-heads[column("paired gain")].querySelector("button").click();
-out.gain = keys("paired gain");
-heads[column("method")].querySelector("button").click();
-out.method = keys("method");
+const out = {};
 const query = document.querySelector(".query"), near = query.querySelector(".near");
 query.querySelector("summary").focus();
 out.focused = [near.querySelectorAll("img").length, near.checkVisibility()];
@@ -232,14 +209,9 @@ def browse(page, folder, width):
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
 @pytest.mark.parametrize("width", [500, 1200])
-def test_in_a_browser_it_sorts_and_queries_open_without_an_error(page, tmp_path, width):
+def test_in_a_browser_queries_open_without_an_error(page, tmp_path, width):
     found, console = browse(page, tmp_path, width)
     assert found and not console, console
-    numbers = list(map(float, found["down"]))
-    assert numbers == sorted(numbers, reverse=True) and found["sort"] == "descending"
-    assert list(map(float, found["up"])) == sorted(numbers)
-    assert found["gain"][0] != "" and set(found["gain"][1:]) == {""}
-    assert found["method"] == sorted(found["method"], key=str.lower)
     assert found["focused"] == [3, True] and not found["closed"] and found["open"]
     assert found["wide"]  # nothing scrolls sideways
 
