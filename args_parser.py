@@ -61,7 +61,7 @@ def backbone_name(text: str) -> str:
 POSITIVE, NOT_NEGATIVE = number(float, 0, 1e30, open_low=True), number(float, 0, 1e30)
 COUNT, COUNT_OR_0, WAY = number(int, 1), number(int, 0), number(int, 2)
 SHARE, MARGIN = number(float, 0, 1, open_low=True), number(float, 0)
-SWITCH, EITHER = "no value: given or not", "one of the flags that follow"
+SWITCH = "no value: given or not"
 
 Flags = dict[str, Any]  # values by name, without dashes
 Flag = tuple[list[str], Any, dict[str, Any]]  # names, default, and the other arguments of argparse's add_argument
@@ -165,7 +165,6 @@ SHARED: Table = [
     *MACHINE,
     flag("--results_dir", Path, Path("./results"), "where tables/ and logs/ are written"),
     flag("--tensorboard", SWITCH, False, "log for TensorBoard, too: needs pip install tensorboard"),
-    EITHER,
     flag("--resume", SWITCH, False, "go on from the last state of this run; the result is bit for bit that of one run"),
     flag("--overwrite", SWITCH, False, "replace an earlier run of the same name"),
 
@@ -192,12 +191,10 @@ TRAINING: Table = [
 TRANSFER: Table = [
     *SHARED, *TRAINING,
     "base training",
-    flag("--method", list(HEADS), "arcMax",
-         "head: a linear layer (softMax), scaled cosine (cosMax) or cosine with an angular margin (arcMax)"),
+    flag("--method", list(HEADS), "arcMax", "head: linear (softMax), cosine (cosMax), cosine with a margin (arcMax)"),
     flag("--n_epoch", COUNT_OR_0, 600, "epochs over the base classes; 0 tests --init_from, or --weights, as it is"),
     flag("--batch_size", COUNT, 64, "images in a batch, of all processes together if there are several"),
-    flag("--sync_bn", SWITCH, False,
-         "on several GPUs: batch norm over the whole batch, not over each process's part (PyTorch's SyncBatchNorm)"),
+    flag("--sync_bn", SWITCH, False, "on several GPUs: batch norm over the whole batch (PyTorch's SyncBatchNorm)"),
     flag("--lr", POSITIVE, 1e-3, "learning rate of Adam, constant"),
     flag("--n_base_class", COUNT, None, "number of base classes, to be checked against the data"),
     flag("--s", POSITIVE, 20.0, "scale of cosMax and arcMax on the base classes"),
@@ -281,17 +278,14 @@ PREDICT: Table = [
     flag("--save FILE", Path, None, "keep the classifier, with all that it needs to label images, in this new file"),
     flag("--classifier FILE", Path, None, "label with a classifier of --save, instead of making one"),
     flag("--method", list(HEADS), "arcMax", "head that is fitted on the examples"),
-    flag("--alignment", list(ALIGNMENTS), None,
-         "default: head, in feature space, with --base, else none; centroid, adversarial and naive move blocks"),
+    flag("--alignment", list(ALIGNMENTS), None, "default: head with --base, else none; the others train blocks"),
     *FITTING, *UPDATES,
 
     "output",
     flag("--reject P", number(float, 0, 1), 0.0, "label images whose probability is below P as 'unsure'"),
     flag("--sort", ["name", "sure"], "name", "order of the output: by file name, or the least sure first"),
     flag("--copy_to FOLDER", Path, None, "copy each image into FOLDER/LABEL, a new folder"),
-    flag("--out", Path, Path("./results/predictions"),
-         "folder of predictions.csv, predictions.json and predictions.html"),
-    EITHER,
+    flag("--out", Path, Path("./results/predictions"), "folder of predictions.csv, .json and .html"),
     flag("--resume", SWITCH, False, "go on with the predictions in --out that were stopped"),
     flag("--overwrite", SWITCH, False, "replace the predictions that --out holds, and the file of --save"),
 
@@ -300,9 +294,8 @@ PREDICT: Table = [
 ]
 # fmt: on
 # What `predict.py --help` shows.
-EVERYDAY = (
-    "support query base checkpoint backbone weights save classifier reject sort copy_to out overwrite device quiet"
-)
+EVERYDAY = ["support", "query", "base", "checkpoint", "backbone", "weights", "save", "classifier", "reject", "sort"]
+EVERYDAY += ["copy_to", "out", "overwrite", "device", "quiet"]
 # What --classifier does not go with: it brings all of this.
 BROUGHT = ["support", "base", "save", "checkpoint", "weights", "img_size", "method", "alignment"]
 BROUGHT += [*defaults(FITTING), *defaults(UPDATES)]
@@ -340,10 +333,9 @@ CONDITIONS: list[tuple[Callable[..., Any], str]] = [
     (lambda query, save: not query and not save,
      "name the images to label with --query, or a file to keep the classifier in with --save FILE"),
     (lambda query, copy_to: copy_to and not query, "argument --copy_to: name the images to copy with --query"),
-    (lambda weights, init_from: weights != "none" and init_from,
-     "argument --weights: --init_from brings its own weights, so give only one of the two"),
-    (lambda weights, checkpoint: weights != "none" and checkpoint,
-     "argument --weights: --checkpoint brings its own weights, so give only one of the two"),
+    (lambda resume, overwrite: resume and overwrite, "argument --overwrite: not allowed with argument --resume"),
+    (lambda weights, given: weights != "none" and named(("init_from", "checkpoint"), given),
+     "argument --weights: {found} brings its own weights, so give only one of the two"),
     (lambda weights, backbone: weights != "none" and not (backbone or "").startswith(("torchvision:", "timm:")),
      "argument --weights: of --backbone torchvision:NAME or timm:NAME alone, not of {backbone}"),
     (lambda train_blocks, n_epoch, backbone, weights, init_from:
@@ -374,18 +366,16 @@ def stage_parser(stage: str, help_all: bool = True) -> OneLineParser:
     """The parser of a stage, whose namespace holds what was given; help_all: predict's help shows all flags."""
     prog, table, description = STAGES[stage]
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    hidden = set()
     if stage == "predict":
         parser.add_argument("--help_all", action="help", help="show all flags, not only these, and exit")
-        hidden = set() if help_all else defaults(table).keys() - EVERYDAY.split()
     group: argparse._ActionsContainer = parser
     for row in table:
         if isinstance(row, str):
-            group = group.add_mutually_exclusive_group() if row is EITHER else parser.add_argument_group(row)
+            group = parser.add_argument_group(row)
         else:
             names, _, options = row
-            folded = {"help": argparse.SUPPRESS} if names[0].removeprefix("--") in hidden else {}
-            group.add_argument(*names, **(options | folded))
+            shown = help_all or stage != "predict" or names[0].removeprefix("--") in EVERYDAY
+            group.add_argument(*names, **(options if shown else options | {"help": argparse.SUPPRESS}))
     return parser
 
 
