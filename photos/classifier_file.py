@@ -23,7 +23,7 @@ from photos.classifier import Classifier, Fitted
 from photos.confidence import Confidence
 
 FORMAT = "associative-alignment/classifier/1"
-REMEDY = "make one with predict.py --save"
+REMEDY = "make one with python predict.py --support FOLDER ... --save FILE"
 FACTS: Schema = {"backbone": str, "img_size": int, "alignment": str, "method": str}
 HEAD: Schema = {"method": str, "s": float, "m": float, "state": dict[str, Tensor]}
 CLASSIFIER: Schema = {
@@ -115,8 +115,6 @@ def load_classifier(path: Path, backbone: str | None, device: torch.device) -> F
 
     backbone: the name of the backbone that is asked for, if any; one of a user's own code must be.
     """
-    if not path.is_file():
-        raise UserError(f"no classifier {path}: make one with 'python predict.py --support FOLDER ... --save {path}'")
     content = read_record(path, FORMAT, CLASSIFIER, "classifier", REMEDY)
     try:
         if content.get("adapter"):

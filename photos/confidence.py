@@ -26,8 +26,6 @@ DOUBT = 0.25
 # An image is unlike every class when it is more than this many times as far from its nearest support image, by
 # 1 - cosine, as any support image is from its own nearest.
 FAR = 1.1
-# Rows of cosines computed together.
-ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,8 @@ def cross_validate(
 
 def nearest(z: Tensor, z_support: Tensor) -> tuple[Tensor, Tensor]:
     """The largest cosine (n,) of features z (n, d) to support features (k, d), and the index (n,) of that image."""
-    best = [(part @ unit(z_support).T).max(1) for part in unit(z).split(ROWS)]
-    return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+    best = (unit(z) @ unit(z_support).T).max(1)
+    return best.values, best.indices
 
 
 def least_cosine(z_support: Tensor) -> float:
@@ -148,5 +146,5 @@ def least_cosine(z_support: Tensor) -> float:
     By 1 - cosine, it is FAR times as far as any support image is from the nearest other one.
     """
     z = unit(z_support)
-    to_others = [(part @ z.T).topk(2).values[:, 1].min().item() for part in z.split(ROWS)]  # the largest is to itself
-    return 1.0 - FAR * (1.0 - min(to_others))
+    to_others = (z @ z.T).topk(2).values[:, 1].min().item()  # the largest is to itself
+    return 1.0 - FAR * (1.0 - to_others)

@@ -13,7 +13,7 @@ import torch
 from data.benchmarks import DataOptions, Split, load_split
 from engine.errors import UserError
 from engine.run import Run, move_if_fits
-from methods.alignment import AlignedEpisode, AlignmentSetting
+from methods.alignment import AlignmentSetting
 from methods.features import MAPPED, Source, feature_source, trainable_blocks
 from methods.related_base import empty_notes, exceeding_notes
 from models.backbone import Backbone
@@ -96,7 +96,8 @@ def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, r
     fitted = Fitted(classifier, facts | {"alignment": setting.alignment, "method": setting.fit.method}, notes=notes)
     if base is not None and setting.alignment != "none":
         names = base.split.class_names
-        notes += alignment_notes(episode, setting, user.class_names, len(names))
+        notes += exceeding_notes(len(user.class_names), setting.related.n_B, len(names))
+        notes += empty_notes(episode.related, user.class_names)
         pairs = zip(user.class_names, episode.related.classes, strict=True)
         fitted.related.update({name: [names[b] for b in classes] for name, classes in pairs})
     return fitted
@@ -127,17 +128,3 @@ def user_split(examples: Examples, img_size: int, flags: FitFlags, run: Run) -> 
     sizes = torch.tensor(images.shape[2:]).expand(len(images), -1)
     digest, labels = hashlib.sha256(images.numpy().tobytes()).hexdigest(), torch.tensor(examples.labels)
     return Split("", "user", examples.class_names, examples.names, labels, images, None, sizes, digest)
-
-
-def alignment_notes(
-    episode: AlignedEpisode, setting: AlignmentSetting, class_names: list[str], n_base_class: int
-) -> list[str]:
-    """What a user should know of the related base images that alignment had."""
-    notes = exceeding_notes(len(class_names), setting.related.n_B, n_base_class)
-    notes += empty_notes(episode.related, class_names)
-    if 0 < episode.n_drawn < setting.related.aug_size:
-        notes.append(
-            f"the smallest related set holds fewer than --aug_size {setting.related.aug_size} images: "
-            f"{episode.n_drawn} were drawn of each class"
-        )
-    return notes

@@ -1,5 +1,6 @@
 """Label any number of images in parts of bounded memory; what is done is kept, so that a stopped run can go on."""
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from engine.files import atomic_file, folder_name, load_tensors, save_atomically
 from engine.records import write_json
 from engine.run import Run
 from photos.classifier import Answers, Fitted, classify
-from photos.images import decode_views, folder_truth, ignored_notes, list_queries
+from photos.images import decode_views, ignored_notes, list_queries
 from photos.predictions_page import write_predictions
 from photos.table import UNSURE, Predictions, prediction_record, write_csv
 
@@ -70,12 +71,6 @@ def check_outputs(flags: LabelFlags) -> None:
         shutil.rmtree(flags.parts, ignore_errors=True)
 
 
-def part_file(folder: Path, fitted: Fitted, paths: Sequence[Any], run: Run) -> Path:
-    """Where the answers to these images are kept, under a hash of all that they follow from."""
-    follows_from = (fitted.classifier.digest, run.precision.name, [(path, path.stat().st_size) for path in paths])
-    return folder / f"{hashlib.sha256(repr(follows_from).encode()).hexdigest()[:32]}.pt"
-
-
 def label_images(
     fitted: Fitted, images: Sequence[Any], num_workers: int, skip_bad: bool, run: Run, folder: Path | None = None
 ) -> tuple[list[int], list[str], Answers]:
@@ -88,11 +83,13 @@ def label_images(
     with run.bar(None, "label", "img", total=len(images)) as bar:
         for start in range(0, len(images), PART):
             chunk = images[start : start + PART]
-            path = part_file(folder, fitted, chunk, run) if folder else None
-            try:
-                part = load_tensors(path, "cpu") if path else None
-            except (OSError, ValueError):  # not there, or damaged
-                part = None
+            path, part = None, None
+            if folder:  # a part is kept under a hash of all that its answers follow from
+                files = [(file, file.stat().st_size) for file in chunk]
+                follows_from = repr((fitted.classifier.digest, run.precision.name, files))
+                path = folder / f"{hashlib.sha256(follows_from.encode()).hexdigest()[:32]}.pt"
+                with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+                    part = load_tensors(path, "cpu")
             if part is None:
                 views, kept, reasons = decode_views(chunk, fitted.facts["img_size"], num_workers, skip_bad)
                 answers = classify(fitted.classifier, views, run)._asdict() if kept else None
@@ -127,22 +124,7 @@ def label_folder(fitted: Fitted, query: Path, flags: LabelFlags, run: Run) -> Pr
     notes = [f"skipped: {reason}" for reason in reasons] + ignored_notes(query, paths) + fitted.notes
     if flags.reject and classifier.confidence is None:
         notes.append("the probabilities are not calibrated, so --reject is of the head's own")
-    return Predictions(
-        files=names,
-        paths=[paths[i] for i in kept],
-        class_names=classifier.class_names,
-        probabilities=answers.probabilities,
-        finetuned=answers.finetuned,
-        nearest=answers.nearest.tolist(),
-        unlike=(answers.cosine < classifier.least_cosine).tolist(),
-        truth=folder_truth(names, classifier.class_names),
-        related=fitted.related,
-        n_support=torch.bincount(classifier.y_support, minlength=len(classifier.class_names)).tolist(),
-        notes=notes,
-        facts=fitted.facts,
-        confidence=classifier.confidence,
-        reject=flags.reject,
-    )
+    return Predictions(fitted, names, [paths[i] for i in kept], answers, notes, flags.reject)
 
 
 def write_outputs(predictions: Predictions, flags: LabelFlags, about: dict[str, Any], run: Run) -> None:

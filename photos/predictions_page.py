@@ -14,19 +14,20 @@ def prediction_view(predictions: Predictions, support: Path | None) -> EpisodeVi
     """Predictions as an episode, with the examples of the support folder, if there is one, that queries are near to."""
     names, paths, labels = list_support(support) if support else (predictions.class_names, [], [])
     shown: list[list[int]] = [[] for _ in names]
-    nearest = set(predictions.nearest)
+    indices = predictions.answers.nearest.tolist()
+    nearest = set(indices)
     for i, label in enumerate(labels):
         if len(shown[label]) < MAX_EXAMPLES or i in nearest:
             shown[label].append(i)
     place = {i: n for n, i in enumerate(i for row in shown for i in row)}
-    before, after = predictions.finetuned.tolist(), predictions.probabilities.tolist()
+    before, after = predictions.answers.finetuned.tolist(), predictions.answers.probabilities.tolist()
     columns = zip(predictions.files, predictions.paths, predictions.truth, before, after, strict=True)
-    near = ([place[i]] if i in place else [] for i in predictions.nearest)
+    near = ([place[i]] if i in place else [] for i in indices)
     return EpisodeView(
         title=f"{len(after)} images, labelled from {sum(predictions.n_support)} examples",
         class_names=names,
         support=[[paths[i] for i in row] for row in shown],
-        related=[[{"name": related} for related in predictions.related.get(name, [])] for name in names],
+        related=[[{"name": related} for related in predictions.fitted.related.get(name, [])] for name in names],
         queries=[Query(*column, nearest) for column, nearest in zip(columns, near, strict=True)],
     )
 

@@ -1,17 +1,16 @@
 """Predictions of query images, and what is written and printed of them: a csv, a record, a summary."""
 
 import csv
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from engine.files import atomic_file
-from photos.classifier import Classifier
+from photos.classifier import Answers, Classifier, Fitted
 from photos.confidence import Confidence
+from photos.images import folder_truth
 
 UNSURE = "unsure"  # the label of an image whose largest probability is below --reject
 N_LEAST_SURE = 5
@@ -19,40 +18,38 @@ N_LEAST_SURE = 5
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier says of q query images.
+    """What a fitted classifier says of q query images.
 
-    files: their names below the query folder, and paths, where they are; class_names (n_way); probabilities (q, n_way),
-    and finetuned (q, n_way), those before alignment. nearest: for each query the index of the support image whose
-    feature has the largest cosine to its own, and unlike: whether that is far below those within the support. truth:
-    the index of the class that each query's folder is named as, or None. related: for each class the base classes that
-    it was aligned with, best first. n_support: support images of each class. notes: what a user should know. facts:
-    what a record says of the classifier. reject: the least probability of a label, below which a query is `unsure`.
+    files: their names below the query folder, and paths, where they are. answers: probabilities and nearest examples.
+    notes: what a user should know. reject: the least probability of a label, below which a query is `unsure`.
     """
 
+    fitted: Fitted
     files: list[str]
     paths: list[Path]
-    class_names: list[str]
-    probabilities: Tensor
-    finetuned: Tensor
-    nearest: list[int]
-    unlike: list[bool]
-    truth: list[int | None]
-    related: dict[str, list[str]]
-    n_support: list[int]
+    answers: Answers
     notes: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    confidence: Confidence | None = None
     reject: float = 0.0
+
+    @property
+    def class_names(self) -> list[str]:
+        """The n_way classes."""
+        return self.fitted.classifier.class_names
+
+    @property
+    def n_support(self) -> list[int]:
+        """Support images per class."""
+        return torch.bincount(self.fitted.classifier.y_support, minlength=len(self.class_names)).tolist()
 
     @property
     def best(self) -> list[int]:
         """For each query the index of the most probable class."""
-        return self.probabilities.argmax(1).tolist()
+        return self.answers.probabilities.argmax(1).tolist()
 
     @property
     def sure(self) -> list[bool]:
         """Whether the largest probability of each query is at least `reject`."""
-        return (self.probabilities.max(1).values >= self.reject).tolist()
+        return (self.answers.probabilities.max(1).values >= self.reject).tolist()
 
     @property
     def labels(self) -> list[str]:
@@ -60,46 +57,47 @@ class Predictions:
         return [self.class_names[c] if sure else UNSURE for c, sure in zip(self.best, self.sure, strict=True)]
 
     @property
+    def unlike(self) -> list[bool]:
+        """Whether each query's largest cosine to the support is far below the cosines within the support."""
+        return (self.answers.cosine < self.fitted.classifier.least_cosine).tolist()
+
+    @property
+    def truth(self) -> list[int | None]:
+        """For each query the index of the class that its folder is named as, or None."""
+        return folder_truth(self.files, self.class_names)
+
+    @property
     def n_right(self) -> int | None:
-        """How many queries have the class of their folder as the most probable one, the unsure ones included; None
-        unless every query lies in a class's folder."""
-        if None in self.truth:
-            return None
-        return sum(p == c for p, c in zip(self.best, self.truth, strict=True))
-
-
-def prediction_rows(predictions: Predictions) -> Iterator[list[str]]:
-    """A header, and a row per query: file, label, the probability of every class, and the mark `unlike`, or nothing."""
-    p = predictions
-    yield ["file", "label", *p.class_names, "mark"]
-    for name, label, row, unlike in zip(p.files, p.labels, p.probabilities.tolist(), p.unlike, strict=True):
-        yield [name, label, *(f"{probability:.6f}" for probability in row), "unlike" if unlike else ""]
+        """Correct predictions, the unsure ones included; None unless every query lies in a class's folder."""
+        truth = self.truth
+        return None if None in truth else sum(p == c for p, c in zip(self.best, truth, strict=True))
 
 
 def write_csv(path: Path, predictions: Predictions) -> None:
-    """Write the prediction_rows, UTF-8, atomically."""
+    """Write a row per query, UTF-8, atomically: file, label, the probability of every class, and the mark `unlike`."""
+    p, probabilities = predictions, predictions.answers.probabilities.tolist()
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(prediction_rows(predictions))
+        writer = csv.writer(file)
+        writer.writerow(["file", "label", *p.class_names, "mark"])
+        for name, label, row, unlike in zip(p.files, p.labels, probabilities, p.unlike, strict=True):
+            writer.writerow([name, label, *(f"{each:.6f}" for each in row), "unlike" if unlike else ""])
 
 
 def per_class_summary(predictions: Predictions) -> dict[str, dict[str, Any]]:
     """For each class its support images, the queries that got its label, and the mean of their probabilities."""
-    confidence, label = predictions.probabilities.max(1)
+    confidence, label = predictions.answers.probabilities.max(1)
     label[confidence < predictions.reject] = -1  # unsure
-    counts = Counter(label.tolist())
-    return {
-        name: {
-            "n_support": predictions.n_support[c],
-            "n_query": counts[c],
-            "mean_confidence": confidence[label == c].mean().item() if counts[c] else None,
-        }
-        for c, name in enumerate(predictions.class_names)
-    }
+    summary = {}
+    for c, (name, n_support) in enumerate(zip(predictions.class_names, predictions.n_support, strict=True)):
+        own = confidence[label == c]
+        mean = own.mean().item() if len(own) else None
+        summary[name] = {"n_support": n_support, "n_query": len(own), "mean_confidence": mean}
+    return summary
 
 
 def least_sure(predictions: Predictions) -> list[dict[str, Any]]:
     """The queries whose label has the smallest probability, the least sure first, with their second best class."""
-    names, best = predictions.class_names, predictions.probabilities.topk(2)
+    names, best = predictions.class_names, predictions.answers.probabilities.topk(2)
     rows = []
     for i in best.values[:, 0].argsort(stable=True)[:N_LEAST_SURE].tolist():
         (p, p_then), (label, then) = best.values[i].tolist(), best.indices[i].tolist()
@@ -135,39 +133,33 @@ def prediction_record(predictions: Predictions) -> dict[str, Any]:
     """The part of the result file that says what was found."""
     n_right, n_query = predictions.n_right, len(predictions.files)
     return {
-        **predictions.facts,
+        **predictions.fitted.facts,
         "n_query": n_query,
         "accuracy": None if n_right is None else round(100 * n_right / n_query, 3),
-        "confidence": confidence_record(predictions.confidence),
+        "confidence": confidence_record(predictions.fitted.classifier.confidence),
         "n_unsure": predictions.sure.count(False),
         "n_unlike": predictions.unlike.count(True),
         "classes": per_class_summary(predictions),
         "least_sure": least_sure(predictions),
-        "related_base_classes": predictions.related,
+        "related_base_classes": predictions.fitted.related,
         "notes": predictions.notes,
     }
 
 
 def accuracy_lines(predictions: Predictions) -> list[str]:
-    """The accuracy where every query lies in a class's folder, and that of the queries that are not `unsure`."""
-    n, n_known = len(predictions.files), sum(c is not None for c in predictions.truth)
-    if predictions.n_right is None:
-        return [f"no accuracy: only {n_known} of {n} images lie in a folder named as a class"] if n_known else []
-    right = f"{100 * predictions.n_right / n:.2f} % ({predictions.n_right} of {n})"
-    lines = [f"accuracy {right}: every image lies in a folder named as a class"]
-    columns = zip(predictions.best, predictions.truth, predictions.sure, strict=True)
-    kept = [best == truth for best, truth, sure in columns if sure]
-    if 0 < len(kept) < n:
-        lines.append(f"accuracy of those kept {100 * sum(kept) / len(kept):.2f} % ({sum(kept)} of {len(kept)})")
-    return lines
+    """The accuracy where every query lies in a class's folder, or how many do."""
+    n, n_known, n_right = len(predictions.files), sum(c is not None for c in predictions.truth), predictions.n_right
+    if n_right is not None:
+        return [f"accuracy {100 * n_right / n:.2f} % ({n_right} of {n}): every image lies in a folder named as a class"]
+    return [f"no accuracy: only {n_known} of {n} images lie in a folder named as a class"] if n_known else []
 
 
 def summary_lines(predictions: Predictions) -> list[str]:
     """How many images got each label and how surely, which to look at first, and the accuracy where it is known."""
     n, names = len(predictions.files), predictions.class_names
     lines = [f"{n} images labelled from {sum(predictions.n_support)} examples of {len(names)} classes"]
-    if predictions.related:
-        changed = (predictions.probabilities.argmax(1) != predictions.finetuned.argmax(1)).sum().item()
+    if predictions.fitted.related:
+        changed = (predictions.answers.probabilities.argmax(1) != predictions.answers.finetuned.argmax(1)).sum().item()
         lines.append(f"alignment changed {changed} of {n} labels")
     width = max(len(name) for name in ["label", *names])
     lines.append(f"  {'label':{width}}  examples  images  mean probability")

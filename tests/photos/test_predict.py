@@ -105,7 +105,7 @@ def test_the_files_hold_the_predictions(root, more):
 
     again = predictions(root, base=base, **more)
     assert (again.files, again.class_names, again.labels) == (files, list(N_SUPPORT), labels)
-    torch.testing.assert_close(again.probabilities, probabilities, atol=1e-6, rtol=0)
+    torch.testing.assert_close(again.answers.probabilities, probabilities, atol=1e-6, rtol=0)
 
     record = json.loads((root / "out" / "predictions.json").read_text())
     alignment = more.get("alignment", "centroid" if "align_blocks" in more else "head")
@@ -115,7 +115,7 @@ def test_the_files_hold_the_predictions(root, more):
     assert sum(row["n_query"] for row in record["classes"].values()) == record["n_query"] == 6
     assert record["accuracy"] == pytest.approx(100 * again.n_right / 6, abs=0.01)
     assert [len(b) for b in record["related_base_classes"].values()] == ([] if alignment == "none" else [2, 2, 2])
-    assert (not torch.equal(again.probabilities, again.finetuned)) == (alignment != "none")
+    assert (not torch.equal(again.answers.probabilities, again.answers.finetuned)) == (alignment != "none")
     assert f"({again.n_right} of 6)" in outcome.out and "least sure" in outcome.out
 
 
@@ -150,7 +150,8 @@ def test_a_copy_of_a_support_image_gets_its_label_and_is_nearest_to_it(root):
         solid(root / "copies" / f"{name}.png", colour)
     found = predictions(root, support=root / "colours", query=root / "copies", ft_n_epoch=400, ft_lr=0.01)
     assert found.files == ["blue.png", "green.png", "red.png"] and found.labels == ["blue", "green", "red"]
-    assert found.nearest == [0, 3, 5]  # the first of three blue ones, of two green ones, and the red one
+    # The first of three blue ones, of two green ones, and the red one.
+    assert found.answers.nearest.tolist() == [0, 3, 5]
 
 
 def test_other_names_of_the_class_folders_permute_the_columns(root):
@@ -161,26 +162,27 @@ def test_other_names_of_the_class_folders_permute_the_columns(root):
     second = predictions(root, support=root / "renamed", ft_n_epoch=400)
     assert second.class_names == ["a", "m", "z"]
     # The head starts from other random numbers, which 400 steps make nearly forget.
-    torch.testing.assert_close(second.probabilities[:, [2, 1, 0]], first.probabilities, atol=0.08, rtol=0)
+    permuted = second.answers.probabilities[:, [2, 1, 0]]
+    torch.testing.assert_close(permuted, first.answers.probabilities, atol=0.08, rtol=0)
 
 
 def test_the_same_flags_give_the_same_numbers_and_no_query_sees_another(root):
     first = predictions(root, base=root / "tiny", num_workers=0)
     second = predictions(root, base=root / "tiny", num_workers=3)
-    assert torch.equal(first.probabilities, second.probabilities)
+    assert torch.equal(first.answers.probabilities, second.answers.probabilities)
     alone = predictions(root, base=root / "tiny", query=root / QUERY / "class13" / "007.png")
     assert alone.files == ["007.png"] and alone.n_right is None
-    torch.testing.assert_close(alone.probabilities[0], first.probabilities[3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone.answers.probabilities[0], first.answers.probabilities[3], atol=1e-5, rtol=0)
     other = predictions(root, base=root / "tiny", seed=1)
-    assert not torch.equal(first.probabilities, other.probabilities)
+    assert not torch.equal(first.answers.probabilities, other.answers.probabilities)
 
 
 def test_probabilities_have_the_scale_in_force(root):
     """Without margins arcMax is cosMax, whose scores hold the scale already: before and after alignment."""
     no_margin = {"base": root / "tiny", "ft_m": 0, "align_m": 0, "ft_s": 7, "align_s": 12}
     arc, cos = (predictions(root, method=method, **no_margin) for method in ("arcMax", "cosMax"))
-    torch.testing.assert_close(arc.probabilities, cos.probabilities, atol=0.01, rtol=0)
-    torch.testing.assert_close(arc.finetuned, cos.finetuned, atol=1e-3, rtol=0)
+    torch.testing.assert_close(arc.answers.probabilities, cos.answers.probabilities, atol=0.01, rtol=0)
+    torch.testing.assert_close(arc.answers.finetuned, cos.answers.finetuned, atol=1e-3, rtol=0)
 
 
 def test_other_files_are_ignored_and_said_so(root):
@@ -208,7 +210,9 @@ def test_skip_bad_leaves_out_queries_and_says_which(root):
     assert outcome.status == 0, outcome.err
     assert "skipped" in outcome.out and "bad.jpg" in outcome.out
     assert len(table(root)[1]) == 6
-    torch.testing.assert_close(table(root)[3], predictions(root, skip_bad=True).probabilities, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        table(root)[3], predictions(root, skip_bad=True).answers.probabilities, atol=1e-6, rtol=0
+    )
 
 
 def test_overwrite_replaces(root):
@@ -371,9 +375,9 @@ def test_a_kept_classifier_labels_alike_without_support_and_base(root, more):
     assert {path.name for path in (root / "labelled").iterdir()} == WRITTEN
     _, files, names, probabilities = table(root, "labelled")
     assert (files, names) == (expected.files, expected.labels)
-    torch.testing.assert_close(probabilities, expected.probabilities, atol=2e-6, rtol=0)
+    torch.testing.assert_close(probabilities, expected.answers.probabilities, atol=2e-6, rtol=0)
     record = json.loads((root / "labelled" / "predictions.json").read_text())
-    assert record["confidence"] == confidence_record(expected.confidence)
+    assert record["confidence"] == confidence_record(expected.fitted.classifier.confidence)
 
 
 def test_leave_one_out_is_in_summary_and_record(root):
@@ -390,13 +394,13 @@ def test_leave_one_out_is_in_summary_and_record(root):
 
 
 def test_below_the_least_probability_an_image_is_unsure(root):
-    p = predictions(root).probabilities.max(1).values
+    p = predictions(root).answers.probabilities.max(1).values
     least = round(p.sort().values[2:4].mean().item(), 4)
     outcome = script(root, reject=least)
     assert outcome.status == 0 and f"unsure: {(p < least).sum()} images" in outcome.out
     assert [label == "unsure" for label in table(root)[2]] == (p < least).tolist()
     record = json.loads((root / "out" / "predictions.json").read_text())
-    assert record["n_unsure"] == (p < least).sum() and "accuracy of those kept" in outcome.out
+    assert record["n_unsure"] == (p < least).sum()
     assert sum(row["n_query"] for row in record["classes"].values()) == 6 - record["n_unsure"]
 
 
@@ -481,7 +485,7 @@ def test_base_classes_that_the_user_has_are_left_out_with_a_note(root):
     found = predictions(root, base=root / "folder")
     assert "base class 'class12' is a class of the support: it is left out" in found.notes
     assert "base class 'class03' holds 1 of the support and query images: it is left out" in found.notes
-    assert not {"class12", "class03"} & {b for classes in found.related.values() for b in classes}
+    assert not {"class12", "class03"} & {b for classes in found.fitted.related.values() for b in classes}
     before = {p: p.stat().st_mtime_ns for p in (root / "cache").rglob("*")}
     predictions(root, base=root / "folder")
     assert {p: p.stat().st_mtime_ns for p in (root / "cache").rglob("*")} == before
@@ -492,7 +496,7 @@ def test_large_base_features_are_mapped_in_half_precision(root, monkeypatch):
     monkeypatch.setattr(fitting, "MAPPED", 10)
     mapped = predictions(root, base=root / "tiny")
     assert list((root / "cache").glob("half*_tiny_base_*.npy"))
-    torch.testing.assert_close(mapped.probabilities, whole.probabilities, atol=0.02, rtol=0)
+    torch.testing.assert_close(mapped.answers.probabilities, whole.answers.probabilities, atol=0.02, rtol=0)
 
 
 def test_auto_chooses_on_the_val_classes_of_the_base(root, monkeypatch):
@@ -522,7 +526,7 @@ def test_the_classifier_in_python_is_predict(root):
     expected = predictions(root)
     queries = [str(path) for path in expected.paths]
     assert made.classes_.tolist() == [10, 20, 30]
-    np.testing.assert_allclose(made.predict_proba(queries), expected.probabilities, atol=1e-6)
+    np.testing.assert_allclose(made.predict_proba(queries), expected.answers.probabilities, atol=1e-6)
     truth = [made.classes_[c] for c in expected.truth]
     assert made.score(queries, truth) == pytest.approx(expected.n_right / 6)
     assert made.confidence_.n == 5

@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 
 from engine.errors import UserError
+from models import build_head
+from photos.classifier import Answers, Classifier, Fitted
 from photos.predictions_page import write_predictions
 from photos.table import Predictions
 
-EVIL = "<script>alert(1)</script>"
+EVIL = "<script>alert(1)"
 
 
 @pytest.fixture
@@ -24,18 +26,15 @@ def support(tmp_path):
 
 def predictions_of(support, related):
     finetuned = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
-    return Predictions(
-        files=["q0.png", EVIL, "q2.png"],
-        paths=[support.parent / f"q{i}.png" for i in range(3)],
-        class_names=["heron", "tern"],
-        probabilities=torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]) if related else finetuned,
-        finetuned=finetuned,
-        nearest=[0, 1, 1],
-        unlike=[False] * 3,
-        truth=[None, 0, None],
-        related=related,
-        n_support=[1, 1],
+    probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]) if related else finetuned
+    identity, head = torch.nn.Identity(), build_head("softMax", 4, 2, 1.0, 0.0)
+    y_support, z_support = torch.tensor([0, 1]), torch.eye(2, 4)
+    classifier = Classifier(
+        identity, identity, head, head, ["heron", "tern"], z_support, y_support, ["a", "b"], None, -1.0
     )
+    answers = Answers(probabilities, finetuned, torch.ones(3), torch.tensor([0, 1, 1]))
+    paths = [support.parent / f"q{i}.png" for i in range(3)]
+    return Predictions(Fitted(classifier, {}, related), ["q0.png", f"heron/{EVIL}", "q2.png"], paths, answers)
 
 
 @pytest.mark.parametrize("related", [{}, {"heron": ["stork"], "tern": [EVIL]}])
