@@ -48,9 +48,8 @@ class AlignedEpisodes:
         self.notes: list[str] = []
         if files.state:
             self.restore()
-        self.bar = run.bar(
-            None, f"{setting.alignment} alignment", "episode", total=len(episodes), initial=len(self.rows)
-        )
+        name = f"{setting.alignment} alignment"
+        self.bar = run.bar(None, name, "episode", total=len(episodes), initial=len(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
