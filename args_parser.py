@@ -468,7 +468,7 @@ def start_training(stage: str) -> tuple[argparse.Namespace, Run, RunFiles]:
     """The same for stage 1 or 2, and its files."""
     args, run = start_stage(stage)
     script, name, folders = STAGES[stage][0], from_flags(RunName, args), from_flags(Folders, args)
-    files = training_files(script.removesuffix(".py"), name, folders, vars(args), writes=args.n_epoch > 0)
+    files = training_files(script.removesuffix(".py"), name, folders, vars(args), trains=args.n_epoch > 0)
     return args, run, files
 
 

@@ -59,7 +59,7 @@ def main() -> None:
         f"{name} images": split.fingerprint for name, split in zip(("base", "novel", "val"), splits, strict=False)
     }
     if is_auto:
-        setting, chosen, lines = choose_and_keep(path, backbone, splits[2], base_source, cache, shape, setting)
+        setting, chosen, lines = choose_and_keep(path, backbone, lambda: splits[2], base_source, cache, shape, setting)
         print("\n".join(lines))
     for note in exceeding_notes(args.test_n_way, setting.related.n_B, len(base.class_names)):
         print(f"note: {note}")
@@ -71,7 +71,7 @@ def main() -> None:
         print(f"note: episode {i} is done and was not saved: only --overwrite runs it again")
     in_feature_space, n_way = blocks.in_feature_space, args.test_n_way
     step = episodes_per_chunk(backbone.feature_dim, n_way, setting) if in_feature_space else SAVE_EVERY
-    with files.resumable(done.save), done.bar:
+    with files.resumable(), done.bar:
         while (first := len(done)) < n_test:
             mine = ranks.share(range(first, min(first + ranks.n * step, n_test)))
             for i, episode in align_episodes(blocks, episodes, novel_source, base_source, setting, run, mine):

@@ -4,7 +4,6 @@ import contextlib
 import glob
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -13,15 +12,14 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import IO, Any, get_args, get_origin
+from typing import IO, Any, NoReturn, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
 
-# How a file of torch.save begins, by which torch.load tells the formats apart: a zip since torch 1.6, pickles before.
-ZIP_START = b"PK\x03\x04"
+# How a file of torch.save before torch 1.6 begins, which was a series of pickles.
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 Schema = dict[str, Any]  # the keys that a record must have, and the type of each value as an annotation or a Schema
@@ -96,30 +94,18 @@ def load_tensors(path: Path, device: torch.device | str) -> Any:
                 "it has the format of torch before 1.6: convert it with "
                 "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
             )
-        if not start.startswith(ZIP_START):  # torch.load would take it for a bare pickle
-            raise ValueError("it is no file of torch.save, or only the beginning of one")
-        check_sums(file)
+        try:  # torch.load compares no checksum, and unpacks records that are compressed or share bytes
+            if not start.startswith(b"PK"):
+                raise zipfile.BadZipFile  # although there may be a zip at its end: torch.load looks at the start
+            records = zipfile.ZipFile(file)
+            n_bytes = sum(record.file_size for record in records.infolist())
+            damaged = n_bytes > path.stat().st_size or records.testzip() is not None
+        except Exception as error:  # a damaged file makes zipfile raise nearly any exception
+            raise ValueError("it is no file of torch.save, or only the beginning of one") from error
+        if damaged:
+            raise ValueError("its records do not fit their checksums, or take more bytes than it has")
         file.seek(0)
         return read_tensors(file, device)
-
-
-def check_sums(file: IO[bytes]) -> None:
-    """Raise ValueError when an open file of torch.save is damaged: torch.load compares no checksum.
-
-    So it does when records take more than the file has, which only those do that are compressed or share bytes.
-    """
-    try:
-        with zipfile.ZipFile(file) as records:
-            n_bytes = sum(record.file_size for record in records.infolist())
-            if n_bytes > file.seek(0, os.SEEK_END):
-                raise ValueError(f"its records would take {n_bytes} bytes, more than it has")
-            damaged = records.testzip() is not None
-    except ValueError:
-        raise
-    except Exception as error:  # a damaged file makes zipfile raise nearly any exception
-        raise ValueError("it is no file of torch.save, or only the beginning of one") from error
-    if damaged:
-        raise ValueError("what it holds does not fit its checksum")
 
 
 def read_tensors(file: IO[bytes], device: torch.device | str) -> Any:
@@ -151,18 +137,15 @@ def read_json(path: Path, lines: bool = False) -> Any:
     text = path.read_text(encoding="utf-8")
     parts = text.splitlines() if lines else [text]
     try:
-        found = [json.loads(part, parse_float=finite, parse_constant=finite) for part in parts]
+        found = [json.loads(part, parse_constant=refuse) for part in parts]
         return found if lines else found[0]
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def finite(text: str) -> float:
-    """A number as a float. Raises ValueError when it is NaN or infinite."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"it holds {text[:20]}, which is no number")
-    return value
+def refuse(text: str) -> NoReturn:
+    """Raise ValueError for what json takes for a number: NaN, Infinity or -Infinity."""
+    raise ValueError(f"it holds {text}, which is no number")
 
 
 def check_regular(path: Path) -> None:
@@ -179,7 +162,7 @@ def read_record(path: Path, form: str, schema: Schema, what: str, remedy: str) -
     """
     try:
         record = load_tensors(path, "cpu")
-        if not matches_schema(record, {"format": str}) or record["format"] != form:
+        if not isinstance(record, dict) or record.get("format") != form:
             raise ValueError(f"it has no format {form!r}")
         if wrong := misfit(record, schema):
             raise ValueError(wrong)
@@ -187,7 +170,7 @@ def read_record(path: Path, form: str, schema: Schema, what: str, remedy: str) -
         raise UserError(f"no {what} {path}: {remedy}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a {what} of this project, or is damaged ({error}): {remedy}") from error
-    return dict(record)
+    return record
 
 
 def misfit(record: dict[str, Any], schema: Schema) -> str:
@@ -203,45 +186,37 @@ def misfit(record: dict[str, Any], schema: Schema) -> str:
 def matches_schema(value: Any, kind: Any) -> bool:
     """Whether a value is of a type: a class, a union, list[...], dict[...], a Schema, or [Schema] for a list of them.
 
-    An int, of 64 bits, will do for a float; a str is one that can be written; a Tensor has all the numbers it claims.
+    An int, of 64 bits, will do for a float; a str is valid UTF-8; the storage of a Tensor holds all its elements.
     """
-    if kind is Any:
-        return True
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(
             key in value and matches_schema(value[key], part) for key, part in kind.items()
         )
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(matches_schema(item, kind[0]) for item in value)
-    parts = get_args(kind)
-    if get_origin(kind) is UnionType:
+    origin, parts = (list, kind) if isinstance(kind, list) else (get_origin(kind), get_args(kind))
+    if origin is UnionType:
         return any(matches_schema(value, part) for part in parts)
-    if get_origin(kind) is list:
+    if origin is list:
         return isinstance(value, list) and all(matches_schema(item, parts[0]) for item in value)
-    if get_origin(kind) is dict:
+    if origin is dict:
         return isinstance(value, dict) and all(
             matches_schema(k, parts[0]) and matches_schema(v, parts[1]) for k, v in value.items()
         )
     if isinstance(value, bool):
         return kind is bool
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+    if not isinstance(value, int | float if kind is float else kind):
         return False
-    if isinstance(value, str) and not is_text(value):
-        return False
-    if isinstance(value, Tensor) and not is_whole(value):
-        return False
-    return isinstance(value, int | float if kind is float else kind)
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    if isinstance(value, str):
+        return is_text(value)
+    if isinstance(value, Tensor):
+        return value.layout == torch.strided and not value.is_meta and value.nbytes <= value.untyped_storage().nbytes()
+    return True
 
 
 def is_text(value: str) -> bool:
-    """Whether a text can be written as UTF-8: half of a surrogate pair, or bytes of a name that are no text, cannot."""
+    """Whether a text can be encoded as UTF-8, as one with a lone surrogate cannot."""
     return value == value.encode("utf-8", "ignore").decode()
-
-
-def is_whole(value: Tensor) -> bool:
-    """Whether a tensor is a plain one whose numbers are all there: one that is expanded may claim any number."""
-    plain = value.layout == torch.strided and not value.is_quantized and value.device.type != "meta"
-    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def folder_name(name: str) -> str:

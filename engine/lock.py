@@ -22,6 +22,7 @@ def hold(path: Path) -> IO[str]:
     """
     me = f"process {os.getpid()} on {platform.node()} since "
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", errors="replace")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): give another folder") from error

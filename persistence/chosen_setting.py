@@ -1,7 +1,6 @@
 """What --align_preset auto chose by: a table beside the checkpoint, under a hash of all that it follows from."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -11,8 +10,7 @@ from data.episodes import EpisodeShape, sample_episodes
 from engine.distributed import gather_objects
 from engine.errors import UserError
 from engine.files import matches_schema, read_json, weights_digest
-from engine.records import provenance, write_json
-from engine.run import Run
+from engine.records import write_json
 from methods.alignment import AlignmentSetting
 from methods.feature_alignment import ALIGN_VERSION
 from methods.features import EMBED_VERSION, Source, trainable_blocks
@@ -29,11 +27,9 @@ from methods.setting_choice import (
 from models.backbone import Backbone
 from persistence.feature_cache import FeatureCache
 
-N_QUERY = 15  # queries a class of the val episodes that a setting is chosen on where there is no protocol
-
 
 class Choice(NamedTuple):
-    """What was chosen, what a result records of it, its flags and the table they were chosen by, and what to say."""
+    """What was chosen, its flags and the table that they were chosen by, as a result records them, and what to say."""
 
     setting: AlignmentSetting
     record: dict[str, Any]
@@ -43,21 +39,24 @@ class Choice(NamedTuple):
 def choose_and_keep(
     stem: Path,
     backbone: Backbone,
-    val: Split,
+    load_val: Callable[[], Split],
     base: Source,
     cache: FeatureCache,
     shape: EpisodeShape,
     setting: AlignmentSetting,
 ) -> Choice:
-    """The setting chosen on val episodes of this shape; fine-tuning when val is too small for them.
+    """The setting chosen on val episodes of this shape; fine-tuning when there is no val split, or too small a one.
 
     stem: a path, such as that of the checkpoint, beside which the table is kept, and read when it is there.
     """
     run, settings = cache.run, candidates(setting)
     try:
+        val = load_val()
         episodes = sample_episodes(val, shape, N_EPISODES, run.seed)
     except UserError as error:
-        return no_choice(setting, error)
+        flags = flags_text(FINE_TUNING)
+        line = f"note: --align_preset auto cannot choose on val, so it is fine-tuning: {error}"
+        return Choice(settings[flags], {"flags": flags, "table": None}, [line])
     # Another weight, image, base class, protocol, candidate or version of the code, another name.
     splits = (val.fingerprint, base.split.fingerprint, tuple(base.split.class_names))
     facts = (*splits, shape, run.seed, run.precision.name, N_EPISODES, EMBED_VERSION, FIT_VERSION, ALIGN_VERSION)
@@ -73,45 +72,8 @@ def choose_and_keep(
     task = f"{shape.n_way}-way {shape.n_shot}-shot, {N_EPISODES} val episodes"
     lines = [f"--align_preset auto, {task}: accuracy, and gain over fine-tuning"]
     lines += [f"  {row.flags:<80} {row.accuracy:6.2f} %  {row.gain:+.2f} ± {row.gain_ci95:.2f}" for row in rows]
-    lines += [f"chosen: {command(flags, setting, run)}", f"table {path}"]
+    lines += [f"chosen: --align_blocks 0 --aug_size {setting.related.aug_size} {flags}", f"table {path}"]
     return Choice(settings[flags], {"flags": flags, "table": path}, lines)
-
-
-def choose_for_support(
-    load_val: Callable[[], Split],
-    backbone: Backbone,
-    base: Source,
-    cache: FeatureCache,
-    n_support: Sequence[int],
-    setting: AlignmentSetting,
-) -> Choice:
-    """The setting chosen for images of no benchmark, of which n_support are labelled in each class.
-
-    It is chosen on val episodes of as many classes, and of the mean number of support images; the table is kept in the
-    cache's folder. Fine-tuning when there are no val classes, or too few.
-    """
-    try:
-        val = load_val()
-    except UserError as error:
-        return no_choice(setting, error)
-    shape = EpisodeShape(len(n_support), round(sum(n_support) / len(n_support)), N_QUERY)
-    return choose_and_keep(cache.folder / "predict", backbone, val, base, cache, shape, setting)
-
-
-def no_choice(setting: AlignmentSetting, error: UserError) -> Choice:
-    """Fine-tuning, because of an error that a choice has met."""
-    flags = flags_text(FINE_TUNING)
-    line = f"note: --align_preset auto cannot choose on val, so it is fine-tuning: {error}"
-    return Choice(candidates(setting)[flags], {"flags": flags, "table": None}, [line])
-
-
-def command(flags: str, setting: AlignmentSetting, run: Run) -> str:
-    """The command of this process with these flags in place of --align_preset auto; in a notebook, the flags alone."""
-    given = str(provenance({}, run)["command"])
-    aug_size = "" if "--aug_size" in given else f" --aug_size {setting.related.aug_size}"
-    chosen = f"--align_blocks 0{aug_size} {flags}"
-    by_flags, n = re.subn("--align_preset[ =]auto", chosen, given)
-    return by_flags if n else chosen
 
 
 def read_rows(path: Path, flags: list[str]) -> list[SettingGain] | None:

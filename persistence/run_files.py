@@ -6,9 +6,8 @@ a run that was never interrupted.
 """
 
 import contextlib
-import glob
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -90,8 +89,8 @@ class Folders:
 class RunFiles:
     """The files of a run of a stage: best model, last state, metrics, result; and the state that it goes on from.
 
-    config: all its flags. schema: of its state, if it writes one; so does one that writes_best. made_from: hashes, by
-    name, of what it follows from besides its flags. began: when it would have begun had it never been stopped.
+    config: all its flags. schema: of its state, None when it only tests. made_from: hashes, by name, of what it follows
+    from besides its flags. began: when it would have begun had it never been stopped.
     """
 
     stage: str
@@ -102,7 +101,6 @@ class RunFiles:
     last: Path
     table: Path
     metrics: MetricsLog
-    writes_best: bool
     schema: Schema | None
     state: dict[str, Any] | None = None
     made_from: dict[str, str] = field(default_factory=dict)
@@ -115,79 +113,51 @@ class RunFiles:
         return self.folders.results_dir / "episodes" / f"{self.table.stem}.pt"
 
     def announce(self, what: str, quiet: bool) -> None:
-        """Print what the run will do, how long the last of its name took, if that is known, and where its result goes.
-
-        Quiet, it prints nothing.
-        """
-        took = ""
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none yet, or damaged
-            took = f"; it took {read_json(self.table)['seconds'] / 60:.1f} min last time"
+        """Print what the run will do and where its result goes, unless quiet."""
         if not quiet:
             name = self.name
-            print(f"{self.stage}: {name.method}, {name.backbone}, {name.dataset}: {what}{took}; result: {self.table}")
+            print(f"{self.stage}: {name.method}, {name.backbone}, {name.dataset}: {what}; result: {self.table}")
 
     def find_state(self, may_differ: set[str], ranks: Ranks = ALONE) -> None:
-        """Find the state to go on from: with --resume, and without when a run of the same flags has finished.
+        """Lock the files; find the state to go on from: with --resume, or of a finished run of the same flags.
 
-        may_differ: flags that need not be those of the state of --resume. Raises UserError when a folder cannot be
-        made, when another run is at work on the files, or when starting anew would replace a run that is unfinished or
-        of other flags, unless told to overwrite.
+        may_differ: flags that --resume may change. Raises UserError when a folder cannot be written, when another run
+        is at work on the files, or when one of a run that is unfinished or of other flags would be replaced without
+        --overwrite.
         """
         if ranks.first:
-            self.take()
+            written = [self.table, *([self.last] if self.schema else [])]
+            self.locks = [hold(path.with_name(f".{path.name}.lock")) for path in written]
         if self.folders.overwrite:
             return
-        state = None
         if self.schema and self.last.is_file():
-            state = read_record(self.last, STATE_FORMAT, self.schema, "state", "start anew with --overwrite")
-        resumed = state if self.folders.resume else None
-        for path, earlier in [(self.last, resumed["config"])] if resumed else self.earlier_flags(state):
-            if differ := differences(self.config, earlier, but=may_differ if resumed else set()):
-                raise UserError(
-                    f"{path} is of a run of other flags, {differ}: continue that run with its flags and --resume, "
-                    f"{ANOTHER_PLACE}"
-                )
-        finished = self.schema is not None and self.table.is_file()
-        if finished and not state:
-            raise UserError(f"{self.table} is of a finished run without its state {self.last}: {ANOTHER_PLACE}")
-        if state and not resumed and not finished:
-            raise UserError(
-                f"{self.last} is of an unfinished run of the same flags: continue it with --resume, or start anew with "
-                f"--overwrite"
-            )
-        if state and not resumed:
-            print(f"this run has finished: its result is computed again from {self.last}; --overwrite starts anew")
-        self.state = state
-
-    def take(self) -> None:
-        """Make the folders, lock the files, and remove from them what a process killed while writing has left.
-
-        Raises UserError when a folder cannot be made, or when another run is at work on the files.
-        """
-        written = [self.table, *([self.last] if self.schema else []), *([self.best] if self.writes_best else [])]
-        for path in written:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{path.parent} cannot be written ({error}): give another folder") from error
-        self.locks = [hold(path.with_name(f".{path.name}.lock")) for path in written[:2]]
-        for path in (*written, self.metrics.path, self.episode):
-            for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-                stale.unlink(missing_ok=True)
-
-    def earlier_flags(self, state: dict[str, Any] | None) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """The flags of the runs that wrote the files which are there. Raises UserError when one cannot be read."""
-        if state:
-            yield self.last, state["config"]
-        elif self.writes_best and self.best.is_file():
-            yield self.best, load_checkpoint(self.best).config
-        if self.table.is_file():
+            self.state = read_record(self.last, STATE_FORMAT, self.schema, "state", "start anew with --overwrite")
+        resumed, finished = self.folders.resume and self.state is not None, self.table.is_file()
+        earlier: dict[Path, dict[str, Any]] = {}
+        if self.state:
+            earlier[self.last] = self.state["config"]
+        elif self.schema is TRAINING_STATE and self.best.is_file():
+            earlier[self.best] = load_checkpoint(self.best).config
+        if finished and not resumed:
+            record: Any = None
             with contextlib.suppress(OSError, ValueError):
                 record = read_json(self.table)
-                if matches_schema(record, {"config": FLAGS}):
-                    yield self.table, record["config"]
-                    return
-            raise UserError(f"{self.table} of an earlier run cannot be read: {ANOTHER_PLACE}")
+            if not matches_schema(record, {"config": FLAGS}):
+                raise UserError(f"{self.table} of an earlier run cannot be read: {ANOTHER_PLACE}")
+            earlier[self.table] = record["config"]
+        for path, config in earlier.items():
+            if differ := differences(self.config, config, may_differ if resumed else set()):
+                raise UserError(
+                    f"{path} is of a run of other flags, {differ}: give its flags and --resume, {ANOTHER_PLACE}"
+                )
+        if resumed or not self.schema:
+            return
+        if finished and not self.state:
+            raise UserError(f"{self.table} is of a finished run without its state {self.last}: {ANOTHER_PLACE}")
+        if self.state and not finished:
+            raise UserError(f"{self.last} is of an unfinished run: continue it with --resume, or {ANOTHER_PLACE}")
+        if self.state:
+            print(f"this run has finished: its result is computed again from {self.last}; --overwrite starts anew")
 
     def begin(self, made_from: dict[str, str]) -> None:
         """Make ready for the first state of the run, or for those after the one found.
@@ -202,8 +172,7 @@ class RunFiles:
         changed = [name for name, digest in made_from.items() if self.state["made_from"].get(name) != digest]
         if changed:
             raise UserError(
-                f"{self.last} cannot be resumed: the {' and the '.join(changed)} have changed since: start anew with "
-                f"--overwrite"
+                f"the {' and the '.join(changed)} have changed since {self.last}: start anew with --overwrite"
             )
         self.began -= float(self.state["seconds"])
 
@@ -221,33 +190,22 @@ class RunFiles:
             raise UserError(f"{self.last} does not fit this run: start anew with --overwrite") from error
 
     @contextlib.contextmanager
-    def resumable(self, save: Callable[[], None] | None = None) -> Iterator[None]:
-        """Around the loop of a run: an interruption or an error ends it with a line that says where its state is.
-
-        save: writes the state of what is done when the loop is interrupted between two states.
-        """
-        last = self.last
+    def resumable(self) -> Iterator[None]:
+        """Around the loop of a run: the line that an interruption or an error ends it with says where its state is."""
         try:
             yield
-        except KeyboardInterrupt:
-            if save:
-                save()
-            on = f": the same command with --resume goes on from {last}" if last.is_file() else ", nothing is saved yet"
-            raise KeyboardInterrupt(f"interrupted{on}") from None
-        except UserError as error:
-            good = f"the last good checkpoint is {last}" if last.is_file() else "there is no earlier checkpoint"
-            raise UserError(f"{error}; {good}") from error
+        except (KeyboardInterrupt, UserError) as error:
+            state = f"--resume goes on from the state {self.last}" if self.last.is_file() else "there is no state yet"
+            raise type(error)(f"{str(error) or 'interrupted'}; {state}") from error
 
 
-def training_files(stage: str, name: RunName, folders: Folders, config: dict[str, Any], writes: bool) -> RunFiles:
-    """The files of stage 1 or 2; writes: whether it trains, and so writes a model and its state."""
+def training_files(stage: str, name: RunName, folders: Folders, config: dict[str, Any], trains: bool) -> RunFiles:
+    """The files of stage 1 or 2; one that trains writes a model and its state."""
     best = name.best_model(folders.checkpoint_dir)
     last = best.with_name(best.name.replace("_bestModel.tar", "_last.tar"))
     metrics = open_metrics(folders.results_dir / "logs" / best.stem, folders.tensorboard)
-    table = name.table(folders.results_dir, stage)
-    return RunFiles(
-        stage, name, folders, config, best, last, table, metrics, writes, TRAINING_STATE if writes else None
-    )
+    table, schema = name.table(folders.results_dir, stage), TRAINING_STATE if trains else None
+    return RunFiles(stage, name, folders, config, best, last, table, metrics, schema)
 
 
 def alignment_files(name: RunName, variant: str, folders: Folders, config: dict[str, Any]) -> RunFiles:
@@ -256,14 +214,14 @@ def alignment_files(name: RunName, variant: str, folders: Folders, config: dict[
     table = name.table(folders.results_dir, stage, variant)
     last = folders.results_dir / "logs" / f"{table.stem}_last.tar"
     metrics = open_metrics(folders.results_dir / "logs" / table.stem, folders.tensorboard)
-    return RunFiles(stage, name, folders, config, best, last, table, metrics, False, ALIGNMENT_STATE)
+    return RunFiles(stage, name, folders, config, best, last, table, metrics, ALIGNMENT_STATE)
 
 
-def differences(config: dict[str, Any], earlier: dict[str, Any], but: set[str] | None = None) -> str:
+def differences(config: dict[str, Any], earlier: dict[str, Any], but: Set[str] = frozenset()) -> str:
     """The flags that differ from an earlier run's, as `--lr 0.1 (was 0.01)`; empty when no relevant one does."""
     now = to_json(config)
-    keys = [key for key in now if key in earlier and key not in IRRELEVANT | (but or set())]
-    keys = [key for key in keys if now[key] != earlier[key]]
-    if not set(now) & set(earlier):
+    if not now.keys() & earlier.keys():
         return "all of them"
-    return ", ".join(f"--{key} {now[key]} (was {earlier[key]})" for key in keys)
+    keys = now.keys() & earlier.keys() - IRRELEVANT - but
+    differ = [key for key in now if key in keys and now[key] != earlier[key]]
+    return ", ".join(f"--{key} {now[key]} (was {earlier[key]})" for key in differ)

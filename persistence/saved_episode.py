@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
-from data.benchmarks import Split
 from data.episodes import Episodes
 from engine.files import read_record
 from engine.precision import Precision
@@ -33,67 +32,30 @@ N_NEAREST = 3  # of them, those kept as the nearest of each query
 MAX_SIDE = 84  # pixels, of the images kept
 
 
-def first_draw(episode: AlignedEpisode, generator: Generator) -> tuple[Tensor, Tensor]:
-    """The related images, and their labels, that an episode took in the first iteration: (n,), (n,), perhaps none.
-
-    generator: a new one of the episode's draws.
-    """
-    if not episode.n_drawn:
-        return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    (picks,) = draw_related(episode.related.samples, episode.n_drawn, 1, generator)
-    return picks[picks >= 0], (picks >= 0).nonzero()[:, 0]
-
-
 def before_and_after(
     source: Source, index: Tensor, labels: Tensor, blocks: TrainableBlocks, precision: Precision
 ) -> dict[str, Tensor]:
-    """Features (n, d) of the images at index (n,) before alignment, and by the blocks as alignment left them."""
+    """Features (n, d) of the images at index (n,) before alignment, and by the aligned blocks."""
     before = source.features[index.to(source.features.device)].cpu()
     after = updated_features(blocks, source, index, precision).cpu() if len(index) else before.clone()
     return {"before": before, "after": after, "labels": labels.cpu()}
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """uint8 images (n, 3, s, s), made MAX_SIDE pixels if they are larger."""
+    """uint8 images (n, 3, s, s), reduced to MAX_SIDE pixels if they are larger."""
     if images.shape[-1] <= MAX_SIDE or not len(images):
         return images.cpu().clone()
     return F.interpolate(images.cpu().float(), MAX_SIDE, mode="area").round().to(torch.uint8)
 
 
-def kept_samples(episode: AlignedEpisode, base: Split) -> list[list[Tensor]]:
-    """For each novel class, for each of its related base classes, best first: the indices (k,) of images to keep."""
-    return [
-        [samples.cpu()[base.labels[samples.cpu()] == b][:N_SAMPLES] for b in chosen]
-        for chosen, samples in zip(episode.related.classes, episode.related.samples, strict=True)
-    ]
-
-
-def related_classes(episode: AlignedEpisode, base: Split, kept: list[list[Tensor]]) -> list[list[dict[str, Any]]]:
-    """For each novel class its related base classes, best first: name, score, and images (k, 3, s, s) aligned with."""
-    return [
-        [
-            {
-                "name": base.class_names[b],
-                "score": episode.related.score[b, w].item(),
-                "images": thumbnails(base.images[samples]),
-            }
-            for b, samples in zip(chosen, kept[w], strict=True)
-        ]
-        for w, chosen in enumerate(episode.related.classes)
-    ]
-
-
-def logits_of(episode: AlignedEpisode, setting: AlignmentSetting) -> tuple[Tensor, Tensor]:
-    """Logits (q, n_way) of the queries by fine-tuning, and after alignment.
-
-    The logits of a cosine head are s cos(theta), with the s in force when the scores were made, which the head is set
-    to.
-    """
-    episode.head.rescale(setting.fit.ft_s, setting.fit.ft_m)
-    before = episode.head.logits(episode.finetuned).cpu()
+def logits_before_and_after(episode: AlignedEpisode, setting: AlignmentSetting) -> dict[str, Tensor]:
+    """Logits (q, n_way) of the queries by fine-tuning, and after alignment, at the scale s that each was made with."""
+    head = episode.head
+    head.rescale(setting.fit.ft_s, setting.fit.ft_m)
+    before = head.logits(episode.finetuned).cpu()
     if setting.alignment != "none" and setting.align_iters:
-        episode.head.rescale(setting.align_s, setting.align_m)
-    return before, episode.head.logits(episode.aligned).cpu()
+        head.rescale(setting.align_s, setting.align_m)
+    return {"before": before, "after": head.logits(episode.aligned).cpu()}
 
 
 def gather_episode(
@@ -106,43 +68,59 @@ def gather_episode(
     setting: AlignmentSetting,
     run: Run,
 ) -> dict[str, Any]:
-    """What the figures need of episode i, as tensors and plain values; the blocks are as alignment left them.
+    """What the figures need of episode i, as tensors and plain values; `blocks` hold their aligned weights.
 
-    nearest (q, N_NEAREST): the images of related_classes, counted through, that are most like each query after
-    alignment, by cosine. The weights of the blocks stay as they are.
+    related_classes: for each novel class its related base classes, best first: name, score, images (k, 3, s, s).
+    nearest (q, N_NEAREST): those of the images, counted through, nearest to each query after alignment, by cosine.
     """
     support, query = episodes.support[i], episodes.query[i]
-    ways = torch.arange(episodes.n_way)
+    ways, empty = torch.arange(episodes.n_way), torch.empty(0, dtype=torch.long)
     novel_features = {
         name: before_and_after(novel, index.flatten(), ways.repeat_interleave(index.shape[1]), blocks, run.precision)
         for name, index in (("support", support), ("query", query))
     }
-    drawn = first_draw(episode, run.generator("related draws", i))
-    kept = kept_samples(episode, base.split)
-    index = torch.cat([samples for row in kept for samples in row] or [torch.empty(0, dtype=torch.long)])
+    drawn, y_drawn = empty, empty
+    if episode.n_drawn:  # those of the first iteration
+        (picks,) = draw_related(episode.related.samples, episode.n_drawn, 1, run.generator("related draws", i))
+        drawn, y_drawn = picks[picks >= 0], (picks >= 0).nonzero()[:, 0]
+    related_classes, kept = [], [empty]
+    for way, (classes, samples) in enumerate(zip(episode.related.classes, episode.related.samples, strict=True)):
+        labels = base.split.labels[samples.cpu()]
+        of_classes = [samples.cpu()[labels == b][:N_SAMPLES] for b in classes]
+        related_classes.append(
+            [
+                {
+                    "name": base.split.class_names[b],
+                    "score": episode.related.score[b, way].item(),
+                    "images": thumbnails(base.split.images[index]),
+                }
+                for b, index in zip(classes, of_classes, strict=True)
+            ]
+        )
+        kept += of_classes
+    index = torch.cat(kept)
     related = before_and_after(base, index, torch.zeros_like(index), blocks, run.precision)["after"]
     cosine = unit(novel_features["query"]["after"]) @ unit(related).T
-    images = {name: novel.split.images[index.flatten()] for name, index in (("support", support), ("query", query))}
     return {
         "format": EPISODE_FORMAT,
         "episode": i,
         "class_names": [novel.split.class_names[c] for c in episodes.classes[i].tolist()],
         **novel_features,
-        "related": before_and_after(base, *drawn, blocks, run.precision),
+        "related": before_and_after(base, drawn, y_drawn, blocks, run.precision),
         "support_images": thumbnails(novel.split.images[support[:, 0]]),
-        "related_classes": related_classes(episode, base.split, kept),
+        "related_classes": related_classes,
         "method": setting.fit.method,
-        "images": {name: thumbnails(of_kind) for name, of_kind in images.items()},
-        "logits": dict(zip(("before", "after"), logits_of(episode, setting), strict=True)),
+        "images": {
+            name: thumbnails(novel.split.images[index.flatten()])
+            for name, index in (("support", support), ("query", query))
+        },
+        "logits": logits_before_and_after(episode, setting),
         "nearest": cosine.topk(min(N_NEAREST, len(index)), 1).indices,
     }
 
 
 def read_saved_episodes(path: Path) -> list[dict[str, Any]]:
-    """The episodes of a file, as gather_episode made them, and the file's name as `result` of each, running nothing.
-
-    Raises UserError when it is no such file.
-    """
+    """The episodes of a file, with its name as `result` of each. Raises UserError when it is no such file."""
     schema = EPISODE | {"more": [EPISODE]}
     first = read_record(path, EPISODE_FORMAT, schema, "saved episode", "delete it and run its stage again")
     more = first.pop("more")

@@ -28,8 +28,8 @@ from persistence.run_files import RunFiles
 class TrainState:
     """A model that is trained on a base split, and how far that has come.
 
-    competes: whether the model that it begins with may be the best one. n_done: epochs; best: the highest validation
-    accuracy so far, share of 1; rows: of the metrics so far; epoch_began: when the last epoch did.
+    competes: whether the initial model may be the best one. n_done: epochs; best: the highest validation accuracy so
+    far, share of 1; rows: of the metrics so far; epoch_began: when the last epoch began.
     """
 
     files: RunFiles
@@ -44,12 +44,28 @@ class TrainState:
 
     @contextlib.contextmanager
     def begin(self, val: Split, n_epoch: int) -> Iterator[None]:
-        """Around all epochs: go on from the state that was found, if one was; an interruption says where it is."""
+        """Around all epochs: restore the state that was found, if any; an interruption says where the state is.
+
+        Raises UserError when the state does not fit this model, these images or this number of epochs.
+        """
+        files = self.files
         if n_epoch:
-            self.files.begin({"base images": self.base.fingerprint, "val images": val.fingerprint})
-        if self.files.state:
-            self.restore(n_epoch)
-        with self.files.resumable():
+            files.begin({"base images": self.base.fingerprint, "val images": val.fingerprint})
+        if files.state:
+            with files.taking_over() as state:
+                self.model.backbone.load_state_dict(state["backbone"])
+                self.model.head.load_state_dict(state["head"])
+                load_moments(self.model.optimizer, state["optimizer"]["state"])
+                self.run.precision.scaler.load_state_dict(state["scaler"])
+                self.n_done, self.best, self.rows = state["n_done"], state["best"], state["rows"]
+                if len(self.rows) != self.n_done - self.first:
+                    raise ValueError("its rows are of other epochs")
+            if self.n_done > n_epoch:
+                raise UserError(f"{files.last} has done {self.n_done} epochs, more than --n_epoch {n_epoch}: give more")
+            if self.run.ranks.first:
+                files.metrics.keep(self.rows)
+            print(f"resumed after epoch {self.n_done - 1}: {files.last}")
+        with files.resumable():
             yield
 
     @property
@@ -88,75 +104,53 @@ class TrainState:
     def keep_best(
         self, epoch: int, val: EpisodeScores, loss: float = math.nan, base_accuracy: float = math.nan
     ) -> None:
-        """Keep the model if it is the best so far and log the epoch, -1 before training; the first rank does."""
+        """Keep the model if it is the best so far, and log the epoch, -1 before training; the first rank does."""
         if not self.run.ranks.first:
             return
         accuracy, ci95 = mean_and_ci95(val.accuracy)
-        # Frozen, a backbone is as good on val after every epoch: the last head is kept.
+        # A frozen backbone is as good on val after every epoch: the last head is kept.
         if accuracy > self.best or not n_parameters(self.model.backbone):
             self.best = accuracy
-            save_checkpoint(self.files.best, self.checkpoint(epoch))
-        seconds = time.time() - self.epoch_began
+            name, backbone = self.files.name, self.model.backbone
+            checkpoint = Checkpoint(
+                stage=self.files.stage,
+                dataset=name.dataset,
+                method=name.method,
+                backbone=name.backbone,
+                img_size=self.base.images.shape[-1],
+                class_names=self.base.class_names,
+                backbone_state=backbone.state_dict(),
+                head_state=self.model.head.state_dict(),
+                epoch=epoch,
+                val_accuracy=100 * accuracy,
+                config=self.files.config,
+                normalisation=backbone.normalisation,
+                glyphs_version=GLYPHS_VERSION,
+            )
+            save_checkpoint(self.files.best, checkpoint)
+        row: dict[str, Any] = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
+        row |= {"val_accuracy": 100 * accuracy, "val_ci95": 100 * ci95, "seconds": time.time() - self.epoch_began}
         trained = f"epoch {epoch:3d}  loss {loss:.3f}  base accuracy {100 * base_accuracy:.1f}"
         print(
             f"{trained if epoch >= 0 else 'before training'}  "
-            f"val {percent(accuracy, ci95)}  best {100 * self.best:.2f}  {seconds:.1f} s"
+            f"val {percent(accuracy, ci95)}  best {100 * self.best:.2f}  {row['seconds']:.1f} s"
         )
-        row: dict[str, Any] = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
-        row |= {"val_accuracy": 100 * accuracy, "val_ci95": 100 * ci95, "seconds": seconds}
         self.rows.append(to_json(row))
         self.files.metrics.write(epoch, row, self.first)
-
-    def checkpoint(self, epoch: int) -> Checkpoint:
-        """The model as it is after an epoch, the best one so far."""
-        name = self.files.name
-        return Checkpoint(
-            stage=self.files.stage,
-            dataset=name.dataset,
-            method=name.method,
-            backbone=name.backbone,
-            img_size=self.base.images.shape[-1],
-            class_names=self.base.class_names,
-            backbone_state=self.model.backbone.state_dict(),
-            head_state=self.model.head.state_dict(),
-            epoch=epoch,
-            val_accuracy=100 * self.best,
-            config=self.files.config,
-            normalisation=self.model.backbone.normalisation,
-            glyphs_version=GLYPHS_VERSION,
-        )
-
-    def restore(self, n_epoch: int) -> None:
-        """Go on from the state that was found, and its metrics. Raises UserError if it does not fit."""
-        last = self.files.last
-        with self.files.taking_over() as state:
-            self.model.backbone.load_state_dict(state["backbone"])
-            self.model.head.load_state_dict(state["head"])
-            load_moments(self.model.optimizer, state["optimizer"]["state"])
-            self.run.precision.scaler.load_state_dict(state["scaler"])
-            self.n_done, self.best = state["n_done"], state["best"]
-            self.rows = state["rows"]
-            if len(self.rows) != self.n_done - self.first:
-                raise ValueError("its rows are of other epochs")
-        if self.n_done > n_epoch:
-            raise UserError(f"{last} has done {self.n_done} epochs, more than --n_epoch {n_epoch}: give at least that")
-        if self.run.ranks.first:
-            self.files.metrics.keep(self.rows)
-        print(f"resumed after epoch {self.n_done - 1}: {last}")
 
     def load_best(self) -> None:
         """Give the model the weights of its best epoch, if it was trained."""
         with rank_0_first(self.run.ranks):
-            if self.files.writes_best:
+            if self.files.schema:
                 checkpoint = load_checkpoint(self.files.best)
                 load_state(self.model.backbone, checkpoint.backbone_state, self.files.best)
                 load_state(self.model.head, checkpoint.head_state, self.files.best)
 
 
 def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
-    """Give an Adam the moments of a state; its rates stay. Raises ValueError if they are not of its parameters.
+    """Give an Adam the moments of a state, and keep its learning rates; parameters frozen so far have no moments.
 
-    Parameters that stood still until then, as in a warm-up, have none.
+    Raises ValueError when the moments are not of its parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shapes = {i: {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(parameters)}

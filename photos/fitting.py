@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from data.benchmarks import DataOptions, Split, load_split
+from data.episodes import EpisodeShape
 from engine.errors import UserError
 from engine.run import Run, move_if_fits
 from methods.alignment import AlignmentSetting
@@ -18,11 +19,13 @@ from methods.features import MAPPED, Source, feature_source, trainable_blocks
 from methods.related_base import empty_notes, exceeding_notes
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone, load_backbone
-from persistence.chosen_setting import choose_for_support
+from persistence.chosen_setting import choose_and_keep
 from persistence.feature_cache import FeatureCache
 from photos.base import base_without
 from photos.classifier import Fitted, fit_classifier
 from photos.images import decode_views, ignored_notes, list_support
+
+N_QUERY = 15  # queries per class of the val episodes of --align_preset auto
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, r
             base = cache.source(backbone, blocks, split)
         if flags.align_preset == "auto":
             load_val = partial(load_split, options, split.benchmark, "val")
-            n_support = torch.bincount(user.labels).tolist()
-            choice = choose_for_support(load_val, backbone, base, cache, n_support, setting)
+            n_way = len(user.class_names)
+            shape = EpisodeShape(n_way, round(len(user.labels) / n_way), N_QUERY)
+            choice = choose_and_keep(cache.folder / "predict", backbone, load_val, base, cache, shape, setting)
             setting = choice.setting
             notes += [line.removeprefix("note: ") for line in choice.lines]
     classifier, episode = fit_classifier(backbone, blocks, user, base, setting, run)

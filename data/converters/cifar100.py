@@ -39,7 +39,7 @@ def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Conversion:
     """
     with open_tree(source) as tree:
         names = _load(tree, "meta", {"fine_label_names": list[str], "coarse_label_names": list[str]})
-        schema = {"data": np.ndarray, "fine_labels": Any, "coarse_labels": Any}
+        schema = {"data": np.ndarray, "fine_labels": object, "coarse_labels": object}
         parts = {part: _load(tree, part, schema) for part in ("train", "test")}
     fine_names, coarse_names = names["fine_label_names"], names["coarse_label_names"]
     superclasses: dict[str, str] = {}

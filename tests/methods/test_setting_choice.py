@@ -121,7 +121,7 @@ def kept_choice(tmp_path, small_choice):
         setting = dataclasses.replace(SETTING, **changes)
         source = dataclasses.replace(z_base, split=without_classes(base, left_out))
         setting, record, lines = kept.choose_and_keep(
-            tmp_path / "best.tar", backbone, val, source, cache, shape, setting
+            tmp_path / "best.tar", backbone, lambda: val, source, cache, shape, setting
         )
         print("\n".join(lines))
         return setting, record
@@ -129,28 +129,16 @@ def kept_choice(tmp_path, small_choice):
     return choose
 
 
-@pytest.mark.parametrize("missing", [False, True])
-def test_for_images_of_no_benchmark_the_episodes_are_like_their_support(tmp_path, small_choice, monkeypatch, missing):
+def test_without_a_val_split_it_is_fine_tuning(tmp_path):
     def load_val():
-        if missing:
-            raise UserError("no val split")
-        return make_split((20,) * 6, split="val", seed=1)
+        raise UserError("no val split")
 
     base, backbone = make_split((20,) * 6, split="base", seed=2), build_backbone("Conv4", 16).eval()
-    cache, shapes = FeatureCache(tmp_path / "cache", Run()), []
-    original = kept.sample_episodes
-    monkeypatch.setattr(kept, "N_QUERY", 5)
-    monkeypatch.setattr(kept, "sample_episodes", lambda val, *rest: shapes.append(rest[0]) or original(val, *rest))
+    cache = FeatureCache(tmp_path / "cache", Run())
     z_base = feature_source(cache.features(backbone, base), base)
-    choice = kept.choose_for_support(load_val, backbone, z_base, cache, [1, 4, 4, 2], SETTING)
-    assert shapes == ([] if missing else [EpisodeShape(4, 3, 5)])
-    assert len(list((tmp_path / "cache").glob("predict_auto_*.json"))) == 1 - missing
-    if missing:
-        assert choice.setting.alignment == "none" and choice.record["table"] is None
-        assert choice.lines == ["note: --align_preset auto cannot choose on val, so it is fine-tuning: no val split"]
-    else:
-        assert choice.lines[-2].startswith("chosen: --align_blocks 0 --aug_size 10 ")  # no command to name
-        assert choice.setting in candidates(SETTING).values()
+    choice = kept.choose_and_keep(tmp_path / "best.tar", backbone, load_val, z_base, cache, ONE_SHOT, SETTING)
+    assert choice.setting.alignment == "none" and choice.record["table"] is None
+    assert choice.lines == ["note: --align_preset auto cannot choose on val, so it is fine-tuning: no val split"]
 
 
 def test_a_second_run_reads_the_table_and_a_damaged_one_is_made_again(kept_choice, tmp_path, monkeypatch):
@@ -199,7 +187,7 @@ def test_too_small_a_val_split_gives_one_line_and_fine_tuning(kept_choice, tmp_p
     assert not list(tmp_path.glob("best_auto_*"))
 
 
-def test_the_script_chooses_names_it_in_the_result_and_its_command_gives_the_same_numbers(workspace, monkeypatch):
+def test_the_script_chooses_names_it_in_the_result_and_its_flags_give_the_same_numbers(workspace, monkeypatch):
     monkeypatch.setattr(kept, "N_EPISODES", 40)
     protocol = [*TINY, "--n_episodes", 3, "--ft_n_epoch", 20, *folders(workspace)]
     auto = [*protocol, "--align_preset", "auto", "--aug_size", 4]
@@ -213,10 +201,9 @@ def test_the_script_chooses_names_it_in_the_result_and_its_command_gives_the_sam
     assert all(row["flags"] in outcome.out for row in json.loads(table.read_text())["rows"])
 
     again = call("associative_alignment", *auto, "--overwrite")
-    assert again.status == 0 and line in again.out.replace(" --overwrite", "")
-    words = line.removeprefix("chosen: python associative_alignment.py ").split()
-    assert words.count("--aug_size") == 1
-    by_flags = call("associative_alignment", *words, "--results_dir", workspace / "by_flags")
+    assert again.status == 0 and line in again.out
+    words = line.removeprefix("chosen: ").split()
+    by_flags = call("associative_alignment", *protocol, *words, "--results_dir", workspace / "by_flags")
     assert by_flags.status == 0, by_flags.err
     (other,) = (workspace / "by_flags" / "tables").glob("*.json")
     assert json.loads(other.read_text())["accuracy_per_episode"] == record["accuracy_per_episode"]
@@ -225,11 +212,11 @@ def test_the_script_chooses_names_it_in_the_result_and_its_command_gives_the_sam
 @pytest.mark.parametrize("n_shot", [2, 8])
 def test_predict_chooses_on_the_val_classes_of_its_base_set_if_they_are_enough(workspace, monkeypatch, n_shot):
     monkeypatch.setattr(kept, "N_EPISODES", 20)
-    monkeypatch.setattr(kept, "N_QUERY", 2)
+    monkeypatch.setattr("photos.fitting.N_QUERY", 2)
     tiny, support = workspace / "benchmarks" / "tiny", workspace / "support"
-    for folder in sorted((tiny / "novel").iterdir())[:3]:
+    for i, folder in enumerate(sorted((tiny / "novel").iterdir())[:3]):
         (support / folder.name).mkdir(parents=True)
-        for image in sorted(folder.iterdir())[:n_shot]:
+        for image in sorted(folder.iterdir())[: n_shot - 1 + i]:  # n_shot of a class, in the mean
             shutil.copy(image, support / folder.name)
     flags = ["--support", support, "--query", tiny / "novel", "--base", tiny, "--ft_n_epoch", 20, "--quiet"]
     flags += ["--checkpoint", workspace / "results" / "models" / f"{RUN}_bestModel.tar", "--out", workspace / "out"]
@@ -239,7 +226,8 @@ def test_predict_chooses_on_the_val_classes_of_its_base_set_if_they_are_enough(w
     tables = list((workspace / "cache").glob("predict_auto_*.json"))
     if n_shot == 2:
         chosen = json.loads(tables[0].read_text())["chosen"]
-        assert f"note: chosen: python predict.py --support {support}" in outcome.out and chosen in outcome.out
+        assert "auto, 3-way 2-shot," in outcome.out
+        assert f"note: chosen: --align_blocks 0 --aug_size 20 {chosen}" in outcome.out
     else:  # 8 of the 8 images of a val class leave none to ask for
         assert not tables and "auto cannot choose on val, so it is fine-tuning" in outcome.out
         assert "head on Conv4, no alignment\n" in outcome.out and "related base classes a class" not in outcome.out

@@ -116,7 +116,7 @@ def died(finished, tmp_path_factory):
         assert ended.returncode != 0 and f"exitcode  : {9 if how == 'killed' else 2}" in ended.stderr, ended.stderr
         if how == "UserError":
             lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-            assert len(lines) == 1 and "rank 1 alone; the last good checkpoint is" in lines[0], ended.stderr
+            assert len(lines) == 1 and "rank 1 alone; --resume goes on from" in lines[0], ended.stderr
             assert ended.stderr.count("Traceback") == 1, ended.stderr  # torchrun's own
         assert not list((root / name).rglob("tables/*.json"))
     return root
@@ -205,7 +205,7 @@ def test_a_launcher_that_is_told_to_end_says_how_to_go_on(finished, tmp_path):
     launcher.terminate()
     assert launcher.wait(60) != 0
     said = [line for line in (tmp_path / "err").read_text().splitlines() if "interrupted" in line]
-    assert len(said) == 1 and "the same command with --resume goes on from" in said[0]
+    assert len(said) == 1 and "--resume goes on from" in said[0]
 
 
 def test_what_the_user_can_mend_is_one_line_of_all_ranks(tmp_path):

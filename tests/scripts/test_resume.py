@@ -143,7 +143,7 @@ def test_a_signal_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, process
             break
     assert status == 130
     said = (root / "out").read_text().splitlines()[-1]
-    assert said.startswith("interrupted: ") and "--resume" in said and "_last.tar" in said
+    assert said.startswith("interrupted; --resume") and "_last.tar" in said
     assert "Traceback" not in (root / "out").read_text()
     refused = call(script, *flags)
     assert refused.status == 2 and "unfinished" in refused.err and "--resume" in refused.err
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_last_state_and_the_best_model(finished, tmp_path
     limit = min(len(content) for path, content in kept.items() if "_last" in path.name) // 2
     assert processes.run(script, flags, root / "out", max_bytes=limit) == 2
     said = (root / "out").read_text().splitlines()[-1]
-    assert said.startswith("error: ") and "cannot be written" in said and "the last good checkpoint is" in said
+    assert said.startswith("error: ") and "cannot be written" in said and "--resume goes on from" in said
     for path, content in kept.items():  # the best model may be a better one by now, but a whole one
         assert path.read_bytes() == content or load_checkpoint(path).epoch == 4
     assert not half_written(root)
@@ -354,11 +354,11 @@ def test_a_diverging_loss_names_where_and_the_last_good_checkpoint(finished, tmp
     flags = [*COMMANDS["transferLearning"], *folders(root), "--method", "softMax"]
     outcome = call("transferLearning", *flags, "--lr", 1e30)
     assert outcome.status == 2
-    for part in ("epoch 0, batch 1", "--lr", "there is no earlier checkpoint"):
+    for part in ("epoch 0, batch 1", "--lr", "there is no state yet"):
         assert part in outcome.err
     outcome = call("transferLearning", *flags, "--lr", 1e30, "--batch_size", 1000, "--n_query", 2)
     assert outcome.status == 2 and "epoch 1, batch 0" in outcome.err
-    assert "the last good checkpoint is" in outcome.err and "softMax_Conv4_last.tar" in outcome.err
+    assert "--resume goes on from" in outcome.err and "softMax_Conv4_last.tar" in outcome.err
 
 
 def test_the_documented_command_is_killed_and_resumed(finished, tmp_path):
