@@ -27,14 +27,6 @@ from engine.files import (
 from tests.helpers import ROOT
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    path = tmp_path / "file" / "models" / "model.tar"
-    with pytest.raises(UserError, match="cannot be written.*another folder") as error:
-        save_atomically(path, torch.zeros(3))
-    assert str(path) in str(error.value)
-
-
 def test_what_is_saved_comes_back_and_replaces_what_was_there(tmp_path):
     path = tmp_path / "new" / "state.tar"
     for content in ({"weight": torch.zeros(2)}, {"weight": torch.arange(3.0), "epoch": 4, "best": [0.5, None]}):
@@ -99,6 +91,7 @@ def test_what_is_no_file_of_ours_is_not_unpickled(tmp_path, content):
 
 
 SCHEMA = {"epoch": int, "state": dict[str, torch.Tensor]}
+CONFIG = {"lr": 1e-3, "flip": True, "file": None, "crop": [0.1, 1], "name": "x"}
 RECORD = {"format": "ours/1", "epoch": 3, "state": {"weight": torch.zeros(2)}}
 
 
@@ -106,14 +99,10 @@ RECORD = {"format": "ours/1", "epoch": 3, "state": {"weight": torch.zeros(2)}}
     "change, reason",
     [
         (lambda record: [record], "it has no format 'ours/1'"),
-        (lambda record: {"epoch": 3}, "it has no format 'ours/1'"),
         (lambda record: record | {"format": "other"}, "it has no format 'ours/1'"),
         (lambda record: record | {"format": torch.zeros(2)}, "it has no format 'ours/1'"),
         (lambda record: {"format": "ours/1", "epoch": 3}, "it lacks 'state'"),
         (lambda record: record | {"epoch": "3"}, "its 'epoch' is of another type"),
-        (lambda record: record | {"epoch": True}, "its 'epoch' is of another type"),
-        (lambda record: record | {"state": {"weight": 1}}, "its 'state' is of another type"),
-        (lambda record: record | {"state": {1: torch.zeros(2)}}, "its 'state' is of another type"),
     ],
 )
 def test_a_record_that_is_not_of_its_schema_is_one_line(tmp_path, change, reason):
@@ -134,38 +123,33 @@ def test_a_record_that_is_missing_or_no_file_is_one_line(tmp_path):
         read_record(tmp_path / "state.tar", "ours/1", SCHEMA, "state", "start anew")
 
 
-def test_what_asks_for_a_function_is_told_what_is_read(tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return (os.system, (f"touch {tmp_path / 'marker'}",))
-
-    torch.save({"format": "ours/1", "state": Hostile()}, tmp_path / "state.tar")
-    with pytest.raises(UserError) as error:
-        read_record(tmp_path / "state.tar", "ours/1", SCHEMA, "state", "start anew")
-    assert "it asks for posix.system; only tensors and plain values are read" in str(error.value)
-    assert "weights_only" not in str(error.value) and not (tmp_path / "marker").exists()
-
-
-def test_types_are_those_of_plain_values():
-    config = {"lr": 1e-3, "flip": True, "file": None, "crop": [0.1, 1], "name": "x"}
-    assert matches_schema(config, FLAGS) and not matches_schema(config | {"lr": torch.zeros(2)}, FLAGS)
-    assert (
-        not matches_schema(config | {"crop": [[1]]}, FLAGS)
-        and not matches_schema(config | {1: 2}, FLAGS)
-        and not matches_schema([], FLAGS)
-    )
-    assert (
-        matches_schema(3, float)
-        and not matches_schema(True, float)
-        and not matches_schema(3.0, int)
-        and matches_schema("x", str | None)
-    )
-    nested = {"a": {"b": list[int]}}
-    assert (
-        matches_schema({"a": {"b": [1, 2]}}, nested)
-        and not matches_schema({"a": {"b": [1.5]}}, nested)
-        and not matches_schema({"a": []}, nested)
-    )
+@pytest.mark.parametrize(
+    "value, kind, fits",
+    [
+        (CONFIG, FLAGS, True),
+        (CONFIG | {"lr": torch.zeros(2)}, FLAGS, False),
+        (CONFIG | {"crop": [[1]]}, FLAGS, False),
+        (CONFIG | {1: 2}, FLAGS, False),
+        ([], FLAGS, False),
+        (3, float, True),
+        (True, float, False),
+        (3.0, int, False),
+        (2**63, int, False),
+        ("x", str | None, True),
+        ("\ud800", str, False),
+        (torch.zeros(1).expand(10**12), torch.Tensor, False),
+        (torch.eye(2).to_sparse(), torch.Tensor, False),
+        (torch.zeros(3, device="meta"), torch.Tensor, False),
+        (torch.zeros(2, 3).T, torch.Tensor, True),
+        (torch.zeros(2), float, False),
+        ({"a": {"b": [1, 2]}}, {"a": {"b": list[int]}}, True),
+        ({"a": {"b": [1.5]}}, {"a": {"b": list[int]}}, False),
+        ({"a": []}, {"a": {"b": list[int]}}, False),
+        ([{"a": 1}], [{"a": int}], True),
+    ],
+)
+def test_types_are_those_of_plain_values(value, kind, fits):
+    assert matches_schema(value, kind) == fits
 
 
 @pytest.mark.parametrize(
@@ -209,26 +193,13 @@ def test_a_name_that_is_not_one_folder_is_refused(name):
 
 
 def test_a_digest_follows_from_names_weights_statistics_and_facts():
-    def digest(change=lambda layer: None, *facts, name="norm"):
-        layer = nn.BatchNorm1d(3)
-        change(layer)
-        return weights_digest(nn.ModuleDict({name: layer}), *facts)
-
-    def another_weight(layer):
-        layer.weight.data[1] += 1e-6
-
-    def another_statistic(layer):
-        layer.running_mean[2] = 1.0
-
-    same = digest()
-    assert digest() == same and len(same) == 16
-    others = [
-        digest(another_weight),
-        digest(another_statistic),
-        digest(name="other"),
-        digest(lambda layer: None, "map"),
-    ]
-    assert len({same, *others}) == 5
+    layers = [nn.BatchNorm1d(3) for _ in range(3)]
+    layers[1].weight.data[1] += 1e-6
+    layers[2].running_mean[2] = 1.0
+    digests = {weights_digest(layer) for layer in layers}
+    assert weights_digest(nn.BatchNorm1d(3)) in digests and {len(digest) for digest in digests} == {16}
+    digests |= {weights_digest(nn.Sequential(layers[0])), weights_digest(layers[0], "map")}
+    assert len(digests) == 5
 
 
 def test_json_is_read_as_utf_8_whatever_the_locale(tmp_path):

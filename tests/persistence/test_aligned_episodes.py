@@ -3,13 +3,11 @@
 import json
 import math
 
-import pytest
 import torch
 import torch.nn.functional as F
 
 from data.episodes import EpisodeShape, sample_episodes
 from engine.distributed import Ranks
-from engine.errors import UserError
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting
 from methods.features import feature_source
@@ -94,13 +92,6 @@ def test_episodes_go_on_after_those_of_their_state(tmp_path):
     assert all(torch.equal(value, first.tensors()[name]) for name, value in second.tensors().items())
     assert [row["n_related"] for row in rows(second)] == [6, 7]
     assert len(start(tmp_path, n=1, resume=True)) == 1  # fewer are asked for now
-
-
-def test_a_state_that_lacks_a_column_is_refused(tmp_path):
-    done = start(tmp_path)
-    done.files.save_state(finetuned=torch.zeros(1, 2, 2), scaler={})
-    with pytest.raises(UserError, match="it lacks .aligned.*: start anew with --overwrite"):
-        start(tmp_path, resume=True)
 
 
 def test_another_rank_writes_nothing_and_hands_its_rows_notes_and_drawing_to_the_first(tmp_path, monkeypatch, capsys):

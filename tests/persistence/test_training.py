@@ -77,29 +77,22 @@ def test_the_first_of_the_best_models_is_kept_and_loaded_again(tmp_path):
     assert torch.equal(training.model.head.weight, checkpoint.head_state["weight"])
 
 
-def test_every_epoch_is_a_row_in_percent(tmp_path):
-    training = a_training(tmp_path)
-    train(training, [4, 6])
-    assert [row["epoch"] for row in rows(training)] == [0, 1] and [row["loss"] for row in rows(training)] == [1.5, 0.5]
-    assert [row["val_accuracy"] for row in rows(training)] == pytest.approx([40, 60])
-    assert [row["base_accuracy"] for row in rows(training)] == [25, 25]
-
-
-def test_a_training_goes_on_after_the_epochs_of_its_state(tmp_path):
-    first = a_training(tmp_path)
-    train(first, [4, 6])
+@pytest.mark.parametrize("competes", [False, True])
+def test_a_training_goes_on_after_the_epochs_of_its_state(tmp_path, competes):
+    first = a_training(tmp_path, competes=competes)
+    train(first, [4, 6], lambda: scores(5))
     with open(first.files.metrics.path, "a") as file:
         file.write('{"epoch": 2}\n{"epo')  # of an epoch whose state was never written
-    second = a_training(tmp_path, resume=True)
+    second = a_training(tmp_path, resume=True, competes=competes)
     assert not torch.equal(weights_of(second), weights_of(first))
     with second.begin(VAL, 4):
         assert list(second.epochs(4, never)) == [2, 3] and second.best == pytest.approx(0.6)
-    assert torch.equal(weights_of(second), weights_of(first)) and len(rows(second)) == 2
+    assert torch.equal(weights_of(second), weights_of(first)) and len(rows(second)) == 2 + competes
     ours, theirs = (training.model.optimizer.state_dict()["state"] for training in (second, first))
     assert all(torch.equal(ours[i][k], theirs[i][k]) for i in theirs for k in theirs[i]) and len(theirs) > 8
     best = second.files.best.read_bytes()
     second.end_epoch(2, 1.0, 0.5, scores(5))
-    assert second.files.best.read_bytes() == best and [row["epoch"] for row in rows(second)] == [0, 1, 2]
+    assert second.files.best.read_bytes() == best and [row["epoch"] for row in rows(second)][-3:] == [0, 1, 2]
 
 
 def test_a_state_of_more_epochs_or_of_other_images_is_refused(tmp_path):
@@ -137,19 +130,9 @@ def test_a_model_that_competes_is_replaced_by_a_better_one_alone(tmp_path, capsy
     training.load_best()
     assert torch.equal(weights_of(training), [*weights, initial][best])
     assert [(row["epoch"], row["loss"]) for row in rows(training)] == [(-1, None), (0, 1.5), (1, 0.5)]
-    assert rows(training)[0]["val_accuracy"] == pytest.approx(50) and rows(training)[0]["base_accuracy"] is None
+    assert [row["val_accuracy"] for row in rows(training)] == pytest.approx([50, *(10 * n for n in n_right)])
+    assert [row["base_accuracy"] for row in rows(training)] == [None, 25, 25]
     assert capsys.readouterr().out.startswith("before training  val 50.00 ")
-
-
-def test_a_training_that_goes_on_keeps_what_it_began_with(tmp_path):
-    first = a_training(tmp_path, competes=True)
-    train(first, [4], lambda: scores(5))
-    with open(first.files.metrics.path, "a") as file:
-        file.write('{"epoch": 1}\n')  # of an epoch whose state was never written
-    second = a_training(tmp_path, resume=True, competes=True)
-    with second.begin(VAL, 2):
-        assert list(second.epochs(2, never)) == [1]
-    assert second.best == pytest.approx(0.5) and [row["epoch"] for row in rows(second)] == [-1, 0]
 
 
 def test_a_test_without_training_has_nothing_that_competes(tmp_path):

@@ -6,15 +6,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
 from persistence.checkpoints import load_checkpoint
-from tests.helpers import ROOT, TINY, Processes, call, folders, make_benchmark, numbers, run
+from tests.helpers import TINY, Processes, call, folders, make_benchmark, numbers
 
 pytest.importorskip("resource")  # fork and limits are POSIX's
 
@@ -285,10 +283,9 @@ def test_what_a_state_follows_from_must_not_change(copy, script):
     assert refused.status == 2 and "base images" in refused.err and "--overwrite" in refused.err
 
 
-@pytest.mark.parametrize("content", [b"", b"half a file", None])
-def test_a_damaged_state_is_one_line(copy, content):
+def test_a_damaged_state_is_one_line_and_may_be_overwritten(copy):
     last = next((copy / "results" / "models").glob("*arcMax*_last.tar"))
-    last.write_bytes(last.read_bytes()[:5000] if content is None else content)
+    last.write_bytes(last.read_bytes()[:5000])
     for flags in ([], ["--resume"]):
         refused = call("transferLearning", *COMMANDS["transferLearning"], *folders(copy), *flags)
         assert refused.status == 2 and str(last) in refused.err and refused.err.count("\n") == 1
@@ -304,7 +301,7 @@ def test_a_metrics_file_that_was_removed_or_cut_short_is_whole_again(copy, finis
         assert numbers(copy, "transferLearning") == numbers(finished[0], "transferLearning")
     (last,) = copy.rglob(LAST["transferLearning"])
     state = torch.load(last, weights_only=True)
-    for rows in (None, "five", [], [5] * 8, [{"epoch": "0"}] * 8):
+    for rows in ([], [{"epoch": "0"}] * 8):
         torch.save(state | {"rows": rows}, last)
         outcome = call("transferLearning", *flags)
         assert outcome.status == 2 and outcome.err.count("\n") == 1
@@ -344,11 +341,6 @@ def test_a_state_that_does_not_fit_is_one_line(copy, script, spoil):
         assert refused.err.count("\n") == 1 and files(copy) == before
 
 
-def test_a_training_is_not_resumed_to_fewer_epochs(copy):
-    refused = call("transferLearning", *longer("transferLearning", -3), *folders(copy), "--resume")
-    assert refused.status == 2 and "8 epochs" in refused.err and "--n_epoch 5" in refused.err
-
-
 def test_a_diverging_loss_names_where_and_the_last_good_checkpoint(finished, tmp_path):
     root = new_root(finished[0], tmp_path, "transferLearning")
     flags = [*COMMANDS["transferLearning"], *folders(root), "--method", "softMax"]
@@ -359,24 +351,3 @@ def test_a_diverging_loss_names_where_and_the_last_good_checkpoint(finished, tmp
     outcome = call("transferLearning", *flags, "--lr", 1e30, "--batch_size", 1000, "--n_query", 2)
     assert outcome.status == 2 and "epoch 1, batch 0" in outcome.err
     assert "--resume goes on from" in outcome.err and "softMax_Conv4_last.tar" in outcome.err
-
-
-def test_the_documented_command_is_killed_and_resumed(finished, tmp_path):
-    """As a user runs it, in a process that imports everything anew."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for attempt in range(5):  # on a busy machine a run may end before it is killed
-        root = new_root(finished[0], tmp_path / str(attempt), "transferLearning")
-        flags = [*COMMANDS["transferLearning"], *folders(root)]
-        command = [sys.executable, str(ROOT / "transferLearning.py"), *map(str, flags)]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        while not list(root.rglob("*_last.tar")) and process.poll() is None:
-            time.sleep(0.005)
-        process.kill()
-        status = process.wait()
-        if status != 0:
-            break
-    assert status == -signal.SIGKILL
-    refused = call("transferLearning", *flags)
-    assert refused.status == 2 and "unfinished run" in refused.err
-    assert "resumed after epoch" in run("transferLearning.py", *flags, "--resume").stdout
-    assert numbers(root, "transferLearning") == numbers(finished[0], "transferLearning")
