@@ -137,13 +137,13 @@ def read_json(path: Path, lines: bool = False) -> Any:
     text = path.read_text(encoding="utf-8")
     parts = text.splitlines() if lines else [text]
     try:
-        found = [json.loads(part, parse_constant=refuse) for part in parts]
+        found = [json.loads(part, parse_constant=no_number) for part in parts]
         return found if lines else found[0]
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def refuse(text: str) -> NoReturn:
+def no_number(text: str) -> NoReturn:
     """Raise ValueError for what json takes for a number: NaN, Infinity or -Infinity."""
     raise ValueError(f"it holds {text}, which is no number")
 
