@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 
 from engine.distributed import join_ranks
 from engine.errors import OneLineParser
+from engine.resizing import RULE, USAGE
 from engine.run import Run, start_run
 from methods.alignment import ALIGNMENTS
 from methods.meta_learners import META_LEARNERS
@@ -55,6 +56,13 @@ def backbone_name(text: str) -> str:
         return text
     choices = f"{', '.join(BACKBONES)}, {OTHERS_USAGE}, such as torchvision:resnet50"
     raise argparse.ArgumentTypeError(f"unknown backbone {text!r}: choose {choices}")
+
+
+def resize_rule(text: str) -> str:
+    """An argparse type: a resize rule."""
+    if not RULE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no resize rule: expected {USAGE}")
+    return text
 
 
 # 1e30 keeps any arithmetic on a rate or a scale within float32.
@@ -120,6 +128,9 @@ DECODING: Table = [
     flag("--cache_dir", Path, Path("./fs_benchmarks/.cache"), "decoded images and features, kept between runs"),
     flag("--rebuild_cache", SWITCH, False, "decode images again: after changes that their sizes and times do not show"),
     flag("--img_size", number(int, 8), None, "side of the square input, pixels (default: the backbone's own)"),
+    flag("--eval_resize", resize_rule, None,
+         "resize images before their centre is taken: published (both sides to 1.15 x --img_size), none, short:N or "
+         "both:N, with :bicubic to interpolate so (default: the checkpoint's or backbone's own, else published)"),
     flag("--num_workers", COUNT_OR_0, 4, "threads that decode images, once; the results do not depend on it"),
 ]
 
@@ -158,6 +169,8 @@ SHARED: Table = [
     flag("--n_episodes", COUNT, 600, "test episodes in a testing epoch"),
     flag("--testing_epochs", COUNT, 1, "testing epochs, pooled into one interval; published code: 10"),
     flag("--val_episodes", COUNT, 400, "validation episodes, the same in every epoch; published code draws new ones"),
+    flag("--strict_classes", SWITCH, False,
+         "refuse classes with fewer images than an episode takes, which are else left out of episodes"),
     flag("--episodes_file", Path, None, "read the novel episodes from this file, or write it when missing"),
     *FITTING,
 
@@ -343,7 +356,7 @@ CONDITIONS: list[tuple[Callable[..., Any], str]] = [
      "--train_blocks and --n_epoch 0 take a trained backbone: give --init_from or --weights"),
     (lambda backbone, weights, checkpoint, classifier: is_new(backbone, weights, checkpoint or classifier),
      "no trained backbone: give --checkpoint FILE (made by 'make demo', by transferLearning.py, or by 'python -m "
-     "persistence.import_published FILE OUT' of a published file), or torchvision's ImageNet weights, --backbone "
+     "persistence.import_checkpoint FILE OUT' of a published file), or torchvision's ImageNet weights, --backbone "
      "torchvision:resnet18 --weights DEFAULT"),
     (lambda align_preset, base: align_preset == "auto" and not base,
      "argument --align_preset: auto chooses on val episodes of a benchmark: name it with --base"),

@@ -9,18 +9,18 @@ from functools import partial
 import torch
 
 from args_parser import from_flags, start_stage
-from data.benchmarks import DataOptions, load_split
-from data.episodes import EpisodeShape, fixed_episodes
+from data.benchmarks import DataOptions, enlarged_notes, list_split, load_split
+from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes
 from engine.distributed import rank_0_first
 from engine.errors import UserError
 from engine.files import weights_digest
-from engine.script import run_script
+from engine.script import print_notes, run_script
 from methods.alignment import AlignmentSetting
 from methods.feature_alignment import align_episodes, episodes_per_chunk
 from methods.features import trainable_blocks
 from methods.related_base import exceeding_notes
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
-from persistence.checkpoints import check_base_classes, load_backbone
+from persistence.checkpoints import check_base_classes, detail_notes, load_backbone
 from persistence.chosen_setting import choose_and_keep
 from persistence.feature_cache import FeatureCache
 from persistence.run_files import LENGTH_FLAGS, Folders, RunName, alignment_files
@@ -39,38 +39,38 @@ def main() -> None:
     if (most := max(args.save_episode)) >= n_test:
         raise UserError(f"--save_episode {most}, but the {n_test} episodes are numbered from 0: give less")
 
-    # Images as uint8 arrays, and episodes as indices into them.
-    load = partial(load_split, from_flags(DataOptions, args))
-    shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
+    # The backbone of stage 1 or 2; images as uint8 arrays, made as it takes them, and episodes as indices into them.
+    path, shape = args.init_from or files.best, EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     with rank_0_first(ranks):
         files.find_state(LENGTH_FLAGS, ranks)
+        list_split(from_flags(DataOptions, args), args.dataset, "base")  # if they are missing, that is said first
+        backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)
+        args.eval_resize = args.eval_resize or backbone.eval_resize
+        load = partial(load_split, from_flags(DataOptions, args))
         base, novel = load(args.dataset, "base"), load(args.novel_dataset, args.test_split)
         splits = [base, novel, *([load(args.novel_dataset, "val")] if is_auto else [])]
+        check_episodes_fit(splits[1:], shape, args.strict_classes)
         episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
 
-    # The backbone of stage 1 or 2, the blocks that alignment updates, and both splits as those take them.
-    path = args.init_from or files.best
-    backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)
+    # The blocks that alignment updates, and both splits as those take them.
     check_base_classes(path, checkpoint, args.dataset, base.class_names)
     blocks = trainable_blocks(backbone.to(run.device).to(memory_format=torch.channels_last), args.align_blocks)
     cache, setting, chosen = FeatureCache(args.cache_dir, run), from_flags(AlignmentSetting, args), None
     base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
-    images = {
-        f"{name} images": split.fingerprint for name, split in zip(("base", "novel", "val"), splits, strict=False)
-    }
+    names = ("base images", "novel images", "val images")
+    images = {name: split.fingerprint for name, split in zip(names, splits, strict=False)}
     if is_auto:
         setting, chosen, lines = choose_and_keep(path, backbone, lambda: splits[2], base_source, cache, shape, setting)
         print("\n".join(lines))
-    for note in exceeding_notes(args.test_n_way, setting.related.n_B, len(base.class_names)):
-        print(f"note: {note}")
+    notes = [*enlarged_notes(novel), *detail_notes(checkpoint, novel)]
+    print_notes(notes + exceeding_notes(args.test_n_way, setting.related.n_B, len(base.class_names)))
 
     # Every episode: fit a head, find the related base classes, align. A rank takes consecutive ones.
     files.begin({"weights": weights_digest(backbone)} | images)
     done = AlignedEpisodes(files, run, episodes, novel.class_names, setting)
     for i in sorted(i for i in {*args.save_episode} - {*done.drawings} if i < len(done)):
         print(f"note: episode {i} is done and was not saved: only --overwrite runs it again")
-    in_feature_space, n_way = blocks.in_feature_space, args.test_n_way
-    step = episodes_per_chunk(backbone.feature_dim, n_way, setting) if in_feature_space else SAVE_EVERY
+    step = episodes_per_chunk(backbone.feature_dim, shape.n_way, setting) if blocks.in_feature_space else SAVE_EVERY
     with files.resumable(), done.bar:
         while (first := len(done)) < n_test:
             mine = ranks.share(range(first, min(first + ranks.n * step, n_test)))

@@ -8,17 +8,17 @@ python metaLearning.py --preset laptop                                          
 from functools import partial
 
 from args_parser import from_flags, start_training
-from data.benchmarks import DataOptions, load_split
+from data.benchmarks import DataOptions, enlarged_notes, load_split
 from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, training_images
 from engine.distributed import copy_rank_0, rank_0_first
-from engine.script import run_script
+from engine.script import print_notes, run_script
 from methods.episodic_training import train_episodic_epoch
 from methods.evaluation import EpisodeScores
 from methods.meta_learners import META_LEARNERS, build_meta_learner
 from methods.split_evaluation import evaluate_on_split
 from models import Model, n_parameters
-from persistence.checkpoints import BackboneSpec, initial_backbone, load_state
+from persistence.checkpoints import BackboneSpec, detail_notes, initial_backbone, load_state
 from persistence.results import save_result
 from persistence.run_files import TEST_FLAGS
 from persistence.training import TrainState
@@ -28,7 +28,10 @@ def main() -> None:
     args, run, files = start_training("meta")
     ranks = run.ranks
 
-    # Images as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch.
+    # The backbone; images as uint8 arrays, resized by its rule, and episodes as indices into them.
+    maps = META_LEARNERS[args.method][0].uses_maps
+    backbone, checkpoint = initial_backbone(from_flags(BackboneSpec, args), run, relation=maps)
+    args.eval_resize = args.eval_resize or backbone.eval_resize
     load = partial(load_split, from_flags(DataOptions, args))
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     train_shape = EpisodeShape(args.train_n_way, args.n_shot, args.train_n_query)
@@ -37,14 +40,12 @@ def main() -> None:
     with rank_0_first(ranks):
         files.find_state(TEST_FLAGS, ranks)
         base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
+        check_episodes_fit([val, novel], shape, args.strict_classes)
         val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
-    if args.n_epoch:
-        check_episodes_fit(base, train_shape)
+    check_episodes_fit([base] if args.n_epoch else [], train_shape, args.strict_classes)
 
-    # Model: the backbone, and the meta-learner's own module, which a checkpoint of the same method brings as well.
-    maps = META_LEARNERS[args.method][0].uses_maps
-    backbone, checkpoint = initial_backbone(from_flags(BackboneSpec, args), run, relation=maps)
+    # The meta-learner's own module, which a checkpoint of the same method brings as well.
     with run.seeded("meta-learner"):
         learner = build_meta_learner(args.method, backbone, args.temperature).to(run.device)
     if checkpoint and checkpoint.method == args.method:
@@ -55,9 +56,9 @@ def main() -> None:
     augmentation = Augmentation(crop_scale=tuple(args.crop_scale), flip=not args.no_flip) if args.data_aug else None
     images = training_images(base, augmentation, run.device, backbone.normalisation)
     size = "x".join(map(str, backbone.map_shape)) if maps else backbone.feature_dim
-    own = f"{args.method}: {n_parameters(learner):,} of its own, on {size} features at {args.img_size} px"
-    print(f"{args.backbone}: {n_parameters(backbone):,} parameters; {own}")
-    print(f"{base.summary}; {run.device}, {args.precision}")
+    print(f"{args.backbone}: {n_parameters(backbone):,} parameters, {size} features at {args.img_size} px")
+    print(f"{args.method}: {n_parameters(learner):,} of its own; {base.summary}; {run.device}, {args.precision}")
+    print_notes(enlarged_notes(base) + detail_notes(checkpoint, base))
 
     # Episodic training; the model of the best validation accuracy is kept.
     training, figures = TrainState(files, model, base, run, bool(args.init_from)), (0.0, 0.0)

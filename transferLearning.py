@@ -7,18 +7,18 @@ python transferLearning.py --preset laptop                                      
 from functools import cache, partial
 
 from args_parser import from_flags, start_training
-from data.benchmarks import DataOptions, count_classes, load_split
-from data.episodes import EpisodeShape, fixed_episodes, sample_episodes
+from data.benchmarks import DataOptions, count_classes, enlarged_notes, load_split
+from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, TrainingImages, training_images
 from engine.distributed import copy_rank_0, data_parallel, rank_0_first
 from engine.errors import UserError
-from engine.script import run_script
+from engine.script import print_notes, run_script
 from methods.base_training import TrainingFeatures, last_blocks, train_base_epoch
 from methods.evaluation import EpisodeScores, evaluate_heads
 from methods.features import embed
 from methods.novel_finetune import HeadFit
 from models import Model, build_head, n_parameters, sync_batch_norm
-from persistence.checkpoints import BackboneSpec, initial_backbone
+from persistence.checkpoints import BackboneSpec, detail_notes, initial_backbone
 from persistence.feature_cache import FeatureCache
 from persistence.results import save_result
 from persistence.run_files import TEST_FLAGS
@@ -31,7 +31,9 @@ def main() -> None:
     if args.sync_bn and run.device.type != "cuda":
         raise UserError("--sync_bn is for GPUs: PyTorch has no batch norm over several processes of a CPU")
 
-    # Images as uint8 arrays, and episodes as indices into them; those of val are the same after every epoch.
+    # The backbone; images as uint8 arrays, resized by its rule, and episodes as indices into them.
+    backbone, checkpoint = initial_backbone(from_flags(BackboneSpec, args), run)
+    args.eval_resize = args.eval_resize or backbone.eval_resize
     load = partial(load_split, from_flags(DataOptions, args))
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     n_test = args.testing_epochs * args.n_episodes
@@ -39,11 +41,11 @@ def main() -> None:
     with rank_0_first(ranks):
         files.find_state(TEST_FLAGS, ranks)
         base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
+        check_episodes_fit([val, novel], shape, args.strict_classes)
         val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
     n_class = count_classes(base, args.n_base_class, at_least=2 if args.n_epoch else 1)
 
-    backbone, _ = initial_backbone(from_flags(BackboneSpec, args), run)
     head = build_head(args.method, backbone.feature_dim, n_class, args.s, args.m, run.generator("base head"))
     if args.sync_bn and ranks.n > 1:
         backbone = sync_batch_norm(backbone)
@@ -53,6 +55,7 @@ def main() -> None:
     size = f"{n_parameters(backbone):,} parameters, {backbone.feature_dim} features at {args.img_size} px"
     print(f"{args.backbone}: {size}")
     print(base.summary, f"{run.device}, {args.precision}", sep="; ")
+    print_notes(enlarged_notes(base) + detail_notes(checkpoint, base))
     net = last_blocks(backbone, args.train_blocks)
 
     # Base training; the model of the best validation accuracy is kept. A frozen backbone embeds once.

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from engine.errors import UserError
 from engine.files import check_regular
 
 # Raise it with any change of the pixels that come of a file, by which the image cache is keyed.
 DECODE_VERSION = 1
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 # The decoders that may see a file, whatever its name: others, such as that of EPS, hand it on to an interpreter.
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+FORMATS = ["JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM"]
+if "avif" in features.get_supported():  # since Pillow 11.3, where it was built with it
+    IMAGE_SUFFIXES |= {".avif"}
+    FORMATS += ["AVIF"]
 # A file that claims more pixels is a decompression bomb: 120 million of RGB are more than a telephone's 108, and take
 # 480 MB. Of another kind fewer are allowed: BYTES is what decoding a pixel and making it RGB takes, 12 where not named.
 MAX_PIXELS = 120_000_000

@@ -5,6 +5,7 @@ list depends on (seed, i) alone, so that a list may be cut into any chunks, or s
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,29 +85,49 @@ def class_major_labels(n_way: int, n_each: int, device: torch.device | str = "cp
     return torch.arange(n_way, device=device).repeat_interleave(n_each)
 
 
-def check_episodes_fit(split: Split, shape: EpisodeShape) -> None:
-    """Raise UserError when a split has too few classes, or a class too few images, for such episodes."""
-    where = f"the {split.split} split of {split.benchmark!r}"
-    if shape.n_way > len(split.class_names):
+def classes_that_fit(split: Split, shape: EpisodeShape) -> list[int]:
+    """The classes of a split with enough images for such episodes. Raises UserError when there are fewer than n_way."""
+    fit = [c for c, members in enumerate(split.members) if len(members) >= shape.n_shot + shape.n_query]
+    if shape.n_way > len(fit):
+        small = small_classes(split, shape)
         raise UserError(
-            f"{where} has {len(split.class_names)} classes but episodes of {shape.n_way} ways were asked for: "
-            f"give a smaller way or add classes"
+            f"the {split.split} split of {split.benchmark!r} has {len(fit)} classes{' besides ' * bool(small)}{small} "
+            f"but episodes of {shape.n_way} ways were asked for: give a smaller way or add classes"
         )
+    return fit
+
+
+def small_classes(split: Split, shape: EpisodeShape) -> str:
+    """The classes of a split with too few images for such episodes, in words with the remedy; empty without any."""
     needed = shape.n_shot + shape.n_query
-    for name, members in zip(split.class_names, split.members, strict=True):
-        if len(members) < needed:
-            raise UserError(
-                f"class {name!r} of {where} has {len(members)} images; n_shot + n_query = {needed} are needed: "
-                f"lower --n_shot or {'--train_n_query' if split.split == 'base' else '--n_query'}, or add images"
-            )
+    counts = zip(split.class_names, map(len, split.members), strict=True)
+    small = [f"class {name!r} with {count} images" for name, count in counts if count < needed]
+    rest = f" and {len(small) - 5} more" if len(small) > 5 else ""
+    query = "--train_n_query" if split.split == "base" else "--n_query"
+    remedy = f"n_shot + n_query = {needed} are needed: lower --n_shot or {query}, or add images"
+    return f"{', '.join(small[:5])}{rest} ({remedy})" if small else ""
+
+
+def check_episodes_fit(splits: Sequence[Split], shape: EpisodeShape, strict: bool) -> None:
+    """Say which classes of the splits are left out of such episodes.
+
+    Raises UserError when fewer than n_way of a split are left, or if strict when any is left out.
+    """
+    for split in splits:
+        if small := small_classes(split, shape):
+            line = f"the {split.split} split of {split.benchmark!r} has {small}"
+            if strict:
+                raise UserError(f"{line}, or leave these classes out of episodes, without --strict_classes")
+            classes_that_fit(split, shape)
+            print(f"note: {line}; these classes are left out of episodes")
 
 
 def sample_episodes(split: Split, shape: EpisodeShape, n_episodes: int, seed: int, start: int = 0) -> Episodes:
     """Episodes start ... start + n_episodes - 1: classes, then images of each, drawn without replacement.
 
-    Raises UserError when the split is too small (see check_episodes_fit).
+    Classes with too few images are left out. Raises UserError when fewer than n_way are left.
     """
-    check_episodes_fit(split, shape)
+    fit = torch.tensor(classes_that_fit(split, shape))
     n_images = shape.n_shot + shape.n_query
     n_bytes = 8 * n_episodes * shape.n_way * (n_images + 1)
     check_memory(f"a list of {n_episodes} episodes", n_bytes, "lower --n_episodes, --testing_epochs or --val_episodes")
@@ -114,7 +135,7 @@ def sample_episodes(split: Split, shape: EpisodeShape, n_episodes: int, seed: in
     classes = torch.empty(n_episodes, shape.n_way, dtype=torch.long)
     for e in range(n_episodes):
         generator = make_generator(seed, split.split, "episode", start + e)
-        classes[e] = torch.randperm(len(split.members), generator=generator)[: shape.n_way]
+        classes[e] = fit[torch.randperm(len(fit), generator=generator)[: shape.n_way]]
         for w, c in enumerate(classes[e].tolist()):
             picks = torch.randperm(len(split.members[c]), generator=generator)[:n_images]
             index[e, w] = split.members[c][picks]

@@ -1,7 +1,7 @@
 """Decode every image once, in parallel, into uint8 arrays that later runs map into memory.
 
 A split has up to two arrays, written in one pass over the files:
-- `eval` (N, 3, s, s): the published evaluation view, resize to int(1.15 s) square and centre crop;
+- `eval` (N, 3, s, s): the evaluation view, resized by the network's rule (see engine/resizing.py), its centre;
 - `train`, for the base split of a training: what augmentation crops from. Images of one small size are kept as they
   are; others are reduced, their aspect kept, to as many pixels as leave s x s of them to the smallest crop.
   `sizes` (N, 2) keeps their original (height, width), in which crops are drawn.
@@ -34,6 +34,7 @@ from data.decode import DECODE_VERSION, decode, image_bytes, image_size, naming_
 from engine.budget import check_disk, check_memory
 from engine.errors import UserError
 from engine.files import is_gone, matches_schema, read_json
+from engine.resizing import PUBLISHED, resized_size
 from engine.run import Run
 
 S = TypeVar("S")
@@ -51,13 +52,15 @@ BUILDING = f".building.{platform.node()}."
 class ImageFiles:
     """The N files of one split: a readable name of it such as `glyphs_base`, their paths and their `class/file` names.
 
-    min_crop: the least area of a crop, as a share of its image, where augmentation is to crop from them.
+    min_crop: the least area of a crop, as a share of its image, where augmentation is to crop from them. rule: by which
+    the evaluation views are resized.
     """
 
     label: str
     paths: list[Path]
     names: list[str]
     min_crop: float | None
+    rule: str = PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,12 @@ class ImageArrays:
 EVAL_VIEW_VERSION = 1  # raise it with any change of eval_view
 
 
-def eval_view(image: Image.Image, img_size: int) -> np.ndarray:
-    """The published evaluation transform: resize to int(1.15 s) square, aspect not kept, centre crop: (3, s, s)."""
-    side = int(1.15 * img_size)
-    offset = round((side - img_size) / 2)
-    resized = image.resize((side, side), Image.Resampling.BILINEAR)
-    return hwc_to_chw(resized.crop((offset, offset, offset + img_size, offset + img_size)))
+def eval_view(image: Image.Image, img_size: int, rule: str = PUBLISHED) -> np.ndarray:
+    """An RGB image resized by a rule (see engine/resizing.py), its centre: (3, s, s)."""
+    width, height = resized_size(rule, image.size, img_size)
+    left, top = round((width - img_size) / 2), round((height - img_size) / 2)
+    by = Image.Resampling.BICUBIC if rule.endswith(":bicubic") else Image.Resampling.BILINEAR
+    return hwc_to_chw(image.resize((width, height), by).crop((left, top, left + img_size, top + img_size)))
 
 
 def hwc_to_chw(image: Image.Image) -> np.ndarray:
@@ -154,7 +157,8 @@ def load_images(
     """
     signature = listing_signature(files)
     n_pixels = train_pixels(img_size, files.min_crop) if files.min_crop else 0
-    label, key = f"{files.label}_{img_size}px", signature[:16]
+    unusual = "" if files.rule == PUBLISHED else f"{files.rule.replace(':', '-')}_"
+    label, key = f"{files.label}_{unusual}{img_size}px", signature[:16]
     folder = cache_dir / (f"{label}_train{n_pixels}_{key}" if n_pixels else f"{label}_{key}")
     shape = (len(files.paths), 3, img_size, img_size)
     others = [] if n_pixels else cache_dir.glob(f"{glob.escape(label)}_*{key}")  # of trainings: the same views
@@ -234,7 +238,7 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
             with naming_image(files.paths[i]):
                 image = decode(content)
             train = train_view(image, *stored[i].tolist()).tobytes() if n_pixels else b""
-            return hashlib.sha256(content).digest(), eval_view(image, img_size).tobytes(), train
+            return hashlib.sha256(content).digest(), eval_view(image, img_size, files.rule).tobytes(), train
 
         fingerprint = hashlib.sha256()
         bar = Run(quiet=quiet).bar(None, f"decode {files.label}", "img", total=len(files.paths))

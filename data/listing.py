@@ -1,5 +1,8 @@
 """How the images of a split are found: in folders, one a class, or in a published json list."""
 
+import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,34 +10,150 @@ from data.decode import IMAGE_SUFFIXES
 from engine.errors import UserError
 from engine.files import matches_schema, misfit, read_json
 
+Listing = tuple[list[str], list[Path], list[int]]  # class names; the path and the label of each image
+
+# What people call the folders of the splits.
+SPLIT_FOLDERS = {"base": ["base", "train"], "val": ["val", "validation", "valid"], "novel": ["novel", "test"]}
+SHOWN = 6  # kinds of files in a line
+SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
+# How to make images that are read of those that are not.
+TO_JPEG = "convert them: magick mogrify -format jpg FILES, or on a Mac sips -s format jpeg FILES --out FOLDER"
+CONVERT = {".heic": TO_JPEG, ".heif": TO_JPEG, ".avif": "pip install -U pillow reads them"}
+FEW_CLASSES = (
+    "{n} classes are too few for a benchmark: label images of them with "
+    "'python predict.py --support {support} --query FOLDER --checkpoint FILE'"
+)
 # A published json list: names are those of classes, and of images with their folders.
 LIST = {"label_names": list[str], "image_names": list[str], "image_labels": list[Any]}
 
 
-def list_folder(root: Path) -> tuple[list[str], list[Path], list[int]]:
-    """Class names, image paths and labels of `root/<class>/<image>`, sorted by name, hidden files left out."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders of `root` that are named as a split, ours before other people's, which hold folders of classes."""
+    present = {path.name.lower(): path for path in subfolders(root)}
+    named = {split: [present[name] for name in names if name in present] for split, names in SPLIT_FOLDERS.items()}
+    return {
+        split: path for split, paths in named.items() for path in paths[:1] if path.name == split or subfolders(path)
+    }
+
+
+def subfolders(root: Path) -> list[Path]:
+    """The folders in `root`, sorted by name, hidden ones left out; none where it is no folder."""
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
+
+
+def shared_by(folders: dict[str, Path]) -> list[str]:
+    """The classes that more than one of the folders of the splits has, sorted by name."""
+    count = Counter(path.name for folder in folders.values() for path in subfolders(folder))
+    return sorted(name for name, n in count.items() if n > 1)
+
+
+def described(root: Path) -> str:
+    """What a folder holds, in a few words: `2 folders (cat, dog) and 3 .zip`."""
+    folders = [path.name for path in subfolders(root)]
+    some = f"{len(folders)} folders ({', '.join(folders[:3])}{', ...' if len(folders) > 3 else ''})" if folders else ""
+    files = [p for p in root.iterdir() if p.is_file() and is_shown(p.name)] if root.is_dir() else []
+    return " and ".join(part for part in (some, kinds(files)) if part) or "nothing"
+
+
+def is_shown(name: str) -> bool:
+    """Whether a file or folder is neither hidden nor left by a file manager."""
+    return not name.startswith(".") and name.lower() not in SYSTEM_FILES
+
+
+def files_below(folder: Path, follow: bool = True) -> tuple[list[Path], list[Path]]:
+    """The images anywhere below a folder, in the order of torchvision's ImageFolder, and the files that are none.
+
+    follow: links to folders are followed.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    images: list[Path] = []
+    others: list[Path] = []
+    found = []
+    for place, inner, names in os.walk(folder, onerror=stop, followlinks=follow):
+        above = Path(place).resolve() if inner else Path()  # a link to a folder around it would never end
+        inner[:] = [n for n in inner if is_shown(n) and not above.is_relative_to(Path(place, n).resolve())]
+        found += [(place, name) for name in names if is_shown(name)]
+    for place, name in sorted(found):
+        path = Path(place, name)
+        (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+    return images, others
+
+
+def kinds(files: list[Path]) -> str:
+    """`3 .heic (convert them: ...), 1 .txt`: how many files there are of each kind, and how those are read that can."""
+    counts = Counter(path.suffix.lower() or "without suffix" for path in files).most_common()
+    parts = [f"{n} {kind}{f' ({CONVERT[kind]})' if kind in CONVERT else ''}" for kind, n in counts[:SHOWN]]
+    rest = [f"{sum(n for _, n in counts[SHOWN:])} others"] if len(counts) > SHOWN else []
+    return ", ".join(parts + rest).encode("utf-8", "backslashreplace").decode()  # a name may be no text
+
+
+def list_folder(root: Path, note: bool = True) -> Listing:
+    """Class names, image paths and labels of `root/<class>/<image>`, sorted by name, hidden files left out.
+
+    Folders between class and image are read as torchvision's ImageFolder reads them; a note says what is left out.
+    """
+    folders = subfolders(root)
     if not folders:
-        raise UserError(f"{root} holds no class folders: expected {root}/<class>/<image>")
+        raise UserError(
+            f"{root} holds no class folders: expected {root}/<class>/<image>, but it holds {described(root)}"
+        )
     paths: list[Path] = []
     labels: list[int] = []
+    left_out = [path for path in root.iterdir() if path.is_file() and is_shown(path.name)]
     for label, folder in enumerate(folders):
-        images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
+        images, others = files_below(folder)
         if not images:
+            besides = f" but {kinds(others)}" if others else ""
             raise UserError(
-                f"class folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): fill or remove it"
+                f"class folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){besides}: "
+                "fill or remove it"
             )
         paths += images
         labels += [label] * len(images)
+        left_out += others
+    if note and left_out:
+        print(f"note: left out of {root.name}: {kinds(left_out)}")
     return [p.name for p in folders], paths, labels
 
 
-def list_json(file: Path, image_root: Path | None) -> tuple[list[str], list[Path], list[int]]:
+def join_listings(listings: Sequence[Listing]) -> Listing:
+    """One listing of several; a class that several have has the images of all."""
+    class_names = sorted({name for names, _, _ in listings for name in names})
+    label_of = {name: label for label, name in enumerate(class_names)}
+    paths = [path for _, own, _ in listings for path in own]
+    return class_names, paths, [label_of[names[label]] for names, _, labels in listings for label in labels]
+
+
+def image_names(listing: Listing) -> list[str]:
+    """`class/file` of each image; of a class that has two files of one name, `class/folder/file`."""
+    class_names, paths, labels = listing
+    names = [f"{class_names[label]}/{path.name}" for label, path in zip(labels, paths, strict=True)]
+    twice = Counter(names)
+    for label in {label for label, name in zip(labels, names, strict=True) if twice[name] > 1}:
+        own = [i for i, other in enumerate(labels) if other == label]
+        common = os.path.commonpath([paths[i].parent for i in own])
+        for i in own:
+            names[i] = f"{class_names[label]}/{paths[i].relative_to(common).as_posix()}"
+    return names
+
+
+def plain_names(listing: Listing) -> dict[str, dict[str, Path]]:
+    """{class: {file name: path}} of images, each name with its folders where it needs them: `folder_file`."""
+    images: dict[str, dict[str, Path]] = {class_name: {} for class_name in listing[0]}
+    for name, path in zip(image_names(listing), listing[1], strict=True):
+        class_name, _, file_name = name.partition("/")
+        images[class_name][file_name.replace("/", "_")] = path
+    return images
+
+
+def list_json(file: Path, image_root: Path | None) -> Listing:
     """Class names, image paths and labels of a published json file.
 
     Relative image names resolve against the folder of the file. `image_root` re-roots absolute ones, which are of
-    somebody else's machine: the longest tail of the first name that exists below image_root tells how many of the
-    last path components to keep.
+    somebody else's machine: see find_below.
     """
     try:
         record = read_json(file)
@@ -47,6 +166,7 @@ def list_json(file: Path, image_root: Path | None) -> tuple[list[str], list[Path
             f"{file} is not a json object of label_names, image_names and image_labels ({error}): write it anew"
         ) from error
     label_names, names, raw_labels = (record[key] for key in LIST)
+    names = [name.replace("\\", "/") for name in names]  # of a list that was written on Windows
     if not names or len(names) != len(raw_labels):
         raise UserError(
             f"{file} has {len(names)} image_names and {len(raw_labels)} image_labels: expected as many of each"
@@ -64,17 +184,7 @@ def list_json(file: Path, image_root: Path | None) -> tuple[list[str], list[Path
     else:
         raise UserError(f"{file} has image_labels up to {used[-1]} but {len(label_names)} label_names")
     rank = {label: i for i, label in enumerate(used)}
-    if image_root is None:
-        paths = [file.parent / name for name in names]
-    else:
-        parts = Path(names[0]).relative_to(Path(names[0]).anchor).parts
-        kept = next((k for k in range(len(parts), 0, -1) if (image_root / Path(*parts[-k:])).is_file()), None)
-        if kept is None:
-            raise UserError(
-                f"no tail of {names[0]!r} ({file}) exists below --image_root {image_root}: "
-                f"give the folder that holds it"
-            )
-        paths = [image_root.joinpath(*Path(name).parts[-kept:]) for name in names]
+    paths = [file.parent / name for name in names] if image_root is None else find_below(image_root, names, file)
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(
@@ -82,3 +192,28 @@ def list_json(file: Path, image_root: Path | None) -> tuple[list[str], list[Path
             f"give the folder that holds them with --image_root"
         )
     return class_names, paths, [rank[label] for label in raw_labels]
+
+
+def find_below(root: Path, names: list[str], file: Path) -> list[Path]:
+    """Where images that somebody's `file` lists are below `root`.
+
+    The longest tail of the first name that exists below root tells how many of the last parts of each name to keep;
+    where that does not lead to all of them, they are found by their file names, anywhere below root.
+    Raises UserError when one is not there, or several are that the folders in the list do not tell apart.
+    """
+    parts = [Path(name).relative_to(Path(name).anchor).parts for name in names]
+    kept = next((k for k in range(len(parts[0]), 0, -1) if root.joinpath(*parts[0][-k:]).is_file()), 1)
+    paths = [root.joinpath(*each[-kept:]) for each in parts]
+    if all(path.is_file() for path in paths):
+        return paths
+    places: dict[str, list[Path]] = {}
+    for path in files_below(root)[0] if root.is_dir() else []:
+        places.setdefault(path.name, []).append(path)
+    for i, (name, each) in enumerate(zip(names, parts, strict=True)):
+        of_name = places.get(each[-1], [])
+        near = [path for path in of_name if path.parts[-2:] == each[-2:]] or of_name
+        if len(near) != 1:
+            found = f"{len(near)} of this name ({near[0]}, {near[1]})" if near else "none of this name"
+            raise UserError(f"{file} lists {name!r}, and below --image_root {root} is {found}: give its own folder")
+        paths[i] = near[0]
+    return paths

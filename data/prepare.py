@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--source '{args.source}' does not exist")
         conversion = converter.convert(**flags)
         folder = args.out / folder_name(conversion.title or args.benchmark)
-        write_benchmark(conversion, folder, args.benchmark, args.img_size, args.skip_bad, args.allow_incomplete)
+        with conversion.opened:
+            write_benchmark(conversion, folder, args.benchmark, args.img_size, args.skip_bad, args.allow_incomplete)
     counts = {split: classes.values() for split, classes in count_images(folder).items()}
     parts = [f"{split} {len(classes)} classes, {sum(classes)} images" for split, classes in counts.items()]
     print(f"{folder}: {'; '.join(parts)}")

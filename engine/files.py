@@ -108,11 +108,19 @@ def load_tensors(path: Path, device: torch.device | str) -> Any:
         return read_tensors(file, device)
 
 
+class AsksFor(ValueError):
+    """A file holds more than tensors and plain values: it asks for the class or function `name`."""
+
+    def __init__(self, name: str):
+        super().__init__(f"it asks for {name[:80]}; only tensors and plain values are read")
+        self.name = name
+
+
 def read_tensors(file: IO[bytes], device: torch.device | str) -> Any:
     """The content of an open file of torch.save, of any format, on `device`, running nothing of it.
 
-    Raises ValueError, with the reason in one line, when it is damaged or asks for a class or function that torch does
-    not count as safe (see torch.serialization.safe_globals).
+    Raises ValueError, with the reason in one line, when it is damaged, and AsksFor when it asks for a class or function
+    that torch does not count as safe (see torch.serialization.safe_globals).
     """
     try:
         with warnings.catch_warnings():  # of an odd pickle: what comes of it is said in the one line
@@ -122,7 +130,7 @@ def read_tensors(file: IO[bytes], device: torch.device | str) -> Any:
         text = " ".join(str(error).split()) or type(error).__name__
         asked = re.search(r"GLOBAL (\S+)", text)
         if asked:  # torch's own words go on to how one would run it
-            raise ValueError(f"it asks for {asked[1][:80]}; only tensors and plain values are read") from error
+            raise AsksFor(asked[1]) from error
         text = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation of torch.load")[0]
         raise ValueError(text[:120]) from error
 

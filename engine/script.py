@@ -5,7 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -89,6 +89,12 @@ def interruptible() -> Iterator[None]:
         sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what a user should know, a line each."""
+    for note in notes:
+        print(f"note: {note}")
 
 
 def escaped(line: str) -> str:

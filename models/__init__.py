@@ -6,24 +6,39 @@ A new backbone or head is one class of the contract, `Backbone` or `Head`, and o
 import importlib
 import re
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from models.backbone import Backbone
+from models.basic_resnet import BasicResNet
 from models.conv4 import Conv4
 from models.heads import Generators, Head, arcMax, cosMax, softMax
+from models.preact_wide_resnet import PreActWideResNet
 from models.pretrained import INPUTS, PretrainedBackbone
 from models.resnet12 import ResNet12
 from models.resnet18 import ResNet18
-from models.wide_resnet import WideResNet
 
-BACKBONES: dict[str, type[Backbone]] = {
-    "Conv4": Conv4,
-    "ResNet12": ResNet12,
-    "ResNet18": ResNet18,
-    "WideResNet": WideResNet,
+SMALL_STEM: dict[str, Any] = {"stem": 64, "stem_bias": False, "strides": (1, 2, 2, 2)}
+# By name: the class, the side in pixels of the images that it is published with, and its other arguments.
+BACKBONES: dict[str, tuple[type[Backbone], int, dict[str, Any]]] = {
+    "Conv4": (Conv4, 84, {}),
+    "ResNet12": (ResNet12, 84, {}),
+    "ResNet18": (ResNet18, 224, {}),
+    "WideResNet": (BasicResNet, 80, {}),
+    # Of peers, whose checkpoints are imported.
+    "Conv4_relation": (Conv4, 84, {"relation": True}),
+    "Conv4_max": (Conv4, 84, {"end": "max"}),
+    "Conv4_mean": (Conv4, 84, {"end": "mean", "pool_last": False}),
+    "ResNet12_512": (ResNet12, 84, {"widths": (64, 128, 256, 512)}),
+    "ResNet12_flat": (ResNet12, 84, {"flat": True}),
+    "SEResNet12": (ResNet12, 84, {"se": True}),
+    "ResNet18_84": (BasicResNet, 84, SMALL_STEM | {"widths": (64, 128, 256, 512), "depths": (2, 2, 2, 2)}),
+    "BasicResNet12": (BasicResNet, 84, SMALL_STEM | {"widths": (64, 160, 320, 640), "depths": (1, 1, 2, 1)}),
+    "PreActWideResNet": (PreActWideResNet, 80, {}),
+    "PreActWideResNet_max": (PreActWideResNet, 84, {"end": "max"}),
+    "BiasedWideResNet": (PreActWideResNet, 84, {"bias": True}),
 }
 HEADS: dict[str, type[Head]] = {"softMax": softMax, "cosMax": cosMax, "arcMax": arcMax}
 # A network of others: of torchvision, of timm, or what a function of the user's own module makes.
@@ -57,7 +72,7 @@ def native_img_size(name: str) -> int:
     Raises ValueError for an unknown model of a library.
     """
     library, _, model = name.partition(":")
-    return INPUTS[library](model).img_size if model else BACKBONES[name].native_img_size
+    return INPUTS[library](model).img_size if model else BACKBONES[name][1]
 
 
 def build_backbone(name: str, img_size: int, relation: bool = False, weights: str = "none") -> Backbone:
@@ -73,8 +88,8 @@ def build_backbone(name: str, img_size: int, relation: bool = False, weights: st
         return PretrainedBackbone(name, img_size, weights)
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}, {OTHERS_USAGE}")
-    make = BACKBONES[name].for_relation if relation else BACKBONES[name]
-    return make(img_size)
+    cls, _, options = BACKBONES[name]
+    return (cls.for_relation if relation else cls)(img_size, **options)
 
 
 def sync_batch_norm(backbone: Backbone) -> Backbone:

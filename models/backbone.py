@@ -3,24 +3,23 @@
 Alignment and stage 1 may train the last blocks alone, beyond the paper, which trains all of them.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from engine.normalisation import IMAGENET, Normalisation
+from engine.resizing import PUBLISHED
 
 
 class Backbone(nn.Module):
     """A network for square images: blocks that make a feature map, and the pooling of that map to a feature vector.
 
-    native_img_size: the published image side, in pixels; map_shape (c, h', w') and feature_dim d: of one image; layers:
-    the blocks, unless `blocks` is overridden; normalisation: of the input. Backbone(img_size) raises ValueError for a
-    size that the network cannot take.
+    map_shape (c, h', w') and feature_dim d: of one image; layers: the blocks, unless `blocks` is overridden;
+    normalisation and eval_resize: of the input. Backbone(img_size) raises ValueError for a size that the network cannot
+    take.
     """
 
-    native_img_size: ClassVar[int]
     normalisation: Normalisation = IMAGENET
+    eval_resize: str = PUBLISHED
     feature_dim: int
     map_shape: tuple[int, int, int]
     layers: nn.ModuleList

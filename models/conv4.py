@@ -2,11 +2,12 @@
 
 Four blocks of 3x3 convolution (64 channels, with bias), batch norm, ReLU and 2x2 max pooling, flattened:
 1600 features at 84x84. With `relation=True` it is the variant of RelationNet (Sung et al., CVPR 2018):
-two unpadded pooled blocks, then two padded blocks without pooling, a 64x19x19 map at 84x84.
+two unpadded pooled blocks, then two padded blocks without pooling, a 64x19x19 map at 84x84. Peers' forms: Conv4_max,
+the maximum over the map (FEAT's ConvNet), and Conv4_mean, the mean over a last map that is not pooled (RFS).
 """
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,21 +45,23 @@ class ConvBlock(nn.Module):
 
 
 class Conv4(Backbone):
-    """Conv4 for square images of `img_size` pixels; `width` channels a block.
+    """Conv4 for square images of `img_size` pixels; `width` channels per block; end: flatten, max or mean of the map.
 
-    Raises ValueError when the image is too small to survive the four blocks.
+    relation: RelationNet's form; pool_last: whether the last block is pooled, too. Raises ValueError when the image is
+    too small to survive the four blocks.
     """
 
-    native_img_size = 84
-
-    def __init__(self, img_size: int = 84, width: int = 64, relation: bool = False):
+    def __init__(
+        self, img_size: int = 84, width: int = 64, relation: bool = False, end: str = "flatten", pool_last: bool = True
+    ):
         super().__init__()
+        self.end = end
         if relation:
             side = ((img_size - 2) // 2 - 2) // 2
             layout = [(0, True), (0, True), (1, False), (1, False)]
         else:
-            side = img_size // 16
-            layout = [(1, True)] * 4
+            side = img_size // 16 if pool_last else img_size // 8
+            layout = [(1, True)] * 3 + [(1, pool_last)]
         if side < 1:
             raise ValueError(f"Conv4 needs images of at least 16 pixels, not {img_size}: give a larger --img_size")
         c_in = [3] + [width] * 3
@@ -66,13 +69,15 @@ class Conv4(Backbone):
             ConvBlock(c, width, padding, pool) for c, (padding, pool) in zip(c_in, layout, strict=True)
         )
         self.map_shape = (width, side, side)
-        self.feature_dim = width * side * side
+        self.feature_dim = width * side * side if end == "flatten" else width
 
     @classmethod
-    def for_relation(cls, img_size: int) -> "Conv4":
+    def for_relation(cls, img_size: int, **options: Any) -> "Conv4":
         """With the larger maps of RelationNet."""
-        return cls(img_size, relation=True)
+        return cls(img_size, **options | {"relation": True})
 
     def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
-        """(b, c, h', w') -> (b, d): Conv4 only flattens."""
-        return feature_map.flatten(1)
+        """(b, c, h', w') -> (b, d): Conv4 only flattens; peers' forms of it take the maximum or the mean."""
+        if self.end == "flatten":
+            return feature_map.flatten(1)
+        return feature_map.amax((-2, -1)) if self.end == "max" else feature_map.mean((-2, -1))

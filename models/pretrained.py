@@ -8,6 +8,7 @@ class token or the mean, as the model does. Any other network, and a user's own,
 
 import difflib
 import importlib
+import math
 from collections.abc import Iterable
 from functools import partial
 from itertools import takewhile
@@ -17,8 +18,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from engine.files import load_tensors
+from engine.foreign import read_foreign
 from engine.normalisation import IMAGENET, Normalisation
+from engine.resizing import PUBLISHED
 from models.backbone import Backbone
 
 # The attributes of a torchvision model that, called one after another, make its feature map.
@@ -34,10 +36,21 @@ TRUNKS = (
 
 
 class Input(NamedTuple):
-    """The images that a network was trained on: their side, in pixels, and how their values are normalised."""
+    """The images that a network was trained on: their side, in pixels, how their values are normalised, and the side
+    that they were resized to, or the shorter one, where that is known."""
 
     img_size: int
     normalisation: Normalisation
+    resized: float = 0.0
+    sides: str = "short"
+    interpolation: str = ""
+
+    def rule(self, img_size: int) -> str:
+        """The resize rule for images of another size, the crop's share being the same."""
+        if not self.resized:
+            return PUBLISHED
+        side = round(img_size * self.resized / self.img_size)
+        return f"{self.sides}:{side}{':bicubic' if self.interpolation == 'bicubic' else ''}"
 
 
 def check_name(library: str, name: str, known: list[str]) -> None:
@@ -53,7 +66,8 @@ def torchvision_input(name: str) -> Input:
 
     check_name("torchvision", name, models.list_models(module=models))
     transforms = models.get_model_weights(name).DEFAULT.transforms()
-    return Input(transforms.crop_size[0], Normalisation.of(transforms.mean, transforms.std))
+    normalisation, how = Normalisation.of(transforms.mean, transforms.std), transforms.interpolation.value
+    return Input(transforms.crop_size[0], normalisation, transforms.resize_size[0], interpolation=how)
 
 
 def timm_input(name: str) -> Input:
@@ -64,7 +78,9 @@ def timm_input(name: str) -> Input:
         raise ValueError(f"--backbone timm:{name} needs timm: pip install timm") from error
     check_name("timm", name, timm.list_models() + timm.list_pretrained())
     config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
-    return Input(config["input_size"][-1], Normalisation.of(config["mean"], config["std"]))
+    side, sides = config["input_size"][-1], "both" if config["crop_mode"] == "squash" else "short"
+    normalisation, resized = Normalisation.of(config["mean"], config["std"]), math.floor(side / config["crop_pct"])
+    return Input(side, normalisation, resized, sides, config["interpolation"])
 
 
 def custom_input(name: str) -> Input:
@@ -131,25 +147,64 @@ def refused(name: str, img_size: int, error: Exception) -> ValueError:
     )
 
 
-def load_weights(net: nn.Module, name: str, path: Path) -> None:
-    """Load a state dict into a model without classifier; what the file holds beyond that is ignored.
+# Where trainers put a state dict in a file, and what they put before its names.
+STATE_KEYS = ("state_dict", "model", "state_dict_ema", "model_ema")
+STATE_PREFIXES = ("", "module.", "model.", "backbone.", "module.model.", "module.backbone.")
+COMMON = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b0", "mobilenet_v3_large", "vit_b_16")
 
-    Raises ValueError when the file is no state dict of this model, or a .safetensors without that package.
+
+def load_weights(net: nn.Module, name: str, path: Path) -> None:
+    """Load the state dict of a trainer's file into a model without classifier; what it holds beyond that is ignored.
+
+    Raises ValueError when the file is of no such model, or a .safetensors without that package.
     """
     try:
         if path.suffix == ".safetensors":
-            state = importlib.import_module("safetensors.torch").load_file(path)
+            content = importlib.import_module("safetensors.torch").load_file(path)
         else:
-            state = load_tensors(path, "cpu")
-        missing = net.load_state_dict(state, strict=False).missing_keys
+            content = read_foreign(path)
     except ImportError as error:
         raise ValueError(f"--weights {path} needs safetensors: pip install safetensors") from error
     except Exception as error:  # a damaged file of safetensors raises an exception of its own
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"--weights {path} cannot be read as a state dict of {name}: {reason}") from error
-    if missing:
-        lacks = f"{len(missing)} tensors are missing, first {missing[0]!r}"
-        raise ValueError(f"--weights {path} is not a state dict of {name}: {lacks}")
+    found = content if isinstance(content, dict) else {}
+    state = next((found[key] for key in STATE_KEYS if isinstance(found.get(key), dict)), found)
+    best, n_fit = best_fit(net, state)
+    own = [key for key in net.state_dict() if not key.endswith("num_batches_tracked")]
+    if n_fit < len(own):
+        first = next(key for key in own if key not in best)
+        raise ValueError(
+            f"--weights {path} is not a state dict of {name}: {n_fit} of its {len(own)} tensors fit, not {first!r}; "
+            f"the file has {', '.join(map(str, list(state)[:3]))[:120]}, ... and looks like {looks_like(state)}"
+        )
+    net.load_state_dict(best, strict=False)
+
+
+def best_fit(net: nn.Module, state: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a state dict that fit a network, by the prefix with which most do, and how many do.
+
+    Batch norm's counters, which old files lack, are taken and not counted.
+    """
+    own, fits = net.state_dict(), list[dict[str, Tensor]]()
+    for prefix in STATE_PREFIXES:
+        named = {key: state.get(prefix + key) for key in own}
+        fits.append({key: v for key, v in named.items() if isinstance(v, Tensor) and v.shape == own[key].shape})
+    best = max(fits, key=len)
+    return best, sum(not key.endswith("num_batches_tracked") for key in best)
+
+
+def looks_like(state: dict[str, Any]) -> str:
+    """The common network of torchvision all of whose tensors a state dict has, or "none of the common networks"."""
+    from torchvision import models
+
+    for name in COMMON:
+        with torch.device("meta"):
+            net = models.get_model(name, weights=None)
+        best, n_fit = best_fit(net, state)
+        if n_fit > 0.9 * sum(not key.endswith("num_batches_tracked") for key in net.state_dict()):
+            return f"torchvision:{name}"
+    return "none of the common networks of torchvision"
 
 
 def custom_network(name: str) -> tuple[nn.Module, Input]:
@@ -276,7 +331,7 @@ class PretrainedBackbone(Backbone):
         else:
             taken = INPUTS[library](model)
             net = library_network(library, model, img_size, weights)
-        self.normalisation = taken.normalisation
+        self.normalisation, self.eval_resize = taken.normalisation, taken.rule(img_size)
         self.embeds = self.permuted = False
         self.eval()
         try:

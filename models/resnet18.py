@@ -12,8 +12,6 @@ from models.backbone import Backbone
 class ResNet18(Backbone):
     """ResNet18 for square images of `img_size` pixels."""
 
-    native_img_size = 224
-
     def __init__(self, img_size: int = 224):
         super().__init__()
         from torchvision.models import resnet18  # whose import takes a second

@@ -19,7 +19,15 @@ from methods.evaluation import EpisodeScores, mean_and_ci95, nearest_mean
 from methods.features import Source
 from methods.related_base import empty_notes
 from persistence.checkpoints import Checkpoint
-from persistence.results import accuracy_record, curve_record, difference_record, paired_difference, percent, run_record
+from persistence.results import (
+    accuracy_record,
+    curve_record,
+    difference_record,
+    paired_difference,
+    percent,
+    run_record,
+    task_text,
+)
 from persistence.run_files import COLUMNS, RunFiles
 from persistence.saved_episode import read_saved_episodes
 
@@ -156,8 +164,7 @@ def save_alignment_result(
     if chosen:
         record["align_preset_auto"] = chosen
     write_json(files.table, record)
-    task = f"{episodes.n_way}-way {episodes.n_shot}-shot, {len(done)} {split.split} episodes"
-    print(f"{files.name.method} on {split.benchmark}, {task}")
+    print(f"{files.name.method} on {split.benchmark}, {task_text(split, episodes)}")
     print(f"  fine-tuning         {percent(*mean_and_ci95(before.accuracy))} %")
     print(f"  {setting.alignment} alignment  {percent(*mean_and_ci95(after.accuracy))} %")
     print(f"  paired difference   {percent(*paired_difference(before.accuracy, after.accuracy))} points")

@@ -3,22 +3,25 @@
 A checkpoint describes itself: backbone and head can be rebuilt from it alone. Its keys are those of `Checkpoint`.
 """
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from data.benchmarks import Split, median_size
 from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.errors import UserError
 from engine.files import FLAGS, misfit, read_record, save_atomically
 from engine.generators import seeded
 from engine.normalisation import IMAGENET, Normalisation
 from engine.records import to_json
+from engine.resizing import PUBLISHED
 from engine.run import Run
-from models import build_backbone
+from models import build_backbone, build_head
 from models.backbone import Backbone
+from persistence.imported import Imported, read_imported
 
 FORMAT = "associative-alignment/1"
 REMEDY = (
@@ -32,7 +35,8 @@ class Checkpoint:
     """A trained backbone and its head, with what is needed to use them and to know where they come from.
 
     normalisation: of the images that the backbone takes; older files have none, and were trained with ImageNet's.
-    glyphs_version: of the rendering of the built-in benchmark then; 1 in files that do not say.
+    eval_resize: the rule by which they are resized; median_size: height and width of those that it was trained on, or
+    []. glyphs_version: of the rendering of the built-in benchmark then; 1 in files that do not say.
     """
 
     stage: str
@@ -49,11 +53,13 @@ class Checkpoint:
     format: str = FORMAT
     normalisation: Normalisation = IMAGENET
     glyphs_version: int = 1
+    eval_resize: str = PUBLISHED
+    median_size: list[int] = field(default_factory=list)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically, its tensors on the CPU and contiguous, its config as plain values."""
-    content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     for states in ("backbone_state", "head_state"):
         content[states] = {k: v.detach().cpu().contiguous() for k, v in content[states].items()}
     content["config"] = to_json(content["config"])
@@ -62,11 +68,23 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint of ours, running nothing of it. Raises UserError when it is missing or is not one."""
+    """Read a checkpoint of ours, or of another repository that is known (see peers.py), running nothing of it.
+
+    Raises UserError when it is missing or is not one.
+    """
     kinds = get_type_hints(Checkpoint)
-    schema = {field.name: kinds[field.name] for field in fields(Checkpoint) if field.default is MISSING}
-    content = read_record(path, FORMAT, schema, "checkpoint", REMEDY)
-    later = {"normalisation": list[list[float]], "glyphs_version": int}
+    required = [f.name for f in fields(Checkpoint) if f.default is MISSING and f.default_factory is MISSING]
+    schema = {name: kinds[name] for name in required}
+    try:
+        content = read_record(path, FORMAT, schema, "checkpoint", REMEDY)
+    except UserError as not_ours:
+        if not path.is_file():
+            raise
+        try:
+            return imported_checkpoint(path, read_imported(path), "", [])
+        except ValueError:  # it is damaged
+            raise not_ours from None
+    later = {"normalisation": list[list[float]], "glyphs_version": int, "eval_resize": str, "median_size": list[int]}
     try:
         if wrong := misfit(content, {key: kind for key, kind in later.items() if key in content}):
             raise ValueError(wrong)
@@ -74,6 +92,31 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path} has no usable normalisation or version ({error}): {REMEDY}") from error
     return Checkpoint(**{name: content[name] for name in kinds if name in content})
+
+
+def imported_checkpoint(path: Path, imported: Imported, dataset: str, class_names: list[str]) -> Checkpoint:
+    """A file of another repository as a checkpoint; dataset "" and no class_names where they are not known."""
+    backbone = create_backbone(imported.backbone, imported.img_size, seed=0)
+    load_state(backbone, backbone.state_dict() | imported.state, path)
+    head_state = imported.head_state if imported.head_state and class_names else {}
+    if head_state:
+        head = build_head(imported.method, backbone.feature_dim, len(class_names), imported.s, imported.m)
+        load_state(head, head_state, path)
+    return Checkpoint(
+        stage="transferLearning" if head_state else "imported",
+        dataset=dataset,
+        method=imported.method,
+        backbone=imported.backbone,
+        img_size=imported.img_size,
+        class_names=class_names,
+        backbone_state=backbone.state_dict(),
+        head_state=head_state,
+        epoch=imported.epoch,
+        val_accuracy=imported.accuracy,
+        config={"imported_from": path.name, "repository": imported.repository, "s": imported.s, "m": imported.m},
+        normalisation=imported.normalisation,
+        eval_resize=imported.eval_resize,
+    )
 
 
 def create_backbone(name: str, img_size: int, seed: int, relation: bool = False, weights: str = "none") -> Backbone:
@@ -111,7 +154,7 @@ def load_backbone(
             )
     net = create_backbone(checkpoint.backbone, checkpoint.img_size, seed=0, relation=relation)
     load_state(net, checkpoint.backbone_state, path)
-    net.normalisation = checkpoint.normalisation
+    net.normalisation, net.eval_resize = checkpoint.normalisation, checkpoint.eval_resize
     return net, checkpoint
 
 
@@ -123,11 +166,24 @@ def check_base_classes(path: Path, checkpoint: Checkpoint, dataset: str, class_n
             f"checkpoint {path} was trained on version {checkpoint.glyphs_version} of the rendering of 'glyphs', now "
             f"{GLYPHS_VERSION}: the images have changed, so train it anew with --overwrite"
         )
-    if set(checkpoint.class_names) != set(class_names):
+    if not checkpoint.class_names:
+        print(f"note: {path} does not name the classes that it was trained on: see that none of them is novel here")
+    elif set(checkpoint.class_names) != set(class_names):
         raise UserError(
             f"checkpoint {path} was trained on {len(checkpoint.class_names)} base classes of {checkpoint.dataset!r} "
             f"that are not the {len(class_names)} of {dataset!r}: give the benchmark that it was trained on"
         )
+
+
+def detail_notes(checkpoint: Checkpoint | None, split: Split) -> list[str]:
+    """A line where a split's images have less than half the pixels of those that a checkpoint was trained on."""
+    (height, width), (h, w) = median_size(split), (checkpoint and checkpoint.median_size) or (0, 0)
+    if 2 * height * width >= h * w:
+        return []
+    return [
+        f"{split.split} images of {split.benchmark} have {width}x{height} pixels, those that the checkpoint was "
+        f"trained on {w}x{h}: it looks for detail that they lack"
+    ]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.benchmarks import Split
+from data.image_cache import VERSIONS
 from data.transforms import network_input
 from engine.budget import check_disk
 from engine.distributed import gather_objects, rank_0_first
@@ -96,8 +97,9 @@ class FeatureCache:
 
     def path(self, kind: str, module: nn.Module, split: Split, by: Normalisation, suffix: str) -> Path:
         """The file of the outputs of a module on a split."""
-        facts = (split.fingerprint, tuple(split.images.shape), by, self.run.precision.name, self.run.device.type)
-        digest = weights_digest(module, *facts, EMBED_VERSION)
+        run, shape = self.run, tuple(split.images.shape)
+        made_by = (split.rule, by, run.precision.name, run.device.type, EMBED_VERSION, *VERSIONS)
+        digest = weights_digest(module, split.fingerprint, shape, *made_by)
         return self.folder / f"{kind}_{split.benchmark}_{split.split}_{digest}{suffix}"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from data.benchmarks import Split
-from data.episodes import Episodes
+from data.episodes import Episodes, EpisodeShape, classes_that_fit
 from engine.records import provenance, write_json
 from engine.run import Run
 from methods.evaluation import EpisodeScores, confusion_record, mean_and_ci95, per_class_accuracy
@@ -30,6 +30,18 @@ def accuracy_record(scores: EpisodeScores, episodes: Episodes, class_names: list
     }
 
 
+def n_classes_of(novel: Split, episodes: Episodes) -> int:
+    """The number of classes that episodes are drawn from: those with enough images."""
+    return len(classes_that_fit(novel, EpisodeShape(episodes.n_way, episodes.n_shot, episodes.query.shape[2])))
+
+
+def task_text(novel: Split, episodes: Episodes) -> str:
+    """`5-way 1-shot, 600 novel episodes`, and of how many classes where some have too few images."""
+    n_class, n_all = n_classes_of(novel, episodes), len(novel.class_names)
+    of = f" of {n_class} of the {n_all} classes" if n_class < n_all else ""
+    return f"{episodes.n_way}-way {episodes.n_shot}-shot, {len(episodes)} {novel.split} episodes{of}"
+
+
 def run_record(files: RunFiles, novel: Split, episodes: Episodes, run: Run) -> dict[str, Any]:
     """The part of a result that says what was run: protocol, data, config, versions, commit."""
     return {
@@ -40,6 +52,7 @@ def run_record(files: RunFiles, novel: Split, episodes: Episodes, run: Run) -> d
         "method": files.name.method,
         "backbone": files.name.backbone,
         "img_size": novel.images.shape[-1],
+        "n_class": n_classes_of(novel, episodes),
         "n_way": episodes.n_way,
         "n_shot": episodes.n_shot,
         "n_query": episodes.query.shape[2],
@@ -56,8 +69,8 @@ def save_result(files: RunFiles, novel: Split, episodes: Episodes, scores: Episo
     record = run_record(files, novel, episodes, run) | accuracy_record(scores, episodes, novel.class_names)
     write_json(files.table, record)
     print(
-        f"{files.name.method} on {novel.benchmark}, {episodes.n_way}-way {episodes.n_shot}-shot, {len(episodes)} "
-        f"{novel.split} episodes: {percent(*mean_and_ci95(scores.accuracy))} %"
+        f"{files.name.method} on {novel.benchmark}, {task_text(novel, episodes)}: "
+        f"{percent(*mean_and_ci95(scores.accuracy))} %"
     )
 
 

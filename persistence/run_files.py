@@ -37,7 +37,7 @@ ANOTHER_PLACE = "replace it with --overwrite, or give another --results_dir and 
 # Flags that change no number, but for the rounding of another device.
 IRRELEVANT = {
     *("num_workers", "quiet", "device", "no_keep_memory", "preset", "resume", "overwrite", "n_base_class"),
-    *("tensorboard", "save_episode", "rebuild_cache"),
+    *("tensorboard", "save_episode", "rebuild_cache", "strict_classes"),
     *("benchmarks_dir", "image_root", "cache_dir", "checkpoint_dir", "results_dir"),
 }
 # Flags that a training that goes on may change: how long it is, and the test after it.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from data.benchmarks import Split
+from data.benchmarks import Split, median_size
 from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.distributed import rank_0_first
 from engine.errors import UserError
@@ -125,6 +125,8 @@ class TrainState:
                 val_accuracy=100 * accuracy,
                 config=self.files.config,
                 normalisation=backbone.normalisation,
+                eval_resize=self.base.rule,
+                median_size=median_size(self.base),
                 glyphs_version=GLYPHS_VERSION,
             )
             save_checkpoint(self.files.best, checkpoint)

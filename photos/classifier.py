@@ -62,7 +62,13 @@ class Classifier:
         parts = nn.ModuleList([self.aligned, self.finetuned, self.head])
         scales = [[getattr(head, name) for name in head.scalars] for head in (self.finetuned, self.head)]
         return weights_digest(
-            parts, self.aligned.normalisation, self.class_names, self.temperature, self.least_cosine, scales
+            parts,
+            self.aligned.normalisation,
+            self.aligned.eval_resize,
+            self.class_names,
+            self.temperature,
+            self.least_cosine,
+            scales,
         )
 
 
@@ -78,6 +84,11 @@ class Fitted:
     facts: dict[str, Any]
     related: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def view(self) -> tuple[int, str]:
+        """The image size, and the resize rule, of the images that it takes."""
+        return self.facts["img_size"], self.classifier.backbone.eval_resize
 
 
 class Answers(NamedTuple):

@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.files import Schema, read_record, save_atomically, weights_digest
 from engine.normalisation import Normalisation
 from engine.records import to_json
+from engine.resizing import PUBLISHED
 from models import build_head
 from models.backbone import Backbone
 from models.heads import Head
@@ -104,6 +105,7 @@ def load_networks(content: dict[str, Any], path: Path, asked: str | None) -> tup
         backbone = create_backbone(name, img_size, seed=0)
         load_state(backbone, state, path)
         backbone.normalisation = Normalisation.of(*content["normalisation"])
+        backbone.eval_resize = content["facts"].get("eval_resize", PUBLISHED)  # which older files lack
         return backbone.eval()
 
     before, moved = network(content["backbone_state"]), content["aligned_state"]

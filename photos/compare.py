@@ -107,7 +107,7 @@ def main() -> None:
     run = Run(quiet=args.quiet)
     backbone, checkpoint = load_backbone(args.checkpoint, None, None)
     backbone, blocks = backbone.to(memory_format=torch.channels_last), trainable_blocks(backbone, 0)
-    options = DataOptions(args.benchmarks_dir, checkpoint.img_size, args.cache_dir)
+    options = DataOptions(args.benchmarks_dir, checkpoint.img_size, args.cache_dir, eval_resize=backbone.eval_resize)
     cache = FeatureCache(args.cache_dir, run)
     splits = {split: load_split(options, args.dataset, split) for split in ("base", "val", "novel")}
     sources = {name: cache.source(backbone, blocks, split) for name, split in splits.items()}

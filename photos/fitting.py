@@ -13,6 +13,7 @@ import torch
 from data.benchmarks import DataOptions, Split, load_split
 from data.episodes import EpisodeShape
 from engine.errors import UserError
+from engine.resizing import check_rule
 from engine.run import Run, move_if_fits
 from methods.alignment import AlignmentSetting
 from methods.features import MAPPED, Source, feature_source, trainable_blocks
@@ -36,6 +37,7 @@ class FitFlags:
     backbone: str | None
     weights: str
     img_size: int | None
+    eval_resize: str | None
     base: Path | None
     image_root: Path | None
     cache_dir: Path
@@ -69,7 +71,7 @@ def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, r
     """A classifier fitted to examples; base classes that hold one of them, or of the queries, are left out."""
     backbone, img_size, facts = trained_backbone(flags, run)
     blocks = trainable_blocks(backbone, flags.align_blocks)
-    user = user_split(examples, img_size, flags, run)
+    user = user_split(examples, (img_size, backbone.eval_resize), flags, run)
     facts |= {"images_sha256": user.fingerprint}
     setting, notes = flags.setting, list[str]()
     base: Source | None = None
@@ -79,7 +81,13 @@ def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, r
     else:
         parent, loading = Path(os.path.abspath(flags.base)).parent, (flags.num_workers, run.quiet, None)
         options = DataOptions(
-            parent, img_size, flags.cache_dir, flags.image_root, *loading, rebuild_cache=flags.rebuild_cache
+            parent,
+            img_size,
+            flags.cache_dir,
+            flags.image_root,
+            *loading,
+            rebuild_cache=flags.rebuild_cache,
+            eval_resize=backbone.eval_resize,
         )
         files = [Path(image) for image in (*examples.images, *queries) if isinstance(image, str | Path)]
         split, notes = base_without(flags.base, options, examples.class_names, files)
@@ -122,13 +130,15 @@ def trained_backbone(flags: FitFlags, run: Run) -> tuple[Backbone, int, dict[str
         backbone, checkpoint = load_backbone(flags.checkpoint, flags.backbone, flags.img_size)
         name, img_size = checkpoint.backbone, checkpoint.img_size
         facts = {"checkpoint_stage": checkpoint.stage, "checkpoint_dataset": checkpoint.dataset}
-    facts |= {"backbone": name, "img_size": img_size}
+    backbone.eval_resize = flags.eval_resize or backbone.eval_resize
+    check_rule(backbone.eval_resize, img_size)
+    facts |= {"backbone": name, "img_size": img_size, "eval_resize": backbone.eval_resize}
     return backbone.to(run.device).to(memory_format=torch.channels_last), img_size, facts
 
 
-def user_split(examples: Examples, img_size: int, flags: FitFlags, run: Run) -> Split:
-    """The examples as a split, decoded."""
-    images, _, _ = decode_views(examples.images, img_size, flags.num_workers)
+def user_split(examples: Examples, view: tuple[int, str], flags: FitFlags, run: Run) -> Split:
+    """The examples as a split, decoded to an image size by a resize rule."""
+    images, _, _ = decode_views(examples.images, *view, flags.num_workers)
     sizes = torch.tensor(images.shape[2:]).expand(len(images), -1)
     digest, labels = hashlib.sha256(images.numpy().tobytes()).hexdigest(), torch.tensor(examples.labels)
-    return Split("", "user", examples.class_names, examples.names, labels, images, None, sizes, digest)
+    return Split("", "user", examples.class_names, examples.names, labels, images, None, sizes, digest, view[1])

@@ -3,7 +3,6 @@
 The images are decoded into memory by the evaluation view of a benchmark: nothing is written beside them or elsewhere.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +14,9 @@ from torch import Tensor
 
 from data.decode import IMAGE_SUFFIXES, open_rgb, to_rgb
 from data.image_cache import eval_view
-from data.listing import list_folder
+from data.listing import SYSTEM_FILES, kinds, list_folder
 from engine.budget import check_memory
 from engine.errors import UserError
-
-SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
 
 def list_support(folder: Path) -> tuple[list[str], list[Path], list[int]]:
@@ -29,7 +26,7 @@ def list_support(folder: Path) -> tuple[list[str], list[Path], list[int]]:
     """
     if not folder.is_dir():
         raise UserError(f"support {folder} is not a folder: give a folder of one subfolder per class of examples")
-    names, paths, labels = list_folder(folder)
+    names, paths, labels = list_folder(folder, note=False)
     class_names = [printable(name) for name in names]
     if len(class_names) < 2:
         raise UserError(f"support folder {folder} holds a single class, {class_names[0]!r}: give at least 2 subfolders")
@@ -60,8 +57,8 @@ def visible_files(folder: Path) -> list[Path]:
 
 def other_files(folder: Path, used: list[Path]) -> str:
     """` besides 3 .heic, 1 .txt`: the visible files below a folder that are not used; empty when there are none."""
-    counts = Counter(path.suffix.lower() or "without suffix" for path in set(visible_files(folder)) - set(used))
-    return (" besides " if counts else "") + ", ".join(f"{n} {printable(what)}" for what, n in counts.most_common())
+    others = sorted(set(visible_files(folder)) - set(used))
+    return f" besides {kinds(others)}" if others else ""
 
 
 def ignored_notes(folder: Path, used: list[Path]) -> list[str]:
@@ -97,9 +94,9 @@ def open_image(image: object) -> Image.Image:
 
 
 def decode_views(
-    images: Sequence[object], img_size: int, num_workers: int, skip_bad: bool = False
+    images: Sequence[object], img_size: int, rule: str, num_workers: int, skip_bad: bool = False
 ) -> tuple[Tensor, list[int], list[str]]:
-    """Evaluation views of images (see open_image), uint8 (N, 3, s, s), and the indices of those that they are of.
+    """Views of images (see open_image), resized by a rule, uint8 (N, 3, s, s), and the indices of those they are of.
 
     With skip_bad, images that cannot be decoded are left out, and the third result says why; else UserError is raised,
     which names the file.
@@ -107,7 +104,7 @@ def decode_views(
 
     def decode(image: object) -> np.ndarray | UserError:
         try:
-            return eval_view(open_image(image), img_size)
+            return eval_view(open_image(image), img_size, rule)
         except UserError as error:
             if not skip_bad:
                 raise

@@ -91,7 +91,7 @@ def label_images(
                 with contextlib.suppress(OSError, ValueError):  # not there, or damaged
                     part = load_tensors(path, "cpu")
             if part is None:
-                views, kept, reasons = decode_views(chunk, fitted.facts["img_size"], num_workers, skip_bad)
+                views, kept, reasons = decode_views(chunk, *fitted.view, num_workers, skip_bad)
                 answers = classify(fitted.classifier, views, run)._asdict() if kept else None
                 part = {"kept": [start + i for i in kept], "reasons": reasons, "answers": answers}
                 if path and kept:

@@ -27,6 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # What the tests marked `device` run on: AA_DEVICE=cuda python -m pytest -m device.
 DEVICE = torch.device(os.environ.get("AA_DEVICE", "cpu"))
 
+# A backbone of each class.
+ONE_OF_EACH = ("Conv4", "ResNet12", "SEResNet12", "ResNet18", "WideResNet", "PreActWideResNet")
+
 # The flags of a run on a tiny benchmark, and those of its stages 1 and 3.
 TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
 TRAIN = [*TINY, "--n_epoch", 2, "--batch_size", 16, "--val_episodes", 4, "--n_episodes", 6, "--ft_n_epoch", 20]

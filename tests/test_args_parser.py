@@ -224,7 +224,7 @@ def test_a_value_that_a_flag_may_not_have_is_refused(stage, text):
         ("--query q --checkpoint c", "name the examples with --support FOLDER, or a kept classifier"),
         ("--support s --checkpoint c", "name the images to label with --query, or a file"),
         ("--support s --query q", "no trained backbone: give --checkpoint FILE"),
-        ("--support s --query q", "python -m persistence.import_published FILE OUT"),
+        ("--support s --query q", "python -m persistence.import_checkpoint FILE OUT"),
         (
             "--support s --query q --weights DEFAULT",
             "argument --weights: of --backbone torchvision:NAME or timm:NAME alone",

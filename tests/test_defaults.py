@@ -20,6 +20,17 @@ EXCEPT = {
     ("Run", "device"): "what runs without flags runs on the CPU",
     ("Run", "precision"): "a name becomes a Precision",
     ("Run", "quiet"): "what runs without flags shows no bars",
+    **dict.fromkeys(
+        [
+            ("Checkpoint", "eval_resize"),
+            ("Imported", "eval_resize"),
+            ("Imported", "s"),
+            ("Imported", "m"),
+            ("Imported", "method"),
+        ],
+        "facts of a file, which had none",
+    ),
+    ("Peer", "img_size"): "of a repository's network",
     ("DataOptions", "quiet"): "what runs without flags shows no bars",
     ("DataOptions", "crop_scale"): "a split is not to be augmented, unless that is asked for",
 }

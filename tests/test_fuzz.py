@@ -55,7 +55,7 @@ from models.pretrained import load_weights
 from persistence.checkpoints import create_backbone, load_backbone
 from persistence.chosen_setting import read_rows
 from persistence.feature_cache import FeatureCache
-from persistence.import_published import import_published
+from persistence.imported import Imported, read_imported
 from persistence.run_files import ALIGNMENT_STATE, STATE_FORMAT, TRAINING_STATE
 from persistence.saved_episode import read_saved_episodes
 from photos.classifier_file import load_classifier
@@ -192,11 +192,11 @@ def read_list(path: Path) -> object:
     return list_json(path, None)
 
 
-def read_published(path: Path) -> object:
-    for name in "abc":
-        (path.parent / "base" / name).mkdir(parents=True, exist_ok=True)
-        (path.parent / "base" / name / "1.png").touch()
-    return import_published(path, "tiny", 16, path.parent / "base")
+def read_published(path: Path) -> Imported:
+    try:
+        return read_imported(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @functools.cache

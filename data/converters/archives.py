@@ -1,11 +1,14 @@
-"""A folder and a tar archive, read alike: the names of the files, and a function that reads one of them."""
+"""A folder, a tar and a zip archive, read alike: the names of the files, and a function that reads one of them."""
 
 import io
+import os
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.errors import UserError
 from engine.files import check_regular
@@ -13,7 +16,9 @@ from engine.files import check_regular
 
 @dataclass(frozen=True)
 class FileTree:
-    """The files below a folder or in an archive; names have forward slashes, those of an archive are in its own order.
+    """The files below a folder or in an archive, hidden ones left out, such as a Mac's ._1.png in a zip.
+
+    Names have forward slashes; those of an archive are in its own order.
 
     `read` gives the bytes of one file; it raises FileNotFoundError when there is none of this name.
     """
@@ -23,36 +28,63 @@ class FileTree:
     read: Callable[[str], bytes]
 
 
+def is_archive(path: Path) -> bool:
+    """Whether something is a file that begins as a zip or a tar archive."""
+    return path.is_file() and (_is_zip(path) or tarfile.is_tarfile(path))
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 @contextmanager
 def open_tree(path: Path, content: bytes | None = None) -> Iterator[FileTree]:
-    """The files of the folder `path`, or of the tar archive `path` (compressed or not; its bytes may be given).
+    """The files of the folder `path`, or of the zip or tar archive `path` (of a tar, its bytes may be given).
 
     Nothing is unpacked: members of an archive are only read, so its paths and links cannot lead anywhere.
-    Raises UserError when `path` is neither a folder nor a whole tar archive.
+    Raises UserError when `path` is neither a folder nor a whole archive.
     """
     if content is None and path.is_dir():
-        names = sorted(found.relative_to(path).as_posix() for found in path.rglob("*") if found.is_file())
-        yield FileTree(path, names, lambda name: (path / name).read_bytes())
+        # Links to folders are followed, as to where the images are on another disk.
+        files = (Path(folder, file) for folder, _, files in os.walk(path, followlinks=True) for file in files)
+        files = (file for file in files if file.name[0] != "." and file.is_file())
+        paths = {file.relative_to(path).as_posix(): file for file in files}
+
+        def read_file(name: str) -> bytes:
+            if name not in paths:
+                raise FileNotFoundError(f"{path} has no {name}")
+            return paths[name].read_bytes()
+
+        yield FileTree(path, sorted(paths), read_file)
         return
-    with _archive_errors(path):
-        check_regular(path)
-        archive = tarfile.open(path, fileobj=None if content is None else io.BytesIO(content))
-    with archive:
+    archive: zipfile.ZipFile | tarfile.TarFile
+    members: dict[str, Any]
+    with ExitStack() as stack:
         with _archive_errors(path):
-            # A sparse member may claim any number of bytes.
-            found = [member for member in archive.getmembers() if member.isreg() and not member.issparse()]
-            while archive.fileobj and archive.fileobj.read(2**20):  # a checksum of what is compressed is at its end
-                pass
-        members = {member.name.removeprefix("./"): member for member in found}
+            check_regular(path)
+            if content is None and _is_zip(path):
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                members = {info.filename.replace("\\", "/"): info for info in archive.infolist() if not info.is_dir()}
+            else:
+                archive = tarfile.open(path, fileobj=None if content is None else io.BytesIO(content))
+                stack.enter_context(archive)
+                # A sparse member may claim any number of bytes.
+                found = [member for member in archive.getmembers() if member.isreg() and not member.issparse()]
+                while archive.fileobj and archive.fileobj.read(2**20):  # a checksum of what is compressed is at its end
+                    pass
+                members = {member.name.removeprefix("./"): member for member in found}
 
         def read(name: str) -> bytes:
             with _archive_errors(path):
-                file = archive.extractfile(members[name]) if name in members else None
-                if file is None:
+                if name not in members:
                     raise FileNotFoundError(f"{path} has no {name}")
-                return file.read()
+                if isinstance(archive, zipfile.ZipFile):
+                    return archive.read(members[name])
+                file = archive.extractfile(members[name])
+                return file.read() if file else b""
 
-        yield FileTree(path, list(members), read)
+        yield FileTree(path, [name for name in members if name.rpartition("/")[2][:1] != "."], read)
 
 
 @contextmanager
@@ -64,4 +96,6 @@ def _archive_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # damage makes tarfile and the decompressors raise nearly any exception
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"'{path}' is truncated or not a tar archive ({reason}): get the file again") from None
+        raise UserError(
+            f"'{path}' is truncated, or neither a tar nor a zip archive ({reason}): get the file again"
+        ) from None

@@ -6,6 +6,8 @@ Both take all 600 images of a class, of CIFAR's train and test sets together.
 """
 
 import io
+import re
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,63 +16,131 @@ import numpy as np
 
 from data.converters.archives import FileTree, open_tree
 from data.converters.converter import (
+    SPLIT_FILES,
     SPLITS,
+    TAGS,
     Conversion,
     Converter,
     ImageItem,
+    Read,
+    are_images,
     check_split,
     published_split,
     whole_numbers,
 )
+from data.converters.lists import Row, name_apart
 from data.converters.safe_pickle import load_pickle
+from data.decode import IMAGE_SUFFIXES
 from engine.errors import UserError
-from engine.files import matches_schema
+from engine.files import matches_schema, read_json
 
 PER_CLASS = 600
 ARCHIVE = "cifar-100-python.tar.gz"
+
+Images = dict[str, dict[str, Read]]  # {class: {file name: content}}
 
 
 def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Conversion:
     """CIFAR-100 split by class names, {split: [name]}, or by superclasses, {"coarse_labels": {split: [name]}}.
 
-    `source` is cifar-100-python.tar.gz or the folder in it. It is read here and not by torchvision, which reads the
-    one published archive alone, without the superclasses.
-    Raises UserError when `source` does not have the layout, or a class of the split is unknown.
+    `source` is cifar-100-python.tar.gz, which torchvision reads without the superclasses; pickles of train, val and
+    test; or folders of the classes; each in a folder or an archive.
+    Raises UserError when it is none of them, or a class of the split is unknown.
     """
-    with open_tree(source) as tree:
-        names = _load(tree, "meta", {"fine_label_names": list[str], "coarse_label_names": list[str]})
-        schema = {"data": np.ndarray, "fine_labels": object, "coarse_labels": object}
-        parts = {part: _load(tree, part, schema) for part in ("train", "test")}
-    fine_names, coarse_names = names["fine_label_names"], names["coarse_label_names"]
-    superclasses: dict[str, str] = {}
-    rows = []  # class, file, pixels
-    for part, content in parts.items():
-        pixels = content["data"]
-        fine = whole_numbers(content["fine_labels"], f"'{source}': labels of {part}", below=len(fine_names))
-        coarse = whole_numbers(content["coarse_labels"], f"'{source}': labels of {part}", below=len(coarse_names))
-        if pixels.dtype != np.uint8 or not pixels.shape == (len(fine), 3 * 32 * 32) == (len(coarse), 3 * 32 * 32):
-            raise UserError(f"'{source}': data, fine_labels and coarse_labels of {part} do not belong together")
-        superclasses |= {fine_names[i]: coarse_names[j] for i, j in zip(fine, coarse, strict=True)}
-        images = enumerate(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        rows += [(fine_names[c], f"{part}_{i:05d}.png", image) for c, (i, image) in zip(fine, images, strict=True)]
+    superclasses = read_json(SPLIT_FILES / "CIFAR-100.json")
+    fine_names = sorted(name for names in superclasses.values() for name in names)
+    classes = {split: _classes(split_file, split, superclasses) for split in SPLITS}
+    n_classes = {split: len(names) for split, names in classes.items()}
+    with ExitStack() as stack:
+        tree = stack.enter_context(open_tree(source))
+        rows: list[Row] = [(PurePosixPath(name).parent.name, name, partial(tree.read, name)) for name in tree.names]
+        rows = [row for row in rows if row[0] in fine_names and PurePosixPath(row[1]).suffix.lower() in IMAGE_SUFFIXES]
+        if pickles := _split_pickles(tree):
+            images, classes = _read_split_pickles(tree, pickles, classes, fine_names)
+        else:
+            images = name_apart(rows, source) or _read_published(tree)
+        items = [
+            ImageItem(split, name, file_name, read)
+            for split, names in classes.items()
+            for name in names
+            for file_name, read in images.get(name, {}).items()
+        ]
+        counts = {split: dict.fromkeys(names, PER_CLASS) for split, names in classes.items()}
+        n_images, opened = PER_CLASS * sum(n_classes.values()), stack.pop_all()
+        return Conversion(items, n_images, n_classes, counts, {"split_file": split_file}, opened=opened)
 
-    if wanted := split_file.get("coarse_labels"):
-        classes = {split: [name for name in fine_names if superclasses.get(name) in wanted[split]] for split in SPLITS}
-        n_classes = {split: 5 * len(wanted[split]) for split in SPLITS}
-    else:
-        check_split(split_file, list[str], "lists of class names")
-        classes = {split: split_file[split] for split in SPLITS}
-        n_classes = {split: len(classes[split]) for split in SPLITS}
-    split_of_class = {name: split for split in SPLITS for name in classes[split]}
-    if unknown := sorted(set(split_of_class) - set(fine_names)):
-        raise UserError(f"'{source}' has no class {', '.join(unknown)}, which the split names: is it CIFAR-100?")
-    items = [
-        ImageItem(split_of_class[name], name, file_name, partial(np.ascontiguousarray, image))
-        for name, file_name, image in rows
-        if name in split_of_class
-    ]
-    counts = {split: dict.fromkeys(classes[split], PER_CLASS) for split in SPLITS}
-    return Conversion(items, PER_CLASS * sum(n_classes.values()), n_classes, counts, {"split_file": split_file})
+
+def _classes(split_file: dict[str, Any], split: str, superclasses: dict[str, list[str]]) -> list[str]:
+    if coarse := split_file.get("coarse_labels"):
+        return [name for names in coarse[split] for name in superclasses.get(names, [])]
+    check_split(split_file, list[str], "lists of class names")
+    if unknown := set(split_file[split]) - set().union(*superclasses.values()):
+        raise UserError(f"the split names {', '.join(sorted(unknown))}, no class of CIFAR-100")
+    return split_file[split]
+
+
+def _read_published(tree: FileTree) -> Images:
+    """The pickles train, test and meta of the published archive."""
+    names = _load(tree, "meta", {"fine_label_names": list[str], "coarse_label_names": list[str]})["fine_label_names"]
+    images: Images = {name: {} for name in names}
+    for part in ("train", "test"):
+        content = _load(tree, part, {"data": np.ndarray, "fine_labels": object})
+        pixels = content["data"]
+        fine = whole_numbers(content["fine_labels"], f"'{tree.path}': labels of {part}", below=len(names))
+        if pixels.dtype != np.uint8 or pixels.shape != (len(fine), 3 * 32 * 32):
+            raise UserError(f"'{tree.path}': data and fine_labels of {part} do not belong together")
+        for i, image in enumerate(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)):
+            images[names[fine[i]]][f"{part}_{i:05d}.png"] = partial(np.ascontiguousarray, image)
+    return images
+
+
+def _split_pickles(tree: FileTree) -> dict[str, str]:
+    """The pickles of the splits, such as CIFAR_FS_train.pickle or train.pickle: the name of each by its split.
+
+    Empty where there are none. Raises UserError when there is not one of each.
+    """
+    names = [PurePosixPath(path).name for path in tree.names]
+    ending = {split: re.compile(rf"(?<![a-z])(?<!train_){tag}\.(pkl|pickle)$") for split, tag in TAGS.items()}
+    found = {split: [name for name in names if ending[split].search(name)] for split in SPLITS}  # train_val is of two
+    if any(found.values()) and any(len(names) != 1 for names in found.values()):
+        has = "; ".join(f"for {TAGS[split]} {', '.join(names) or 'none'}" for split, names in found.items())
+        raise UserError(f"'{tree.path}' must have one pickle for train, one for val and one for test; it has {has}")
+    return {split: names[0] for split, names in found.items() if names}
+
+
+def _read_split_pickles(
+    tree: FileTree, pickles: dict[str, str], classes: dict[str, list[str]], fine_names: list[str]
+) -> tuple[Images, dict[str, list[str]]]:
+    """MetaOptNet's pickles, which RFS has renamed: {data (n, 32, 32, 3), labels}; and what their classes are called.
+
+    That is as in CIFAR-100 where the labels of each split are CIFAR-100's numbers of the classes of the split, from 0
+    by name; else class_<label>, or <split>_<label> where splits share labels.
+    """
+    rows: dict[str, dict[int, dict[str, Read]]] = {}
+    for split, file in pickles.items():
+        content = _load(tree, file, {"data": np.ndarray, "labels": object})
+        data, labels = content["data"], whole_numbers(content["labels"], f"'{tree.path}': labels of {file}")
+        if not are_images(data) or len(data) != len(labels):
+            raise UserError(
+                f"'{tree.path}': data of {file} is not an array (n, 32, 32, 3) of uint8, one for each label"
+            )
+        if data.shape[1:3] != (32, 32):
+            size = "x".join(map(str, data.shape[1:3]))
+            raise UserError(f"'{tree.path}': {file} has images of {size} pixels, as miniImagenet has, not CIFAR-100")
+        rows[split] = {label: {} for label in sorted(set(labels))}
+        for i, label in enumerate(labels):
+            rows[split][label][f"{i:05d}.png"] = partial(data.__getitem__, i)
+    n_found, n_wanted = ([len(of[split]) for split in SPLITS] for of in (rows, classes))
+    if any(found > wanted for found, wanted in zip(n_found, n_wanted, strict=True)):
+        kind = {"64, 16, 20": "CIFAR-FS", "60, 20, 20": "FC100"}.get(str(n_found)[1:-1], "another benchmark")
+        raise UserError(f"'{tree.path}' has {n_found} classes of base, val and novel, not {n_wanted}: it is {kind}")
+    names = {split: {n: fine_names[n] for n in own if n < len(fine_names)} for split, own in rows.items()}
+    if any(sorted(names[split].values()) != sorted(classes[split]) for split in SPLITS):
+        shared = len(set().union(*rows.values())) < sum(n_found)
+        names = {split: {n: f"{split if shared else 'class'}_{n:02d}" for n in own} for split, own in rows.items()}
+        print("note: the labels are not CIFAR-100's numbers of these classes, which are called by their labels")
+    images = {names[split][label]: files for split, own in rows.items() for label, files in own.items()}
+    return images, {split: list(own.values()) for split, own in names.items()}
 
 
 def download_cifar100(folder: Path) -> Path:
@@ -92,7 +162,10 @@ def _load(tree: FileTree, name: str, schema: dict[str, Any]) -> dict[str, Any]:
     """One of the pickles, which lie side by side in a folder cifar-100-python; it has the keys of the schema."""
     found = [path for path in tree.names if PurePosixPath(path).name == name]
     if len(found) != 1:
-        raise UserError(f"'{tree.path}' has {len(found)} files '{name}' instead of one: give {ARCHIVE} or its folder")
+        raise UserError(
+            f"'{tree.path}' has {len(found)} files '{name}' instead of one: give {ARCHIVE} or its folder, "
+            "the pickles of train, val and test, or folders of its classes"
+        )
     content = load_pickle(io.BytesIO(tree.read(found[0])), f"{tree.path}: {found[0]}")
     if not isinstance(content, dict) or not matches_schema(content, schema):
         raise UserError(f"'{tree.path}': {name} is no dictionary of {', '.join(schema)}: is it CIFAR-100?")
@@ -102,7 +175,10 @@ def _load(tree: FileTree, name: str, schema: dict[str, Any]) -> dict[str, Any]:
 def _converter(name: str) -> Converter:
     flags = {
         "split_file": published_split(name),
-        "source": {"type": Path, "help": f"{ARCHIVE} or its folder; default: download it"},
+        "source": {
+            "type": Path,
+            "help": f"{ARCHIVE}, its folder, pickles of the splits or folders of the classes; default: download",
+        },
     }
     return Converter(convert_cifar100, "from CIFAR-100, downloaded unless given", flags, download_cifar100)
 

@@ -1,7 +1,8 @@
 """What a converter is: a function from the files that people have to the images of a benchmark, with its flags."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -9,6 +10,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from data.listing import subfolders
 from engine.errors import UserError
 from engine.files import matches_schema, read_json
 
@@ -17,6 +19,7 @@ TAGS = {"base": "train", "val": "val", "novel": "test"}  # what other people's f
 SPLIT_FILES = Path(__file__).parents[2] / "fs_benchmarks" / "splits"
 
 Flag = dict[str, Any]  # the options of add_argument
+Read = Callable[[], bytes | NDArray[np.uint8]]  # gives an encoded file, or pixels (h, w, 3)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ImageItem:
     split: str
     class_name: str
     file_name: str
-    read: Callable[[], bytes | NDArray[np.uint8]]
+    read: Read
 
     @property
     def name(self) -> str:
@@ -41,7 +44,7 @@ class Conversion:
     """The images that a converter hands over, lazily, and the published numbers of images and of classes per split.
 
     class_counts: known numbers of images of each class per split. `settings` tells two conversions of one benchmark
-    apart; `title` is the name of the benchmark if the user chooses it.
+    apart; `title` is the name of the benchmark if the user chooses it; `opened` closes what the items read from.
     """
 
     items: Iterable[ImageItem]
@@ -50,6 +53,7 @@ class Conversion:
     class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
     title: str | None = None
+    opened: ExitStack = field(default_factory=ExitStack)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,20 @@ def read_split_file(path: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
+def whose_classes(names: Collection[str]) -> str:
+    """`; these are classes of CIFAR-FS ...`: the benchmark that most of the names are classes of; else empty."""
+    for benchmark, command in {"miniImagenet": "miniImagenet", "CIFAR-FS": "CIFAR-FS or FC100"}.items():
+        lists = read_split_file(SPLIT_FILES / f"{benchmark}.json")
+        if 2 * sum(name in lists[split] for name in names for split in SPLITS) > len(names):
+            return f"; these are classes of {benchmark}: python -m data.prepare {command} makes it"
+    return ""
+
+
+def other_benchmark(source: Path) -> str:
+    """What whose_classes says of the folders in `source` and in these."""
+    return whose_classes([path.name for place in [source, *subfolders(source)] for path in subfolders(place)])
+
+
 def check_split(split_file: dict[str, Any], kind: Any, what: str) -> None:
     """Raise UserError when base, val and novel of a split file are not of a type: `what` says of which."""
     if not matches_schema(split_file, dict.fromkeys(SPLITS, kind)):
@@ -112,6 +130,7 @@ def are_images(array: object) -> TypeGuard[NDArray[np.uint8]]:
 
 # Flags that several converters have.
 SOURCE: Flag = {"type": Path, "required": True, "help": "the file or folder that you have"}
+IMAGE_ROOT: Flag = {"type": Path, "help": "folder that holds the images of csv or json lists, when it is another one"}
 SPLIT_FILE: Flag = {"type": read_split_file, "help": "JSON of the classes of base, val and novel"}
 
 

@@ -1,11 +1,11 @@
-"""CUB: CUB_200_2011, as its folder or its tgz (Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, 2011).
+"""CUB: CUB_200_2011, as its folder, its tgz or a zip (Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, 2011).
 
 Classes are split as few-shot papers do since Chen et al. (A Closer Look at Few-shot Classification, 2019): class
 folders sorted by name and counted from 0; even ones are base, every fourth from 1 val, every fourth from 3 novel.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.converters.archives import FileTree, open_tree
-from data.converters.converter import SOURCE, SPLITS, Conversion, Converter, ImageItem
+from data.converters.converter import SOURCE, SPLITS, Conversion, Converter, ImageItem, Read
 from data.decode import decode
 from engine.errors import UserError
 
@@ -34,25 +34,24 @@ def convert_cub(source: Path, crop_bbox: bool) -> Conversion:
         if any(len(columns) != 1 or columns[0].count("/") != 1 for columns in paths.values()):
             raise UserError(f"'{source}': {root}images.txt does not list each image as 'number class/file'")
         boxes = _table(tree, "bounding_boxes.txt")[1] if crop_bbox else {}
-        opened = stack.pop_all()  # for the items, which close it
+        opened = stack.pop_all()
     image_of_path = {f"{root}images/{path}": (number, *path.split("/")) for number, (path,) in paths.items()}
     n_images = Counter(class_name for _, class_name, _ in image_of_path.values())
     split_of_class = {name: SPLIT_OF_REMAINDER[i % 4] for i, name in enumerate(sorted(n_images))}
 
     def items() -> Iterator[ImageItem]:
-        with opened:
-            # In the archive's order: a compressed one is read front to back, once.
-            present = [name for name in tree.names if name in image_of_path]
-            for path in present + sorted(set(image_of_path) - set(present)):
-                number, class_name, file_name = image_of_path[path]
-                read: Callable[[], bytes | NDArray[np.uint8]] = partial(tree.read, path)
-                if crop_bbox:
-                    read = partial(_cropped, tree, path, _corners(boxes, number, source))
-                    file_name = f"{PurePosixPath(file_name).stem}.png"
-                yield ImageItem(split_of_class[class_name], class_name, file_name, read)
+        # In the archive's order: a compressed one is read front to back, once.
+        present = [name for name in tree.names if name in image_of_path]
+        for path in present + sorted(set(image_of_path) - set(present)):
+            number, class_name, file_name = image_of_path[path]
+            read: Read = partial(tree.read, path)
+            if crop_bbox:
+                read = partial(_cropped, tree, path, _corners(boxes, number, source))
+                file_name = f"{PurePosixPath(file_name).stem}.png"
+            yield ImageItem(split_of_class[class_name], class_name, file_name, read)
 
     counts = {part: {name: n_images[name] for name, its in split_of_class.items() if its == part} for part in SPLITS}
-    return Conversion(items(), N_IMAGES, N_CLASSES, counts, {"crop_bbox": crop_bbox})
+    return Conversion(items(), N_IMAGES, N_CLASSES, counts, {"crop_bbox": crop_bbox}, opened=opened)
 
 
 def _table(tree: FileTree, name: str) -> tuple[str, dict[str, list[str]]]:
@@ -61,7 +60,7 @@ def _table(tree: FileTree, name: str) -> tuple[str, dict[str, list[str]]]:
     if len(roots) != 1:
         raise UserError(
             f"'{tree.path}' has {len(roots)} files {name} instead of one: "
-            "give the folder CUB_200_2011 or CUB_200_2011.tgz"
+            "give the folder CUB_200_2011, CUB_200_2011.tgz or a zip of it"
         )
     lines = tree.read(f"{roots[0]}{name}").decode(errors="replace").splitlines()
     rows = [line.split() for line in lines if line.strip()]
@@ -89,6 +88,6 @@ def _cropped(tree: FileTree, path: str, corners: tuple[int, int, int, int]) -> N
 
 CONVERTER = Converter(
     convert_cub,
-    "from the folder CUB_200_2011 or its tgz",
+    "from the folder CUB_200_2011, its tgz or a zip",
     {"source": SOURCE, "crop_bbox": {"action": "store_true", "help": "crop each image to its bounding box"}},
 )

@@ -9,33 +9,64 @@ from typing import Any
 
 import torch
 
-from data.converters.converter import SOURCE, SPLIT_FILE, SPLITS, Conversion, Converter, ImageItem, check_split
-from data.decode import IMAGE_SUFFIXES, regular_bytes
-from data.listing import list_folder
+from data.converters.archives import is_archive, open_tree
+from data.converters.converter import (
+    IMAGE_ROOT,
+    SOURCE,
+    SPLIT_FILE,
+    SPLITS,
+    Conversion,
+    Converter,
+    ImageItem,
+    check_split,
+)
+from data.converters.lists import UNSPLIT, Listed, read_lists
+from data.decode import regular_bytes
+from data.listing import FEW_CLASSES, Listing, join_listings, list_folder, plain_names, shared_by, split_folders
 from engine.errors import UserError
 
 
 def convert_folder(
-    source: Path, split_file: dict[str, list[str]] | None, name: str | None, split: list[float], seed: int
+    source: Path,
+    split_file: dict[str, list[str]] | None,
+    name: str | None,
+    split: list[float],
+    seed: int,
+    image_root: Path | None = None,
 ) -> Conversion:
     """The images `source/<class>/<image>`, split by split_file, {split: [class]}, or at random by fractions `split`.
 
-    Hidden files, and files that are no images by their suffix, are left out; the latter are named aloud.
+    Folders train, val and test of classes in `source` are the splits; where they share classes, these are joined.
     Raises UserError when `source` is no such tree or lacks a listed class.
     """
+    with contextlib.ExitStack() as stack:
+        if source.is_dir() or is_archive(source):
+            tree = stack.enter_context(open_tree(source))
+            listed = read_lists(tree, stack.enter_context(open_tree(image_root)) if image_root else tree)
+            if listed:
+                if UNSPLIT in listed:
+                    if split_file:
+                        check_split(split_file, list[str] | dict[str, Any], "lists of class names")
+                    dealt = split_file or split_at_random(source, sorted(listed[UNSPLIT]), split, seed)
+                    listed = {part: {name: listed[UNSPLIT].get(name, {}) for name in dealt[part]} for part in SPLITS}
+                elif split_file:
+                    raise UserError(f"'{source}' has lists of its own splits: leave out --split_file")
+                return _of_lists(
+                    listed, name or (source.resolve().name if source.is_dir() else source.stem), stack.pop_all()
+                )
     if not source.is_dir():
-        raise UserError(f"--source '{source}' is not a folder: expected a folder of class/image")
+        raise UserError(f"--source '{source}' is not a folder of class/image, nor an archive of images with lists")
     if split_file:
         check_split(split_file, list[str] | dict[str, Any], "lists of class names")
-    class_names, paths, labels = list_folder(source)
-    images: dict[str, list[Path]] = {name: [] for name in class_names}
-    for path, label in zip(paths, labels, strict=True):
-        images[class_names[label]].append(path)
-    files = [file for name in class_names for file in (source / name).iterdir() if not file.name.startswith(".")]
-    others = Counter(file.suffix or file.name for file in files if file.suffix.lower() not in IMAGE_SUFFIXES)
-    if others:
-        print("left out, not images: " + ", ".join(f"{n} {suffix}" for suffix, n in sorted(others.items())))
-    class_lists = split_file or split_at_random(class_names, split, seed)
+    folders = split_folders(source)
+    listings = [list_folder(place) for place in (folders.values() if len(folders) > 1 else [source])]
+    joined = join_listings(listings)
+    images = plain_names(joined)
+    settings: dict[str, object] = {"split_file": split_file}
+    if not split_file:  # with a class more or less the others are dealt otherwise: what was dealt is recorded
+        class_lists = lists_of_folders(source, folders, listings) or split_at_random(source, joined[0], split, seed)
+        settings = {"split": split, "seed": seed, "classes": class_lists}
+    class_lists = split_file or class_lists
     classes = [(part, class_name) for part in SPLITS for class_name in class_lists[part]]
     absent = [class_name for _, class_name in classes if class_name not in images]
     if absent:
@@ -47,17 +78,46 @@ def convert_folder(
         for file_name, file in _named_apart(images[class_name]).items()
     ]
     n_classes = {part: len(class_lists[part]) for part in SPLITS}
-    settings: dict[str, object] = {"split_file": split_file}
-    if not split_file:  # with a class more or less the others are dealt otherwise: what was dealt is recorded
-        settings = {"split": split, "seed": seed, "classes": class_lists}
     return Conversion(items, len(items), n_classes, settings=settings, title=name or source.resolve().name)
 
 
-def split_at_random(class_names: list[str], fractions: list[float], seed: int) -> dict[str, list[str]]:
+def lists_of_folders(source: Path, folders: dict[str, Path], listings: list[Listing]) -> dict[str, list[str]] | None:
+    """The classes of folders train, val and test; None where there are none, or they share classes.
+
+    Raises UserError when one of the three is missing.
+    """
+    if len(listings) < 2:
+        return None
+    names = " and ".join(path.name for path in folders.values())
+    if shared_by(folders):
+        print(f"note: {names} share classes: the images of a class are joined, and the classes dealt by --split")
+        return None
+    if len(listings) < 3:
+        raise UserError(f"--source '{source}' has folders {names} of classes: make the third of train, val and test")
+    return {split: class_names for split, (class_names, _, _) in zip(folders, listings, strict=True)}
+
+
+def _of_lists(listed: Listed, title: str, opened: contextlib.ExitStack) -> Conversion:
+    """The conversion of images that lists name, which are read from what is `opened`."""
+    counts = {split: {name: len(files) for name, files in classes.items()} for split, classes in listed.items()}
+    items = [
+        ImageItem(split, class_name, file_name, read)
+        for split, classes in listed.items()
+        for class_name, files in classes.items()
+        for file_name, read in files.items()
+    ]
+    n_classes = {split: len(classes) for split, classes in listed.items()}
+    settings: dict[str, object] = {"lists": {"images": [item.name for item in items]}}
+    return Conversion(items, len(items), n_classes, counts, settings, title, opened)
+
+
+def split_at_random(source: Path, class_names: list[str], fractions: list[float], seed: int) -> dict[str, list[str]]:
     """Deal the classes out to base, val and novel by `fractions` (three, of sum 1), at least one class to each.
 
     Raises UserError when there are too few classes.
     """
+    if len(class_names) < 3:
+        raise UserError(f"--source '{source}': {FEW_CLASSES.format(n=len(class_names), support=source)}")
     n_val, n_novel = (max(1, round(fraction * len(class_names))) for fraction in fractions[1:])
     n_base = len(class_names) - n_val - n_novel
     if n_base < 1:
@@ -71,11 +131,12 @@ def split_at_random(class_names: list[str], fractions: list[float], seed: int) -
     return {split: sorted(part) for split, part in zip(SPLITS, parts, strict=True)}
 
 
-def _named_apart(files: list[Path]) -> dict[str, Path]:
+def _named_apart(files: dict[str, Path]) -> dict[str, Path]:
     """File names to write: `a.jpg` beside `a.png` becomes `a_jpg.jpg`, because resized images all end in .png."""
-    stems = Counter(file.stem for file in files)
+    stems = Counter(Path(name).stem for name in files)
     return {
-        file.name if stems[file.stem] == 1 else f"{file.stem}_{file.suffix[1:]}{file.suffix}": file for file in files
+        name if stems[Path(name).stem] == 1 else f"{Path(name).stem}_{file.suffix[1:]}{file.suffix}": file
+        for name, file in files.items()
     }
 
 
@@ -90,9 +151,10 @@ def _fractions(text: str) -> list[float]:
 
 CONVERTER = Converter(
     convert_folder,
-    "from your own class/image folders",
+    "from your own class/image folders, or images with lists",
     {
         "source": SOURCE,
+        "image_root": IMAGE_ROOT,
         "split_file": SPLIT_FILE,
         "name": {"metavar": "TITLE", "help": "what to call the benchmark; default: the source folder's name"},
         "split": {

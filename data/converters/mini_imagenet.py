@@ -5,9 +5,9 @@ Learning, ICLR 2017). From ILSVRC's own files, the split file tells which images
 image among the files of its class sorted by their number.
 """
 
-import csv
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,9 +15,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from data.converters.archives import FileTree, open_tree
+from data.converters.archives import open_tree
 from data.converters.converter import (
+    IMAGE_ROOT,
     SOURCE,
+    SPLIT_FILES,
     SPLITS,
     TAGS,
     Conversion,
@@ -25,17 +27,21 @@ from data.converters.converter import (
     ImageItem,
     are_images,
     check_split,
+    other_benchmark,
     published_split,
+    read_split_file,
     whole_numbers,
 )
+from data.converters.lists import name_apart, read_csv_lists
 from data.converters.safe_pickle import load_pickle_file
 from data.decode import regular_bytes
-from data.listing import list_json
+from data.listing import Listing, described, files_below, is_shown, kinds, list_json, plain_names
 from engine.errors import UserError
 
 PER_CLASS = 600
 WNID = re.compile(r"n\d{8}")
-ILSVRC_IMAGE = re.compile(r"_(\d+)\.jpe?g$", re.IGNORECASE)
+NUMBERED = re.compile(r"n\d{8}(_\d+|\d{8})\.\w+")  # n01532829_1234.JPEG of ILSVRC, n0153282900000005.jpg of Ravi
+OTHER_ILSVRC = ("ILSVRC2012_val_", "ILSVRC2012_test_")  # which may lie in class folders, too
 
 SplitPositions = dict[str, dict[str, list[int]]]
 
@@ -49,21 +55,23 @@ def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: 
     counts = {split: {name: len(wanted) for name, wanted in split_file[split].items()} for split in SPLITS}
     if all((source / f"{split}.json").is_file() for split in SPLITS):
         items = _from_json(source, image_root)
-    elif all((source / f"{tag}.csv").is_file() for tag in TAGS.values()):
-        items = _from_csv(source)
+    elif any(all((folder / f"{tag}.csv").is_file() for tag in TAGS.values()) for folder in (source, source / "split")):
+        items = _from_csv(source, image_root, split_file)
     elif source.is_dir() and any(path.suffix in (".pkl", ".pickle") for path in source.iterdir()):
         pickled = {split: _read_pickle(_pickle_of(source, TAGS[split]), split) for split in SPLITS}
         items = _from_pickles(pickled)
         found = {split: list(rows_of_class) for split, (_, rows_of_class) in pickled.items()}
-        if not set().union(*found.values()) & set().union(*split_file.values()):  # labels without ILSVRC's names
+        refuse_cifar(source, pickled)
+        if all(re.fullmatch(rf"{split}_\d+", name) for split, names in found.items() for name in names):  # no names
             counts = {split: dict.fromkeys(names, PER_CLASS) for split, names in found.items()}
-    elif source.is_file() or _ilsvrc_train(source):
-        items = _from_ilsvrc(source, split_file)
+    elif source.is_file() or class_places(source).keys() & set().union(*(split_file[split] for split in SPLITS)):
+        items = _from_classes(source, split_file)
     else:
         raise UserError(
-            f"--source '{source}' is none of the forms of miniImagenet: ILSVRC's train folder (n01532829/...) or "
-            "train tar; a folder with train.csv, val.csv, test.csv and images/; with the pickles of train, val and "
-            "test; or with base.json, val.json and novel.json"
+            f"--source '{source}' holds {described(source)}, none of the forms of miniImagenet: class folders or "
+            "tars (n01532829, ...), of ILSVRC or of 600 images each, also in folders such as train, val and test; "
+            "ILSVRC's train tar; train.csv, val.csv, test.csv and images/; the pickles of train, val and test; or "
+            f"base.json, val.json and novel.json{other_benchmark(source)}"
         )
     n_classes = {split: len(split_file[split]) for split in SPLITS}
     n_images = sum(sum(classes.values()) for classes in counts.values())
@@ -78,66 +86,119 @@ def _from_json(source: Path, image_root: Path | None) -> Iterator[ImageItem]:
             yield ImageItem(split, class_names[label], path.name, partial(regular_bytes, path))
 
 
-def _from_csv(source: Path) -> Iterator[ImageItem]:
-    """Ravi & Larochelle's train.csv, val.csv, test.csv (filename,label), with all images in images/."""
-    for split, tag in TAGS.items():
-        path = source / f"{tag}.csv"
-        try:
-            reader = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-            if not {"filename", "label"} <= set(reader.fieldnames or ()):
-                raise ValueError("its first line is another")
-            names = [(PurePosixPath(row["filename"]).name, row["label"] or "") for row in reader]
-        except (ValueError, TypeError, csv.Error) as error:
-            raise UserError(f"'{path}' is no csv file with the columns filename and label ({error})") from None
-        for file_name, class_name in names:
-            yield ImageItem(split, class_name, file_name, partial(regular_bytes, source / "images" / file_name))
+def _from_csv(source: Path, image_root: Path | None, split_file: SplitPositions) -> Iterator[ImageItem]:
+    """The lists train.csv, val.csv, test.csv of images anywhere below image_root; see read_csv_lists.
+
+    The published lists tell the split of a class. Raises UserError when none of the classes is theirs.
+    """
+    split_of_class = {name: split for split in SPLITS for name in split_file[split]}
+    with open_tree(source) as tree, open_tree(image_root or source) as images:
+        rows = read_csv_lists(tree, images)
+        class_names = sorted({class_name for table in rows.values() for class_name, _, _ in table})
+        if not set(class_names) & set(split_of_class):
+            some = ", ".join(class_names[:3])
+            raise UserError(
+                f"the csv lists in '{source}' name {len(class_names)} classes ({some}, ...), none of miniImagenet's: "
+                "make a benchmark of them with 'python -m data.prepare folder --name NAME'"
+            )
+        for split, table in rows.items():
+            for class_name, files in name_apart(table, source).items():
+                to_split = split_of_class.get(class_name, split)
+                yield from (ImageItem(to_split, class_name, name, read) for name, read in files.items())
 
 
-def _ilsvrc_train(source: Path) -> Path | None:
-    """The folder below `source` that holds the class folders of ILSVRC's training set, or their tars."""
-    for folder in (source, source / "train", source / "ILSVRC/Data/CLS-LOC/train", source / "Data/CLS-LOC/train"):
-        if folder.is_dir() and any(WNID.fullmatch(path.stem) for path in folder.iterdir()):
-            return folder
-    return None
+def class_places(source: Path) -> dict[str, list[Path]]:
+    """{class: the folders and tars anywhere below `source` that are named as this class of ILSVRC}."""
+    places: dict[str, list[Path]] = {}
+    for place, folders, files in os.walk(source, followlinks=True):
+        for name in sorted([*folders, *(file for file in files if file.endswith(".tar"))]):
+            if WNID.fullmatch(name.removesuffix(".tar")):
+                places.setdefault(name.removesuffix(".tar"), []).append(Path(place, name))
+        folders[:] = [name for name in folders if is_shown(name) and not WNID.fullmatch(name)]
+    return places
 
 
-def _from_ilsvrc(source: Path, positions: SplitPositions) -> Iterator[ImageItem]:
-    """The images at the split's positions, from class folders, class tars, or the tar of class tars."""
+def images_in_folders(places: dict[str, list[Path]], positions: dict[str, list[int]]) -> dict[str, dict[str, Path]]:
+    """{class: {file name: path}} of the images of miniImagenet, all folders of a class together.
+
+    positions: of each class in ILSVRC, by which its images are picked where any class has more than these; else all are
+    taken. Raises UserError where they cannot be picked.
+    """
+    files: dict[str, dict[str, Path]] = {}
+    left_out: list[Path] = []
+    for wnid in positions.keys() & places.keys():
+        found = [files_below(place) for place in places[wnid] if place.is_dir()]
+        images = [path for paths, _ in found for path in paths if not path.name.startswith(OTHER_ILSVRC)]
+        numbered = {path.name: path for path in images[::-1] if NUMBERED.fullmatch(path.name)}
+        others = [path for path in images if path.name not in numbered]  # whose names may be of other images elsewhere
+        files[wnid] = numbered | plain_names(([wnid], others, [0] * len(others)))[wnid]
+        left_out += [path for _, rest in found for path in rest]
+    if left_out:
+        print(f"note: left out of the class folders: {kinds(left_out)}")
+    if all(len(paths) <= len(positions[wnid]) for wnid, paths in files.items()):
+        return files
+    picked = {c: at_positions(paths, c, positions[c], places[c][0]) for c, paths in files.items() if paths}
+    return {c: {name: files[c][name] for name in names} for c, names in picked.items()}
+
+
+def list_published(root: Path, split: str) -> Listing | None:
+    """The images of a split of miniImagenet from class folders anywhere below `root`; None where there are none.
+
+    Raises UserError when none of the split's classes is there, or which images are miniImagenet's cannot be told.
+    """
+    positions = read_split_file(SPLIT_FILES / "miniImagenet.json")[split]
+    images = images_in_folders(class_places(root), positions)
+    class_names = sorted(wnid for wnid, files in images.items() if files)
+    if 0 < len(class_names) < len(positions):
+        print(f"note: {len(class_names)} of the {len(positions)} {split} classes of miniImagenet are in {root}")
+    paths = [sorted(images[wnid].values()) for wnid in class_names]
+    labels = [label for label, files in enumerate(paths) for _ in files]
+    return (class_names, [path for files in paths for path in files], labels) if class_names else None
+
+
+def _from_classes(source: Path, split_file: SplitPositions) -> Iterator[ImageItem]:
+    """The images of the classes of the split, from class folders, class tars, or the tar of class tars."""
+    places = class_places(source)
+    in_folders = images_in_folders(places, {c: each for split in SPLITS for c, each in split_file[split].items()})
     with ExitStack() as stack:
         whole = stack.enter_context(open_tree(source)) if source.is_file() else None
-        tar_names = {PurePosixPath(name).name: name for name in whole.names} if whole else {}
-        if whole and not any(WNID.fullmatch(PurePosixPath(name).stem) for name in tar_names):
+        inner = {PurePosixPath(name).stem: name for name in whole.names} if whole else {}
+        if whole and not any(map(WNID.fullmatch, inner)):
             raise UserError(f"--source '{source}' is not ILSVRC's train tar, which holds n01440764.tar and 999 others")
-        folder = _ilsvrc_train(source)
-        for split in SPLITS:
-            for wnid, wanted in positions[split].items():
-                tar = f"{wnid}.tar"
-                if whole and tar in tar_names:
-                    opened = open_tree(source / tar, whole.read(tar_names[tar]))
-                elif folder and (folder / wnid).is_dir():
-                    opened = open_tree(folder / wnid)
-                elif folder and (folder / tar).is_file():
-                    opened = open_tree(folder / tar)
-                else:
-                    continue  # the count at the end names the class
-                with opened as tree:
-                    yield from _of_positions(tree, split, wnid, wanted)
+        for split, wnid, wanted in ((s, *each) for s in SPLITS for each in split_file[s].items()):
+            for name, path in in_folders.get(wnid, {}).items():
+                yield ImageItem(split, wnid, name, partial(regular_bytes, path))
+            tars = [place for place in places.get(wnid, []) if place.is_file() and not in_folders.get(wnid)]
+            if whole and wnid in inner:
+                opened = open_tree(source / f"{wnid}.tar", whole.read(inner[wnid]))
+            elif tars:
+                opened = open_tree(tars[0])
+            else:
+                continue  # the count at the end names a class that is missing
+            with opened as tree:
+                files = {PurePosixPath(name).name: name for name in tree.names}
+                for name in at_positions(files, wnid, wanted, tree.path):
+                    yield ImageItem(split, wnid, name, partial(tree.read, files[name]))
 
 
-def _of_positions(tree: FileTree, split: str, wnid: str, wanted: list[int]) -> Iterator[ImageItem]:
-    """Images of one class by their positions, from 1, among its files sorted by number."""
-    numbers = {name: int(found[1]) for name in tree.names if (found := ILSVRC_IMAGE.search(name))}
-    names = sorted(numbers, key=numbers.__getitem__)
+def at_positions(names: Iterable[str], wnid: str, wanted: list[int], where: Path) -> list[str]:
+    """The file names of a class at the positions, from 1, in ILSVRC's training set: Ravi's numbers are positions, and
+    ILSVRC's names are sorted by their numbers.
+
+    Raises UserError when a position is not there, or the names have neither number.
+    """
     if min(wanted, default=1) < 1:
         raise UserError(f"the split has the position {min(wanted)} for class {wnid}: positions are counted from 1")
-    if max(wanted, default=0) > len(names):
+    numbers = {name: int(number[1].strip("_")) for name in names if (number := NUMBERED.fullmatch(name))}
+    if numbers and not any("_" in name for name in numbers):
+        return sorted(name for name, number in numbers.items() if number in wanted)
+    ranked = sorted(numbers, key=numbers.__getitem__)
+    if max(wanted, default=0) > len(ranked):
         raise UserError(
-            f"'{tree.path}' has {len(names)} images, but the split takes its image {max(wanted)}: "
-            "the positions only hold in the whole ILSVRC-2012 training set"
+            f"'{where}' has {len(ranked)} images, but the split takes its image {max(wanted)}: the positions only hold "
+            f"in the whole ILSVRC-2012 training set ({wnid}_1234.JPEG), and miniImagenet has {len(wanted)} of the class"
         )
-    for position in wanted:
-        name = names[position - 1]
-        yield ImageItem(split, wnid, PurePosixPath(name).name, partial(tree.read, name))
+    return [ranked[position - 1] for position in wanted]
 
 
 Pickled = tuple[NDArray[np.uint8], dict[str, list[int]]]  # images (n, h, w, 3), rows of each class
@@ -149,6 +210,17 @@ def _from_pickles(pickled: dict[str, Pickled]) -> Iterator[ImageItem]:
         for class_name, rows in rows_of_class.items():
             for row in rows:
                 yield ImageItem(split, class_name, f"{row:05d}.png", partial(images.__getitem__, row))
+
+
+def refuse_cifar(source: Path, pickled: dict[str, Pickled]) -> None:
+    """Raise UserError when images have the 32x32 pixels of CIFAR."""
+    if any(images.shape[1:3] == (32, 32) for images, _ in pickled.values()):
+        n_classes = [len(rows_of_class) for _, rows_of_class in pickled.values()]
+        name = "FC100" if n_classes == [60, 20, 20] else "CIFAR-FS"
+        raise UserError(
+            f"--source '{source}' holds {', '.join(map(str, n_classes))} classes of 32x32 pixels: these are {name}, "
+            f"not miniImagenet, whose images have 84x84: python -m data.prepare {name} makes it"
+        )
 
 
 def _pickle_of(source: Path, tag: str) -> Path:
@@ -201,6 +273,6 @@ CONVERTER = Converter(
     {
         "source": SOURCE,
         "split_file": published_split("miniImagenet"),
-        "image_root": {"type": Path, "help": "folder of the images that base/val/novel.json name"},
+        "image_root": IMAGE_ROOT,
     },
 )

@@ -15,22 +15,9 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.files import check_regular
+from engine.foreign import NumberType
 
 Array = np.ndarray[Any, Any]
-
-
-class NumberType:
-    """What a pickled dtype becomes, of numbers or strings alone: a wrong state of a dtype would crash numpy."""
-
-    def __init__(self, code: str, *_: object) -> None:
-        self.dtype = np.dtype(code)
-        if self.dtype.kind not in "biufSU":
-            raise pickle.UnpicklingError(f"it has an array of type {code!r}; only numbers are read")
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Take the byte order from the state of a dtype."""
-        if state[1] in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class NumberArray(np.ndarray[Any, Any]):

@@ -26,6 +26,10 @@ from engine.errors import UserError
 from engine.files import matches_schema
 
 N_CLASSES = {"base": 351, "val": 97, "novel": 160}
+BGR_NOTE = (
+    "note: the blue, green, red of the npz files is written as red, green, blue. FEAT, RFS and MetaOptNet leave it as "
+    "it is, with means in the order red, green, blue: weights that they trained on tieredImageNet want images so"
+)
 N_IMAGES = 448_695 + 124_261 + 206_209
 
 
@@ -84,6 +88,8 @@ def _readers(source: Path, tag: str) -> list[Callable[[], bytes | NDArray[np.uin
     if not are_images(images):
         raise UserError(f"'{npz}': 'images' is not an array (n, height, width, 3) of uint8, but {images.shape}")
     # These arrays were decoded by OpenCV, so their channels are in the order blue, green, red.
+    if tag == TAGS["base"]:
+        print(BGR_NOTE)
     return [partial(np.ascontiguousarray, image[..., ::-1]) for image in images]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data.converters.converter import SPLITS, Conversion, ImageItem
+from data.converters.converter import SPLITS, Conversion, ImageItem, whose_classes
 from data.decode import decode
 from engine.errors import UserError
 from engine.files import atomic_file, is_text, read_json
@@ -36,10 +36,17 @@ def write_benchmark(
     work = folder if folder.exists() else folder.with_name(f".{folder.name}.partial")
     _check_settings(work, {"benchmark": benchmark} | conversion.settings | {"img_size": img_size})
     unreadable, missing = [], []
+    expected = set().union(*conversion.class_counts.values())
     for item in tqdm(conversion.items, total=conversion.n_images, desc=f"preparing {folder.name}", unit="image"):
         for part in (item.class_name, item.file_name):
             if part in ("", ".", "..") or set(part) & {"/", "\\", "\0"} or not is_text(part):
                 raise UserError(f"the source names an image {item.name!r}, which is not a plain class/file name")
+        if expected and item.class_name not in expected:
+            some = ", ".join(sorted(expected)[:3])
+            raise UserError(
+                f"the source has the class {item.class_name!r}, none of {benchmark}'s {len(expected)} ({some}, ...)"
+                f"{whose_classes([item.class_name])}; for your own classes: python -m data.prepare folder"
+            )
         try:
             _write_image(item, work / item.split / item.class_name / item.file_name, img_size)
         except FileNotFoundError:
@@ -54,6 +61,8 @@ def write_benchmark(
         )
     problems = _count_problems(count_images(work), conversion, len(unreadable))
     problems += [f"not in the source: {_some(missing)}"] if missing else []
+    if not any(count_images(work).values()):
+        raise UserError(f"the source holds no image of {folder.name}: {_some(problems)}; nothing is written")
     if problems and not allow_incomplete:
         raise UserError(
             f"{folder.name} is not complete: {_some(problems)}; run the same command with the missing images in place, "

@@ -108,8 +108,8 @@ def test_a_missing_benchmark_names_folder_layout_preparation_and_the_built_in_on
 
 def test_a_missing_split_is_named(tmp_path):
     make_benchmark(tmp_path / "toy", n_class=(1, 1, 1), n_images=1)
-    (tmp_path / "toy" / "val").rename(tmp_path / "toy" / "validation")
-    with pytest.raises(UserError, match="no val split of 'toy'"):
+    (tmp_path / "toy" / "val").rename(tmp_path / "toy" / "other")
+    with pytest.raises(UserError, match=r"no val split of 'toy' in .*, which holds 3 folders \(base, novel, other\)"):
         load(tmp_path, "val")
 
 
@@ -196,7 +196,7 @@ def test_image_root_is_used_even_where_the_absolute_names_exist(tmp_path, images
 def test_an_image_root_that_holds_none_of_the_images_is_named(tmp_path, images):
     paths, labels = listed(images, "ant")
     file = write_json(tmp_path / "base.json", ["ant"], [f"/far/away/{path.name}" for path in paths], labels)
-    with pytest.raises(UserError, match=r"no tail of '/far/away/0\.png'.*--image_root"):
+    with pytest.raises(UserError, match=r"lists '/far/away/0\.png', and below --image_root .* is none of this name"):
         list_json(file, tmp_path / "elsewhere")
 
 

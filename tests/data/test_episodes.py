@@ -10,6 +10,7 @@ from data.episodes import (
     Episodes,
     EpisodeShape,
     Task,
+    check_episodes_fit,
     class_major_labels,
     fixed_episodes,
     read_episodes,
@@ -84,10 +85,26 @@ def test_too_few_classes_are_counted():
         sample_episodes(UNEQUAL, EpisodeShape(7, 1, 1), 1, seed=0)
 
 
-def test_a_class_with_too_few_images_is_named_and_counted():
-    with pytest.raises(UserError, match=r"class 'class1'.* has 7 images; n_shot \+ n_query = 8 are needed.*--n_query"):
-        sample_episodes(UNEQUAL, EpisodeShape(2, 3, 5), 1, seed=0)
-    sample_episodes(UNEQUAL, EpisodeShape(2, 3, 4), 1, seed=0)
+def test_a_class_with_too_few_images_is_named_and_counted(capsys):
+    asked = r"class 'class1' with 7 images, class 'class3' with 7 .*n_shot \+ n_query = 8 are needed.*--n_query"
+    with pytest.raises(UserError, match=f"has {asked}.*without --strict_classes"):
+        check_episodes_fit([UNEQUAL], EpisodeShape(2, 3, 5), strict=True)
+    with pytest.raises(UserError, match=f"has 4 classes besides {asked}.* but episodes of 6 ways"):
+        sample_episodes(UNEQUAL, EpisodeShape(6, 3, 5), 1, seed=0)
+    check_episodes_fit([UNEQUAL], EpisodeShape(6, 3, 4), strict=True)
+    assert not capsys.readouterr().out
+
+
+def test_a_class_with_too_few_images_is_left_out_of_episodes(capsys):
+    shape = EpisodeShape(2, 3, 5)
+    check_episodes_fit([UNEQUAL], shape, strict=False)
+    assert (
+        "note: the novel split of 'toy' has class 'class1' with 7 images, class 'class3' with 7 images ("
+        in capsys.readouterr().out
+    )
+    episodes = sample_episodes(UNEQUAL, shape, 200, seed=0)
+    assert set(episodes.classes.flatten().tolist()) == {0, 2, 4, 5}
+    assert torch.equal(UNEQUAL.labels[episodes.index], episodes.classes.unsqueeze(2).expand(-1, -1, 8))
 
 
 def test_class_major_labels_match_the_flattened_images():

@@ -11,11 +11,11 @@ from torch import nn
 
 from models import BACKBONES, build_backbone, n_parameters, native_img_size, sync_batch_norm
 from models.backbone import Backbone, PartlyFrozen, split_backbone
+from models.basic_resnet import BasicResNet
 from models.conv4 import Conv4
 from models.pretrained import PretrainedBackbone
 from models.resnet12 import ResNet12
 from models.resnet18 import ResNet18
-from models.wide_resnet import WideResNet
 
 
 def torchvision_mobilenet(img_size=224):
@@ -27,7 +27,7 @@ PUBLISHED = {
     "Conv4": (Conv4, 113_088, 1600, (64, 5, 5), 84),
     "ResNet12": (ResNet12, 12_424_320, 640, (640, 5, 5), 84),
     "ResNet18": (ResNet18, 11_176_512, 512, (512, 7, 7), 224),
-    "WideResNet": (WideResNet, 36_579_360, 640, (640, 10, 10), 80),
+    "WideResNet": (BasicResNet, 36_579_360, 640, (640, 10, 10), 80),
     "torchvision": (torchvision_mobilenet, 1_517_856, 1024, (576, 7, 7), 224),
 }
 ALL = pytest.mark.parametrize("build", [row[0] for row in PUBLISHED.values()], ids=PUBLISHED.keys())
@@ -259,8 +259,6 @@ def test_every_backbone_has_a_form_for_relationnet(name):
 
 class Halves(Backbone):
     """A backbone of the one thing that every backbone must write."""
-
-    native_img_size = 8
 
     def __init__(self, img_size):
         super().__init__()

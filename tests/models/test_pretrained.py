@@ -1,11 +1,13 @@
 """Networks of timm and of a user's own as backbones: features, blocks, weights, normalisation; damaged and hostile."""
 
+import argparse
 import sys
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from engine.normalisation import IMAGENET
@@ -114,6 +116,13 @@ def test_weights_of_a_file_as_timm_publishes_them_and_damaged_ones(tmp_path, mon
     with torch.no_grad():
         features = whole.forward_head(whole.forward_features(images(2)), pre_logits=True)
         assert torch.equal(net(images(2)), features)
+    trained = {"args": argparse.Namespace(lr=0.1), "epoch": 3}
+    trained["state_dict"] = {f"module.backbone.{key}": value for key, value in whole.state_dict().items()}
+    torch.save(trained, tmp_path / "trained.pth")
+    same = build_backbone("timm:test_resnet", SIDE, weights=str(tmp_path / "trained.pth")).eval()
+    with torch.no_grad():
+        assert torch.equal(same(images(2)), features)
+    torch.save({"model": torchvision.models.resnet18().state_dict()}, tmp_path / "resnet18.pth")
     (tmp_path / "half.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
     torch.save(whole.state_dict() | {"conv1.0.weight": Hostile()}, tmp_path / "hostile.pth")
     torch.save(timm_network("test_vit", False, 32).state_dict(), tmp_path / "vit32.pth")
@@ -125,7 +134,12 @@ def test_weights_of_a_file_as_timm_publishes_them_and_damaged_ones(tmp_path, mon
     for name, weights, words in [
         ("timm:test_resnet", "half.safetensors", "half.safetensors cannot be read as a state dict of test_resnet"),
         ("timm:test_resnet", "hostile.pth", "hostile.pth cannot be read .*it asks for"),
-        ("timm:test_vit", "vit32.pth", "cannot be read as a state dict of test_vit: .*mismatch for pos_embed"),
+        ("timm:test_resnet", "resnet18.pth", "the file has conv1.weight, .* and looks like torchvision:resnet18"),
+        (
+            "timm:test_vit",
+            "vit32.pth",
+            "not a state dict of test_vit: 77 of its 78 tensors fit, not .pos_embed.",
+        ),
         ("timm:test_resnet", "DEFAULT", "weights of test_resnet could not be downloaded .*no route to host"),
         ("timm:test_resnet", "absent.pth", "absent.pth cannot be read"),
     ]:

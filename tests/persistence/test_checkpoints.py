@@ -288,7 +288,6 @@ NO_CHECKPOINTS = {
     "the old format": lambda path, saved: torch.save({"format": FORMAT}, path, _use_new_zipfile_serialization=False),
     "a tensor": torch_saved(torch.zeros(2)),
     "a list": torch_saved([1, 2]),
-    "a state dict": torch_saved({"layers.0.weight": torch.zeros(2)}),
     "another format": torch_saved({"format": "associative-alignment/0"}),
     "only a format": torch_saved({"format": FORMAT}),
     "a key missing": without("img_size"),
@@ -307,6 +306,12 @@ def test_what_is_no_checkpoint_is_named_with_a_remedy(tmp_path, saved, kind):
     message = str(error.value)
     assert str(path) in message and "not a checkpoint of this project" in message and "transferLearning.py" in message
     assert "\n" not in message
+
+
+def test_weights_of_an_unknown_network_are_described(tmp_path):
+    torch.save({"layer1.0.conv1.weight": torch.zeros(2), "epochs.weight": torch.zeros(2)}, tmp_path / "model.tar")
+    with pytest.raises(UserError, match=r"holds 2 tensors \(layer1.0.conv1.weight, .*no network that can be imported"):
+        load_checkpoint(tmp_path / "model.tar")
 
 
 def test_a_missing_checkpoint_is_named_with_a_remedy(tmp_path):

@@ -290,7 +290,7 @@ USER_ERRORS = {
         ["000.png", "cannot be decoded"],
     ),
     "all queries bad": (all_queries_bad, {"skip_bad": True}, ["no image can be decoded", "006.png"]),
-    "no backbone": (nothing, NO_CHECKPOINT, ["--checkpoint", "make demo", "import_published", "torchvision:resnet18"]),
+    "no backbone": (nothing, NO_CHECKPOINT, ["--checkpoint", "make demo", "import_checkpoint", "torchvision:resnet18"]),
     "random backbone": (nothing, NO_CHECKPOINT | {"backbone": "torchvision:resnet18"}, ["no trained backbone"]),
     "weights without a model": (nothing, NO_CHECKPOINT | {"weights": "w.pth"}, ["--backbone torchvision:"]),
     "weights of a checkpoint": (nothing, {"weights": "w.pth"}, ["--checkpoint brings its own"]),

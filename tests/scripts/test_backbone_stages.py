@@ -70,7 +70,7 @@ def test_torchvision_starts_from_a_weights_file_and_its_dropout_follows_the_seed
         flags = [*folders(small, run), "--backbone", MOBILENET, "--img_size", 32]
         outcome = call("transferLearning", *TRAIN, *flags, "--weights", small / "weights.pth", "--lr", 1e-6)
         assert outcome.status == 0, outcome.err
-        path = next((small / run / "models").iterdir())
+        path = next((small / run / "models").glob("*_bestModel.tar"))
         assert ":" not in path.name
         states.append(load_checkpoint(path).backbone_state)
     for (key, value), again in zip(states[0].items(), states[1].values(), strict=True):

@@ -189,7 +189,10 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "one base class": (STAGE_1, keep_classes("base", 1), [OVER], ["base split", "1 class", "at least 2"]),
     "one novel class": (STAGE_1, keep_classes("novel", 1), [], ["novel split", "1 classes", "3 ways"]),
     "too few val classes": (STAGE_1, keep_classes("val", 2), [], ["val split", "2 classes", "3 ways"]),
-    "too few val images": (STAGE_1, keep_images("val", 3), [], ["class06", "3 images", "= 5 are needed", "--n_query"]),
+    "too few val images": (
+        *(STAGE_1, keep_images("val", 3), ["--strict_classes"]),
+        ["class06", "3 images", "= 5 are needed", "--n_query"],
+    ),
     "too few images for the shots": (STAGE_3, nothing, ["--n_query", 7, OVER], ["8 images", "= 9 are needed"]),
     "glyphs in a file": (
         *(STAGE_1, write("file", ""), ["--dataset", "glyphs", "--benchmarks_dir", "{}/file"]),
