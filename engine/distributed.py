@@ -6,7 +6,10 @@ nothing is exchanged. Shares are consecutive, so that the parts of all ranks, on
 
 import contextlib
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 T = TypeVar("T")
 # Ranks wait while the first one decodes a benchmark, which takes hours; torchrun ends them when a rank dies.
 PATIENCE = timedelta(days=2)
+SECONDS_TO_END = 30  # what a rank has to save and end when torchrun has gone; torchrun itself gives as many
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,25 @@ def join_ranks() -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     if not dist.is_initialized():
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=PATIENCE)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     if not ranks.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return ranks
+
+
+def end_with(launcher: int) -> None:
+    """Wait until the process that started this one has gone, then end this one, with SIGTERM and at last SIGKILL.
+
+    Otherwise the ranks of a torchrun that was killed would go on, and write beside those of the next one.
+    """
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SECONDS_TO_END)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def first_to_fail() -> bool:

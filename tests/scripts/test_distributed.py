@@ -1,5 +1,6 @@
 """Under torchrun, with 1, 2 and 3 processes that talk by gloo: the same numbers, one writer, and no lost work."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import torch
 from persistence.checkpoints import load_checkpoint
 from tests.helpers import ROOT, TINY, call, folders, make_benchmark, numbers
 
-pytest.importorskip("fcntl")
+fcntl = pytest.importorskip("fcntl")
 
 SHOWN = [*(flag for flag in TINY if flag != "--quiet"), "--ft_n_epoch", 10]  # not quiet, but for later ranks
 # 48 base images: the last batch has two, so that of three ranks one has none.
@@ -193,7 +194,9 @@ def test_the_first_rank_alone_prints_and_writes(ranks_run):
     assert done.stdout.count("; result: ") == len(COMMANDS) + 2  # the first line of each, and of the two resumed
 
 
-def test_a_launcher_that_is_told_to_end_says_how_to_go_on(finished, tmp_path):
+@pytest.fixture
+def long_run(finished, tmp_path):
+    """A stage 1 of two ranks that takes long: torchrun's process, that of the first rank, and the flags."""
     flags = [*TRAIN, "--n_epoch", 500, *folders(tmp_path), "--benchmarks_dir", finished / "benchmarks"]
     command = ["transferLearning.py", *map(str, flags)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
@@ -202,6 +205,39 @@ def test_a_launcher_that_is_told_to_end_says_how_to_go_on(finished, tmp_path):
         launcher = subprocess.Popen(torchrun, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=err)
     while not list(tmp_path.rglob("*_last.tar")) and launcher.poll() is None:
         time.sleep(0.05)
+    (lock,) = tmp_path.rglob("tables/.*.lock")
+    first = int(lock.read_text().split()[1])
+    yield launcher, first, flags
+    launcher.kill()
+    launcher.wait()
+
+
+def ended(root):
+    """Wait until no process holds a run's lock."""
+    for lock in root.rglob(".*.lock"):
+        with contextlib.suppress(FileNotFoundError), open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def test_ranks_whose_launcher_was_killed_end_and_let_the_next_run_go_on(long_run, tmp_path):
+    launcher, first, flags = long_run
+    launcher.kill()
+    refused = call("transferLearning", *flags, "--resume")
+    assert refused.status == 2 and f"process {first} on " in refused.err and refused.err.count("\n") == 1
+    ended(tmp_path)
+    n_done = last_state(tmp_path)["n_done"]
+    said, deadline = "interrupted: the same command with --resume goes on from", time.monotonic() + 60
+    while said not in (tmp_path / "err").read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert said in (tmp_path / "err").read_text()
+    resumed = call("transferLearning", *flags, "--resume", "--n_epoch", n_done + 1)
+    assert resumed.status == 0 and f"resumed after epoch {n_done - 1}" in resumed.out
+    rows = next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == list(range(n_done + 1))
+
+
+def test_a_launcher_that_is_told_to_end_says_how_to_go_on(long_run, tmp_path):
+    launcher, _, _ = long_run
     launcher.terminate()
     assert launcher.wait(60) != 0
     said = [line for line in (tmp_path / "err").read_text().splitlines() if "interrupted" in line]
