@@ -116,6 +116,9 @@ class AlignedEpisodes:
     def restore(self) -> None:
         """Resume after the episodes of the state, at most as many as asked for. Raises UserError if it does not fit."""
         with self.files.taking_over() as state:
+            every = self.setting.record_curve if self.setting.alignment != "none" else 0
+            if state["curve"].shape[1:] != (1 + (self.setting.align_iters // every if every else 0),):
+                raise ValueError("its curve is of other iterations")
             columns = [state[name][: len(self.episodes)] for name in COLUMNS]
             self.rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
             metrics = [self.metrics_row(i) for i in range(len(self.rows))]

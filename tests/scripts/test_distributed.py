@@ -226,7 +226,7 @@ def test_ranks_whose_launcher_was_killed_end_and_let_the_next_run_go_on(long_run
     assert refused.status == 2 and f"process {first} on " in refused.err and refused.err.count("\n") == 1
     ended(tmp_path)
     n_done = last_state(tmp_path)["n_done"]
-    said, deadline = "interrupted: the same command with --resume goes on from", time.monotonic() + 60
+    said, deadline = "interrupted; --resume goes on from", time.monotonic() + 60
     while said not in (tmp_path / "err").read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert said in (tmp_path / "err").read_text()
