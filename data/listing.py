@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from data.decode import IMAGE_SUFFIXES
 from engine.errors import UserError
@@ -24,7 +23,7 @@ FEW_CLASSES = (
     "'python predict.py --support {support} --query FOLDER --checkpoint FILE'"
 )
 # A published json list: names are those of classes, and of images with their folders.
-LIST = {"label_names": list[str], "image_names": list[str], "image_labels": list[Any]}
+LIST = {"label_names": list[str], "image_names": list[str], "image_labels": list[object]}
 
 
 def split_folders(root: Path) -> dict[str, Path]:
