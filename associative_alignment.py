@@ -42,11 +42,10 @@ def main() -> None:
     # The backbone of stage 1 or 2; images as uint8 arrays, made as it takes them, and episodes as indices into them.
     path, shape = args.init_from or files.best, EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     with rank_0_first(ranks):
+        files.find_state(LENGTH_FLAGS, ranks)
         list_split(from_flags(DataOptions, args), args.dataset, "base")  # if they are missing, that is said first
         backbone, checkpoint = load_backbone(path, args.backbone, args.img_size)
-        args.eval_resize = args.eval_resize or backbone.eval_resize
-        files.find_state(LENGTH_FLAGS, ranks)
-        load = partial(load_split, from_flags(DataOptions, args))
+        load = partial(load_split, from_flags(DataOptions, args).for_network(backbone.eval_resize))
         base, novel = load(args.dataset, "base"), load(args.novel_dataset, args.test_split)
         splits = [base, novel, *([load(args.novel_dataset, "val")] if is_auto else [])]
         check_episodes_fit(splits[1:], shape, args.strict_classes)

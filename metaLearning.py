@@ -31,8 +31,7 @@ def main() -> None:
     # The backbone; images as uint8 arrays, resized by its rule, and episodes as indices into them.
     maps = META_LEARNERS[args.method][0].uses_maps
     backbone, checkpoint = initial_backbone(from_flags(BackboneSpec, args), run, relation=maps)
-    args.eval_resize = args.eval_resize or backbone.eval_resize
-    load = partial(load_split, from_flags(DataOptions, args))
+    load = partial(load_split, from_flags(DataOptions, args).for_network(backbone.eval_resize))
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     train_shape = EpisodeShape(args.train_n_way, args.n_shot, args.train_n_query)
     n_train, n_test = args.episodes_per_epoch, args.testing_epochs * args.n_episodes

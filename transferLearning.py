@@ -33,8 +33,7 @@ def main() -> None:
 
     # The backbone; images as uint8 arrays, resized by its rule, and episodes as indices into them.
     backbone, checkpoint = initial_backbone(from_flags(BackboneSpec, args), run)
-    args.eval_resize = args.eval_resize or backbone.eval_resize
-    load = partial(load_split, from_flags(DataOptions, args))
+    load = partial(load_split, from_flags(DataOptions, args).for_network(backbone.eval_resize))
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     n_test = args.testing_epochs * args.n_episodes
     files.announce(f"{args.n_epoch} epochs, then {n_test} test episodes", run.quiet)

@@ -6,7 +6,7 @@ fs_benchmarks/<dataset>/{base,val,novel}.json      with label_names, image_names
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -46,7 +46,11 @@ class DataOptions:
     quiet: bool = True
     crop_scale: Sequence[float] | None = None  # None: nothing is to be augmented
     rebuild_cache: bool = False
-    eval_resize: str | None = None  # None: published
+    eval_resize: str | None = None  # None: that of the network, else published
+
+    def for_network(self, rule: str) -> "DataOptions":
+        """The options for a network whose own resize rule is this, unless another is asked for."""
+        return replace(self, eval_resize=self.eval_resize or rule)
 
 
 @dataclass(frozen=True)

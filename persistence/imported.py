@@ -134,7 +134,7 @@ def checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if not value.is_floating_point() or value.layout != torch.strided or not bool(torch.isfinite(value).all()):
             raise UserError(f"{path} holds {name!r} with values that are no finite numbers: get the file again")
-    return {name: value.float() for name, value in state.items()}
+    return {name: value.detach().float() for name, value in state.items()}
 
 
 def read_authors(path: Path, content: dict[str, Any]) -> Imported:

@@ -52,6 +52,7 @@ def run_record(files: RunFiles, novel: Split, episodes: Episodes, run: Run) -> d
         "method": files.name.method,
         "backbone": files.name.backbone,
         "img_size": novel.images.shape[-1],
+        "eval_resize": novel.rule,
         "n_class": n_classes_of(novel, episodes),
         "n_way": episodes.n_way,
         "n_shot": episodes.n_shot,

@@ -171,7 +171,7 @@ def placed(path: Path, *names: str) -> Path:
 
 
 def read_csv(path: Path) -> list[tuple[str, str, str]]:
-    split = {"base": {"a": [1]}, "val": {"b": [1]}, "novel": {"c": [1]}}
+    split = {"base": {"n01": [1]}, "val": {"n02": [1]}, "novel": {"n03": [1]}}
     items = convert_mini_imagenet(placed(path, "train.csv", "val.csv", "test.csv"), split, None).items
     return [(item.split, item.class_name, item.file_name) for item in items]
 

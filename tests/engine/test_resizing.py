@@ -56,7 +56,7 @@ def test_stages_obey_the_flag_and_hand_the_rule_on(tmp_path):
     third = call("associative_alignment", *tiny, "--align_iters", 1, "--aug_size", 2, "--align_blocks", 0)
     assert third.status == 0, third.err
     name = "3way_2shot_tiny_arcMax_Conv4"
-    assert result(tmp_path, f"associative_alignment_{name}_head")["config"]["eval_resize"] == "none"
+    assert result(tmp_path, f"associative_alignment_{name}_head")["eval_resize"] == "none"
     start = ["--init_from", tmp_path / "results" / "models" / f"{name}_bestModel.tar", "--overwrite"]
     enlarged = call("transferLearning", *tiny, "--n_epoch", 0, *start, "--eval_resize", "published")
     assert "note: base images of tiny (16x16 pixels) are enlarged to 18x18 by the rule 'published'" in enlarged.out

@@ -10,6 +10,7 @@ from PIL import Image
 from data.decode import open_rgb
 from data.image_cache import eval_view
 from engine.errors import UserError
+from engine.resizing import PUBLISHED
 from photos.images import decode_views, folder_truth, list_queries, list_support, printable
 
 
@@ -137,7 +138,7 @@ def test_the_truth_of_a_query_is_the_class_that_its_folder_is_named_as():
 def test_views_are_those_of_a_benchmark_in_order_and_nothing_is_written(tmp_path, num_workers):
     paths = colours(tmp_path, 5)
     before = set(tmp_path.rglob("*"))
-    views, kept, reasons = decode_views(paths, 16, num_workers)
+    views, kept, reasons = decode_views(paths, 16, PUBLISHED, num_workers)
     assert views.shape == (5, 3, 16, 16) and views.dtype == torch.uint8
     for path, view in zip(paths, views, strict=True):
         assert torch.equal(view, torch.from_numpy(eval_view(open_rgb(path), 16).copy()))
@@ -151,16 +152,16 @@ def test_a_bad_image_is_named(tmp_path, bad):
     for i in bad:
         paths[i].write_bytes(b"<html>not found</html>")
     with pytest.raises(UserError, match=rf"{min(bad)}\.png cannot be decoded"):
-        decode_views(paths, 16, 2)
+        decode_views(paths, 16, PUBLISHED, 2)
 
 
 def test_bad_images_are_left_out_and_said_when_asked(tmp_path):
     paths = colours(tmp_path, 6)
-    whole, _, _ = decode_views(paths, 16, 2)
+    whole, _, _ = decode_views(paths, 16, PUBLISHED, 2)
     for i in (2, 5):
         paths[i].write_bytes(paths[i].read_bytes()[:40])
-    views, kept, reasons = decode_views(paths, 16, 2, skip_bad=True)
+    views, kept, reasons = decode_views(paths, 16, PUBLISHED, 2, skip_bad=True)
     assert kept == [0, 1, 3, 4] and torch.equal(views, whole[kept])
     assert [str(paths[i]) in reason for i, reason in zip((2, 5), reasons, strict=True)] == [True, True]
-    views, kept, reasons = decode_views(paths[2:3], 16, 2, skip_bad=True)
+    views, kept, reasons = decode_views(paths[2:3], 16, PUBLISHED, 2, skip_bad=True)
     assert views.shape == (0, 3, 16, 16) and kept == [] and len(reasons) == 1

@@ -501,7 +501,7 @@ def test_large_base_features_are_mapped_in_half_precision(root, monkeypatch):
 
 def test_auto_chooses_on_the_val_classes_of_the_base(root, monkeypatch):
     monkeypatch.setattr("persistence.chosen_setting.N_EPISODES", 3)
-    monkeypatch.setattr("persistence.chosen_setting.N_QUERY", 3)
+    monkeypatch.setattr("photos.fitting.N_QUERY", 3)
     outcome = script(root, base=root / "tiny", align_preset="auto", **OPEN)
     assert outcome.status == 0, outcome.err
     assert "--align_preset auto, 3-way 2-shot, 3 val episodes" in outcome.out and "chosen: " in outcome.out

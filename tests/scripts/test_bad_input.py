@@ -253,7 +253,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "checkpoint of other classes": (STAGE_3, checkpoint_with(class_names=["a"]), [], ["trained on 1 base classes"]),
     "novel benchmark missing": (STAGE_3, nothing, ["--novel_dataset", "CUB"], ["'CUB'", "data.prepare CUB"]),
     "diverging alignment": (STAGE_3, nothing, ["--lr", 1e30, "--align_iters", 9], ["episode 0, iteration", "--lr"]),
-    "diverging stage 2": (STAGE_2, nothing, ["--lr", 1e30, "--n_epoch", 3], ["epoch", "episode", "checkpoint"]),
+    "diverging stage 2": (STAGE_2, nothing, ["--lr", 1e30, "--n_epoch", 3], ["epoch", "episode", "--resume"]),
     "another run's result": (
         STAGE_3,
         write(f"results/tables/{STAGE_3}_{CHECKPOINT[:-14]}_centroid.json", "{"),
