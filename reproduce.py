@@ -139,8 +139,6 @@ def main() -> None:
     about["command"] = shlex.join(["python", "reproduce.py", *sys.argv[1:]])
     for each in configs:  # a result records the precision that `auto` becomes on this machine
         each["precision"] = choose_precision(each["precision"], select_device(each["device"]).type)
-        if each["eval_resize"] is None:  # it follows from the backbone
-            del each["eval_resize"]
     todo = [row for row, config in zip(rows, configs, strict=True) if not finished(row, config)]
     print(f"{len(todo)} of {len(rows)} rows to run", flush=True)
     text = ""
