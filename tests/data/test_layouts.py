@@ -15,7 +15,6 @@ from torchvision.datasets import ImageFolder
 from data.benchmarks import DataOptions, list_split, load_split
 from data.converters.converter import SPLIT_FILES, SPLITS
 from data.listing import image_names, list_folder, list_json
-from data.prepare import main
 from engine.errors import UserError
 
 RANDOM = np.random.default_rng(5)
@@ -40,23 +39,6 @@ def write(path: Path, content: bytes | str) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for split in SPLITS for p in (folder / split).rglob("*.*")}
-
-
-@pytest.fixture
-def run(tmp_path, capsys):
-    """Run data.prepare, with --out in the test's folder; what it printed, or the one line that it ended with."""
-
-    def prepare(*argv: object, fails: bool = False) -> str:
-        argv = [*map(str, argv), "--out", str(tmp_path / "out")]
-        if not fails:
-            main(argv)
-            return capsys.readouterr().out
-        with pytest.raises(UserError) as ended:
-            main(argv)
-        assert "\n" not in str(ended.value)
-        return str(ended.value)
-
-    return prepare
 
 
 @pytest.fixture
@@ -98,9 +80,9 @@ def lay_out(root: Path, place, contents: dict[str, bytes], name=lambda file, i: 
 
 
 @pytest.mark.parametrize("form", PLACES)
-def test_every_layout_of_the_class_folders_gives_the_same_benchmark(run, tmp_path, split_file, contents, form):
+def test_every_layout_of_the_class_folders_gives_the_same_benchmark(prepare, tmp_path, split_file, contents, form):
     lay_out(tmp_path / "mini", PLACES[form], contents)
-    run("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file)
+    prepare("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file)
     assert tree(tmp_path / "out/miniImagenet") == contents
 
 
@@ -117,7 +99,7 @@ def test_a_stage_deals_the_classes_of_mini_imagenet_itself(tmp_path, contents, f
     assert split.class_names == sorted(FEW["novel"]) and len(split.images) == 8
 
 
-def test_the_whole_of_ilsvrc_is_told_by_its_counts(run, tmp_path, split_file):
+def test_the_whole_of_ilsvrc_is_told_by_its_counts(prepare, tmp_path, split_file):
     """Positions are taken in it, by numbers; its val images in class folders, and annotations, are no part of it."""
     expected = {}
     for split, wnid, wanted in CLASSES:
@@ -130,34 +112,34 @@ def test_the_whole_of_ilsvrc_is_told_by_its_counts(run, tmp_path, split_file):
         write(tmp_path / f"ILSVRC/Data/CLS-LOC/val/{wnid}/ILSVRC2012_val_00000001.JPEG", jpeg())
         write(tmp_path / f"ILSVRC/Annotations/CLS-LOC/train/{wnid}/{wnid}_1.xml", "<xml>")
     write(tmp_path / "ILSVRC/Data/CLS-LOC/train/n01440764/n01440764_1.JPEG", jpeg())  # a class of no split
-    printed = run("miniImagenet", "--source", tmp_path, "--split_file", split_file)
+    printed = prepare("miniImagenet", "--source", tmp_path, "--split_file", split_file)
     assert tree(tmp_path / "out/miniImagenet") == expected
     assert "note: left out of the class folders: 6 .xml" in printed
 
 
-def test_ravis_numbers_are_positions_among_more_images(run, tmp_path, split_file, contents):
+def test_ravis_numbers_are_positions_among_more_images(prepare, tmp_path, split_file, contents):
     lay_out(tmp_path / "mini", PLACES["100 class folders"], contents)
     for _, wnid, wanted in CLASSES:
         write(tmp_path / "mini" / wnid / ravi(wnid, max(wanted) + 5), jpeg())
-    run("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file)
+    prepare("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file)
     assert tree(tmp_path / "out/miniImagenet") == contents
 
 
-def test_renumbered_images_of_one_name_in_two_folders_are_two(run, tmp_path, split_file, contents):
+def test_renumbered_images_of_one_name_in_two_folders_are_two(prepare, tmp_path, split_file, contents):
     lay_out(tmp_path / "mini", PLACES["each class in two"], contents, lambda file, i: f"{i % 3}.jpg")
-    run("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file)
+    prepare("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file)
     assert sorted(tree(tmp_path / "out/miniImagenet").values()) == sorted(contents.values())
     _, wnid, _ = CLASSES[0]
     write(tmp_path / "mini/train" / wnid / "9.jpg", jpeg())
-    line = run("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file, fails=True)
+    line = prepare("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file, fails=True)
     assert "has 0 images, but the split takes its image" in line and "miniImagenet has 4 of the class" in line
 
 
-def test_too_few_images_of_a_class_are_counted(run, tmp_path, split_file, contents):
+def test_too_few_images_of_a_class_are_counted(prepare, tmp_path, split_file, contents):
     lay_out(tmp_path / "mini", PLACES["train, val, test"], contents)
     split, wnid, wanted = CLASSES[0]
     (tmp_path / "mini/train" / wnid / ravi(wnid, wanted[1])).unlink()
-    line = run("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file, fails=True)
+    line = prepare("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file, fails=True)
     assert f"base class '{wnid}' has 3 of 4 images" in line
 
 
@@ -167,12 +149,12 @@ def test_too_few_images_of_a_class_are_counted(run, tmp_path, split_file, conten
 @pytest.mark.parametrize(
     "names", [("train", "val", "test"), ("train", "valid", "test"), ("Train", "validation", "novel")]
 )
-def test_own_folders_of_other_names_are_the_splits(run, tmp_path, names):
+def test_own_folders_of_other_names_are_the_splits(prepare, tmp_path, names):
     for tag, n in zip(names, (4, 2, 3), strict=True):
         for c in range(n):
             for i in range(3):
                 write(tmp_path / "birds" / tag / f"{tag}_{c}" / f"{i}.jpg", jpeg(size=20))
-    printed = run("folder", "--source", tmp_path / "birds")
+    printed = prepare("folder", "--source", tmp_path / "birds")
     assert "base 4 classes, 12 images; val 2 classes, 6 images; novel 3 classes, 9 images" in printed
     for split, tag, n in zip(SPLITS, names, (4, 2, 3), strict=True):
         class_names = [f"{tag}_{c}" for c in range(n)]
@@ -180,14 +162,14 @@ def test_own_folders_of_other_names_are_the_splits(run, tmp_path, names):
         assert stage(tmp_path, "birds", split)[0] == class_names
 
 
-def test_folders_that_share_classes_are_no_splits(run, tmp_path):
+def test_folders_that_share_classes_are_no_splits(prepare, tmp_path):
     """As for classification: train and val hold images of the same classes."""
     for tag in ("train", "val"):
         for c in range(6):
             write(tmp_path / f"birds/{tag}/bird{c}/0.jpg", jpeg())
         for c in range(2):
             write(tmp_path / f"pets/{tag}/pet{c}/0.jpg", jpeg())
-    printed = run("folder", "--source", tmp_path / "birds")
+    printed = prepare("folder", "--source", tmp_path / "birds")
     assert "note: train and val share classes: the images of a class are joined" in printed
     assert "base 4 classes, 8 images; val 1 classes, 2 images; novel 1 classes, 2 images" in printed
     with pytest.raises(
@@ -196,10 +178,10 @@ def test_folders_that_share_classes_are_no_splits(run, tmp_path):
         stage(tmp_path, "birds", "base")
     with pytest.raises(UserError, match=r"2 classes are too few.*predict\.py --support .*pets/train --query FOLDER"):
         stage(tmp_path, "pets", "base")
-    assert "2 classes are too few for a benchmark" in run("folder", "--source", tmp_path / "pets", fails=True)
+    assert "2 classes are too few for a benchmark" in prepare("folder", "--source", tmp_path / "pets", fails=True)
     shutil.rmtree(tmp_path / "birds/val")
     write(tmp_path / "birds/test/owl/0.jpg", jpeg())
-    line = run("folder", "--source", tmp_path / "birds", "--name", "two", fails=True)
+    line = prepare("folder", "--source", tmp_path / "birds", "--name", "two", fails=True)
     assert "has folders train and test of classes: make the third" in line
 
 
@@ -231,12 +213,12 @@ def test_nested_folders_are_read_as_torchvisions_image_folder(tmp_path):
     assert list_folder(tmp_path / "base")[1] == paths
 
 
-def test_images_of_one_name_in_a_class_are_told_apart_by_their_folders(run, tmp_path):
+def test_images_of_one_name_in_a_class_are_told_apart_by_their_folders(prepare, tmp_path):
     for c in range(5):
         for sub in ("left", "right"):
             write(tmp_path / f"eyes/class{c}/{sub}/0.jpg", jpeg())
     assert image_names(list_folder(tmp_path / "eyes"))[:2] == ["class0/left/0.jpg", "class0/right/0.jpg"]
-    run("folder", "--source", tmp_path / "eyes")
+    prepare("folder", "--source", tmp_path / "eyes")
     found = {name.split("/", 1)[1]: content for name, content in tree(tmp_path / "out/eyes").items()}
     assert found == {
         f"class{c}/{sub}_0.jpg": (tmp_path / f"eyes/class{c}/{sub}/0.jpg").read_bytes()
@@ -250,14 +232,14 @@ def test_images_of_one_name_in_a_class_are_told_apart_by_their_folders(run, tmp_
     assert split.image_names[0] == "class0/left/0.jpg"
 
 
-def test_what_is_left_out_is_said_with_number_and_kind(run, tmp_path, capsys):
+def test_what_is_left_out_is_said_with_number_and_kind(prepare, tmp_path, capsys):
     for c in range(4):
         write(tmp_path / f"photos/class{c}/0.jfif", jpeg())
         write(tmp_path / f"photos/class{c}/1.heic", b"ftypheic")
     write(tmp_path / "photos/class0/notes.txt", "")
     write(tmp_path / "photos/README", "")
     write(tmp_path / "photos/.hidden", "")
-    printed = run("folder", "--source", tmp_path / "photos")
+    printed = prepare("folder", "--source", tmp_path / "photos")
     heic = "4 .heic (convert them: magick mogrify -format jpg FILES"
     assert f"note: left out of photos: {heic}" in printed and "1 without suffix, 1 .txt" in printed
     (tmp_path / "toy").mkdir()
@@ -270,13 +252,13 @@ def test_what_is_left_out_is_said_with_number_and_kind(run, tmp_path, capsys):
 
 
 @pytest.mark.skipif("avif" not in features.get_supported(), reason="this Pillow reads no AVIF")
-def test_avif_and_jfif_are_read(run, tmp_path):
+def test_avif_and_jfif_are_read(prepare, tmp_path):
     plain = np.full((24, 24, 3), (200, 40, 90), np.uint8)
     for c in range(4):
         (tmp_path / f"photos/class{c}").mkdir(parents=True)
         Image.fromarray(plain).save(tmp_path / f"photos/class{c}/0.avif")
         Image.fromarray(plain).save(tmp_path / f"photos/class{c}/1.jfif", "JPEG")
-    run("folder", "--source", tmp_path / "photos", "--img_size", 8)
+    prepare("folder", "--source", tmp_path / "photos", "--img_size", 8)
     images = sorted((tmp_path / "out/photos").glob("*/*/*.png"))
     assert len(images) == 8
     for path in images:
@@ -327,29 +309,29 @@ def make_pickles(root: Path, n_classes: tuple[int, int, int], side: int, names: 
 
 
 @pytest.mark.parametrize("n_classes, name", [((64, 16, 20), "CIFAR-FS"), ((60, 20, 20), "FC100")])
-def test_pickles_of_32_pixels_are_told_what_they_are(run, tmp_path, n_classes, name):
+def test_pickles_of_32_pixels_are_told_what_they_are(prepare, tmp_path, n_classes, name):
     source = make_pickles(tmp_path / "pickles", n_classes, 32)
-    line = run("miniImagenet", "--source", source, "--allow_incomplete", fails=True)
+    line = prepare("miniImagenet", "--source", source, "--allow_incomplete", fails=True)
     assert f"classes of 32x32 pixels: these are {name}, not miniImagenet" in line
     assert not (tmp_path / "out").exists()
 
 
-def test_foreign_class_names_are_no_mini_imagenet(run, tmp_path):
+def test_foreign_class_names_are_no_mini_imagenet(prepare, tmp_path):
     names = json.loads((SPLIT_FILES / "CIFAR-FS.json").read_text())
     fine = [name for split in SPLITS for name in names[split]]
     source = make_pickles(tmp_path / "pickles", (64, 16, 20), 84, fine)
-    line = run("miniImagenet", "--source", source, "--allow_incomplete", fails=True)
+    line = prepare("miniImagenet", "--source", source, "--allow_incomplete", fails=True)
     assert f"has the class '{fine[0]}', none of miniImagenet's 100" in line and "these are classes of CIFAR-FS" in line
     for name in fine:
         write(tmp_path / "cifar100/data" / name / "0.png", jpeg("PNG", 32))
-    line = run("miniImagenet", "--source", tmp_path / "cifar100", "--allow_incomplete", fails=True)
+    line = prepare("miniImagenet", "--source", tmp_path / "cifar100", "--allow_incomplete", fails=True)
     assert "holds 1 folders (data), none of the forms" in line and "these are classes of CIFAR-FS" in line
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_nothing_empty_is_written(run, tmp_path):
+def test_nothing_empty_is_written(prepare, tmp_path):
     for split in SPLITS:
         (tmp_path / "mini" / sorted(MINI[split])[0]).mkdir(parents=True)
-    line = run("miniImagenet", "--source", tmp_path / "mini", "--allow_incomplete", fails=True)
+    line = prepare("miniImagenet", "--source", tmp_path / "mini", "--allow_incomplete", fails=True)
     assert "the source holds no image of miniImagenet" in line and "nothing is written" in line
     assert not (tmp_path / "out/miniImagenet").exists()

@@ -12,8 +12,6 @@ from PIL import Image
 
 from data.converters.converter import SPLIT_FILES, SPLITS
 from data.listing import list_json
-from data.prepare import main
-from engine.errors import UserError
 
 RANDOM = np.random.default_rng(0)
 TAGS = dict(zip(SPLITS, ("train", "val", "test"), strict=True))
@@ -49,23 +47,6 @@ def zipped(folder: Path, top: str = "") -> Path:
 def images_in(folder: Path) -> dict[str, bytes]:
     files = (path for split in SPLITS for path in (folder / split).rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-@pytest.fixture
-def prepare(tmp_path, capsys):
-    """Run the command; returns what it printed, or the one error line that it ended with."""
-
-    def run(name: str, *options: str | Path, fails: bool = False) -> str:
-        argv = [name, "--out", str(tmp_path / "out"), *map(str, options)]
-        if not fails:
-            main(argv)
-            return capsys.readouterr().out
-        with pytest.raises(UserError) as ended:
-            main(argv)
-        assert "\n" not in str(ended.value)
-        return str(ended.value)
-
-    return run
 
 
 # csv files ------------------------------------------------------------------------------------------------------------

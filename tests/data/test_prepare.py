@@ -17,7 +17,6 @@ from PIL import Image
 from data.converters import CONVERTERS
 from data.converters.converter import SPLIT_FILES, SPLITS, Conversion, Converter, ImageItem
 from data.converters.safe_pickle import load_pickle
-from data.prepare import main
 from engine.errors import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -249,23 +248,6 @@ def images_in(folder: Path) -> dict[str, bytes]:
 def read_pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
-
-
-@pytest.fixture
-def prepare(tmp_path, capsys):
-    """Run the command with --out in the test's folder; returns what it printed, or the one error line it ended with."""
-
-    def run(name: str, *options: str | Path, fails: bool = False) -> str:
-        argv = [name, "--out", str(tmp_path / "out"), *map(str, options)]
-        if not fails:
-            main(argv)
-            return capsys.readouterr().out
-        with pytest.raises((UserError, OSError)) as ended:
-            main(argv)
-        assert "\n" not in str(ended.value)
-        return str(ended.value)
-
-    return run
 
 
 @pytest.fixture
