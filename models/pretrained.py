@@ -178,7 +178,9 @@ def load_weights(net: nn.Module, name: str, path: Path) -> None:
             f"--weights {path} is not a state dict of {name}: {n_fit} of its {len(own)} tensors fit, not {first!r}; "
             f"the file has {', '.join(map(str, list(state)[:3]))[:120]}, ... and looks like {looks_like(state)}"
         )
-    net.load_state_dict(best, strict=False)
+    whole = net.state_dict()  # which holds the versions of its layers, too
+    whole.update(best)
+    net.load_state_dict(whole)
 
 
 def best_fit(net: nn.Module, state: dict[str, Any]) -> tuple[dict[str, Tensor], int]:

@@ -75,7 +75,7 @@ def imported(tmp_path_factory):
     """The published checkpoint of 5-shot miniImagenet, imported by the documented command."""
     out = tmp_path_factory.mktemp("imported") / "published.tar"
     result = run("-m", "persistence.import_checkpoint", PUBLISHED, out)
-    assert "Conv4, arcMax of 64 classes, epoch 335, validation accuracy 70.04 %" in result.stdout
+    assert "Conv4 of authors, arcMax of 64 classes, epoch 335, validation accuracy 70.04 %" in result.stdout
     return out
 
 
