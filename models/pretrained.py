@@ -163,13 +163,14 @@ def load_weights(net: nn.Module, name: str, path: Path) -> None:
             content = importlib.import_module("safetensors.torch").load_file(path)
         else:
             content = read_foreign(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     except ImportError as error:
         raise ValueError(f"--weights {path} needs safetensors: pip install safetensors") from error
     except Exception as error:  # a damaged file of safetensors raises an exception of its own
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"--weights {path} cannot be read as a state dict of {name}: {reason}") from error
-    found = content if isinstance(content, dict) else {}
-    state = next((found[key] for key in STATE_KEYS if isinstance(found.get(key), dict)), found)
+    state = next((content[key] for key in STATE_KEYS if isinstance(content.get(key), dict)), content)
     best, n_fit = best_fit(net, state)
     own = [key for key in net.state_dict() if not key.endswith("num_batches_tracked")]
     if n_fit < len(own):
