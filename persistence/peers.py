@@ -153,9 +153,9 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("ResNet12_flat", residual, ("module.encoder.", ""), ("params", ""), r"fc\..*", MEAN_DEEPEMD, "both:92"),
     ),
     "meta-baseline": (
-        Peer("ResNet12_512", partial(residual, pattern="layer{i}."), *META_BASELINE),
-        Peer("ResNet12", partial(residual, pattern="layer{i}."), *META_BASELINE),
-        Peer("Conv4", partial(CONV_PAIR, pattern="encoder.{k}."), *META_BASELINE),
+        Peer("ResNet12_512", partial(residual, pattern="layer{i}."), *META_BASELINE, img_size=80),
+        Peer("ResNet12", partial(residual, pattern="layer{i}."), *META_BASELINE, img_size=80),
+        Peer("Conv4", partial(CONV_PAIR, pattern="encoder.{k}."), *META_BASELINE, img_size=80),
     ),
     "libfewshot": (
         Peer("ResNet12", residual, *LIBFEWSHOT),

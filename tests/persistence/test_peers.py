@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.resizing import check_rule
 from models import build_backbone
 from persistence.peers import PEERS, our_state, recognised
 from tests.helpers import ROOT
@@ -84,8 +85,9 @@ def test_a_key_of_the_file_tells_networks_of_the_same_names_apart():
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_names_are_one_to_one(name):
+def test_names_are_one_to_one_and_the_image_size_goes_with_the_rule(name):
     for peer in PEERS[name]:
         with torch.device("meta"):
             ours = build_backbone(peer.backbone, peer.img_size).state_dict()
         assert len({peer.names(key) for key in ours}) == len(ours)
+        check_rule(peer.resize, peer.img_size)  # its own rule leaves as many pixels as it takes
