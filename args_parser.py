@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -62,6 +63,13 @@ def resize_rule(text: str) -> str:
     """An argparse type: a resize rule."""
     if not RULE.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no resize rule: expected {USAGE}")
+    return text
+
+
+def background_colour(text: str) -> str:
+    """An argparse type: a colour, as Pillow names it."""
+    if not re.fullmatch(r"black|white|#[0-9a-fA-F]{6}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no colour: expected black, white or #rrggbb, such as #808080")
     return text
 
 
@@ -277,6 +285,7 @@ PREDICT: Table = [
     flag("--support FOLDER", Path, None, "the examples: a subfolder per class, named as the class"),
     flag("--query", Path, None, "the images to label: a folder, subfolders included, or one image"),
     flag("--skip_bad", SWITCH, False, "leave out query images that cannot be decoded, and say which"),
+    flag("--background", background_colour, "white", "what transparent images are laid on: black, white or #rrggbb"),
     flag("--base FOLDER", Path, None,
          "benchmark, or any folder of class/image, of related images; its classes that are yours, too, are left out"),
     *DECODING,
@@ -310,7 +319,7 @@ PREDICT: Table = [
 EVERYDAY = ["support", "query", "base", "checkpoint", "backbone", "weights", "save", "classifier", "reject", "sort"]
 EVERYDAY += ["copy_to", "out", "overwrite", "device", "quiet"]
 # What --classifier does not go with: it brings all of this.
-BROUGHT = ["support", "base", "save", "checkpoint", "weights", "img_size", "method", "alignment"]
+BROUGHT = ["support", "base", "save", "checkpoint", "weights", "img_size", "background", "method", "alignment"]
 BROUGHT += [*defaults(FITTING), *defaults(UPDATES)]
 
 STAGES = {

@@ -11,6 +11,7 @@ from engine.errors import UserError
 
 PUBLISHED = "published"
 RULE = re.compile(r"published|none|(short|both):([1-9]\d{0,4})(:bicubic)?")
+MAX_ASPECT = 64  # a thinner image is squeezed: a line of 1 x 65,535 pixels would take gigabytes
 USAGE = "published, none, short:N or both:N, such as short:92 or both:96:bicubic"
 
 
@@ -36,4 +37,5 @@ def resized_size(rule: str, size: tuple[int, int], img_size: int) -> tuple[int, 
         return side, side
     width, height = size
     shorter = min(width, height)
-    return side * width // shorter, side * height // shorter
+    most = MAX_ASPECT * side
+    return min(side * width // shorter, most), min(side * height // shorter, most)

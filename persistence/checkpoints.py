@@ -126,9 +126,11 @@ def create_backbone(name: str, img_size: int, seed: int, relation: bool = False,
     """
     try:
         with seeded(seed, "backbone"):
-            return build_backbone(name, img_size, relation, weights)
+            backbone = build_backbone(name, img_size, relation, weights)
     except ValueError as error:
         raise UserError(str(error)) from error
+    check_weights(backbone, name if weights in ("none", "DEFAULT") else weights)
+    return backbone
 
 
 def load_backbone(
@@ -210,9 +212,20 @@ def initial_backbone(spec: BackboneSpec, run: Run, relation: bool = False) -> tu
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load a state dict, with one clear line (UserError) when its names or shapes are not the module's."""
+    """Load a state dict, with one clear line (UserError) when its names or shapes are not the module's, or are NaN."""
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights of {path} do not fit {type(module).__name__} ({reason})") from error
+    check_weights(module, path)
+
+
+def check_weights(module: nn.Module, source: str | Path) -> None:
+    """Raise UserError, naming where they are from, when weights or statistics of a module are NaN or infinite."""
+    for name, value in module.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"the weights of {source} are not finite, the first in {name}: it diverged in training or is damaged, "
+                "so give another"
+            )

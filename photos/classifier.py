@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data.benchmarks import Split
+from data.decode import Reading
 from data.episodes import Task
 from engine.files import weights_digest
 from engine.run import Run
@@ -21,6 +22,7 @@ from methods.novel_finetune import fit_heads
 from models.backbone import Backbone
 from models.heads import Head
 from photos.confidence import Confidence, cross_validate, least_cosine, nearest
+from photos.images import View
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,10 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def view(self) -> tuple[int, str]:
-        """The image size, and the resize rule, of the images that it takes."""
-        return self.facts["img_size"], self.classifier.backbone.eval_resize
+    def view(self) -> View:
+        """How the images that it takes are read and resized."""
+        reading = Reading(self.facts.get("background"), self.facts.get("white"))  # which older files lack
+        return View(self.facts["img_size"], self.classifier.backbone.eval_resize, reading)
 
 
 class Answers(NamedTuple):

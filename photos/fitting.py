@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from data.benchmarks import DataOptions, Split, load_split
+from data.decode import Reading
 from data.episodes import EpisodeShape
 from engine.errors import UserError
 from engine.resizing import check_rule
@@ -24,7 +25,7 @@ from persistence.chosen_setting import choose_and_keep
 from persistence.feature_cache import FeatureCache
 from photos.base import base_without
 from photos.classifier import Fitted, fit_classifier
-from photos.images import decode_views, ignored_notes, list_support
+from photos.images import View, decode_views, ignored_notes, list_support
 
 N_QUERY = 15  # queries per class of the val episodes of --align_preset auto
 
@@ -38,6 +39,7 @@ class FitFlags:
     weights: str
     img_size: int | None
     eval_resize: str | None
+    background: str
     base: Path | None
     image_root: Path | None
     cache_dir: Path
@@ -71,8 +73,9 @@ def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, r
     """A classifier fitted to examples; base classes that hold one of them, or of the queries, are left out."""
     backbone, img_size, facts = trained_backbone(flags, run)
     blocks = trainable_blocks(backbone, flags.align_blocks)
-    user = user_split(examples, (img_size, backbone.eval_resize), flags, run)
-    facts |= {"images_sha256": user.fingerprint}
+    view = View(img_size, backbone.eval_resize, Reading(flags.background)).of_folder(examples.images, flags.num_workers)
+    user = user_split(examples, view, flags.num_workers)
+    facts |= {"background": flags.background, "white": view.reading.white, "images_sha256": user.fingerprint}
     setting, notes = flags.setting, list[str]()
     base: Source | None = None
     if flags.base is None or setting.alignment == "none":
@@ -105,6 +108,8 @@ def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, r
             setting = choice.setting
             notes += [line.removeprefix("note: ") for line in choice.lines]
     classifier, episode = fit_classifier(backbone, blocks, user, base, setting, run)
+    if view.reading.white:
+        notes.append(f"{view.reading.white:g} is white in greys of more than 8 bits")
     fitted = Fitted(classifier, facts | {"alignment": setting.alignment, "method": setting.fit.method}, notes=notes)
     if base is not None and setting.alignment != "none":
         names = base.split.class_names
@@ -136,9 +141,9 @@ def trained_backbone(flags: FitFlags, run: Run) -> tuple[Backbone, int, dict[str
     return backbone.to(run.device).to(memory_format=torch.channels_last), img_size, facts
 
 
-def user_split(examples: Examples, view: tuple[int, str], flags: FitFlags, run: Run) -> Split:
-    """The examples as a split, decoded to an image size by a resize rule."""
-    images, _, _ = decode_views(examples.images, *view, flags.num_workers)
+def user_split(examples: Examples, view: View, num_workers: int) -> Split:
+    """The examples as a split, decoded to a view."""
+    images, _, _ = decode_views(examples.images, view, num_workers)
     sizes = torch.tensor(images.shape[2:]).expand(len(images), -1)
     digest, labels = hashlib.sha256(images.numpy().tobytes()).hexdigest(), torch.tensor(examples.labels)
-    return Split("", "user", examples.class_names, examples.names, labels, images, None, sizes, digest, view[1])
+    return Split("", "user", examples.class_names, examples.names, labels, images, None, sizes, digest, view.rule)

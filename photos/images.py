@@ -5,6 +5,7 @@ The images are decoded into memory by the evaluation view of a benchmark: nothin
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.decode import IMAGE_SUFFIXES, open_rgb, to_rgb
+from data.decode import IMAGE_SUFFIXES, Reading, deep_maximum, open_rgb, to_rgb, white_of
 from data.image_cache import eval_view
 from data.listing import SYSTEM_FILES, kinds, list_folder
 from engine.budget import check_memory
@@ -78,25 +79,41 @@ def folder_truth(names: list[str], class_names: list[str]) -> list[int | None]:
     return [label.get(name.split("/")[-2]) if "/" in name else None for name in names]
 
 
-def open_image(image: object) -> Image.Image:
+@dataclass(frozen=True)
+class View:
+    """What a network takes of an image: s x s pixels of it, after it is read and resized by a rule."""
+
+    img_size: int
+    rule: str
+    reading: Reading
+
+    def of_folder(self, images: Sequence[object], num_workers: int) -> "View":
+        """The view by which all of a folder's images are read: its white is the least that none of them exceeds."""
+        paths = [Path(image) for image in images if isinstance(image, str | Path)]
+        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+            white = white_of(max(pool.map(deep_maximum, paths), default=0.0))
+        return replace(self, reading=replace(self.reading, white=max(white or 0, self.reading.white or 0) or None))
+
+
+def open_image(image: object, reading: Reading) -> Image.Image:
     """The RGB image of a path, of an image of PIL or of a uint8 array (h, w, 3), (h, w, 4) or (h, w).
 
     Raises UserError when a file cannot be decoded, or for another type.
     """
     if isinstance(image, str | Path):
-        return open_rgb(Path(image))
+        return open_rgb(Path(image), reading)
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return to_rgb(image, reading)
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        return to_rgb(Image.fromarray(image))
+        return to_rgb(Image.fromarray(image), reading)
     what = f"{image.dtype} array" if isinstance(image, np.ndarray) else type(image).__name__
     raise UserError(f"a {what} is no image: give a path, an image of PIL or a uint8 array (h, w, 3)")
 
 
 def decode_views(
-    images: Sequence[object], img_size: int, rule: str, num_workers: int, skip_bad: bool = False
+    images: Sequence[object], view: View, num_workers: int, skip_bad: bool = False
 ) -> tuple[Tensor, list[int], list[str]]:
-    """Views of images (see open_image), resized by a rule, uint8 (N, 3, s, s), and the indices of those they are of.
+    """Views of images (see open_image), uint8 (N, 3, s, s), and the indices of those they are of.
 
     With skip_bad, images that cannot be decoded are left out, and the third result says why; else UserError is raised,
     which names the file.
@@ -104,17 +121,18 @@ def decode_views(
 
     def decode(image: object) -> np.ndarray | UserError:
         try:
-            return eval_view(open_image(image), img_size, rule)
+            return eval_view(open_image(image, view.reading), view.img_size, view.rule)
         except UserError as error:
             if not skip_bad:
                 raise
             return error
 
-    n_bytes = 3 * len(images) * img_size**2
-    check_memory(f"decoding to {img_size} x {img_size} pixels", n_bytes, "take a smaller image size, or fewer images")
+    s = view.img_size
+    n_bytes = 3 * len(images) * s**2
+    check_memory(f"decoding to {s} x {s} pixels", n_bytes, "take a smaller image size, or fewer images")
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         decoded = list(pool.map(decode, images))
     views = [view for view in decoded if not isinstance(view, UserError)]
     kept = [i for i, view in enumerate(decoded) if not isinstance(view, UserError)]
     reasons = [str(error) for error in decoded if isinstance(error, UserError)]
-    return torch.from_numpy(np.array(views, np.uint8).reshape(-1, 3, img_size, img_size)), kept, reasons
+    return torch.from_numpy(np.array(views, np.uint8).reshape(-1, 3, s, s)), kept, reasons

@@ -80,18 +80,19 @@ def label_images(
     cannot be decoded, unless skip_bad leaves it out, and when there is no other.
     """
     parts: list[dict[str, Any]] = []
+    view = fitted.view.of_folder(images, num_workers)
     with run.bar(None, "label", "img", total=len(images)) as bar:
         for start in range(0, len(images), PART):
             chunk = images[start : start + PART]
             path, part = None, None
             if folder:  # a part is kept under a hash of all that its answers follow from
                 files = [(file, file.stat().st_size) for file in chunk]
-                follows_from = repr((fitted.classifier.digest, run.precision.name, files))
+                follows_from = repr((fitted.classifier.digest, view, run.precision.name, files))
                 path = folder / f"{hashlib.sha256(follows_from.encode()).hexdigest()[:32]}.pt"
                 with contextlib.suppress(OSError, ValueError):  # not there, or damaged
                     part = load_tensors(path, "cpu")
             if part is None:
-                views, kept, reasons = decode_views(chunk, *fitted.view, num_workers, skip_bad)
+                views, kept, reasons = decode_views(chunk, view, num_workers, skip_bad)
                 answers = classify(fitted.classifier, views, run)._asdict() if kept else None
                 part = {"kept": [start + i for i in kept], "reasons": reasons, "answers": answers}
                 if path and kept:

@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from data.decode import open_rgb
+from data.decode import Reading, open_rgb
 from persistence.saved_episode import MAX_SIDE
 
 MAX_QUERIES = 150  # shown of an episode
@@ -88,7 +88,9 @@ def img(kind: str, data: bytes, alt: str) -> str:
 def thumbnail_img(image: Tensor | Path, alt: str) -> str:
     """An image, uint8 (3, s, s) or a file, as an element. Raises UserError when the file cannot be read."""
     if isinstance(image, Path):
-        shown = ImageOps.contain(open_rgb(image), (MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC)
+        whole = open_rgb(image, Reading("white"))
+        width, height = (max(1, round(MAX_SIDE * side / max(whole.size))) for side in whole.size)
+        shown = whole.resize((width, height), Image.Resampling.BICUBIC)
     else:
         shown = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     buffer = io.BytesIO()

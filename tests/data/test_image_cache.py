@@ -392,7 +392,7 @@ def test_an_image_above_the_pixel_limit_is_refused_before_it_is_decoded(tmp_path
 def test_whatever_the_decoder_raises_is_one_line_that_names_the_file(tmp_path, monkeypatch, raised):
     (path,) = write_images(tmp_path, [(20, 20)])
 
-    def to_rgb(image):
+    def to_rgb(image, reading):
         raise raised
 
     monkeypatch.setattr(decode, "to_rgb", to_rgb)

@@ -38,6 +38,7 @@ def test_the_sizes_that_images_are_resized_to():
     assert resized_size("published", (50, 60), 84) == (96, 96)
     assert resized_size("short:92", (500, 250), 84) == (184, 92)
     assert resized_size("both:80", (500, 250), 80) == (80, 80)
+    assert resized_size("short:92", (1, 65_000), 84) == (92, 64 * 92)
     assert not RULE.fullmatch("short") and not RULE.fullmatch("both:0") and not RULE.fullmatch("short:92:cubic")
 
 

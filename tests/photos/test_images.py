@@ -3,15 +3,19 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.decode import open_rgb
+from data import decode
+from data.decode import Reading, open_rgb
 from data.image_cache import eval_view
 from engine.errors import UserError
 from engine.resizing import PUBLISHED
-from photos.images import decode_views, folder_truth, list_queries, list_support, printable
+from photos.images import View, decode_views, folder_truth, list_queries, list_support, printable
+
+VIEW = View(16, PUBLISHED, Reading("white"))
 
 
 def touch(root: Path, *names: str) -> list[Path]:
@@ -138,7 +142,7 @@ def test_the_truth_of_a_query_is_the_class_that_its_folder_is_named_as():
 def test_views_are_those_of_a_benchmark_in_order_and_nothing_is_written(tmp_path, num_workers):
     paths = colours(tmp_path, 5)
     before = set(tmp_path.rglob("*"))
-    views, kept, reasons = decode_views(paths, 16, PUBLISHED, num_workers)
+    views, kept, reasons = decode_views(paths, VIEW, num_workers)
     assert views.shape == (5, 3, 16, 16) and views.dtype == torch.uint8
     for path, view in zip(paths, views, strict=True):
         assert torch.equal(view, torch.from_numpy(eval_view(open_rgb(path), 16).copy()))
@@ -152,16 +156,68 @@ def test_a_bad_image_is_named(tmp_path, bad):
     for i in bad:
         paths[i].write_bytes(b"<html>not found</html>")
     with pytest.raises(UserError, match=rf"{min(bad)}\.png cannot be decoded"):
-        decode_views(paths, 16, PUBLISHED, 2)
+        decode_views(paths, VIEW, 2)
 
 
 def test_bad_images_are_left_out_and_said_when_asked(tmp_path):
     paths = colours(tmp_path, 6)
-    whole, _, _ = decode_views(paths, 16, PUBLISHED, 2)
+    whole, _, _ = decode_views(paths, VIEW, 2)
     for i in (2, 5):
         paths[i].write_bytes(paths[i].read_bytes()[:40])
-    views, kept, reasons = decode_views(paths, 16, PUBLISHED, 2, skip_bad=True)
+    views, kept, reasons = decode_views(paths, VIEW, 2, skip_bad=True)
     assert kept == [0, 1, 3, 4] and torch.equal(views, whole[kept])
     assert [str(paths[i]) in reason for i, reason in zip((2, 5), reasons, strict=True)] == [True, True]
-    views, kept, reasons = decode_views(paths[2:3], 16, PUBLISHED, 2, skip_bad=True)
+    views, kept, reasons = decode_views(paths[2:3], VIEW, 2, skip_bad=True)
     assert views.shape == (0, 3, 16, 16) and kept == [] and len(reasons) == 1
+
+
+# What images of other kinds than 8-bit colour are read as.
+
+
+def greys(root: Path, white: int, dtype: type, suffix: str) -> list[Path]:
+    """Three gradients, of which the darkest has an eighth of the brightest's range, with `white` as their white."""
+    root.mkdir()
+    paths = [root / f"{i}{suffix}" for i in range(3)]
+    for path, share in zip(paths, (0.125, 0.5, 0.9), strict=True):
+        Image.fromarray((np.linspace(0, share, 256).reshape(16, 16) * white).astype(dtype)).save(path)
+    return paths
+
+
+@pytest.mark.parametrize(
+    "white, dtype, suffix",
+    [(1, np.float32, ".tif"), (1023, np.uint16, ".tif"), (4095, np.uint16, ".png"), (65535, np.uint16, ".png")],
+)
+def test_deep_greys_are_read_by_one_rule_per_folder_as_their_8_bit_copies(tmp_path, white, dtype, suffix):
+    deep, plain = greys(tmp_path / "deep", white, dtype, suffix), greys(tmp_path / "plain", 255, np.uint8, ".png")
+    view = VIEW.of_folder(deep, 2)
+    assert view.reading.white == white and VIEW.of_folder(plain, 2) == VIEW
+    views, of_plain = (decode_views(paths, view, 2)[0].int() for paths in (deep, plain))
+    assert (views - of_plain).abs().max() <= 2
+    # A darker folder that the same camera fills later is read as the first one.
+    assert view.of_folder(deep[:1], 2) == view
+
+
+def test_transparency_is_laid_on_the_background_and_a_benchmarks_is_dropped(tmp_path):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[..., 0], pixels[:, 4:, 3] = 200, 255  # red, of which the left half is transparent
+    rgba = Image.fromarray(pixels)
+    for name, image in (("rgba.png", rgba), ("palette.png", rgba.quantize(8)), ("grey.png", rgba.convert("LA"))):
+        image.save(tmp_path / name)
+        for background, left in (("white", (255,) * 3), ("#102030", (16, 32, 48))):
+            assert open_rgb(tmp_path / name, Reading(background)).getpixel((0, 0)) == left
+        opaque = open_rgb(tmp_path / name, Reading("black")).getpixel((7, 0))
+        assert opaque == open_rgb(tmp_path / name).getpixel((7, 0)) != (0, 0, 0)
+    assert open_rgb(tmp_path / "rgba.png").getpixel((0, 0)) == (200, 0, 0)
+
+
+def test_a_jpeg_with_too_many_pixels_is_reduced_while_it_is_decoded(tmp_path, monkeypatch):
+    image = Image.linear_gradient("L").resize((400, 300)).convert("RGB")
+    for suffix in ("jpg", "png"):
+        image.save(tmp_path / f"scan.{suffix}")
+    monkeypatch.setattr(decode, "MAX_PIXELS", 40_000)
+    reduced = open_rgb(tmp_path / "scan.jpg")
+    assert reduced.size == (200, 150) and decode.image_size(tmp_path / "scan.jpg") == (150, 200)
+    difference = np.asarray(reduced, int) - np.asarray(image.resize((200, 150)), int)
+    assert abs(difference).max() < 6
+    with pytest.raises(UserError, match="scan.png cannot be decoded .400x300 pixels is more than the limit of 40000"):
+        open_rgb(tmp_path / "scan.png")

@@ -231,6 +231,29 @@ def test_names_of_any_kind_survive(root):
     assert name.strip() in header and "line\nbreak/006.png" in files
 
 
+def test_a_classifier_reads_images_as_its_examples_were_read(root):
+    path = root / QUERY / "class12" / "cut.png"
+    Image.new("RGBA", (20, 20), (10, 20, 30, 0)).save(path)
+    Image.fromarray(np.full((20, 20), 1000, np.uint16)).save(root / SUPPORT / "class12" / "deep.png")
+    black = script(root, out="black", background="#000000", save=root / "my.classifier")
+    assert black.status == 0 and "note: 1023 is white in greys of more than 8 bits" in black.out, black.err
+    assert (
+        script(root, out="white").status == 0 and table(root, "white")[3].tolist() != table(root, "black")[3].tolist()
+    )
+    kept = {"support": None, "checkpoint": None, "classifier": root / "my.classifier", "cache_dir": None}
+    assert script(root, out="kept", **kept, **OPEN).status == 0
+    assert table(root, "kept")[3].tolist() == table(root, "black")[3].tolist()
+
+
+@pytest.mark.parametrize("size", [(1, 200), (300, 2), (1000, 4)])
+def test_a_line_of_pixels_is_labelled(root, size):
+    Image.new("RGB", size, (180, 180, 180)).save(root / QUERY / "line.png")
+    for rule in ("published", "short:20"):
+        outcome = script(root, eval_resize=rule, overwrite=True)
+        assert outcome.status == 0, outcome.err
+        assert "line.png" in table(root)[1] and "line.png" in (root / "out" / "predictions.html").read_text()
+
+
 def truncate(folder, file):
     def spoil(root):
         path = root / folder / file
@@ -241,6 +264,17 @@ def truncate(folder, file):
 
 def spoil_checkpoint(root):
     (root / "model.tar").write_bytes(b"not a checkpoint")
+
+
+def nan_checkpoint(root):
+    content = torch.load(root / "model.tar", weights_only=True)
+    content["backbone_state"]["layers.2.bn.bias"][3] = torch.nan
+    torch.save(content, root / "model.tar")
+
+
+def nan_weights(root):
+    state = torchvision.models.shufflenet_v2_x0_5().state_dict()
+    torch.save({name: value / 0 if name == "conv5.1.bias" else value for name, value in state.items()}, root / "w.pth")
 
 
 def all_queries_bad(root):
@@ -301,6 +335,13 @@ USER_ERRORS = {
     ),
     "no such checkpoint": (nothing, {"checkpoint": "absent.tar"}, ["absent.tar", "make demo"]),
     "damaged checkpoint": (spoil_checkpoint, {}, ["model.tar", "not a checkpoint"]),
+    "NaN in a checkpoint": (nan_checkpoint, {}, ["model.tar are not finite", "layers.2.bn.bias", "give another"]),
+    "NaN in weights": (
+        nan_weights,
+        NO_CHECKPOINT | {"backbone": "torchvision:shufflenet_v2_x0_5", "weights": "w.pth"},
+        ["w.pth are not finite", "give another"],
+    ),
+    "a background that is none": (nothing, {"background": "blue"}, ["--background", "'blue'", "#rrggbb"]),
     "other backbone": (nothing, {"backbone": "ResNet12"}, ["backbone Conv4, not ResNet12"]),
     "no such base": (nothing, {"base": "absent"}, ["--base", "absent", "<class>/<image>"]),
     "alignment without base": (nothing, {"alignment": "centroid"}, ["centroid", "--base"]),
