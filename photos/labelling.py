@@ -132,7 +132,7 @@ def write_outputs(predictions: Predictions, flags: LabelFlags, about: dict[str, 
     """Write record, table and page of predictions, and the copies. about: how they were made, for the record."""
     write_json(flags.out / "predictions.json", {"stage": "predict", **prediction_record(predictions), **about})
     write_csv(flags.table, predictions)
-    write_predictions(flags.out / "predictions.html", predictions, flags.support)
+    write_predictions(flags.out / "predictions.html", predictions, flags.support, flags.num_workers, run)
     if flags.copy_to:
         copy_images(predictions, flags.copy_to, run)
     shutil.rmtree(flags.parts, ignore_errors=True)

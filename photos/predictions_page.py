@@ -1,42 +1,99 @@
-"""The page of predictions: every query image with its label and probabilities, and the support images."""
+"""The page of predictions: what is known of the classifier, its classes, and every image with its label to correct."""
 
+import base64
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from html import escape
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
+
+from data.decode import Reading, open_rgb
+from engine.run import Run
 from photos.images import list_support
-from photos.table import Predictions
+from photos.table import Predictions, accuracy_lines, confidence_lines, per_class_summary
 from reporting.page import html_page, write_page
-from reporting.page_episodes import EpisodeView, Query, episode_section
 
-MAX_EXAMPLES = 10  # support images shown per class, besides those that are nearest to a query
+SIDE = 160  # pixels, the longer side of an image in the page
+QUALITY = 75
+MAX_EXAMPLES = 10  # support images shown per class, besides those that are nearest to an image
+MAX_EMBEDDED = 5000  # images in the page itself, about 9 kB each; it shows the files of those beyond
 
 
-def prediction_view(predictions: Predictions, support: Path | None) -> EpisodeView:
-    """Predictions as an episode, with the examples of the support folder, if there is one, that queries are near to."""
+def thumbnail(path: Path, reading: Reading) -> str:
+    """A whole image, reduced, as the source of an element. Raises UserError when the file cannot be read."""
+    buffer, image = io.BytesIO(), open_rgb(path, reading)
+    width, height = (max(1, round(SIDE * side / max(image.size))) for side in image.size)
+    image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "webp", quality=QUALITY)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def class_table(predictions: Predictions, support: Path | None) -> str:
+    """For each class its examples from a support folder, if there is one, and what got its label, as a table."""
     names, paths, labels = list_support(support) if support else (predictions.class_names, [], [])
-    shown: list[list[int]] = [[] for _ in names]
-    indices = predictions.answers.nearest.tolist()
-    nearest = set(indices)
-    for i, label in enumerate(labels):
-        if len(shown[label]) < MAX_EXAMPLES or i in nearest:
-            shown[label].append(i)
-    place = {i: n for n, i in enumerate(i for row in shown for i in row)}
-    before, after = predictions.answers.finetuned.tolist(), predictions.answers.probabilities.tolist()
-    columns = zip(predictions.files, predictions.paths, predictions.truth, before, after, strict=True)
-    near = ([place[i]] if i in place else [] for i in indices)
-    return EpisodeView(
-        title=f"{len(after)} images, labelled from {sum(predictions.n_support)} examples",
-        class_names=names,
-        support=[[paths[i] for i in row] for row in shown],
-        related=[[{"name": related} for related in predictions.fitted.related.get(name, [])] for name in names],
-        queries=[Query(*column, nearest) for column, nearest in zip(columns, near, strict=True)],
-    )
+    reading = predictions.fitted.view.reading
+    nearest, shown = set(predictions.answers.nearest.tolist()), dict.fromkeys(names, "")
+    for i, (path, label) in enumerate(zip(paths, labels, strict=True)):
+        if shown[names[label]].count("<img") < MAX_EXAMPLES or i in nearest:
+            alt = escape(f"example of {names[label]}")
+            shown[names[label]] += f'<img id="example{i}" src="{thumbnail(path, reading)}" alt="{alt}">'
+    rows = ""
+    for name, row in per_class_summary(predictions).items():
+        mean = "" if row["mean_confidence"] is None else f"{row['mean_confidence']:.2f}"
+        related = ", ".join(predictions.fitted.related.get(name, []))
+        examples = f'{row["n_support"]}<div class="shots">{shown[name]}</div>'
+        cells = (examples, row["n_query"], mean, *([escape(related)] if predictions.fitted.related else []))
+        rows += f'<tr><th scope="row">{escape(name)}{"".join(f"<td>{cell}" for cell in cells)}'
+    titles = ["label", "examples", "images", "mean probability", "related base classes"][: 1 + len(cells)]
+    head = "".join(f'<th scope="col">{title}' for title in titles)
+    return f'<div class="wide" tabindex="0"><table class="results classes"><thead><tr>{head}<tbody>{rows}</table></div>'
 
 
-def write_predictions(path: Path, predictions: Predictions, support: Path | None) -> None:
+def marks_of(predictions: Predictions) -> list[list[str]]:
+    """For each image why to look at it: it is unsure, unlike every class, or in the folder of another class."""
+    p, found = predictions, []
+    for sure, unlike, truth, best in zip(p.sure, p.unlike, p.truth, p.best, strict=True):
+        folder = f"in a folder {p.class_names[truth or 0]}"
+        marks = {"unsure": not sure, "unlike every class": unlike, folder: truth not in (None, best)}
+        found.append([mark for mark, holds in marks.items() if holds])
+    return found
+
+
+def page_data(predictions: Predictions, pictures: list[str]) -> dict[str, Any]:
+    """What the page shows of the images, in the order of the predictions. pictures: sources of their elements."""
+    p, answers = predictions, predictions.answers
+    after, before = (each.double().round(decimals=6).tolist() for each in (answers.probabilities, answers.finetuned))
+    columns = {
+        "file": p.files,
+        "label": p.labels,
+        "probabilities": after,
+        "marks": marks_of(p),
+        "nearest": answers.nearest.tolist(),
+        "picture": pictures,
+    }
+    columns |= {"before": before} if before != after else {}
+    images = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return {"classes": p.class_names, "examples": p.fitted.classifier.examples, "images": images}
+
+
+def write_predictions(path: Path, predictions: Predictions, support: Path | None, num_workers: int, run: Run) -> None:
     """Write the page of predictions, with the examples of a support folder, if there is one.
 
     Raises UserError when it cannot be written or an image is gone.
     """
-    lead = f"labelled from the examples in {support.resolve().name}" if support else "labelled by a kept classifier"
-    section = episode_section(prediction_view(predictions, support), is_open=True)
-    write_page(path, html_page("Predictions", lead, {"Images": section}))
+    paths, classifier = predictions.paths, predictions.fitted.classifier
+    reading = predictions.fitted.view.of_folder(paths, num_workers).reading
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        made = pool.map(partial(thumbnail, reading=reading), paths[:MAX_EMBEDDED])
+        pictures = list(run.bar(made, "page", "img", total=min(len(paths), MAX_EMBEDDED)))
+    pictures += [each.resolve().as_uri() for each in paths[MAX_EMBEDDED:]]
+    facts = [*confidence_lines(classifier), *accuracy_lines(predictions), *predictions.notes]
+    lines = "".join(f"<li>{escape(line)}" for line in facts)
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    images = template.replace("$data", json.dumps(page_data(predictions, pictures)).replace("<", "\\u003c"))
+    lead = f"{len(paths)} images, labelled from {sum(predictions.n_support)} examples"
+    sections = {"Classes": f'<ul class="facts">{lines}</ul>{class_table(predictions, support)}', "Images": images}
+    write_page(path, html_page("Predictions", lead, sections))

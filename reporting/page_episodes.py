@@ -4,33 +4,28 @@ import base64
 import io
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from data.decode import Reading, open_rgb
-from persistence.saved_episode import MAX_SIDE
-
 MAX_QUERIES = 150  # shown of an episode
 QUALITY = 80  # of the images in the page
-# Of queries, in the order in which they are shown; those without a known class are changed or unchanged.
-KINDS = ("put right", "put wrong", "changed", "wrong", "right", "unchanged")
+KINDS = ("put right", "put wrong", "changed", "wrong", "right")  # of queries, in the order in which they are shown
 HOW = "Point at a query, or move to it with the Tab key, for the images nearest to it; open it for all classes."
 
 
 @dataclass(frozen=True)
 class Query:
-    """A query image, uint8 (3, s, s) or a file, with its class, if known, and probabilities (n_way).
+    """A query image, uint8 (3, s, s), with its class and probabilities (n_way).
 
     about: the image in words. before, after: by the head before and after alignment. nearest: numbers of the images
     nearest to it, counted through as EpisodeView says.
     """
 
     about: str
-    image: Tensor | Path
-    truth: int | None
+    image: Tensor
+    truth: int
     before: list[float]
     after: list[float]
     nearest: list[int]
@@ -45,21 +40,21 @@ class Query:
         """One of KINDS: what alignment did to the label, or whether it is right."""
         was, now = self.labels
         if was == now:
-            return "unchanged" if self.truth is None else "right" if self.truth == now else "wrong"
+            return "right" if self.truth == now else "wrong"
         return "put right" if self.truth == now else "put wrong" if self.truth == was else "changed"
 
 
 @dataclass(frozen=True)
 class EpisodeView:
-    """What is shown of an episode: support images, uint8 (3, s, s) or files, and related base classes per class.
+    """What is shown of an episode: support images, uint8 (3, s, s), and related base classes per class.
 
-    A related class has a name and, if they are known, its score and images (k, 3, s, s). The images that queries are
-    near to are those of related classes, class by class, or, without any, the support images.
+    A related class has a name, its score and images (k, 3, s, s). The images that queries are near to are those of
+    related classes, class by class, or, without any, the support images.
     """
 
     title: str
     class_names: list[str]
-    support: list[list[Tensor]] | list[list[Path]]
+    support: list[list[Tensor]]
     related: list[list[dict[str, Any]]]
     queries: list[Query]
 
@@ -85,16 +80,10 @@ def img(kind: str, data: bytes, alt: str) -> str:
     return f'<img src="data:image/{kind};base64,{base64.b64encode(data).decode()}" alt="{escape(alt)}">'
 
 
-def thumbnail_img(image: Tensor | Path, alt: str) -> str:
-    """An image, uint8 (3, s, s) or a file, as an element. Raises UserError when the file cannot be read."""
-    if isinstance(image, Path):
-        whole = open_rgb(image, Reading("white"))
-        width, height = (max(1, round(MAX_SIDE * side / max(whole.size))) for side in whole.size)
-        shown = whole.resize((width, height), Image.Resampling.BICUBIC)
-    else:
-        shown = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+def thumbnail_img(image: Tensor, alt: str) -> str:
+    """An image, uint8 (3, s, s), as an element."""
     buffer = io.BytesIO()
-    shown.save(buffer, format="webp", quality=QUALITY)
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="webp", quality=QUALITY)
     return img("webp", buffer.getvalue(), alt)
 
 
@@ -109,8 +98,8 @@ def class_block(view: EpisodeView, w: int) -> str:
     shots = "".join(thumbnail_img(image, f"support image of {name}") for image in view.support[w])
     tiles = ""
     for related in view.related[w]:
-        images = "".join(thumbnail_img(x, f"base image of {related['name']}") for x in related.get("images", []))
-        score = f'<br><span class="soft">score {related["score"]:.2f}</span>' if "score" in related else ""
+        images = "".join(thumbnail_img(x, f"base image of {related['name']}") for x in related["images"])
+        score = f'<br><span class="soft">score {related["score"]:.2f}</span>'
         tiles += f'<li><div class="tiles">{images}</div><span class="name">{escape(related["name"])}</span>{score}'
     related_list = f'<ul class="related" tabindex="0">{tiles}</ul>' if tiles else ""  # it scrolls
     return (
@@ -139,13 +128,12 @@ def query_block(view: EpisodeView, query: Query) -> str:
     Open: the probability of each class too.
     """
     was, now = query.labels
-    right = query.truth in (None, now)
-    verdict, more, near = probability_text(query.after[now]), "", ""
-    if query.truth is not None:
-        verdict = f'<b class="{"right" if right else "wrong"}">{"✓" if right else "✗"}</b>{query.kind}<br>{verdict}'
+    right, more, near = query.truth == now, "", ""
+    sign = f'<b class="{"right" if right else "wrong"}">{"✓" if right else "✗"}</b>'
+    verdict = f"{sign}{query.kind}<br>{probability_text(query.after[now])}"
     if was != now:
         more = f"was {escape(view.class_names[was])}, {probability_text(query.before[was])}"
-    if query.truth is not None and not right:
+    if not right:
         more += f"<br>is {escape(view.class_names[query.truth])}"
     if query.nearest:
         near = f'<span class="near" data-near="{" ".join(map(str, query.nearest))}"><b>nearest images</b></span>'
@@ -158,20 +146,15 @@ def query_block(view: EpisodeView, query: Query) -> str:
 
 
 def summary_text(view: EpisodeView) -> str:
-    """The number of queries and, if their classes are known, how many are right before and after alignment."""
+    """The number of queries and how many are right before and after alignment."""
     n = len(view.queries)
-    if not n or any(query.truth is None for query in view.queries):
-        return f"{n} queries"
-    before, after = (100 * sum(query.labels[k] == query.truth for query in view.queries) / n for k in (0, 1))
+    before, after = (100 * sum(query.labels[k] == query.truth for query in view.queries) / max(n, 1) for k in (0, 1))
     was = f"{before:.1f} % right before alignment, " if view.aligned else ""
     return f"{n} queries; {was}{after:.1f} % right{' after' if was else ''}"
 
 
 def episode_section(view: EpisodeView, is_open: bool) -> str:
-    """An episode, to be opened: its classes, then its queries, those that alignment changed first.
-
-    Raises UserError when an image file cannot be read.
-    """
+    """An episode, to be opened: its classes, then its queries, those that alignment changed first."""
     classes = "".join(class_block(view, w) for w in range(len(view.class_names)))
     ordered = sorted(view.queries, key=lambda q: (KINDS.index(q.kind), max(q.after)))[:MAX_QUERIES]
     cut = f", the first {MAX_QUERIES} of {len(view.queries)}" if len(view.queries) > MAX_QUERIES else ""

@@ -1,18 +1,30 @@
-"""The page of predictions, from made-up ones."""
+"""The page of predictions, from made-up ones: what it holds, and what a person does with it in a browser."""
 
+import base64
+import csv
+import io
+import json
 import re
+import shutil
+import subprocess
+from html import unescape
 
 import pytest
 import torch
 from PIL import Image
 
 from engine.errors import UserError
+from engine.run import Run
 from models import build_head
+from persistence.checkpoints import create_backbone
+from photos import predictions_page
 from photos.classifier import Answers, Classifier, Fitted
 from photos.predictions_page import write_predictions
 from photos.table import Predictions
 
 EVIL = "<script>alert(1)"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
 
 
 @pytest.fixture
@@ -20,37 +32,163 @@ def support(tmp_path):
     """A support folder of two classes, and three queries, as paths."""
     for name, grey in (("support/heron/a", 40), ("support/tern/b", 90), ("q0", 120), ("q1", 160), ("q2", 200)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (120, 90), (grey,) * 3).save(tmp_path / f"{name}.png")
+        Image.new("RGB", (240, 90), (grey,) * 3).save(tmp_path / f"{name}.png")
     return tmp_path / "support"
 
 
-def predictions_of(support, related):
-    finetuned = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
-    probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]) if related else finetuned
-    identity, head = torch.nn.Identity(), build_head("softMax", 4, 2, 1.0, 0.0)
+def predictions_of(support, related, n=3):
+    """Predictions of n images: the first sure, the second unlike and in a folder of the other class, the third unsure,
+    and so on."""
+    probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]).repeat(n // 3, 1)
+    finetuned = probabilities.flip(1) if related else probabilities
+    backbone, head = create_backbone("Conv4", 16, seed=0), build_head("softMax", 4, 2, 1.0, 0.0)
     y_support, z_support = torch.tensor([0, 1]), torch.eye(2, 4)
     classifier = Classifier(
-        identity, identity, head, head, ["heron", "tern"], z_support, y_support, ["a", "b"], None, -1.0
+        backbone, backbone, head, head, ["heron", "tern"], z_support, y_support, ["heron/a.png", "b"], None, 0.5
     )
-    answers = Answers(probabilities, finetuned, torch.ones(3), torch.tensor([0, 1, 1]))
-    paths = [support.parent / f"q{i}.png" for i in range(3)]
-    return Predictions(Fitted(classifier, {}, related), ["q0.png", f"heron/{EVIL}", "q2.png"], paths, answers)
+    cosine = torch.tensor([1.0, 0.0, 1.0]).repeat(n // 3)
+    answers = Answers(probabilities, finetuned, cosine, torch.tensor([0, 1, 1]).repeat(n // 3))
+    paths = [support.parent / f"q{i % 3}.png" for i in range(n)]
+    files = [("q{}.png", f"heron/{EVIL}{{}}", 'q"{}, 2.png')[i % 3].format(i) for i in range(n)]
+    notes = [f"skipped: image {EVIL}"]
+    return Predictions(Fitted(classifier, {"img_size": 16}, related), files, paths, answers, notes, reject=0.65)
 
 
-@pytest.mark.parametrize("related", [{}, {"heron": ["stork"], "tern": [EVIL]}])
-def test_the_page_shows_every_query_and_the_support_that_it_is_near_to(support, tmp_path, related):
-    write_predictions(tmp_path / "out" / "predictions.html", predictions_of(support, related), support)
-    text = (tmp_path / "out" / "predictions.html").read_text()
-    assert text.count('<details class="query') == 3 and text.count("<img") == 2 + 3
-    assert text.count("<script") == 1 and EVIL not in text
-    first = re.findall(r'<details class="query[^>]*data-kind="([^"]*)"', text)[0]
-    assert first == ("put wrong" if related else "right")
-    assert ("before alignment" in text) == bool(related) == ("stork" in text)
-    assert sorted(re.findall('data-near="([^"]*)"', text)) == ["0", "1", "1"] and "<b>nearest" in text
-    write_predictions(tmp_path / "kept.html", predictions_of(support, related), None)
-    text = (tmp_path / "kept.html").read_text()
-    assert text.count('<details class="query') == text.count("<img") == 3 and "data-near=" not in text
-    assert "3 images, labelled from 2 examples" in text and "<b>nearest" not in text
-    (tmp_path / "q1.png").unlink()
+def written(support, related=None, n=3, with_support=True):
+    """The page of such predictions, as text, and the data of its script."""
+    path = support.parent / "predictions.html"
+    write_predictions(path, predictions_of(support, related or {}, n), support if with_support else None, 2, Run())
+    text = path.read_text()
+    return text, json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+def test_the_page_says_what_the_table_says(support):
+    text, data = written(support)
+    assert [image["file"] for image in data["images"]] == ["q0.png", f"heron/{EVIL}1", 'q"2, 2.png']
+    assert [image["label"] for image in data["images"]] == ["heron", "unsure", "tern"]
+    assert [image["probabilities"] for image in data["images"]] == [[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]
+    assert [image["marks"] for image in data["images"]] == [
+        [],
+        ["unsure", "unlike every class", "in a folder heron"],
+        [],
+    ]
+    assert [data["examples"][image["nearest"]] for image in data["images"]] == ["heron/a.png", "b", "b"]
+    shown = unescape(text)
+    for words in ("3 images, labelled from 2 examples", f"skipped: image {EVIL}", "accuracy not known", "only 1 of 3"):
+        assert words in shown
+    assert "<script>alert" not in text
+    assert "quer" not in re.sub(r"<script>.*?</script>|<style>.*?</style>", "", text, flags=re.S)
+
+
+def test_the_images_are_whole(support):
+    Image.new("RGB", (1, 400)).save(support.parent / "q1.png")
+    for image, size in zip(written(support)[1]["images"], [(160, 60), (1, 160)], strict=False):
+        kind, content = image["picture"].split(",")
+        assert kind == "data:image/webp;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(content))).size == size
+
+
+@pytest.mark.parametrize("related", [{}, {"heron": ["stork"], "tern": ["gull<"]}])
+def test_what_alignment_did_is_shown_where_there_was_one(support, related):
+    text, data = written(support, related)
+    assert all(("before" in image) == bool(related) for image in data["images"])
+    assert ("gull&lt;" in text) == ("related base classes" in text) == bool(related)
+    if related:
+        assert data["images"][0]["before"] == [0.1, 0.9] and data["images"][0]["probabilities"] == [0.9, 0.1]
+
+
+def test_without_a_support_folder_no_example_is_shown(support):
+    assert written(support)[0].count('<img id="example') == 2
+    assert written(support, with_support=False)[0].count("<img") == 0
+
+
+def test_beyond_a_number_of_images_the_page_shows_their_files(support, monkeypatch):
+    monkeypatch.setattr(predictions_page, "MAX_EMBEDDED", 1)
+    pictures = [image["picture"] for image in written(support)[1]["images"]]
+    assert pictures[0].startswith("data:")
+    assert pictures[1:] == [(support.parent / f"q{i}.png").resolve().as_uri() for i in (1, 2)]
+
+
+def test_an_image_that_is_gone_is_named(support):
+    (support.parent / "q1.png").unlink()
     with pytest.raises(UserError, match="q1.png"):
-        write_predictions(tmp_path / "out" / "other.html", predictions_of(support, related), support)
+        written(support)
+
+
+CLICKS = """
+const out = {};
+window.Blob = function (parts) { this.text = parts.join(""); };
+URL.createObjectURL = (blob) => { out.csv = blob.text; return "#"; };
+window.prompt = () => ' new, "class" ';
+const photos = () => [...document.querySelectorAll(".photo")];
+const choose = (select, value) => { select.value = value; select.dispatchEvent(new Event("change")); };
+out.page = [photos().length, document.getElementById("place").textContent];
+out.whole = getComputedStyle(photos()[0].querySelector("img")).objectFit;
+out.lazy = photos().every((photo) => photo.querySelector("img").loading === "lazy");
+out.words = photos().slice(0, 3).map((photo) => [...photo.querySelectorAll("p")].map((p) => p.textContent));
+out.nothing = document.getElementById("download").disabled;
+photos()[0].querySelector("details").open = true;
+document.getElementById("on").click();
+out.on = [photos().length, document.getElementById("place").textContent, document.getElementById("on").disabled];
+choose(photos()[2].querySelector("select"), "heron");
+choose(photos()[0].querySelector("select"), "another class ...");
+document.getElementById("back").click();
+choose(photos()[1].querySelector("select"), "tern");
+choose(photos()[0].querySelector("select"), "tern");
+choose(photos()[0].querySelector("select"), "heron");
+out.before = photos()[0].classList.contains("corrected");
+out.leaving = !dispatchEvent(new Event("beforeunload", { cancelable: true }));
+document.getElementById("download").click();
+out.left = !dispatchEvent(new Event("beforeunload", { cancelable: true }));
+choose(document.getElementById("which"), "corrected");
+out.corrected = photos().map((photo) => photo.querySelector("select").value);
+choose(document.getElementById("which"), "labelled unsure");
+out.unsure = photos().length;
+choose(document.getElementById("which"), "all images");
+photos()[0].querySelector("details").open = true;
+setTimeout(() => {
+  const details = photos()[0].querySelector("details");
+  out.open = [...details.querySelectorAll("tr")].map((row) => [...row.cells].map((cell) => cell.textContent));
+  out.nearest = [details.querySelector("p").textContent, details.querySelectorAll("img").length];
+  out.wide = document.documentElement.scrollWidth <= document.documentElement.clientWidth;
+  document.body.dataset.out = JSON.stringify(out);
+}, 50);
+"""
+
+
+def browse(page, folder, width):
+    """What CLICKS found in a real browser, and the messages of its console."""
+    file = folder / "page.html"
+    file.write_text(f"{page}<script>{CLICKS}</script>")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command += [f"--window-size={width},800", "--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom"]
+    result = subprocess.run([*command, file.as_uri()], capture_output=True, text=True, timeout=120)
+    console = [line for line in result.stderr.splitlines() if ":CONSOLE" in line]
+    found = re.search(r'<body[^>]* data-out="([^"]*)"', result.stdout)
+    return json.loads(unescape(found[1])) if found else {}, console
+
+
+@needs_browser
+@pytest.mark.parametrize("width, related", [(500, {"heron": ["stork"]}), (1200, {})])
+def test_in_a_browser_labels_are_corrected_and_downloaded(support, tmp_path, width, related):
+    found, console = browse(written(support, related, n=63)[0], tmp_path, width)
+    assert found and not console, console
+    assert found["page"] == [60, "1 to 60 of 63"] and found["on"] == [3, "61 to 63 of 63", True]
+    assert found["whole"] == "contain" and found["lazy"] and found["wide"]
+    marks = "tern, 60\u00a0%; unsure; unlike every class; in a folder heron"
+    assert found["words"] == [["90\u00a0%", "q0.png"], [marks, f"heron/{EVIL}1"], ["70\u00a0%", 'q"2, 2.png']]
+    corrections = [['q"62, 2.png', "heron"], ["q60.png", 'new, "class"'], [f"heron/{EVIL}1", "tern"]]
+    assert list(csv.reader(io.StringIO(found["csv"], newline=""))) == [["file", "label"], *corrections]
+    assert found["nothing"] and not found["before"]  # a label that is put back is no correction
+    assert found["leaving"] and not found["left"]  # corrections are not lost without a question
+    assert found["corrected"] == ["tern", 'new, "class"', "heron"] and found["unsure"] == 21
+    assert found["nearest"] == ["nearest example: heron/a.png", 1]
+    columns = {"class": ["heron", "tern"], "probability": ["90\u00a0%", "10\u00a0%"]}
+    columns |= {"before alignment": ["10\u00a0%", "90\u00a0%"]} if related else {}
+    assert found["open"] == [list(columns), *map(list, zip(*columns.values(), strict=True))]
+
+
+@needs_browser
+def test_the_browser_test_would_see_an_error(support, tmp_path):
+    page = written(support)[0].replace('"use strict";', '"use strict"; console.error("seen");')
+    assert any("seen" in line for line in browse(page, tmp_path, 800)[1])
