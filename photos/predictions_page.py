@@ -15,7 +15,7 @@ from data.decode import Reading, open_rgb
 from engine.run import Run
 from photos.images import list_support
 from photos.table import Predictions, accuracy_lines, confidence_lines, per_class_summary
-from reporting.page import html_page, write_page
+from reporting.html import html_page, write_page
 
 SIDE = 160  # pixels, the longer side of an image in the page
 QUALITY = 75

@@ -6,17 +6,16 @@ The results as a table, the figures of reporting.figures, and the episodes that 
 import io
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from engine.errors import OneLineParser
-from engine.files import atomic_file
 from engine.script import run_script
 from persistence.saved_episode import read_saved_episodes
 from reporting.figures import FIGURES, draw_figures
+from reporting.html import html_page, write_page
 from reporting.page_episodes import episode_section, img, view_of
 from reporting.report import interval, newest_first, read_results, result_rows, signed
 
@@ -26,26 +25,6 @@ NOTE = (
     "Accuracy on novel classes, or on val ones where it says so, with its 95% interval. The paired gain is that of "
     "alignment over fine-tuning on the same episodes, grey where its interval holds zero."
 )
-
-
-def html_page(title: str, lead: str, sections: dict[str, str]) -> str:
-    """A page of sections by title."""
-    folder = Path(__file__).parent
-    links = "".join(f'<li><a href="#{name}">{name}</a></li>' for name in sections)
-    return Template((folder / "page.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        lead=escape(lead),
-        nav=f'<nav aria-label="sections"><ul>{links}</ul></nav>' if len(sections) > 1 else "",
-        css=(folder / "page.css").read_text(encoding="utf-8"),
-        js=(folder / "page.js").read_text(encoding="utf-8"),
-        body="".join(f'<section id="{name}"><h2>{name}</h2>{body}</section>' for name, body in sections.items()),
-    )
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page, atomically. Raises UserError when it cannot be written."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 def interval_bounds(parts: list[dict[str, Any]]) -> tuple[float, float]:

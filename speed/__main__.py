@@ -1,6 +1,6 @@
 """Every stage against a plain reference loop, on the same work: seconds, ratio, the machine's limit, peak memory.
 
-python -m speed                        # everything, on a machine that does nothing else
+python -m speed                        # one table, on a machine that does nothing else
 python -m speed --scale tiny           # only whether both give the same answers, in seconds
 python -m speed --only validation      # one stage
 python -m speed --profile              # where our time goes
@@ -8,11 +8,16 @@ python -m speed --device cuda          # both sides on a GPU: what its events sa
 """
 
 from engine.script import run_script
-from speed import bench_alignment, bench_base_training, bench_meta_learning, bench_related_base, bench_validation
+from speed import bench_alignment, bench_base_training, bench_data, bench_related_base, bench_start, bench_validation
 from speed.common import run
 
-BENCHES = [module.BENCH for module in (bench_base_training, bench_validation, bench_related_base, bench_alignment)]
-BENCHES += bench_meta_learning.BENCHES
+BENCHES = {
+    "base_training": bench_base_training.BENCH,
+    "validation": bench_validation.BENCH,
+    "related_base": bench_related_base.BENCH,
+    "alignment": bench_alignment.BENCH,
+}
+OTHERS = {"start": bench_start.rows, "data": bench_data.rows}
 
 if __name__ == "__main__":
-    run_script(lambda: run(BENCHES, __doc__.splitlines()[0]))
+    run_script(lambda: run(BENCHES, OTHERS, __doc__.splitlines()[0]))

@@ -219,4 +219,4 @@ TOLERANCES = {
     # Both fit on the same features.
     "fine-tuned accuracy": {"fp32": 0.01, "bf16": 0.01},
 }
-BENCH = Bench("alignment", TARGETS, reference, ours, flops, TOLERANCES)
+BENCH = Bench(TARGETS, reference, ours, flops, TOLERANCES)

@@ -155,4 +155,4 @@ TOLERANCES = {
     # itself, in channels-last memory, is 0.08 from what it gives in float64.
     "update on the same inputs": {"fp32": 0.15, "bf16": 0.5},
 }
-BENCH = Bench("base_training", TARGETS, reference, ours, flops, TOLERANCES)
+BENCH = Bench(TARGETS, reference, ours, flops, TOLERANCES)

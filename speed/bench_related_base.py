@@ -113,4 +113,4 @@ TOLERANCES = {
     # The root of the share of samples that only one side keeps.
     "samples": {"fp32": 0.05, "bf16": 0.3},
 }
-BENCH = Bench("related_base", TARGETS, reference, ours, flops, TOLERANCES)
+BENCH = Bench(TARGETS, reference, ours, flops, TOLERANCES)

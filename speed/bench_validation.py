@@ -36,7 +36,11 @@ class Sizes:
     timed_heads: int
 
 
-SIZES = {"tiny": Sizes(2, 5, 4, HeadFit(ft_n_epoch=20), 4, 4), "full": Sizes(5, 50, 400, HeadFit(), 4, 20)}
+M = 0.01  # stage 1's margin, which is not that of stage 3
+SIZES = {
+    "tiny": Sizes(2, 5, 4, HeadFit(ft_m=M, ft_n_epoch=20), 4, 4),
+    "full": Sizes(5, 50, 400, HeadFit(ft_m=M), 4, 20),
+}
 
 
 @dataclass(frozen=True)
@@ -148,4 +152,4 @@ TOLERANCES = {
     "accuracy": {"fp32": 0.01, "bf16": 0.02},
     "weights": {"fp32": 1e-2, "bf16": 1e-2},
 }
-BENCH = Bench("validation", TARGETS, reference, ours, flops, TOLERANCES)
+BENCH = Bench(TARGETS, reference, ours, flops, TOLERANCES)

@@ -3,25 +3,26 @@
 The two sides are timed in child processes of one run, alternating: keep_memory() changes a whole process once it is
 called, the reference must run without it and ours with it, and a process has one peak of memory. A child imports and
 prepares first; only the work itself is timed. On a GPU both sides run in this process, ours with the settings of
-repeat_exactly, and each has run as a whole once before, to warm up. At tiny scale both sides run in this process,
-untimed, for the comparison alone.
+repeat_exactly, and each has run as a whole once before, to warm up. At tiny scale both sides of a Bench run in this
+process, untimed, for the comparison alone.
 """
 
 import argparse
 import functools
 import gc
 import os
+import pickle
 import platform
 import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,6 @@ from data.benchmarks import DataOptions, Split, load_split
 from data.glyphs import render_glyphs
 from data.transforms import Augmentation, normalise
 from engine.errors import UserError
-from engine.files import load_tensors, save_atomically
 from engine.precision import Precision
 from engine.records import provenance, write_json
 from engine.run import Run, keep_memory, repeat_exactly, select_device
@@ -40,6 +40,7 @@ from persistence.checkpoints import create_backbone
 from reporting.report import markdown_table
 
 T = TypeVar("T")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bench:
-    """One stage, of the module bench_<name>. targets: the least ratio of each work to the reference on a CPU.
+    """Works of one stage beside a plain loop of the published steps.
 
+    targets: of each work, by the precisions in which it is timed, the least ratio to the reference on a CPU.
     reference and ours give a Measured for each work; flops the floating-point operations of each, of our path.
     tolerances: for each answer the largest relative error |ours - reference| / |reference|, by precision.
     """
 
-    name: str
     targets: dict[str, dict[str, float]]
     reference: Callable[[Setting], dict[str, Measured]]
     ours: Callable[[Setting], dict[str, Measured]]
@@ -97,8 +98,17 @@ class Bench:
 
     @property
     def first_work(self) -> str:
-        """Which tells it from the others of its module."""
+        """What the bench is called."""
         return next(iter(self.targets))
+
+    def settings(self, setting: Setting) -> list[Setting]:
+        """A setting in each of the precisions."""
+        precisions = dict.fromkeys(name for of_work in self.targets.values() for name in of_work)
+        return [replace(setting, precision=name) for name in precisions]
+
+
+# What gives the rows of a stage: (setting, repeats) -> rows.
+Rows = Callable[[Setting, int], list[Row]]
 
 
 def dataset(setting: Setting) -> Path:
@@ -130,12 +140,12 @@ def spread(n: int, k: int) -> Tensor:
     return torch.arange(n) if k >= n else torch.arange(k) * n // k
 
 
-def new_conv4(setting: Setting, base: Split, relation: bool = False) -> Backbone:
+def new_conv4(setting: Setting, base: Split) -> Backbone:
     """A Conv4 of random weights whose batch norm has the statistics of 64 base images, the same on both sides.
 
     In channels-last memory, as in the scripts; reference_loops.conv4 gives the reference a contiguous copy.
     """
-    backbone = create_backbone("Conv4", setting.img_size, seed=0, relation=relation)
+    backbone = create_backbone("Conv4", setting.img_size, seed=0)
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -263,22 +273,15 @@ def measure_side(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, M
     return work(setting), peak_memory()
 
 
-def run_side(bench: Bench, setting: Setting, side: str, answer: Path) -> None:
-    """Run measure_side and write its result to `answer`."""
-    measured, peak = measure_side(bench, setting, side)
-    save_atomically(answer, {"measured": {work: vars(m) for work, m in measured.items()}, "peak_memory": peak})
+def pickled(function: Callable[..., Any], *arguments: Any) -> bytes:
+    """The result of a function as bytes, for a pipe would pass tensors on by files that end with their process."""
+    return pickle.dumps(function(*arguments))
 
 
-def run_child(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, Measured], int]:
-    """Run measure_side in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.pt"
-        flags = ["--side", side, "--answer", answer, "--scale", setting.scale, "--precision", setting.precision]
-        flags += ["--workers", setting.workers, "--folder", setting.folder, "--work", bench.first_work]
-        command = [sys.executable, "-m", "speed", *map(str, flags)]
-        subprocess.run(command, check=True, cwd=Path(__file__).resolve().parent.parent)
-        content = load_tensors(answer, "cpu")
-    return {work: Measured(**m) for work, m in content["measured"].items()}, content["peak_memory"]
+def in_child(function: Callable[..., T], *arguments: Any) -> T:
+    """The result of a module's function, called in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return cast(T, pickle.loads(pool.submit(pickled, function, *arguments).result()))
 
 
 def profile(bench: Bench, setting: Setting) -> str:
@@ -291,111 +294,124 @@ def profile(bench: Bench, setting: Setting) -> str:
     )
 
 
-def measure(bench: Bench, setting: Setting, repeats: int) -> list[dict[str, Any]]:
-    """A row for each work: median seconds of both sides and the limit, their ratios, peaks of memory, errors."""
+def row(work: str, reference: float, ours: float, target: float | None = None, **more: Any) -> Row:
+    """A row of the table: seconds of both sides, and the least ratio that is aimed at.
+
+    more: of `ratio_to_limit`, `peak_memory` (bytes of both sides) and `note` what there is; the JSON keeps all of it.
+    """
+    ratio = reference / ours
+    return {"work": work, "reference_seconds": reference, "ours_seconds": ours, "ratio": ratio, "target": target} | more
+
+
+def measure(bench: Bench, setting: Setting, repeats: int) -> list[Row]:
+    """A row for each precision and work: median seconds of both sides, the ratios, peaks of memory, errors."""
     for split in ("base", "val", "novel"):  # rendered and decoded before any side is timed
         load(setting, split)
-    run_one = measure_side if setting.device == "cuda" else run_child
-    runs: dict[str, list[tuple[dict[str, Measured], int]]] = {"reference": [], "ours": []}
-    errors: dict[str, float] = {}
+    one = measure_side if setting.device == "cuda" else functools.partial(in_child, measure_side)
+    settings = bench.settings(setting)
+    theirs: list[tuple[dict[str, Measured], int]] = []
+    ours: dict[str, list[tuple[dict[str, Measured], int]]] = {s.precision: [] for s in settings}
+    errors: dict[str, dict[str, float]] = {}
     for i in range(repeats):
-        for side in ("reference", "ours"):
-            print(f"{bench.first_work}: {side}, {i + 1} of {repeats}", file=sys.stderr, flush=True)
-            runs[side].append(run_one(bench, setting, side))
-        errors |= compare(bench, setting.rounding, runs["reference"][-1][0], runs["ours"][-1][0])
-    limit, _ = run_one(bench, setting, "limit")
+        print(f"{bench.first_work}: {i + 1} of {repeats}", file=sys.stderr, flush=True)
+        theirs.append(one(bench, setting, "reference"))
+        for s in settings:
+            ours[s.precision].append(one(bench, s, "ours"))
+            errors[s.precision] = compare(bench, s.rounding, theirs[-1][0], ours[s.precision][-1][0])
     rows = []
-    for work, target in bench.targets.items():
-        seconds = {side: statistics.median(run[work].seconds for run, _ in runs[side]) for side in runs}
-        rows.append(
-            {
-                "work": work,
-                "reference_seconds": seconds["reference"],
-                "ours_seconds": seconds["ours"],
-                "limit_seconds": limit[work].seconds,
-                "ratio": seconds["reference"] / seconds["ours"],
-                "ratio_to_limit": seconds["ours"] / limit[work].seconds,
-                "target": target.get(setting.precision) if setting.device == "cpu" else None,
-                "peak_memory": {side: statistics.median(peak for _, peak in runs[side]) for side in runs},
-                "errors": {name: error for name, error in errors.items() if name.startswith(f"{work}: ")},
-                "note": runs["ours"][-1][0][work].note,
-                "limit_note": limit[work].note,
-            }
-        )
+    for s in settings:
+        limit, sides = one(bench, s, "limit")[0], (theirs, ours[s.precision])
+        for work, targets in bench.targets.items():
+            if s.precision in targets:
+                seconds = [statistics.median(measured[work].seconds for measured, _ in side) for side in sides]
+                more = {
+                    "ratio_to_limit": seconds[1] / limit[work].seconds,
+                    "limit": limit[work].note,
+                    "peak_memory": [statistics.median(peak for _, peak in side) for side in sides],
+                    "errors": {name: e for name, e in errors[s.precision].items() if name.startswith(f"{work}: ")},
+                    "note": sides[1][-1][0][work].note,
+                }
+                target = targets[s.precision] if setting.device == "cpu" else None
+                rows.append(row(f"{work}, {s.precision}", seconds[0], seconds[1], target, **more))
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows of `measure` as a Markdown table. The memory's target is no more than the reference's."""
-    header = ["work", "reference s", "ours s", "ratio", "target", "limit s", "ours / limit", "peak memory MiB", "note"]
-    table, verdict = [], {True: "met", False: "missed"}
-    for row in rows:
-        theirs, ours = (row["peak_memory"][side] / 2**20 for side in ("reference", "ours"))
-        target = "" if row["target"] is None else f"{row['target']:g}x, {verdict[row['ratio'] >= row['target']]}"
-        memory = f"{theirs:.0f} -> {ours:.0f}, {verdict[ours <= theirs]}"
-        table.append(
-            [row["work"], f"{row['reference_seconds']:.3g}", f"{row['ours_seconds']:.3g}", f"{row['ratio']:.1f}x"]
-            + [target, f"{row['limit_seconds']:.3g}", f"{row['ratio_to_limit']:.1f}", memory, row["note"]]
-        )
+def markdown(rows: list[Row]) -> str:
+    """Rows as a Markdown table."""
+    header = ["work", "reference s", "ours s", "ratio", "target", "ours / limit", "peak memory MiB", "note"]
+    table = []
+    for r in rows:
+        target = f"{r['target']:.3g}x, {'met' if r['ratio'] >= r['target'] else 'missed'}" if r["target"] else ""
+        limit = f"{r['ratio_to_limit']:.1f}" if "ratio_to_limit" in r else ""
+        memory = " -> ".join(f"{peak / 2**20:.0f}" for peak in r.get("peak_memory", []))
+        seconds = [f"{r[side]:.3g}" for side in ("reference_seconds", "ours_seconds")]
+        table.append([r["work"], *seconds, f"{r['ratio']:.3g}x", target, limit, memory, r.get("note", "")])
     return markdown_table(header, table)
 
 
-def parser(benches: list[Bench], description: str) -> argparse.ArgumentParser:
+def parser(names: list[str], description: str) -> argparse.ArgumentParser:
     """The flags of the benchmarks."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(prog="python -m speed", description=description, formatter_class=formatter)
-    names = list(dict.fromkeys(bench.name for bench in benches))
     p.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help="stages to run")
     p.add_argument("--repeats", type=int, default=5, help="runs of each side; medians are reported")
-    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of our path; the reference is fp32")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of both sides")
     p.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny only compares the answers")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="of the reference's loader in base training")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="of the loaders of both sides")
     folder = Path("./fs_benchmarks/.cache/speed")
     p.add_argument("--folder", type=Path, default=folder, help="of the rendered glyphs and the decoded images")
     p.add_argument("--output", type=Path, default=Path("./results/tables/speed.json"), help="the JSON of the table")
     p.add_argument("--profile", action="store_true", help="only print where our side's time goes")
-    p.add_argument("--side", help=argparse.SUPPRESS)
-    p.add_argument("--work", help=argparse.SUPPRESS)
-    p.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     return p
 
 
-def run(benches: list[Bench], description: str) -> None:
-    """The command line of the benchmarks: compare and, at full scale, time them; print and write the table."""
-    args = parser(benches, description).parse_args()
-    benches = [bench for bench in benches if bench.name in args.only]
+def processor(device: str) -> str:
+    """The name of what computes, the vector instructions that PyTorch uses and its threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    fields = info.read_text().partition("model name\t: ")[2] if info.is_file() else platform.processor()
+    name = fields.partition("\n")[0]
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def run(benches: dict[str, Bench], others: Mapping[str, Rows], description: str) -> None:
+    """The command line of the benchmarks: compare and, at full scale, time them; print and write the table.
+
+    others: stages on a CPU that have no answers to compare.
+    """
+    args = parser([*others, *benches], description).parse_args()
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: give at least 1")
     device = select_device(args.device).type
-    setting = Setting(args.scale, args.precision, args.workers, args.folder.resolve(), device)
+    setting = Setting(args.scale, "fp32", args.workers, args.folder.resolve(), device)
     if device == "cuda":
         repeat_exactly()
-    if args.side:
-        bench = next(bench for bench in benches if bench.first_work == args.work)
-        run_side(bench, setting, args.side, args.answer)
-        return
-    if args.profile:
-        for bench in benches:
-            print(f"{bench.first_work}: ours, {args.precision}\n{profile(bench, setting)}")
-        return
-    if setting.tiny:
-        for bench in benches:
-            errors = check(bench, setting)
-            same = f"the same answers as the reference; largest relative error {max(errors.values()):.1g}"
-            print(f"{bench.first_work}: {same}")
-        return
-    record = {"threads": torch.get_num_threads(), "repeats": args.repeats}
-    rows: list[dict[str, Any]] = []
+    chosen = {name: bench for name, bench in benches.items() if name in args.only}
+    for bench in chosen.values() if args.profile or setting.tiny else []:
+        for s in bench.settings(setting):
+            if args.profile:
+                said = f"ours\n{profile(bench, s)}"
+            else:
+                said = f"the same answers as the reference; largest relative error {max(check(bench, s).values()):.1g}"
+            print(f"{bench.first_work}, {s.precision}: {said}")
+    if not (args.profile or setting.tiny):
+        stages = {name: rows for name, rows in others.items() if name in args.only and device == "cpu"}
+        stages |= {name: functools.partial(measure, bench) for name, bench in chosen.items()}
+        print_table(stages, setting, args)
+
+
+def print_table(stages: dict[str, Rows], setting: Setting, args: argparse.Namespace) -> None:
+    """Measure the stages; print and write their table. Exits with 1 when an answer was wrong."""
+    rows: list[Row] = []
     wrong = []
-    for bench in benches:  # an hour of measurements is not lost to the last one
+    about = f"{processor(setting.device)}, torch {torch.__version__}, median of {args.repeats}"
+    for stage in stages.values():  # an hour of measurements is not lost to the last one
         try:
-            rows += measure(bench, setting, args.repeats)
+            rows += stage(setting, args.repeats)
         except AssertionError as error:
             wrong.append(str(error))
-        write_json(args.output, record | {"rows": rows} | provenance(vars(args), setting.run))
-    print(markdown(rows))
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    print(f"\n{name}, {args.precision}, {record['threads']} threads, median of {args.repeats}; {args.output}")
+        write_json(args.output, {"processor": about, "rows": rows} | provenance(vars(args), setting.run))
+    print(f"{markdown(rows)}\n\n{about}; {args.output}")
     if wrong:
         sys.exit("\n".join(f"wrong answer: {line}" for line in wrong))

@@ -22,9 +22,6 @@ from torchvision.transforms.v2 import functional as tv
 from data.episodes import class_major_labels
 from data.transforms import Augmentation, draw_crops
 from engine.normalisation import IMAGENET
-from methods.matchingnet import MatchingNet
-from methods.meta_learner import MetaLearner
-from methods.relationnet import RelationNet
 from models.backbone import Backbone
 
 Batch = tuple[Tensor, Tensor]
@@ -220,60 +217,3 @@ def align_iteration(
     backbone.train()
     losses.append(step(head.loss(head(backbone(x_support).flatten(1)), y_support), optimizers[2]))
     return losses
-
-
-# Stage 2, on one episode: z_support (n_way, n_shot, ...), z_query (n, ...) -> scores (n, n_way).
-
-
-def protonet_scores(z_support: Tensor, z_query: Tensor) -> Tensor:
-    """Minus the squared distance of every pair of query and prototype."""
-    prototypes = z_support.mean(1)
-    n, n_way, d = len(z_query), len(prototypes), z_query.shape[1]
-    return -(z_query.unsqueeze(1).expand(n, n_way, d) - prototypes.unsqueeze(0).expand(n, n_way, d)).pow(2).sum(2)
-
-
-def matchingnet_scores(learner: MatchingNet, z_support: Tensor, z_query: Tensor) -> Tensor:
-    """The bidirectional LSTM over the support, then one step of attention and of the LSTM cell per support sample."""
-    n_way, n_shot, d = z_support.shape
-    support = z_support.flatten(0, 1)
-    states = learner.support_lstm(support.unsqueeze(0))[0].squeeze(0)
-    support = support + states[:, :d] + states[:, d:]
-    h, c = z_query, torch.zeros_like(z_query)
-    for _ in range(len(support)):
-        read = F.softmax(h @ support.t(), dim=1) @ support
-        h, c = learner.query_lstm(torch.cat([z_query, read], 1), (h, c))
-        h = h + z_query
-    f, g = (z / (z.norm(dim=1, keepdim=True) + 1e-5) for z in (h, support))
-    attention = F.softmax(100 * F.relu(f @ g.t()), dim=1)
-    one_hot = F.one_hot(class_major_labels(n_way, n_shot, z_query.device), n_way).float()
-    return (attention @ one_hot + 1e-6).log()
-
-
-def relationnet_scores(learner: RelationNet, z_support: Tensor, z_query: Tensor) -> Tensor:
-    """Every pair of prototype map and query map, stacked on channels, through the relation module."""
-    prototypes = z_support.mean(1)
-    n, n_way = len(z_query), len(prototypes)
-    each_prototype = prototypes.unsqueeze(0).expand(n, *prototypes.shape)
-    each_query = z_query.unsqueeze(1).expand(n, *prototypes.shape)
-    pairs = torch.cat([each_prototype, each_query], 2).flatten(0, 1)
-    x = learner.pool(F.relu(learner.norm1(learner.conv1(pairs))))
-    x = learner.pool(F.relu(learner.norm2(learner.conv2(x))))
-    scores = learner.fc2(F.relu(learner.fc1(x.flatten(1)))).view(n, n_way)
-    return scores.sigmoid() if learner.kind == "mse" else scores
-
-
-def meta_scores(learner: MetaLearner, z: Tensor, n_shot: int) -> Tensor:
-    """Scores of an episode's queries from the features, or maps, of its images: z (n_way, n_shot + n_query, ...)."""
-    z_support, z_query = z[:, :n_shot], z[:, n_shot:].flatten(0, 1)
-    if isinstance(learner, MatchingNet):
-        return matchingnet_scores(learner, z_support, z_query)
-    if isinstance(learner, RelationNet):
-        return relationnet_scores(learner, z_support, z_query)
-    return protonet_scores(z_support, z_query)
-
-
-def meta_loss(learner: MetaLearner, scores: Tensor, y_query: Tensor) -> Tensor:
-    """Mean squared error to one-hot for RelationNet, else cross-entropy (of log-probabilities too)."""
-    if isinstance(learner, RelationNet) and learner.kind == "mse":
-        return F.mse_loss(scores, F.one_hot(y_query, scores.shape[1]).float())
-    return F.nll_loss(scores, y_query) if isinstance(learner, MatchingNet) else F.cross_entropy(scores, y_query)

@@ -2,15 +2,32 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 
+from data.transforms import normalise
 from engine.errors import UserError
 from reporting.report import read_results
-from speed import bench_alignment, bench_base_training, bench_related_base, common
+from speed import bench_alignment, bench_base_training, bench_data, bench_related_base, bench_start, common
 from speed.__main__ import BENCHES
-from speed.common import Bench, Measured, Setting, check, compare, markdown, measure, profile, run_child, spread, timed
+from speed.common import (
+    Bench,
+    Measured,
+    Setting,
+    check,
+    compare,
+    in_child,
+    markdown,
+    measure,
+    measure_side,
+    profile,
+    row,
+    spread,
+    timed,
+)
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -18,23 +35,23 @@ def setting(tmp_path_factory):
     return Setting("tiny", "fp32", 0, tmp_path_factory.mktemp("speed"))
 
 
-@pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.first_work)
-def test_our_path_gives_the_answers_of_the_reference_loop(setting, bench):
-    errors = check(bench, setting)
-    assert {name.split(": ")[-1] for name in errors} == bench.tolerances.keys()
+def cases():
+    """Each bench in each precision in which it is timed."""
+    settings = {name: bench.settings(Setting("tiny", "", 0, None)) for name, bench in BENCHES.items()}
+    return [(name, each.precision) for name, of_bench in settings.items() for each in of_bench]
 
 
-@pytest.mark.parametrize("name", ["base_training", "alignment"])
-def test_half_precision_stays_near_the_reference_loop(setting, name):
-    (bench,) = (bench for bench in BENCHES if bench.name == name)
-    check(bench, dataclasses.replace(setting, precision="bf16"))
+@pytest.mark.parametrize(("name", "precision"), cases())
+def test_our_path_gives_the_answers_of_the_reference_loop(setting, name, precision):
+    errors = check(BENCHES[name], dataclasses.replace(setting, precision=precision))
+    assert {error.split(": ")[-1] for error in errors} == BENCHES[name].tolerances.keys()
 
 
 def test_a_wrong_answer_is_refused():
     def side(value):
         return {"work": Measured(1.0, {"loss": torch.tensor([1.0, value])})}
 
-    bench = Bench("toy", {"work": {}}, None, None, None, {"loss": {"fp32": 1e-3}})
+    bench = Bench({"work": {}}, None, None, None, {"loss": {"fp32": 1e-3}})
     assert compare(bench, "fp32", side(1.0), side(1.0001)) == pytest.approx({"work: loss": 7.1e-5}, rel=0.1)
     for wrong in (1.01, float("nan")):
         with pytest.raises(AssertionError, match="work: loss is off by"):
@@ -71,9 +88,9 @@ def test_another_rate_of_alignment_would_be_noticed(setting, monkeypatch, rate):
         check(bench_alignment.BENCH, setting)
 
 
-@pytest.mark.parametrize("bench", [bench_related_base.BENCH, BENCHES[-1]], ids=lambda bench: bench.first_work)
-def test_a_side_runs_in_a_process_of_its_own_and_hands_back_its_peak_of_memory(setting, bench):
-    side, peak = run_child(bench, setting, "ours")
+def test_a_side_runs_in_a_process_of_its_own_and_hands_back_its_peak_of_memory(setting):
+    bench = bench_related_base.BENCH
+    side, peak = in_child(measure_side, bench, setting, "ours")
     assert 50 * 2**20 < peak < 8 * 2**30
     assert side.keys() == bench.targets.keys() and side[bench.first_work].seconds > 0
     compare(bench, "fp32", bench.reference(setting), side)
@@ -81,16 +98,16 @@ def test_a_side_runs_in_a_process_of_its_own_and_hands_back_its_peak_of_memory(s
 
 def test_a_wrong_answer_ends_the_command_and_leaves_the_other_rows(monkeypatch, tmp_path, capsys):
     def measured(bench, setting, repeats):
-        assert bench.name == "right", "loss is off"
-        return []
+        assert bench.first_work == "right", "loss is off"
+        return [row("right", 2.0, 1.0)]
 
     monkeypatch.setattr(common, "measure", measured)
     monkeypatch.setattr("sys.argv", ["speed", "--output", str(tmp_path / "speed.json")])
-    benches = [Bench(name, {}, None, None, None, {}) for name in ("wrong", "right")]
+    benches = {name: Bench({name: {}}, None, None, None, {}) for name in ("wrong", "right")}
     with pytest.raises(SystemExit, match="wrong answer: loss is off"):
-        common.run(benches, "")
-    assert json.loads((tmp_path / "speed.json").read_text())["rows"] == []
-    assert "| work |" in capsys.readouterr().out
+        common.run(benches, {}, "")
+    assert [r["work"] for r in json.loads((tmp_path / "speed.json").read_text())["rows"]] == ["right"]
+    assert "| right | 2 | 1 | 2x |" in capsys.readouterr().out
 
 
 def test_the_profile_names_the_costly_operations(setting):
@@ -98,18 +115,49 @@ def test_the_profile_names_the_costly_operations(setting):
 
 
 def test_the_table_holds_medians_ratios_and_the_limit(setting, monkeypatch):
-    seconds = {"reference": iter([8.0, 3.0, 4.0]), "ours": iter([1.0, 1.0, 2.0]), "limit": iter([0.25])}
+    seconds = {"reference": iter([8.0, 3.0, 4.0]), "fp32": iter([1.0, 1.0, 2.0]), "bf16": iter([2.0, 1.0, 2.0])}
 
-    def child(bench, setting, side):
-        return {"work": Measured(next(seconds[side]), {"loss": torch.ones(1)}, side)}, 2**20
+    def child(function, bench, setting, side):
+        took = 0.25 if side == "limit" else next(seconds[setting.precision if side == "ours" else side])
+        return {"work": Measured(took, {"loss": torch.ones(1)}, side)}, 2**20
 
-    monkeypatch.setattr(common, "run_child", child)
-    bench = Bench("toy", {"work": {"fp32": 5.0}}, None, None, None, {"loss": {"fp32": 0.0}})
-    (row,) = measure(bench, setting, repeats=3)
-    assert (row["ratio"], row["ratio_to_limit"], row["target"]) == (4.0, 4.0, 5.0)
-    header, line, cells = markdown([row]).splitlines()
-    assert header.count("|") == line.count("|") == cells.count("|")
-    assert cells == "| work | 4 | 1 | 4.0x | 5x, missed | 0.25 | 4.0 | 1 -> 1, met | ours |"
+    monkeypatch.setattr(common, "in_child", child)
+    bench = Bench({"work": {"fp32": 5.0, "bf16": 1.0}}, None, None, None, {"loss": {"fp32": 0.0, "bf16": 0.0}})
+    fp32, bf16 = measure(bench, setting, repeats=3)
+    assert (fp32["ratio"], fp32["ratio_to_limit"], fp32["target"]) == (4.0, 4.0, 5.0)
+    header, line, *cells = markdown([fp32, bf16, row("toy", 1.0, 2.0, note="a note")]).splitlines()
+    assert {row.count("|") for row in (line, *cells)} == {header.count("|")}
+    assert cells == [
+        "| work, fp32 | 4 | 1 | 4x | 5x, missed | 4.0 | 1 -> 1 | ours |",
+        "| work, bf16 | 4 | 2 | 2x | 1x, met | 8.0 | 1 -> 1 | ours |",
+        "| toy | 1 | 2 | 0.5x |  |  |  | a note |",
+    ]
+
+
+def test_both_sides_of_the_data_see_the_same_images(tmp_path):
+    bench_data.link_base(tmp_path, None, 100)
+    split = bench_data.load_base(tmp_path, 1)
+    by_loader = torch.cat([x for x, _ in bench_data.loader(tmp_path / "base", False, 0)])
+    assert split.train_images.shape == (100, 3, 84, 84) and len(split.class_names) == 64
+    assert (by_loader - normalise(split.images)).abs().max() < 0.03
+
+
+def test_a_folder_of_classes_is_thinned_and_a_cache_of_holes_is_read(tmp_path):
+    bench_data.link_base(tmp_path, None, 100)
+    work, note = tmp_path / "work", r"of 0.0 GiB; \d+ MiB of its own, \d+ MiB of pages of files"
+    bench_data.link_base(work, tmp_path / "base", 10)
+    assert len(bench_data.load_base(work, 1).labels) == 10
+    seconds, found = bench_data.mapped(tmp_path / "mapped", 400)
+    assert seconds > 0 and re.fullmatch(note, found)
+
+
+def test_the_start_of_every_script_is_timed_beside_the_import_of_torch(monkeypatch):
+    commands = []
+    monkeypatch.setattr(bench_start, "seconds_of", lambda command: commands.append(command) or float(len(command)))
+    *helps, labelling = bench_start.rows(None, 2)
+    scripts = {path.name for path in ROOT.glob("*.py")} - {"args_parser.py"}
+    assert {r["work"] for r in helps} == {f"{name} --help" for name in scripts}
+    assert (labelling["reference_seconds"], labelling["ours_seconds"], labelling["note"]) == (2.0, 8.0, "4.00 times it")
 
 
 def test_a_speed_table_is_not_taken_for_a_result(tmp_path):
@@ -148,18 +196,17 @@ def test_on_a_gpu_the_second_of_two_runs_counts_between_two_events(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("warm"))
     setting = Setting("tiny", "fp32", 0, tmp_path, "cuda")
-    common.run_side(Bench("toy", {}, side, side, None, {}), setting, "reference", tmp_path / "answer.pt")
+    found, peak = measure_side(Bench({}, side, side, None, {}), setting, "reference")
     once = ["wait", "event", "work", "event", "wait"]
     assert calls == [*once, "warm", *once]
-    found = torch.load(tmp_path / "answer.pt", weights_only=True)
-    assert (found["measured"]["work"]["seconds"], found["peak_memory"]) == (2.5, 7)
+    assert (found["work"].seconds, peak) == (2.5, 7)
 
 
 def test_without_a_gpu_its_benchmarks_end_with_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["speed", "--device", "cuda"])
     with pytest.raises(UserError, match="--device cuda is not available on this machine"):
-        common.run([], "")
+        common.run({}, {}, "")
 
 
 def test_spread_indices_are_distinct_and_reach_both_ends():
