@@ -134,7 +134,6 @@ ADVERSARIAL_LR = 1e-5
 DECODING: Table = [
     flag("--image_root", Path, None, "folder of a json benchmark's images, when its paths are of another machine"),
     flag("--cache_dir", Path, Path("./fs_benchmarks/.cache"), "decoded images and features, kept between runs"),
-    flag("--rebuild_cache", SWITCH, False, "decode images again: after changes that their sizes and times do not show"),
     flag("--img_size", number(int, 8), None, "side of the square input, pixels (default: the backbone's own)"),
     flag("--eval_resize", resize_rule, None,
          "resize images before their centre is taken: published (both sides to 1.15 x --img_size), none, short:N or "
@@ -217,7 +216,6 @@ TRANSFER: Table = [
     flag("--batch_size", COUNT, 64, "images in a batch, of all processes together if there are several"),
     flag("--sync_bn", SWITCH, False, "on several GPUs: batch norm over the whole batch (PyTorch's SyncBatchNorm)"),
     flag("--lr", POSITIVE, 1e-3, "learning rate of Adam, constant"),
-    flag("--n_base_class", COUNT, None, "number of base classes, to be checked against the data"),
     flag("--s", POSITIVE, 20.0, "scale of cosMax and arcMax on the base classes"),
     flag("--m", MARGIN, 0.01, "angular margin of arcMax on the base classes, radians"),
     flag("--ft_m", MARGIN, 0.01, "angular margin of arcMax on a support set"),
@@ -480,7 +478,6 @@ def start_stage(stage: str) -> tuple[argparse.Namespace, Run]:
     ranks = join_ranks()
     args = args_parser(stage)
     args.quiet |= not ranks.first
-    args.rebuild_cache &= ranks.first  # the others come after, to what the first has made
     run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
     args.precision = run.precision.name
     return args, run

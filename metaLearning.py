@@ -18,7 +18,7 @@ from methods.evaluation import EpisodeScores
 from methods.meta_learners import META_LEARNERS, build_meta_learner
 from methods.split_evaluation import evaluate_on_split
 from models import Model, n_parameters
-from persistence.checkpoints import BackboneSpec, detail_notes, initial_backbone, load_state
+from persistence.checkpoints import detail_notes, initial_backbone, load_state
 from persistence.results import save_result
 from persistence.run_files import TEST_FLAGS
 from persistence.training import TrainState
@@ -30,7 +30,7 @@ def main() -> None:
 
     # The backbone; images as uint8 arrays, resized by its rule, and episodes as indices into them.
     maps = META_LEARNERS[args.method][0].uses_maps
-    backbone, checkpoint = initial_backbone(from_flags(BackboneSpec, args), run, relation=maps)
+    backbone, checkpoint = initial_backbone(args.backbone, args.img_size, args.weights, args.init_from, run, maps)
     load = partial(load_split, from_flags(DataOptions, args).for_network(backbone.eval_resize))
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     train_shape = EpisodeShape(args.train_n_way, args.n_shot, args.train_n_query)

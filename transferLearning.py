@@ -18,7 +18,7 @@ from methods.evaluation import EpisodeScores, evaluate_heads
 from methods.features import embed
 from methods.novel_finetune import HeadFit
 from models import Model, build_head, n_parameters, sync_batch_norm
-from persistence.checkpoints import BackboneSpec, detail_notes, initial_backbone
+from persistence.checkpoints import detail_notes, initial_backbone
 from persistence.feature_cache import FeatureCache
 from persistence.results import save_result
 from persistence.run_files import TEST_FLAGS
@@ -32,7 +32,7 @@ def main() -> None:
         raise UserError("--sync_bn is for GPUs: PyTorch has no batch norm over several processes of a CPU")
 
     # The backbone; images as uint8 arrays, resized by its rule, and episodes as indices into them.
-    backbone, checkpoint = initial_backbone(from_flags(BackboneSpec, args), run)
+    backbone, checkpoint = initial_backbone(args.backbone, args.img_size, args.weights, args.init_from, run)
     load = partial(load_split, from_flags(DataOptions, args).for_network(backbone.eval_resize))
     shape = EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     n_test = args.testing_epochs * args.n_episodes
@@ -43,7 +43,7 @@ def main() -> None:
         check_episodes_fit([val, novel], shape, args.strict_classes)
         val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
-    n_class = count_classes(base, args.n_base_class, at_least=2 if args.n_epoch else 1)
+    n_class = count_classes(base, at_least=2 if args.n_epoch else 1)
 
     head = build_head(args.method, backbone.feature_dim, n_class, args.s, args.m, run.generator("base head"))
     if args.sync_bn and ranks.n > 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.converters import CONVERTERS
 from data.converters.mini_imagenet import list_published
 from data.glyphs import provide_glyphs
-from data.image_cache import ImageFiles, UnequalImages, load_images
+from data.image_cache import ImageFiles, load_images
 from data.listing import (
     FEW_CLASSES,
     SPLIT_FOLDERS,
@@ -45,7 +45,6 @@ class DataOptions:
     num_workers: int = 4
     quiet: bool = True
     crop_scale: Sequence[float] | None = None  # None: nothing is to be augmented
-    rebuild_cache: bool = False
     eval_resize: str | None = None  # None: that of the network, else published
 
     def for_network(self, rule: str) -> "DataOptions":
@@ -58,7 +57,7 @@ class Split:
     """One split: N images of len(class_names) classes.
 
     labels (N,), images (N, 3, s, s) uint8 in the evaluation view; train_images, uint8, what augmentation crops from,
-    (N, 3, H, W) or unequal: the base split alone has them, where it is trained on; train_sizes (N, 2), the original
+    (N, 3, H, W): the base split alone has them, where it is trained on; train_sizes (N, 2), the original
     (height, width) of the images; rule: by which `images` were resized. Images that do not count have the label
     len(class_names). image_names are `class/file`; fingerprint is a hash of the names and bytes of all images.
     """
@@ -69,7 +68,7 @@ class Split:
     image_names: list[str]
     labels: Tensor
     images: Tensor
-    train_images: Tensor | UnequalImages | None
+    train_images: Tensor | None
     train_sizes: Tensor
     fingerprint: str
     rule: str = PUBLISHED
@@ -150,7 +149,7 @@ def load_listed(options: DataOptions, dataset: str, split: str, listing: Listing
     rule = options.eval_resize or PUBLISHED
     check_rule(rule, options.img_size)
     files = ImageFiles(f"{dataset}_{split}", paths, names, min_crop, rule)
-    how = (options.img_size, options.cache_dir, options.num_workers, options.quiet, options.rebuild_cache)
+    how = (options.img_size, options.cache_dir, options.num_workers, options.quiet)
     arrays = load_images(files, *how)
     return Split(
         benchmark=dataset,
@@ -184,11 +183,9 @@ def enlarged_notes(split: Split) -> list[str]:
     ]
 
 
-def count_classes(base: Split, expected: int | None, at_least: int) -> int:
-    """The number of base classes. Raises UserError when it is not the one that --n_base_class gives, or too small."""
+def count_classes(base: Split, at_least: int) -> int:
+    """The number of base classes. Raises UserError when it is too small."""
     n_class = len(base.class_names)
-    if expected not in (None, n_class):
-        raise UserError(f"--n_base_class {expected}, but {base.benchmark!r} has {n_class} base classes: drop it")
     if n_class < at_least:
         raise UserError(f"the base split of {base.benchmark!r} has 1 class: training needs at least 2, so add classes")
     return n_class

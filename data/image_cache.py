@@ -2,13 +2,13 @@
 
 A split has up to two arrays, written in one pass over the files:
 - `eval` (N, 3, s, s): the evaluation view, resized by the network's rule (see engine/resizing.py), its centre;
-- `train`, for the base split of a training: what augmentation crops from. Images of one small size are kept as they
-  are; others are reduced, their aspect kept, to as many pixels as leave s x s of them to the smallest crop.
-  `sizes` (N, 2) keeps their original (height, width), in which crops are drawn.
+- `train` (N, 3, H, W), for the base split of a training: what augmentation crops from. Images of one small size are
+  kept as they are; others are resized, whatever their aspect, to one size of as many pixels as leave s x s of them to
+  the smallest crop. `sizes` (N, 2) keeps their original (height, width), in which crops are drawn.
 
 A cache is keyed by the names, sizes, modification times and inodes of its source files, by the bytes of at most SAMPLE
 of them, and by the versions of the code. What is not noticed is an image outside of that sample that is written over
-in place, to the same size, its time set back; --rebuild_cache decodes all in any case.
+in place, to the same size, its time set back: then remove the cache folder.
 """
 
 import glob
@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -64,27 +64,11 @@ class ImageFiles:
 
 
 @dataclass(frozen=True)
-class UnequalImages:
-    """b uint8 images (3, h, w) of `sizes` (b, 2), each in the flat `pixels` from its place in `starts` (b,) on."""
-
-    pixels: Tensor
-    sizes: Tensor
-    starts: Tensor
-
-    def __getitem__(self, index: Tensor) -> "UnequalImages":
-        return replace(self, sizes=self.sizes[index], starts=self.starts[index])
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for (height, width), start in zip(self.sizes.tolist(), self.starts.tolist(), strict=True):
-            yield self.pixels[start : start + 3 * height * width].view(3, height, width)
-
-
-@dataclass(frozen=True)
 class ImageArrays:
-    """The arrays of one split, uint8: eval (N, 3, s, s) and train (N, 3, H, W), unequal, or None; sizes (N, 2)."""
+    """The arrays of one split, uint8: eval (N, 3, s, s) and train (N, 3, H, W) or None; sizes (N, 2)."""
 
     eval: Tensor
-    train: Tensor | UnequalImages | None
+    train: Tensor | None
     sizes: Tensor
     fingerprint: str
 
@@ -113,16 +97,17 @@ def train_pixels(img_size: int, min_crop: float) -> int:
     return min(int(img_size**2 / min(min_crop, 0.15)), MAX_TRAIN_PIXELS)
 
 
-def stored_sizes(sizes: np.ndarray, n_pixels: int) -> np.ndarray:
-    """(height, width) (N, 2) at which training images of `sizes` (N, 2) are kept."""
-    area = sizes.prod(1, keepdims=True)
-    if (sizes == sizes[0]).all() and area[0] <= MAX_NATIVE_PIXELS:
-        return sizes
-    return np.maximum(np.rint(sizes * np.sqrt(n_pixels / area).clip(max=1.0)), 1).astype(np.int64)
+def stored_size(sizes: np.ndarray, n_pixels: int) -> list[int]:
+    """The (height, width) at which training images of original `sizes` (N, 2) are kept, all of them."""
+    largest = sizes.max(0)
+    area = largest.prod()
+    if (sizes == largest).all() and area <= MAX_NATIVE_PIXELS:
+        return largest.tolist()
+    return np.maximum(np.rint(largest * np.sqrt(n_pixels / area).clip(max=1.0)), 1).astype(np.int64).tolist()
 
 
 def train_view(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """A training image, (3, height, width), reduced by a sharp filter, because its crops are filtered again."""
+    """A training image, (3, height, width), resized by a sharp filter, because its crops are filtered again."""
     return hwc_to_chw(image.resize((width, height), Image.Resampling.LANCZOS))
 
 
@@ -148,10 +133,8 @@ def listing_signature(files: ImageFiles) -> str:
     return digest.hexdigest()
 
 
-def load_images(
-    files: ImageFiles, img_size: int, cache_dir: Path, num_workers: int, quiet: bool, rebuild: bool = False
-) -> ImageArrays:
-    """The arrays of a split, from the cache or, the first time or to rebuild it, by decoding with num_workers threads.
+def load_images(files: ImageFiles, img_size: int, cache_dir: Path, num_workers: int, quiet: bool) -> ImageArrays:
+    """The arrays of a split, from the cache or, the first time, by decoding with num_workers threads.
 
     Raises UserError when an image cannot be decoded or the cache folder cannot be written.
     """
@@ -162,7 +145,7 @@ def load_images(
     folder = cache_dir / (f"{label}_train{n_pixels}_{key}" if n_pixels else f"{label}_{key}")
     shape = (len(files.paths), 3, img_size, img_size)
     others = [] if n_pixels else cache_dir.glob(f"{glob.escape(label)}_*{key}")  # of trainings: the same views
-    for candidate in [] if rebuild else [folder, *others]:
+    for candidate in [folder, *others]:
         if arrays := read_cache(candidate, shape, n_pixels):
             return arrays
     try:
@@ -174,9 +157,8 @@ def load_images(
             building = Path(hidden) / folder.name
             building.mkdir()
             decode_all(files, img_size, n_pixels, building, num_workers, quiet)
-            if rebuild or not read_cache(folder, shape, n_pixels):  # else another process has just built it
-                for stale in cache_dir.glob(f"{glob.escape(files.label)}_*px_*{key}") if rebuild else [folder]:
-                    shutil.rmtree(stale, ignore_errors=True)
+            if not read_cache(folder, shape, n_pixels):  # else another process has just built it
+                shutil.rmtree(folder, ignore_errors=True)
                 os.replace(building, folder)
         failure = "it is not what was written"
     except OSError as error:
@@ -197,7 +179,8 @@ def read_cache(folder: Path, shape: tuple[int, ...], n_pixels: int) -> ImageArra
         known = matches_schema(meta, {"versions": list, "fingerprint": str}) and meta["versions"] == VERSIONS
         if not known or sizes.min() < 1:
             return None
-        train = map_train(folder / "train.bin", stored_sizes(sizes, n_pixels)) if n_pixels else None
+        train_shape = len(sizes), 3, *stored_size(sizes, n_pixels)
+        train = map_array(folder / "train.bin", train_shape) if n_pixels else None
         return ImageArrays(map_array(folder / "eval.bin", shape), train, torch.from_numpy(sizes), meta["fingerprint"])
     except (OSError, ValueError):
         return None
@@ -210,15 +193,6 @@ def map_array(path: Path, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", shape=tuple(shape)))
 
 
-def map_train(path: Path, stored: np.ndarray) -> Tensor | UnequalImages:
-    """The training images (3, h, w) of sizes `stored` (N, 2) in a file; one tensor when they are of one size."""
-    if (stored == stored[0]).all():
-        return map_array(path, [len(stored), 3, *stored[0].tolist()])
-    ends = 3 * torch.from_numpy(stored).prod(1).cumsum(0)
-    starts = ends - ends.diff(prepend=ends.new_zeros(1))
-    return UnequalImages(map_array(path, [int(ends[-1])]), torch.from_numpy(stored), starts)
-
-
 def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, num_workers: int, quiet: bool) -> None:
     """Write eval.bin, train.bin (of n_pixels per image, if any), sizes.bin and meta.json of all images into `folder`.
 
@@ -229,15 +203,15 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
     check_memory(what, 4 * int(1.15 * img_size) ** 2 * n_threads, f"{smaller} or --num_workers")
     with ThreadPoolExecutor(n_threads) as pool:
         sizes = np.array(list(map_in_chunks(pool, image_size, files.paths)), dtype=np.int64)
-        stored = stored_sizes(sizes, n_pixels)
-        kept = int(stored.prod(1).sum()) if n_pixels else 0
-        check_disk(what, 3 * (len(sizes) * img_size**2 + kept), folder.parents[1], f"{smaller}, or another --cache_dir")
+        stored = stored_size(sizes, n_pixels)
+        kept = math.prod(stored) if n_pixels else 0
+        check_disk(what, 3 * len(sizes) * (img_size**2 + kept), folder.parents[1], f"{smaller}, or another --cache_dir")
 
         def decode_one(i: int) -> tuple[bytes, bytes, bytes]:
             content = image_bytes(files.paths[i])
             with naming_image(files.paths[i]):
                 image = decode(content)
-            train = train_view(image, *stored[i].tolist()).tobytes() if n_pixels else b""
+            train = train_view(image, *stored).tobytes() if n_pixels else b""
             return hashlib.sha256(content).digest(), eval_view(image, img_size, files.rule).tobytes(), train
 
         fingerprint = hashlib.sha256()

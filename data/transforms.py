@@ -5,18 +5,14 @@ crop is a separable linear map: for a batch, two batched matrix products, rows (
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from data.benchmarks import Split
-from data.image_cache import UnequalImages
 from engine.normalisation import IMAGENET, Normalisation
 from engine.run import move, move_if_fits
-
-CUT_TOGETHER = 16  # unequal images that are padded to one size: bounds the memory
 
 
 @dataclass(frozen=True)
@@ -87,19 +83,6 @@ def resized_crop(images: Tensor, boxes: Tensor, img_size: int) -> Tensor:
     return torch.matmul(rows.unsqueeze(1), narrow.view(b, c, height, img_size))
 
 
-def cut(images: UnequalImages, boxes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The pixels of boxes (b, 4) of unequal images, padded to one size (b, 3, H, W), and the boxes in them."""
-    corners = boxes[:, :2].floor()
-    ends = (boxes[:, :2] + boxes[:, 2:]).ceil().long().minimum(images.sizes)
-    height, width = torch.cat([ends - corners.long(), ends.new_ones(1, 2)]).amax(0).tolist()
-    out = torch.zeros(len(boxes), 3, height, width, dtype=torch.uint8, device=images.pixels.device)
-    for image, (top, left), (bottom, right), kept in zip(
-        images, corners.long().tolist(), ends.tolist(), out, strict=True
-    ):
-        kept[:, : bottom - top, : right - left] = image[:, top:bottom, left:right]
-    return move(out, device), torch.cat([boxes[:, :2] - corners, boxes[:, 2:]], 1)
-
-
 def luma(images: Tensor) -> Tensor:
     """Greyscale of RGB images: (b, 3, h, w) -> (b, 1, h, w)."""
     red, green, blue = images.split(1, dim=1)
@@ -119,7 +102,7 @@ def colour_jitter(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def augment(
-    images: Tensor | UnequalImages,
+    images: Tensor,
     sizes: Tensor,
     img_size: int,
     augmentation: Augmentation,
@@ -128,21 +111,16 @@ def augment(
     by: Normalisation = IMAGENET,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Augmented images of a batch: uint8 (b, 3, H, W) or unequal -> network input (b, 3, s, s) on `device`.
+    """Augmented images of a batch: uint8 (b, 3, H, W) -> network input (b, 3, s, s) on `device`.
 
     sizes (B, 2): original (height, width) of the whole batch, in which crops are drawn; the images are its `part`, and
     get the same draws in any part. device: by default that of the images.
     """
     boxes = draw_crops(sizes, augmentation.crop_scale, augmentation.crop_ratio, generator)[part]
-    stored = torch.tensor(images.shape[2:]) if isinstance(images, Tensor) else images.sizes
-    boxes = boxes * (stored / sizes[part].double()).repeat(1, 2)
+    boxes = boxes * (torch.tensor(images.shape[2:]) / sizes[part].double()).repeat(1, 2)
     factors = 1.0 + augmentation.jitter * (2.0 * torch.rand(len(sizes), 3, generator=generator) - 1.0)
     flips = torch.rand(len(sizes), generator=generator) < 0.5
-    if isinstance(images, Tensor):
-        crops = resized_crop(move(images, device or images.device), boxes, img_size)
-    else:
-        to, few = device or images.pixels.device, torch.arange(len(boxes)).split(CUT_TOGETHER)
-        crops = torch.cat([resized_crop(*cut(images[k], boxes[k], to), img_size) for k in few])
+    crops = resized_crop(move(images, device or images.device), boxes, img_size)
     out = colour_jitter(crops, factors[part])
     if augmentation.flip:
         out = torch.where(move(flips[part], out.device).view(-1, 1, 1, 1), out.flip(3), out)
@@ -156,12 +134,12 @@ def network_input(images: Tensor, device: torch.device, by: Normalisation = IMAG
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """What a stage trains on: uint8 images, (N, 3, H, W) or unequal, their original sizes (N, 2) and labels (N,).
+    """What a stage trains on: uint8 images (N, 3, H, W), their original sizes (N, 2) and labels (N,).
 
     Without augmentation the images are (N, 3, img_size, img_size).
     """
 
-    images: Tensor | UnequalImages
+    images: Tensor
     sizes: Tensor
     labels: Tensor
     img_size: int
@@ -171,10 +149,9 @@ class TrainingImages:
 
     def batch(self, index: Tensor, generator: Generator, part: slice = slice(None)) -> Tensor:
         """The rows `part` of the network input (b, 3, s, s) of the images at `index` (b,), augmented if asked."""
-        by, images = self.normalisation, self.images
-        images = images[move(index[part], images.device) if isinstance(images, Tensor) else index[part]]
+        by, images = self.normalisation, self.images[move(index[part], self.images.device)]
         if self.augmentation is None:
-            return network_input(cast(Tensor, images), self.device, by)
+            return network_input(images, self.device, by)
         return augment(images, self.sizes[index], self.img_size, self.augmentation, generator, part, by, self.device)
 
 
@@ -183,8 +160,5 @@ def training_images(
 ) -> TrainingImages:
     """The images of a base split to train on, moved to the device if they have room there."""
     images = base.images if augmentation is None or base.train_images is None else base.train_images
-    if isinstance(images, UnequalImages):
-        images = replace(images, pixels=move_if_fits(images.pixels, device))
-    else:
-        images = move_if_fits(images, device)
+    images = move_if_fits(images, device)
     return TrainingImages(images, base.train_sizes, base.labels, base.images.shape[-1], augmentation, device, by)

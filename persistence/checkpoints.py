@@ -188,26 +188,18 @@ def detail_notes(checkpoint: Checkpoint | None, split: Split) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class BackboneSpec:
-    """A backbone to train: each field is explained at the flag of the same name."""
-
-    backbone: str
-    img_size: int
-    weights: str = "none"
-    init_from: Path | None = None
-
-
-def initial_backbone(spec: BackboneSpec, run: Run, relation: bool = False) -> tuple[Backbone, Checkpoint | None]:
+def initial_backbone(
+    name: str, img_size: int, weights: str, init_from: Path | None, run: Run, relation: bool = False
+) -> tuple[Backbone, Checkpoint | None]:
     """What training starts from, on the run's device: the backbone of a checkpoint, if one is named, or a new one.
 
-    `relation` and the errors are those of load_backbone and create_backbone.
+    relation: see load_backbone. Raises UserError as load_backbone and create_backbone do.
     """
     checkpoint: Checkpoint | None = None
-    if spec.init_from:
-        net, checkpoint = load_backbone(spec.init_from, spec.backbone, spec.img_size, relation)
+    if init_from:
+        net, checkpoint = load_backbone(init_from, name, img_size, relation)
     else:
-        net = create_backbone(spec.backbone, spec.img_size, run.seed, relation, spec.weights)
+        net = create_backbone(name, img_size, run.seed, relation, weights)
     return net.to(run.device).to(memory_format=torch.channels_last), checkpoint
 
 

@@ -36,8 +36,8 @@ ALIGNMENT_STATE: Schema = EVERY_STATE | dict.fromkeys(COLUMNS, Tensor)
 ANOTHER_PLACE = "replace it with --overwrite, or give another --results_dir and --checkpoint_dir"
 # Flags that change no number, but for the rounding of another device.
 IRRELEVANT = {
-    *("num_workers", "quiet", "device", "no_keep_memory", "preset", "resume", "overwrite", "n_base_class"),
-    *("tensorboard", "save_episode", "rebuild_cache", "strict_classes"),
+    *("num_workers", "quiet", "device", "no_keep_memory", "preset", "resume", "overwrite"),
+    *("tensorboard", "save_episode", "strict_classes"),
     *("benchmarks_dir", "image_root", "cache_dir", "checkpoint_dir", "results_dir"),
 }
 # Flags that a training that goes on may change: how long it is, and the test after it.

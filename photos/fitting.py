@@ -43,7 +43,6 @@ class FitFlags:
     base: Path | None
     image_root: Path | None
     cache_dir: Path
-    rebuild_cache: bool
     num_workers: int
     align_preset: str
     align_blocks: int | None
@@ -89,7 +88,6 @@ def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, r
             flags.cache_dir,
             flags.image_root,
             *loading,
-            rebuild_cache=flags.rebuild_cache,
             eval_resize=backbone.eval_resize,
         )
         files = [Path(image) for image in (*examples.images, *queries) if isinstance(image, str | Path)]

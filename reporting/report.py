@@ -1,8 +1,7 @@
-"""Print result files as one Markdown table, the paired difference of two results, or one result over several trainings.
+"""Print result files as one Markdown table, or the paired difference of two results.
 
 python -m reporting.report results
 python -m reporting.report --pair fp32.json bf16.json
-python -m reporting.report --trainings seed0.json seed1.json seed2.json
 """
 
 import math
@@ -33,9 +32,8 @@ NEAREST = dict.fromkeys(("Euclidean", "cosine"), ACCURACY | {"difference": DIFFE
 LATER: Schema = CONFUSION | {"nearest_mean": NEAREST, "curve": [CURVE], "novel_dataset": str}
 EPOCH: Schema = {"epoch": int} | dict.fromkeys(("loss", "base_accuracy", "val_accuracy", "val_ci95"), float | None)
 HEADER = "dataset,backbone,task,method,accuracy %,paired gain,over nearest mean,episodes,seconds".split(",")
-# What two results of the same episodes have in common, and so do results of one protocol.
-PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query")
-PROTOCOL_KEYS = (*PAIR_KEYS, "stage", "dataset", "backbone", "img_size", "method", "alignment")
+# What two results of the same episodes have in common.
+PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query", "episodes")
 # The cells of a row below HEADER, the record that holds its accuracy, and of alignment the paired gain.
 ResultRow = tuple[tuple[str, ...], dict[str, Any], dict[str, Any] | None]
 
@@ -158,53 +156,25 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def comparable_results(files: Sequence[Path], keys: Sequence[str], remedy: str) -> list[dict[str, Any]]:
-    """The results in files. Raises UserError when one is no result or, with the remedy, has another value of a key."""
-    records = [stage_result(file) for file in files]
-    for file, record in zip(files, records, strict=True):
-        episodes_file = record["config"].get("episodes_file")
-        record["episodes"] = f"in {Path(str(episodes_file)).name}" if episodes_file else f"of seed {record['seed']}"
-        for key in keys:
-            first, other = records[0].get(key), record.get(key)
-            if first != other:
-                raise UserError(f"{files[0]} has {key} {first}, {file} {key} {other}: {remedy}")
-    return records
-
-
 def paired_lines(before: Path, after: Path) -> list[str]:
     """Both accuracies of two results of the same episodes, and the paired difference with its 95% interval.
 
     When one has more episodes, its first ones are taken: a shorter list is the beginning of a longer one. Raises
     UserError when one is no result, or the episodes are not the same ones.
     """
-    remedy = "only results of the same episodes are paired, so run both with the same flags and --episodes_file"
-    records = comparable_results((before, after), (*PAIR_KEYS, "episodes"), remedy)
+    records = stage_result(before), stage_result(after)
+    for record in records:
+        file = record["config"].get("episodes_file")
+        record["episodes"] = f"in {Path(str(file)).name}" if file else f"of seed {record['seed']}"
+    if other := next((key for key in PAIR_KEYS if records[0].get(key) != records[1].get(key)), None):
+        raise UserError(
+            f"{before} has {other} {records[0].get(other)}, {after} {other} {records[1].get(other)}: only results of "
+            "the same episodes are paired, so run both with the same flags and --episodes_file"
+        )
     n = min(len(record["accuracy_per_episode"]) for record in records)
     accuracies = [torch.tensor(record["accuracy_per_episode"][:n]).double() / 100 for record in records]
     lines = [f"{percent(*mean_and_ci95(a))} %  {file}" for a, file in zip(accuracies, (before, after), strict=True)]
     return [*lines, f"paired difference {percent(*paired_difference(*accuracies))} points, {n} episodes"]
-
-
-def trainings_lines(files: list[Path]) -> list[str]:
-    """Means of one result over several trainings, each with its 95% interval between trainings (Student's t).
-
-    Raises UserError when one is no result, or they are of different methods, backbones or protocols.
-    """
-    records = comparable_results(files, PROTOCOL_KEYS, "name results of one method, backbone and protocol")
-    parts = {"accuracy": records}
-    if "alignment" in records[0]:
-        parts["fine-tuning"] = [record["fine_tuning"] for record in records]
-        parts["gain over it"] = [record["difference"] for record in records]
-    if all("nearest_mean" in record for record in records):
-        for name in NEAREST:
-            parts[f"gain over nearest mean, {name}"] = [r["nearest_mean"][name]["difference"] for r in records]
-    lines = []
-    for name, of_trainings in parts.items():
-        numbers = [part["accuracy"] for part in of_trainings]
-        mean, ci95 = mean_and_ci95(torch.tensor(numbers))
-        each = ", ".join(f"{number:.2f}" for number in numbers)
-        lines.append(f"{name:<33} {mean:6.2f} ± {ci95:.2f} over {len(files)} trainings: {each}")
-    return lines
 
 
 def main() -> None:
@@ -212,13 +182,9 @@ def main() -> None:
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
     pair = "print the paired difference AFTER - BEFORE of two results of the same episodes instead"
     parser.add_argument("--pair", type=Path, nargs=2, metavar=("BEFORE.json", "AFTER.json"), help=pair)
-    trainings = "print the means of one result over several trainings, with the interval between trainings, instead"
-    parser.add_argument("--trainings", type=Path, nargs="+", metavar="RESULT.json", help=trainings)
     args = parser.parse_args()
     if args.pair:
         lines = paired_lines(*args.pair)
-    elif args.trainings:
-        lines = trainings_lines(args.trainings)
     else:
         lines = [markdown_table(HEADER, [cells for cells, *_ in result_rows(read_results(args.results_dir))])]
     print("\n".join(lines))

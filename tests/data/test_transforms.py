@@ -12,7 +12,6 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from data import transforms
 from data.benchmarks import DataOptions, load_split
-from data.image_cache import UnequalImages
 from data.transforms import Augmentation, augment, colour_jitter, draw_crops, resized_crop, training_images
 from tests.helpers import make_split
 
@@ -264,28 +263,6 @@ def test_crops_of_stored_photographs_are_torchvisions_of_the_photographs(tmp_pat
     theirs = torch.stack([from_pil(pil_resized_crop(photos[i], box, 84)) for i, box in zip(index, boxes, strict=True)])
     assert (ours - theirs).abs().mean() < 1
     assert 0.95 < detail(ours) / detail(theirs) < 1.1
-
-
-@pytest.mark.parametrize("size", [16, 42])
-def test_unequal_images_are_augmented_as_each_alone(size):
-    shapes = [(30, 40), (200, 7), (1, 1), (64, 64), (3, 90)]
-    images = [noise(1, *shape, seed=i)[0] for i, shape in enumerate(shapes)]
-    sizes, ends = torch.tensor(shapes), torch.tensor([image.numel() for image in images]).cumsum(0)
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])
-    unequal = UnequalImages(torch.cat([i.flatten() for i in images]), sizes, starts)
-    for image, expected in zip(unequal[torch.tensor([4, 1])], (images[4], images[1]), strict=True):
-        assert torch.equal(image, expected)
-    ours = augment(unequal, 2 * sizes, size, Augmentation(), generator())
-    nothing = augment(
-        unequal[torch.tensor([], dtype=torch.long)], sizes, size, Augmentation(), generator(), slice(2, 2)
-    )
-    assert nothing.shape == (0, 3, size, size)
-    for i, image in enumerate(images):
-        part = slice(i, i + 1)
-        alone = augment(image[None], 2 * sizes, size, Augmentation(), generator(), part)
-        torch.testing.assert_close(ours[part], alone, rtol=0, atol=1e-3)
-        again = augment(unequal[torch.tensor([i])], 2 * sizes, size, Augmentation(), generator(), part)
-        torch.testing.assert_close(again, alone, rtol=0, atol=1e-3)
 
 
 def test_augmentation_depends_on_the_generator_alone():

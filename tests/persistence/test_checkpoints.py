@@ -17,7 +17,6 @@ from engine.run import Run
 from models import build_head
 from persistence.checkpoints import (
     FORMAT,
-    BackboneSpec,
     Checkpoint,
     check_base_classes,
     create_backbone,
@@ -93,10 +92,10 @@ def test_a_loaded_backbone_gives_the_same_features(saved):
 
 def test_a_checkpoint_starts_a_backbone_and_without_one_the_seed_does(saved):
     path, _, net = saved
-    loaded, checkpoint = initial_backbone(BackboneSpec("Conv4", IMG_SIZE, init_from=path), Run())
+    loaded, checkpoint = initial_backbone("Conv4", IMG_SIZE, "none", path, Run())
     assert checkpoint is not None
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
-    new, none = initial_backbone(BackboneSpec("Conv4", IMG_SIZE), Run(seed=5))
+    new, none = initial_backbone("Conv4", IMG_SIZE, "none", None, Run(seed=5))
     assert none is None
     expected = create_backbone("Conv4", IMG_SIZE, 5).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())

@@ -51,20 +51,6 @@ def test_a_shorter_result_is_paired_with_the_beginning_of_a_longer_one(tmp_path)
     assert lines[0].startswith("50.00 ±") and lines[2] == "paired difference 2.00 ± 12.71 points, 2 episodes"
 
 
-def test_over_trainings_the_interval_is_between_them(tmp_path):
-    files = [
-        write(tmp_path / f"{k}.json", [accuracy] * 9, accuracy=accuracy)
-        for k, accuracy in enumerate((70.0, 72.0, 74.0))
-    ]
-    outcome = call("reporting.report", "--trainings", *files)
-    assert outcome.status == 0, outcome.err
-    # Student's t of two degrees of freedom, 4.303, times 2 / sqrt(3).
-    assert " ".join(outcome.out.split()) == "accuracy 72.00 ± 4.97 over 3 trainings: 70.00, 72.00, 74.00"
-    for key, value in {"n_shot": 5, "dataset": "other", "backbone": "ResNet12", "img_size": 42}.items():
-        other = call("reporting.report", "--trainings", *files, write(tmp_path / "other.json", [70.0], **{key: value}))
-        assert other.status == 2 and f"{key} {value}" in other.err and other.err.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -226,7 +226,6 @@ USER_ERRORS = {
         ["--img_size", 8, "--overwrite"],
         ["16 pixels", "--img_size"],
     ),
-    "wrong n_base_class": ("transferLearning", nothing, ["--n_base_class", 5], ["--n_base_class 5", "6 base classes"]),
     "diverging loss": ("transferLearning", nothing, ["--lr", 1e30, "--method", "softMax"], ["epoch", "batch", "--lr"]),
     "no such device": ("transferLearning", nothing, ["--device", "mps"], ["mps", "cpu"]),
     "way of 1": ("transferLearning", nothing, ["--test_n_way", 1], ["--test_n_way", "at least 2"]),
