@@ -21,7 +21,7 @@ from methods.features import trainable_blocks
 from methods.related_base import exceeding_notes
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
 from persistence.checkpoints import check_base_classes, detail_notes, load_backbone
-from persistence.chosen_setting import choose_and_keep
+from persistence.chosen_setting import choose_setting
 from persistence.feature_cache import FeatureCache
 from persistence.run_files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from persistence.saved_episode import gather_episode
@@ -59,7 +59,7 @@ def main() -> None:
     names = ("base images", "novel images", "val images")
     images = {name: split.fingerprint for name, split in zip(names, splits, strict=False)}
     if is_auto:
-        setting, chosen, lines = choose_and_keep(path, backbone, lambda: splits[2], base_source, cache, shape, setting)
+        setting, chosen, lines = choose_setting(backbone, lambda: splits[2], base_source, cache, shape, setting)
         print("\n".join(lines))
     notes = [*enlarged_notes(novel), *detail_notes(checkpoint, novel)]
     print_notes(notes + exceeding_notes(args.test_n_way, setting.related.n_B, len(base.class_names)))

@@ -35,16 +35,9 @@ SCALES: dict[str, dict[str, Words]] = {
         "alignment": {"--preset": ["laptop"], "--align_blocks": ["1"], "--n_episodes": ["30"]},
     },
 }
-# Flags that the rows set themselves, and what to give instead.
-TAKEN = {
-    **dict.fromkeys(("--method", "--alignment"), "give another --table"),
-    "--n_shot": "give --shots",
-    "--test_n_way": "the paper's tables are 5-way",
-    "--preset": "give --scale",
-    "--align_preset": "the rows are the published updates; give the flags that it stands for (docs/tuning.md)",
-    **dict.fromkeys(("--init_from", "--episodes_file", "--resume"), "every row has its own"),
-    **dict.fromkeys(("--overwrite", "--checkpoint_dir"), "give another --results_dir"),
-}
+# Flags that the rows set themselves.
+TAKEN = {"--method", "--alignment", "--n_shot", "--test_n_way", "--preset", "--align_preset"}
+TAKEN |= {"--init_from", "--episodes_file", "--resume", "--overwrite", "--checkpoint_dir"}
 
 
 def parse(argv: Sequence[str]) -> tuple[Namespace, Words]:
@@ -94,7 +87,7 @@ def passed_on(parser: OneLineParser, others: Sequence[str]) -> Words:
     known = set().union(*map(flags_of, SCRIPTS))
     for flag in passed:
         if flag in TAKEN:
-            parser.error(f"argument {flag}: {TAKEN[flag]}")
+            parser.error(f"argument {flag}: the rows set it; --table, --shots, --scale and --results_dir are yours")
         if flag not in known:
             parser.error(f"unrecognized argument: {flag} is no flag here or of any stage")
     return passed

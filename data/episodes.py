@@ -177,22 +177,14 @@ def read_episodes(path: Path, split: Split, shape: EpisodeShape, n_episodes: int
         raise UserError(f"episodes file {path} cannot be read ({' '.join(str(error).split())}): {again}") from error
     found = EpisodeShape(record["n_way"], record["n_shot"], record["n_query"])
     if found != shape:
-        raise UserError(
-            f"episodes file {path} holds {found.n_way}-way {found.n_shot}-shot episodes of {found.n_query} queries; "
-            f"{shape.n_way}-way {shape.n_shot}-shot with {shape.n_query} were asked for: "
-            f"give matching flags or another file"
-        )
+        raise UserError(f"episodes file {path} holds {found}, not {shape}: give matching flags or another file")
     if len(index) < n_episodes:
         raise UserError(
-            f"episodes file {path} holds {len(index)} episodes, {n_episodes} were asked for: "
-            f"lower --n_episodes or {again}"
+            f"episodes file {path} has {len(index)} of {n_episodes} episodes: lower --n_episodes or {again}"
         )
     position = {name: i for i, name in enumerate(split.image_names)}
     if missing := [name for name in names if name not in position]:
-        raise UserError(
-            f"episodes file {path} names {len(missing)} images that the {split.split} split of "
-            f"{split.benchmark!r} lacks, the first {missing[0]!r}: give the benchmark that it was written for"
-        )
+        raise UserError(f"episodes file {path} names {missing[0]!r}, not in {split.benchmark!r}: give its benchmark")
     damaged = UserError(f"episodes file {path} is damaged, or an episode has a class or an image twice: {again}")
     size = (len(index), shape.n_way, shape.n_shot + shape.n_query)
     if index.shape != size or index.min() < 0 or index.max() >= len(names):

@@ -2,8 +2,8 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
 
 from data.decode import IMAGE_SUFFIXES
 from engine.errors import UserError
@@ -96,9 +96,7 @@ def list_folder(root: Path, note: bool = True) -> Listing:
     """
     folders = subfolders(root)
     if not folders:
-        raise UserError(
-            f"{root} holds no class folders: expected {root}/<class>/<image>, but it holds {described(root)}"
-        )
+        raise UserError(f"{root} holds no class folders, {root}/<class>/<image>, but {described(root)}")
     paths: list[Path] = []
     labels: list[int] = []
     left_out = [path for path in root.iterdir() if path.is_file() and is_shown(path.name)]
@@ -106,24 +104,13 @@ def list_folder(root: Path, note: bool = True) -> Listing:
         images, others = files_below(folder)
         if not images:
             besides = f" but {kinds(others)}" if others else ""
-            raise UserError(
-                f"class folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){besides}: "
-                "fill or remove it"
-            )
+            raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){besides}: remove it")
         paths += images
         labels += [label] * len(images)
         left_out += others
     if note and left_out:
         print(f"note: left out of {root.name}: {kinds(left_out)}")
     return [p.name for p in folders], paths, labels
-
-
-def join_listings(listings: Sequence[Listing]) -> Listing:
-    """One listing of several; a class that several have has the images of all."""
-    class_names = sorted({name for names, _, _ in listings for name in names})
-    label_of = {name: label for label, name in enumerate(class_names)}
-    paths = [path for _, own, _ in listings for path in own]
-    return class_names, paths, [label_of[names[label]] for names, _, labels in listings for label in labels]
 
 
 def image_names(listing: Listing) -> list[str]:
@@ -139,15 +126,6 @@ def image_names(listing: Listing) -> list[str]:
     return names
 
 
-def plain_names(listing: Listing) -> dict[str, dict[str, Path]]:
-    """{class: {file name: path}} of images, each name with its folders where it needs them: `folder_file`."""
-    images: dict[str, dict[str, Path]] = {class_name: {} for class_name in listing[0]}
-    for name, path in zip(image_names(listing), listing[1], strict=True):
-        class_name, _, file_name = name.partition("/")
-        images[class_name][file_name.replace("/", "_")] = path
-    return images
-
-
 def list_json(file: Path, image_root: Path | None) -> Listing:
     """Class names, image paths and labels of a published json file.
 
@@ -161,15 +139,11 @@ def list_json(file: Path, image_root: Path | None) -> Listing:
         if wrong := misfit(record, LIST):
             raise ValueError(wrong)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file} is not a json object of label_names, image_names and image_labels ({error}): write it anew"
-        ) from error
+        raise UserError(f"{file} is no json object of {', '.join(LIST)} ({error}): write it anew") from error
     label_names, names, raw_labels = (record[key] for key in LIST)
     names = [name.replace("\\", "/") for name in names]  # of a list that was written on Windows
     if not names or len(names) != len(raw_labels):
-        raise UserError(
-            f"{file} has {len(names)} image_names and {len(raw_labels)} image_labels: expected as many of each"
-        )
+        raise UserError(f"{file} has {len(names)} image_names, {len(raw_labels)} image_labels: as many are needed")
     if not matches_schema(raw_labels, list[int]) or min(raw_labels) < 0:
         raise UserError(f"{file} has image_labels that are not whole numbers from 0: number the classes from 0")
     if len(set(label_names)) < len(label_names):
@@ -186,33 +160,39 @@ def list_json(file: Path, image_root: Path | None) -> Listing:
     paths = [file.parent / name for name in names] if image_root is None else find_below(image_root, names, file)
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise UserError(
-            f"{file} lists {len(missing)} images that do not exist, the first {missing[0]}: "
-            f"give the folder that holds them with --image_root"
-        )
+        raise UserError(f"{file} lists {len(missing)} images that are missing, such as {missing[0]}: give --image_root")
     return class_names, paths, [rank[label] for label in raw_labels]
 
 
 def find_below(root: Path, names: list[str], file: Path) -> list[Path]:
-    """Where images that somebody's `file` lists are below `root`.
+    """Where images that somebody's `file` lists are below `root`: see longest_tail.
 
-    The longest tail of the first name that exists below root tells how many of the last parts of each name to keep;
-    where that does not lead to all of them, they are found by their file names, anywhere below root.
     Raises UserError when one is not there, or several are that the folders in the list do not tell apart.
     """
-    parts = [Path(name).relative_to(Path(name).anchor).parts for name in names]
-    kept = next((k for k in range(len(parts[0]), 0, -1) if root.joinpath(*parts[0][-k:]).is_file()), 1)
-    paths = [root.joinpath(*each[-kept:]) for each in parts]
-    if all(path.is_file() for path in paths):
-        return paths
-    places: dict[str, list[Path]] = {}
-    for path in files_below(root)[0] if root.is_dir() else []:
-        places.setdefault(path.name, []).append(path)
-    for i, (name, each) in enumerate(zip(names, parts, strict=True)):
-        of_name = places.get(each[-1], [])
-        near = [path for path in of_name if path.parts[-2:] == each[-2:]] or of_name
-        if len(near) != 1:
-            found = f"{len(near)} of this name ({near[0]}, {near[1]})" if near else "none of this name"
-            raise UserError(f"{file} lists {name!r}, and below --image_root {root} is {found}: give its own folder")
-        paths[i] = near[0]
+    places = by_file_name([path.as_posix() for path in files_below(root)[0]] if root.is_dir() else [])
+    paths = []
+    for name in names:
+        found = longest_tail(places.get(PurePosixPath(name).name, []), name)
+        if len(found) != 1:
+            of_name = f"{len(found)} of this name ({found[0]}, {found[1]})" if found else "none of this name"
+            raise UserError(f"{file} lists {name!r}, and below --image_root {root} is {of_name}: give its own folder")
+        paths.append(Path(found[0]))
     return paths
+
+
+def by_file_name(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Paths by their last parts."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        found.setdefault(PurePosixPath(path).name, []).append(path)
+    return found
+
+
+def longest_tail(names: Collection[str], wanted: str) -> list[str]:
+    """The names that end in as many of the last parts of a path as any of them does; none when not even in the last."""
+    parts = [part for part in wanted.split("/") if part not in ("", ".")]
+    for start in range(len(parts)):
+        tail = "/" + "/".join(parts[start:])
+        if found := [name for name in names if f"/{name}".endswith(tail)]:
+            return found
+    return []

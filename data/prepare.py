@@ -31,7 +31,6 @@ def prepare_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("fs_benchmarks"), help="folder of benchmarks; images go to OUT/NAME"
     )
     common = OneLineParser(add_help=False, parents=[out])
-    common.add_argument("--img_size", type=_size, help="resize every image to IMG_SIZE x IMG_SIZE and write it as PNG")
     common.add_argument("--skip_bad", action="store_true", help="leave out images that cannot be read")
     common.add_argument("--allow_incomplete", action="store_true", help="accept missing classes and images")
 
@@ -43,12 +42,6 @@ def prepare_parser() -> argparse.ArgumentParser:
         for flag, options in converter.flags.items():
             command.add_argument(f"--{flag}", **options)
     return parser
-
-
-def _size(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of pixels")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         conversion = converter.convert(**flags)
         folder = args.out / folder_name(conversion.title or args.benchmark)
         with conversion.opened:
-            write_benchmark(conversion, folder, args.benchmark, args.img_size, args.skip_bad, args.allow_incomplete)
+            write_benchmark(conversion, folder, args.benchmark, args.skip_bad, args.allow_incomplete)
     counts = {split: classes.values() for split, classes in count_images(folder).items()}
     parts = [f"{split} {len(classes)} classes, {sum(classes)} images" for split, classes in counts.items()]
     print(f"{folder}: {'; '.join(parts)}")

@@ -19,9 +19,6 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 
-# How a file of torch.save before torch 1.6 begins, which was a series of pickles.
-LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-
 Schema = dict[str, Any]  # the keys that a record must have, and the type of each value as an annotation or a Schema
 # The type of a run's flags in a file.
 FLAGS = dict[str, str | float | bool | None | list[str | float]]
@@ -83,19 +80,14 @@ def save_atomically(path: Path, content: dict[str, Any] | Tensor) -> None:
 def load_tensors(path: Path, device: torch.device | str) -> Any:
     """The content of a file of torch.save, on `device`, running nothing of it.
 
-    Raises ValueError, with the reason in one line, when the file is damaged, holds more than tensors and plain values,
-    or is of the format of torch before 1.6; OSError when it cannot be opened.
+    Raises ValueError, with the reason in one line, when the file is damaged, of the format of torch before 1.6, or
+    holds more than tensors and plain values; OSError when it cannot be opened.
     """
     check_regular(path)
     with open(path, "rb") as file:
-        start = file.read(len(LEGACY_START))
-        if start == LEGACY_START:
-            raise ValueError(
-                "it has the format of torch before 1.6: convert it with "
-                "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
-            )
+        start = file.read(2)
         try:  # torch.load compares no checksum, and unpacks records that are compressed or share bytes
-            if not start.startswith(b"PK"):
+            if start != b"PK":
                 raise zipfile.BadZipFile  # although there may be a zip at its end: torch.load looks at the start
             records = zipfile.ZipFile(file)
             n_bytes = sum(record.file_size for record in records.infolist())

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.files import LEGACY_START, AsksFor, load_tensors, read_tensors
+from engine.files import AsksFor, load_tensors, read_tensors
 
+# How a file of torch.save before torch 1.6 begins, which was a series of pickles.
+LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 MOST_CLASSES = 100  # that a file may ask for
 
 

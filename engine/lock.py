@@ -35,10 +35,7 @@ def hold(path: Path) -> IO[str]:
         holder = " ".join(file.read(200).split()) or "it has just begun"
         if holder.startswith(me):
             return file
-        raise UserError(
-            f"another run is at work on these files ({holder}): wait until it ends, or give another "
-            f"--results_dir and --checkpoint_dir; the lock is {path}"
-        ) from None
+        raise UserError(f"another run ({holder}) holds {path}: wait until it ends, or give other folders") from None
     except OSError as error:
         print(f"note: whether another run is at work on these files cannot be known from here: {path}: {error}")
     file.truncate(0)

@@ -25,8 +25,6 @@ from models.heads import Head, one_hot_of
 # Episodes aligned together (see evaluation.HEAD_CHUNK), and elements that they may hold: 256 MB of them.
 ALIGN_CHUNK = 40
 CHUNK_ELEMENTS = 2**26
-# Part of the name of whatever is kept of aligned episodes: raise it when the numbers of align_features change.
-ALIGN_VERSION = 1
 
 
 def episodes_per_chunk(d: int, n_way: int, setting: AlignmentSetting) -> int:

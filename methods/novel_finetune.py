@@ -13,9 +13,6 @@ from models import build_head
 from models.head_gradients import set_gradients
 from models.heads import Generators, Head, one_hot_of
 
-# Part of the name of whatever is kept of fitted heads: raise it when the numbers of fit_heads change.
-FIT_VERSION = 1
-
 
 @dataclass(frozen=True)
 class HeadFit:

@@ -78,7 +78,7 @@ def native_img_size(name: str) -> int:
 def build_backbone(name: str, img_size: int, relation: bool = False, weights: str = "none") -> Backbone:
     """A backbone for square images of `img_size` pixels; its output has `.feature_dim` features.
 
-    `relation` gives Conv4 the larger maps of RelationNet, with the same parameters; others have but one form.
+    `relation` gives NAME_relation, whose maps RelationNet compares, with the same parameters, where there is one.
     `weights` is 'none', or, for torchvision:NAME and timm:NAME, 'DEFAULT' (downloaded) or the path of a state dict.
     Raises ValueError for an unknown name, an image size that the backbone refuses, or weights that cannot be had.
     """
@@ -88,8 +88,9 @@ def build_backbone(name: str, img_size: int, relation: bool = False, weights: st
         return PretrainedBackbone(name, img_size, weights)
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}, {OTHERS_USAGE}")
-    cls, _, options = BACKBONES[name]
-    return (cls.for_relation if relation else cls)(img_size, **options)
+    form = f"{name}_relation"
+    cls, _, options = BACKBONES[form if relation and form in BACKBONES else name]
+    return cls(img_size, **options)
 
 
 def sync_batch_norm(backbone: Backbone) -> Backbone:

@@ -3,8 +3,6 @@
 Alignment and stage 1 may train the last blocks alone, beyond the paper, which trains all of them.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -25,11 +23,6 @@ class Backbone(nn.Module):
     feature_dim: int
     map_shape: tuple[int, int, int]
     layers: nn.ModuleList
-
-    @classmethod
-    def for_relation(cls, img_size: int, **options: Any) -> "Backbone":
-        """The variant with the feature maps that RelationNet compares, with the same parameters; for most, itself."""
-        return cls(img_size, **options)
 
     def blocks(self) -> list[nn.Module]:
         """The blocks from input to output, which together map (b, 3, h, w) -> (b, c, h', w')."""

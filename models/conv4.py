@@ -7,7 +7,7 @@ the maximum over the map (FEAT's ConvNet), and Conv4_mean, the mean over a last 
 """
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +70,6 @@ class Conv4(Backbone):
         )
         self.map_shape = (width, side, side)
         self.feature_dim = width * side * side if end == "flatten" else width
-
-    @classmethod
-    def for_relation(cls, img_size: int, **options: Any) -> "Conv4":
-        """With the larger maps of RelationNet."""
-        return cls(img_size, **options | {"relation": True})
 
     def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
         """(b, c, h', w') -> (b, d): Conv4 only flattens; peers' forms of it take the maximum or the mean."""

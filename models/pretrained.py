@@ -130,10 +130,7 @@ def library_network(library: str, name: str, img_size: int, weights: str) -> nn.
         if not pretrained:
             raise refused(name, img_size, error) from error
         reason = " ".join(str(error).split())[:200]  # no network, a broken file, or a model that has none
-        raise ValueError(
-            f"the pretrained weights of {name} could not be downloaded ({reason}): fetch them on another machine "
-            "and give --weights PATH, or train from scratch with --weights none"
-        ) from error
+        raise ValueError(f"no download of {name} ({reason}): give --weights PATH of a file, or none") from error
     if weights not in ("DEFAULT", "none"):
         load_weights(net, name, Path(weights))
     return net
@@ -221,10 +218,7 @@ def custom_network(name: str) -> tuple[nn.Module, Input]:
         net = getattr(importlib.import_module(module), function)()
     except Exception as error:  # whatever a user's code may raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"--backbone custom:{name} cannot be made ({reason}): it is a function {function}() of a file {module}.py "
-            "beside the scripts or on PYTHONPATH"
-        ) from error
+        raise ValueError(f"custom:{name} cannot be made ({reason}): expected {function}() in {module}.py") from error
     if not isinstance(net, nn.Module):
         raise ValueError(f"--backbone custom:{name} gives a {type(net).__name__}: expected a torch.nn.Module")
     size = getattr(net, "img_size", 224)

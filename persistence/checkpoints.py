@@ -143,17 +143,11 @@ def load_backbone(
     """
     checkpoint = load_checkpoint(path)
     if str(checkpoint.backbone).startswith("custom:") and backbone is None:
-        raise UserError(
-            f"checkpoint {path} is of {checkpoint.backbone}, code that no file runs by itself: if you trust that code, "
-            f"give --backbone {checkpoint.backbone}"
-        )
+        raise UserError(f"{path} is of code of a user, which is run only if you give --backbone {checkpoint.backbone}")
     found = {"backbone": checkpoint.backbone, "img_size": checkpoint.img_size}
     for flag, asked in (("backbone", backbone), ("img_size", img_size)):
         if asked not in (None, found[flag]):
-            raise UserError(
-                f"checkpoint {path} has {flag} {found[flag]}, not {asked}: "
-                f"give --{flag} {found[flag]} or another checkpoint"
-            )
+            raise UserError(f"checkpoint {path} has {flag} {found[flag]}, not {asked}: give --{flag} {found[flag]}")
     net = create_backbone(checkpoint.backbone, checkpoint.img_size, seed=0, relation=relation)
     load_state(net, checkpoint.backbone_state, path)
     net.normalisation, net.eval_resize = checkpoint.normalisation, checkpoint.eval_resize
@@ -164,17 +158,11 @@ def check_base_classes(path: Path, checkpoint: Checkpoint, dataset: str, class_n
     """Raise UserError when a checkpoint was trained on other base classes than those of a benchmark, or on an older
     rendering of glyphs."""
     if checkpoint.dataset == "glyphs" and checkpoint.glyphs_version != GLYPHS_VERSION:
-        raise UserError(
-            f"checkpoint {path} was trained on version {checkpoint.glyphs_version} of the rendering of 'glyphs', now "
-            f"{GLYPHS_VERSION}: the images have changed, so train it anew with --overwrite"
-        )
+        raise UserError(f"checkpoint {path} is of an older rendering of 'glyphs': train it anew with --overwrite")
     if not checkpoint.class_names:
         print(f"note: {path} does not name the classes that it was trained on: see that none of them is novel here")
     elif set(checkpoint.class_names) != set(class_names):
-        raise UserError(
-            f"checkpoint {path} was trained on {len(checkpoint.class_names)} base classes of {checkpoint.dataset!r} "
-            f"that are not the {len(class_names)} of {dataset!r}: give the benchmark that it was trained on"
-        )
+        raise UserError(f"checkpoint {path} has other base classes, of {checkpoint.dataset!r}: give that --dataset")
 
 
 def detail_notes(checkpoint: Checkpoint | None, split: Split) -> list[str]:

@@ -28,9 +28,7 @@ def exported(checkpoint: Checkpoint, target: str) -> dict[str, Any]:
     peer = next((peer for peer in PEERS[target] if peer.backbone == checkpoint.backbone), None)
     if peer is None:
         theirs = ", ".join(peer.backbone for peer in PEERS[target])
-        raise UserError(
-            f"{target} has no network with the features of {checkpoint.backbone}, only {theirs}: choose another --to"
-        )
+        raise UserError(f"{target} has no {checkpoint.backbone}, only {theirs}: choose another --to")
     renamed = {peer.prefixes[0] + peer.names(name): value for name, value in state.items()}
     return {peer.holds[0]: renamed} if peer.holds[0] else renamed
 

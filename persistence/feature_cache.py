@@ -15,11 +15,11 @@ from data.benchmarks import Split
 from data.image_cache import VERSIONS
 from data.transforms import network_input
 from engine.budget import check_disk
-from engine.distributed import gather_objects, rank_0_first
-from engine.files import atomic_file, load_tensors, matches_schema, save_atomically, weights_digest
+from engine.distributed import rank_0_first
+from engine.files import atomic_file, weights_digest
 from engine.normalisation import IMAGENET, Normalisation
 from engine.run import Run, move, move_if_fits
-from methods.features import BATCH, EMBED_VERSION, Source, TrainableBlocks, embed, feature_source, outputs
+from methods.features import BATCH, EMBED_VERSION, Source, TrainableBlocks, feature_source, outputs
 from models.backbone import Backbone
 
 OTHER_FOLDER = "give another --cache_dir"
@@ -51,34 +51,25 @@ class FeatureCache:
 
     def features(self, backbone: Backbone, split: Split) -> Tensor:
         """Features of a whole split (N, d), on the run's device."""
-        run, shape = self.run, (len(split.images), backbone.feature_dim)
-        path = self.path(f"features{backbone.feature_dim}", backbone, split, backbone.normalisation, ".pt")
-        kept: list[Tensor] = []
-        with contextlib.suppress(OSError, ValueError):  # not there, or damaged
-            z = load_tensors(path, run.device)
-            kept = [z] if matches_schema(z, Tensor) and z.shape == shape and z.dtype == torch.float32 else []
-        if all(gather_objects(len(kept), run.ranks)):
-            return kept[0]
-        check_disk(f"keeping the features of {split.split}", 4 * shape[0] * shape[1], self.folder, OTHER_FOLDER)
-        features = embed(backbone, split.images, run, f"embed {split.split}")
-        if run.ranks.first:
-            save_atomically(path, features.cpu())
-        return features
+        with rank_0_first(self.run.ranks):
+            z = self.kept(f"features{backbone.feature_dim}", backbone, split, backbone.normalisation, torch.float32)
+        return z.to(self.run.device)
 
     def half_features(self, backbone: Backbone, split: Split) -> Tensor:
         """Features of a whole split (N, d) in half precision, mapped from their file: they may exceed the memory."""
-        path = self.path(f"half{backbone.feature_dim}", backbone, split, backbone.normalisation, ".npy")
-        return self.mapped(path, backbone, split, backbone.normalisation, torch.float16)
+        return self.kept(f"half{backbone.feature_dim}", backbone, split, backbone.normalisation, torch.float16)
 
     def activations(self, below: nn.Sequential, split: Split, by: Normalisation = IMAGENET) -> Tensor:
         """Outputs of the frozen blocks `below`, in eval mode, on a whole split: (N, c, h, w) float32, mapped."""
-        path = self.path(f"activations{len(below)}", below, split, by, ".npy")
-        return self.mapped(path, below, split, by, torch.float32)
+        return self.kept(f"activations{len(below)}", below, split, by, torch.float32)
 
     @torch.no_grad()
-    def mapped(self, path: Path, network: nn.Module, split: Split, by: Normalisation, dtype: torch.dtype) -> Tensor:
+    def kept(self, kind: str, network: nn.Module, split: Split, by: Normalisation, dtype: torch.dtype) -> Tensor:
         """Outputs of a network in eval mode on a whole split, mapped from a file that is written batch by batch."""
         n, run = len(split.images), self.run
+        made_by = (split.rule, by, run.precision.name, run.device.type, EMBED_VERSION, *VERSIONS)
+        digest = weights_digest(network, split.fingerprint, tuple(split.images.shape), *made_by)
+        path = self.folder / f"{kind}_{split.benchmark}_{split.split}_{digest}.npy"
         with contextlib.suppress(Exception):  # not there, or damaged, of which numpy raises nearly any
             return map_rows(path, n, dtype)
         network.eval()
@@ -94,13 +85,6 @@ class FeatureCache:
                     np.lib.format.write_array_header_2_0(file, header)
                 array.tofile(file)
         return map_rows(path, n, dtype)
-
-    def path(self, kind: str, module: nn.Module, split: Split, by: Normalisation, suffix: str) -> Path:
-        """The file of the outputs of a module on a split."""
-        run, shape = self.run, tuple(split.images.shape)
-        made_by = (split.rule, by, run.precision.name, run.device.type, EMBED_VERSION, *VERSIONS)
-        digest = weights_digest(module, split.fingerprint, shape, *made_by)
-        return self.folder / f"{kind}_{split.benchmark}_{split.split}_{digest}{suffix}"
 
 
 def map_rows(path: Path, n: int, dtype: torch.dtype) -> Tensor:

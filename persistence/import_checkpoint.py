@@ -12,7 +12,7 @@ from data.listing import list_folder
 from engine.errors import OneLineParser, UserError
 from engine.script import run_script
 from persistence.checkpoints import imported_checkpoint, save_checkpoint
-from persistence.imported import AUTHORS, read_imported, turned_round
+from persistence.imported import read_imported, turned_round
 from persistence.peers import PEERS
 
 # They feed their networks the npz of tieredImageNet as it is, in BGR order, with means in RGB order.
@@ -29,8 +29,7 @@ def base_class_names(n_class: int, base: Path | None) -> list[str]:
     if len(names) != n_class:
         where = base or "the split of miniImagenet"
         raise UserError(
-            f"the checkpoint has {n_class} base classes and {where} has {len(names)}: "
-            f"give --base FOLDER, the folder of the class folders that it was trained on"
+            f"the checkpoint has {n_class} base classes, {where} has {len(names)}: give their --base FOLDER"
         )
     return names
 
@@ -42,7 +41,7 @@ def main() -> None:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the checkpoint, a file of torch.save")
     parser.add_argument("out", type=Path, metavar="OUT", help="where ours is written; it must not exist")
-    parser.add_argument("--from", dest="repository", choices=[*PEERS, AUTHORS], help="the repository that it is of")
+    parser.add_argument("--from", dest="repository", choices=list(PEERS), help="the repository that it is of")
     parser.add_argument("--dataset", default="miniImagenet", help="the benchmark that it was trained on")
     parser.add_argument("--img_size", type=int, help="image side that it was trained at, pixels, if not the usual one")
     parser.add_argument(

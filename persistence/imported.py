@@ -6,7 +6,6 @@ authors' own files of base training have a head as well, and class names by thei
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -18,9 +17,8 @@ from engine.foreign import Inert, read_foreign
 from engine.normalisation import IMAGENET, Normalisation
 from engine.resizing import PUBLISHED
 from models import HEADS
-from persistence.peers import PEERS, Peer, fitted_prefix, indexed, our_state, recognised, shapes_of
+from persistence.peers import AUTHORS, PEERS, our_state, recognised, shapes_of
 
-AUTHORS = "authors"  # the name of the published files of this method, for --from
 KEYS = ("", "state", "state_dict", "model", "model_sd", "params", "embedding")  # where a file may have a state dict
 
 
@@ -78,41 +76,31 @@ def read_imported(path: Path, asked: str | None = None) -> Imported:
     when it cannot be read or holds no state dict.
     """
     content = read_foreign(path)
-    if isinstance(content, dict) and "base_clf" in content and asked in (None, AUTHORS):
-        return read_authors(path, content)
     states = state_dicts(content)
     if not states:
         holds = f"a {type(content).__name__}" if not isinstance(content, dict) else ", ".join(map(str, content))[:80]
         raise ValueError(f"it holds no state dict of a network, but {holds}")
     found = [each for key, state in states.items() for each in ((state, *f) for f in recognised(state, key, asked))]
     if not found:
-        state = max(states.values(), key=len)
-        raise UserError(f"{path} holds {describe(state)}: it is no network that can be imported{from_whom(asked)}")
+        state, as_one = max(states.values(), key=len), f" as one of {asked}" if asked else ""
+        raise UserError(f"{path} holds {describe(state)}: it is no network that can be imported{as_one}")
     if len({(peer.backbone, peer.normalisation, peer.resize, peer.refused) for _, _, peer, _ in found}) > 1:
         names = ", ".join(dict.fromkeys(name for _, name, _, _ in found))
-        raise UserError(
-            f"{path} fits networks of {names}, which differ in what becomes of the last map or of the images: import "
-            f"it with 'python -m persistence.import_checkpoint {path} OUT --from NAME'"
-        )
+        raise UserError(f"{path} fits networks of {names}: give --from NAME to persistence.import_checkpoint")
     state, name, peer, prefix = found[0]
     if peer.refused:
         raise UserError(f"{path} is {name}'s {peer.backbone}, which cannot be imported: {peer.refused}")
-    weights = checked(our_state(peer, prefix, state), path)
     epoch = content.get("epoch")
     return Imported(
         repository=name,
         backbone=peer.backbone,
         img_size=peer.img_size,
-        state=weights,
+        state=checked(our_state(peer, prefix, state), path),
         normalisation=peer.normalisation,
         eval_resize=peer.resize,
         epoch=epoch if isinstance(epoch, int) else -1,
+        **(base_head(path, content) if name == AUTHORS else {}),
     )
-
-
-def from_whom(asked: str | None) -> str:
-    """` as one of rfs`, where --from named a repository."""
-    return f" as one of {asked}" if asked else ""
 
 
 def describe(state: dict[str, Tensor]) -> str:
@@ -137,30 +125,20 @@ def checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return {name: value.detach().float() for name, value in state.items()}
 
 
-def read_authors(path: Path, content: dict[str, Any]) -> Imported:
-    """A published file of this method: a Conv4 and, as an object of a class that is not ours, its base head.
+def base_head(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of Imported of the head in the authors' files, an object of a class that is not ours.
 
-    Raises UserError when it is not one.
+    Raises UserError when there is none.
     """
-    names = partial(indexed, pattern="nConvBlock.{k}.convBlock.", conv="0", bn="1")
-    peer = Peer("Conv4", names, ("",), ("state",), r"(?!)", IMAGENET, PUBLISHED)
-    state = content.get("state")
-    if not is_tensors(state) or fitted_prefix(peer, state) is None:
-        raise UserError(f"{path} is a published checkpoint whose 'state' is not that of Conv4: only Conv4 is known")
-    head = content["base_clf"]
+    head = content.get("base_clf")
     method, record = type(head).__name__, head.state if isinstance(head, Inert) else {}
     parameters = record.get("_parameters")
     if method not in HEADS or not is_tensors(parameters):
         raise UserError(f"{path} has no base head 'base_clf' of {', '.join(HEADS)}: give a checkpoint of base training")
-    return Imported(
-        repository=AUTHORS,
-        backbone="Conv4",
-        img_size=84,
-        state=checked(our_state(peer, "", state), path),
-        epoch=content["epoch"] if isinstance(content.get("epoch"), int) else -1,
-        accuracy=number_or(content.get("max_acc"), math.nan),
-        method=method,
-        head_state=checked(parameters, path),
-        s=number_or(record.get("s"), 0.0),
-        m=number_or(record.get("margin"), 0.0),
-    )
+    return {
+        "accuracy": number_or(content.get("max_acc"), math.nan),
+        "method": method,
+        "head_state": checked(parameters, path),
+        "s": number_or(record.get("s"), 0.0),
+        "m": number_or(record.get("margin"), 0.0),
+    }

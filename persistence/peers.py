@@ -18,6 +18,7 @@ from engine.normalisation import IMAGENET, Normalisation
 from models import build_backbone
 
 Names = Callable[[str], str]
+AUTHORS = "authors"
 
 
 def of_bytes(mean: tuple[float, float, float], std: tuple[float, float, float]) -> Normalisation:
@@ -110,13 +111,8 @@ FEAT = (("encoder.", "encoder.module."), ("params", "state_dict", ""), r"(fc|slf
 RFS = (("",), ("model", ""), r"classifier\..*", MEAN_A, "none")
 METAOPTNET = (("module.", ""), ("embedding", ""), NO_HEAD, MEAN_A, "none")
 META_BASELINE = (("encoder.",), ("model_sd", ""), r"classifier\..*|temp", IMAGENET, "short:80")
-LIBFEWSHOT = (
-    ("emb_func.", ""),
-    ("", "model"),
-    r"(?!layer|block|conv1|bn1|fc|linear|classifier)\w+\..*",
-    MEAN_A,
-    "both:96",
-)
+OTHER_PARTS = r"(?!layer|block|conv1|bn1|fc|linear|classifier)\w+\..*"
+LIBFEWSHOT = (("emb_func.", ""), ("", "model"), OTHER_PARTS, MEAN_A, "both:96")
 CLOSERLOOK = (("feature.", ""), ("state", ""), r"classifier\..*", IMAGENET, "published")
 EASYFSL = (("", "backbone."), ("", "state_dict"), r"fc\..*", IMAGENET, "both:96")
 # Its files do not say how images were scaled, and its `lee2019` scales them in several ways (see findings/): this
@@ -142,12 +138,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     ),
     "metaoptnet": (
         Peer("ResNet12_flat", residual, *METAOPTNET),
-        Peer(
-            "Conv4",
-            partial(CONV_PAIR, pattern="encoder.{k}.block."),
-            *METAOPTNET,
-            zeros=r".*conv\.bias",
-        ),
+        Peer("Conv4", partial(CONV_PAIR, pattern="encoder.{k}.block."), *METAOPTNET, zeros=r".*conv\.bias"),
     ),
     "deepemd": (
         Peer("ResNet12_flat", residual, ("module.encoder.", ""), ("params", ""), r"fc\..*", MEAN_DEEPEMD, "both:92"),
@@ -173,16 +164,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("ResNet18_84", RESNET18, *EASYFSL),
     ),
     "s2m2": (
-        Peer(
-            "PreActWideResNet",
-            PREACT,
-            ("", "module."),
-            ("state", ""),
-            r"linear\..*",
-            IMAGENET,
-            "published",
-            img_size=80,
-        ),
+        Peer("PreActWideResNet", PREACT, ("", "module."), ("state", ""), r"linear\..*", IMAGENET, "published", 80),
     ),
     "deepbdc": (
         Peer(
@@ -203,14 +185,14 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     ),
     # Normalised as its code for Omniglot, and with running statistics of the last batch alone (momentum 1).
     "learning-to-compare": (
+        Peer("Conv4_relation", partial(CONV_PAIR, pattern="layer{i}."), ("",), ("",), NO_HEAD, OMNIGLOT, "none"),
+    ),
+    # The published files of this method, which hold the base head beside the state dict.
+    AUTHORS: (
         Peer(
-            "Conv4_relation",
-            partial(CONV_PAIR, pattern="layer{i}."),
-            ("",),
-            ("",),
-            NO_HEAD,
-            Normalisation((0.92206,) * 3, (0.08426,) * 3),
-            "none",
+            "Conv4",
+            partial(CONV_PAIR, pattern="nConvBlock.{k}.convBlock."),
+            *(("",), ("state",), NO_HEAD, IMAGENET, "published"),
         ),
     ),
 }

@@ -147,9 +147,7 @@ class RunFiles:
             earlier[self.table] = record["config"]
         for path, config in earlier.items():
             if differ := differences(self.config, config, may_differ if resumed else set()):
-                raise UserError(
-                    f"{path} is of a run of other flags, {differ}: give its flags and --resume, {ANOTHER_PLACE}"
-                )
+                raise UserError(f"{path} is of a run of other flags, {differ}: give them and --resume, {ANOTHER_PLACE}")
         if resumed or not self.schema:
             return
         if finished and not self.state:
@@ -171,9 +169,7 @@ class RunFiles:
             return
         changed = [name for name, digest in made_from.items() if self.state["made_from"].get(name) != digest]
         if changed:
-            raise UserError(
-                f"the {' and the '.join(changed)} have changed since {self.last}: start anew with --overwrite"
-            )
+            raise UserError(f"the {' and the '.join(changed)} have changed since {self.last}: give --overwrite")
         self.began -= float(self.state["seconds"])
 
     def save_state(self, **content: Any) -> None:

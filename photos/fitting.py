@@ -21,7 +21,7 @@ from methods.features import MAPPED, Source, feature_source, trainable_blocks
 from methods.related_base import empty_notes, exceeding_notes
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone, load_backbone
-from persistence.chosen_setting import choose_and_keep
+from persistence.chosen_setting import choose_setting
 from persistence.feature_cache import FeatureCache
 from photos.base import base_without
 from photos.classifier import Fitted, fit_classifier
@@ -102,7 +102,7 @@ def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, r
             load_val = partial(load_split, options, split.benchmark, "val")
             n_way = len(user.class_names)
             shape = EpisodeShape(n_way, round(len(user.labels) / n_way), N_QUERY)
-            choice = choose_and_keep(cache.folder / "predict", backbone, load_val, base, cache, shape, setting)
+            choice = choose_setting(backbone, load_val, base, cache, shape, setting)
             setting = choice.setting
             notes += [line.removeprefix("note: ") for line in choice.lines]
     classifier, episode = fit_classifier(backbone, blocks, user, base, setting, run)

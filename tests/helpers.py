@@ -171,7 +171,6 @@ def numbers(root: Path, script: str) -> dict:
     record = json.loads(table.read_text())
     found = {key: value for key, value in record.items() if key not in ("seconds", "config", "command", "commit")}
     found.pop("checkpoint", None)
-    found.get("align_preset_auto", {}).pop("table", None)
     if script == "associative_alignment":
         found["metrics"] = (results / "logs" / table.stem / "metrics.jsonl").read_text()
         episode = torch.load(results / "episodes" / f"{table.stem}.pt", "cpu", weights_only=True)

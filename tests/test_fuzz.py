@@ -53,7 +53,6 @@ from engine.script import escaped
 from models.backbone import split_backbone
 from models.pretrained import load_weights
 from persistence.checkpoints import create_backbone, load_backbone
-from persistence.chosen_setting import read_rows
 from persistence.feature_cache import FeatureCache
 from persistence.imported import Imported, read_imported
 from persistence.run_files import ALIGNMENT_STATE, STATE_FORMAT, TRAINING_STATE
@@ -292,7 +291,6 @@ NUMBERS = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
 LISTED = {"label_names": ["a", "b"], "image_names": ["1.png", "2.png"], "image_labels": [0, 1]}
 SPLIT_FILE = {"base": ["a"], "val": {"b": [1]}, "novel": []}
 PICKLED = {"data": np.zeros((20, 30), np.uint8), "labels": [1, 2.5, "name"], "more": {"a": (None, True)}}
-CHOICE = {"rows": [{"flags": flags, "accuracy": 50.0, "gain": 1.5, "gain_ci95": 0.5} for flags in ("--x", "--y")]}
 CLASSIFIER = "kept.classifier"
 KINDS = {
     **{name: image(name) for name in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "PPM")},
@@ -324,11 +322,10 @@ KINDS = {
     "alignment state": Kind(kept("logs", f"{STAGE_3}_last.tar"), lambda path: read_state(path, ALIGNMENT_STATE), True),
     "saved episode": Kind(kept("episodes", f"{STAGE_3}.pt"), read_saved_episodes, True),
     "classifier": Kind(kept(CLASSIFIER), read_kept_classifier, True),
-    "features": cached(".pt", lambda folder: FeatureCache(folder, Run()).features(backbone(), SPLIT)),
+    "features": cached(".npy", lambda folder: FeatureCache(folder, Run()).features(backbone(), SPLIT)),
     "activations": cached(".npy", activations),
     "cache": cached("meta.json", image_arrays),
     "sizes": cached("sizes.bin", image_arrays),
-    "choice": Kind(constant(json.dumps(CHOICE)), lambda path: read_rows(path, ["--x", "--y"])),
     "result": Kind(kept("tables", f"{STAGE_3}.json"), read_tables),
     "finished": Kind(kept("tables", f"{STAGE_1}.json"), read_finished),
     "metrics": Kind(kept("logs", f"{RUN}_bestModel", "metrics.jsonl"), read_logs),

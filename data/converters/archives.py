@@ -96,6 +96,4 @@ def _archive_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # damage makes tarfile and the decompressors raise nearly any exception
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"'{path}' is truncated, or neither a tar nor a zip archive ({reason}): get the file again"
-        ) from None
+        raise UserError(f"'{path}' is truncated, or no tar or zip archive ({reason}): get it again") from None

@@ -6,7 +6,6 @@ Both take all 600 images of a class, of CIFAR's train and test sets together.
 """
 
 import io
-import re
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,6 @@ from data.converters.archives import FileTree, open_tree
 from data.converters.converter import (
     SPLIT_FILES,
     SPLITS,
-    TAGS,
     Conversion,
     Converter,
     ImageItem,
@@ -28,7 +26,7 @@ from data.converters.converter import (
     published_split,
     whole_numbers,
 )
-from data.converters.lists import Row, name_apart
+from data.converters.lists import Row, name_apart, split_pickles
 from data.converters.safe_pickle import load_pickle
 from data.decode import IMAGE_SUFFIXES
 from engine.errors import UserError
@@ -55,7 +53,7 @@ def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Conversion:
         tree = stack.enter_context(open_tree(source))
         rows: list[Row] = [(PurePosixPath(name).parent.name, name, partial(tree.read, name)) for name in tree.names]
         rows = [row for row in rows if row[0] in fine_names and PurePosixPath(row[1]).suffix.lower() in IMAGE_SUFFIXES]
-        if pickles := _split_pickles(tree):
+        if pickles := split_pickles([PurePosixPath(name).name for name in tree.names], source):
             images, classes = _read_split_pickles(tree, pickles, classes, fine_names)
         else:
             images = name_apart(rows, source) or _read_published(tree)
@@ -94,20 +92,6 @@ def _read_published(tree: FileTree) -> Images:
     return images
 
 
-def _split_pickles(tree: FileTree) -> dict[str, str]:
-    """The pickles of the splits, such as CIFAR_FS_train.pickle or train.pickle: the name of each by its split.
-
-    Empty where there are none. Raises UserError when there is not one of each.
-    """
-    names = [PurePosixPath(path).name for path in tree.names]
-    ending = {split: re.compile(rf"(?<![a-z])(?<!train_){tag}\.(pkl|pickle)$") for split, tag in TAGS.items()}
-    found = {split: [name for name in names if ending[split].search(name)] for split in SPLITS}  # train_val is of two
-    if any(found.values()) and any(len(names) != 1 for names in found.values()):
-        has = "; ".join(f"for {TAGS[split]} {', '.join(names) or 'none'}" for split, names in found.items())
-        raise UserError(f"'{tree.path}' must have one pickle for train, one for val and one for test; it has {has}")
-    return {split: names[0] for split, names in found.items() if names}
-
-
 def _read_split_pickles(
     tree: FileTree, pickles: dict[str, str], classes: dict[str, list[str]], fine_names: list[str]
 ) -> tuple[Images, dict[str, list[str]]]:
@@ -121,9 +105,7 @@ def _read_split_pickles(
         content = _load(tree, file, {"data": np.ndarray, "labels": object})
         data, labels = content["data"], whole_numbers(content["labels"], f"'{tree.path}': labels of {file}")
         if not are_images(data) or len(data) != len(labels):
-            raise UserError(
-                f"'{tree.path}': data of {file} is not an array (n, 32, 32, 3) of uint8, one for each label"
-            )
+            raise UserError(f"'{tree.path}': data of {file} is no array (n, 32, 32, 3) of uint8, one for each label")
         if data.shape[1:3] != (32, 32):
             size = "x".join(map(str, data.shape[1:3]))
             raise UserError(f"'{tree.path}': {file} has images of {size} pixels, as miniImagenet has, not CIFAR-100")
@@ -152,9 +134,7 @@ def download_cifar100(folder: Path) -> Path:
     try:
         download_url(CIFAR100.url, str(folder), ARCHIVE, CIFAR100.tgz_md5)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"CIFAR-100 cannot be downloaded ({error}): get {ARCHIVE} from {CIFAR100.url} and give it as --source"
-        ) from None
+        raise UserError(f"no download ({error}): give {ARCHIVE} of {CIFAR100.url} as --source") from None
     return folder / ARCHIVE
 
 
@@ -162,10 +142,7 @@ def _load(tree: FileTree, name: str, schema: dict[str, Any]) -> dict[str, Any]:
     """One of the pickles, which lie side by side in a folder cifar-100-python; it has the keys of the schema."""
     found = [path for path in tree.names if PurePosixPath(path).name == name]
     if len(found) != 1:
-        raise UserError(
-            f"'{tree.path}' has {len(found)} files '{name}' instead of one: give {ARCHIVE} or its folder, "
-            "the pickles of train, val and test, or folders of its classes"
-        )
+        raise UserError(f"'{tree.path}' has {len(found)} files '{name}', not one: give {ARCHIVE} or class folders")
     content = load_pickle(io.BytesIO(tree.read(found[0])), f"{tree.path}: {found[0]}")
     if not isinstance(content, dict) or not matches_schema(content, schema):
         raise UserError(f"'{tree.path}': {name} is no dictionary of {', '.join(schema)}: is it CIFAR-100?")

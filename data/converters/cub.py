@@ -58,10 +58,7 @@ def _table(tree: FileTree, name: str) -> tuple[str, dict[str, list[str]]]:
     """One of the text files: the folder that it is in, and the columns of each line by the number that begins it."""
     roots = [found.removesuffix(name) for found in tree.names if PurePosixPath(found).name == name]
     if len(roots) != 1:
-        raise UserError(
-            f"'{tree.path}' has {len(roots)} files {name} instead of one: "
-            "give the folder CUB_200_2011, CUB_200_2011.tgz or a zip of it"
-        )
+        raise UserError(f"'{tree.path}' has {len(roots)} files {name}, not one: give CUB_200_2011 or its tgz")
     lines = tree.read(f"{roots[0]}{name}").decode(errors="replace").splitlines()
     rows = [line.split() for line in lines if line.strip()]
     return roots[0], {row[0]: row[1:] for row in rows}

@@ -9,16 +9,18 @@ Omniglot has no lists: <alphabet>/character<number>/<image>.png, of which a clas
 import contextlib
 import csv
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from data.converters.archives import FileTree
 from data.converters.converter import TAGS, Read
 from data.decode import IMAGE_SUFFIXES
+from data.listing import by_file_name, longest_tail
 from engine.errors import UserError
 from engine.files import matches_schema
 
@@ -29,6 +31,7 @@ CLASS_ROOTS = {"class_names": list[str], "class_roots": list[str]}
 OMNIGLOT = re.compile(r"(?:.*/)?([^/]+)/(character\d+)/[^/]+\.png")
 UNSPLIT = ""  # the split of classes that are still to be dealt out
 
+T = TypeVar("T")
 Row = tuple[str, str, Read]  # class, path and content of an image
 Listed = dict[str, dict[str, dict[str, Read]]]  # {split: {class: {file name: content}}}
 
@@ -45,33 +48,44 @@ def read_lists(tree: FileTree, images: FileTree) -> Listed:
     listed = {split: name_apart(own, tree.path) for split, own in rows.items()}
     count = Counter(name for classes in listed.values() for name in classes)
     if shared := [name for name, n in count.items() if n > 1]:
-        raise UserError(
-            f"the lists in '{tree.path}' split the images of a class ({shared[0]!r}), but the splits of a benchmark "
-            "share no class: give a folder of class/image, whose classes --split deals"
-        )
+        raise UserError(f"the lists in '{tree.path}' share {shared[0]!r}: give class folders, which --split deals")
     return listed
 
 
-def name_apart(rows: list[Row], where: Path) -> dict[str, dict[str, Read]]:
-    """{class: {file name: content}}: images of one name in several folders have the folder's in front of it.
+def name_apart(rows: Iterable[tuple[str, str, T]], where: Path) -> dict[str, dict[str, T]]:
+    """{class: {file name: content}} of rows (class, path, content).
 
-    A class a/b is called a_b. Raises UserError when an image is listed twice.
+    Images of one name in several folders have these in theirs, such as front_1.png. A class a/b is called a_b. Raises
+    UserError when an image is listed twice.
     """
-    classes: dict[str, dict[str, Read]] = {}
-    for class_name, path, read in rows:
+    classes: dict[str, dict[str, T]] = {}
+    for class_name, path, content in rows:
         files = classes.setdefault(re.sub(r"[\\/]+", "_", class_name), {})
         if path in files:
             raise UserError(f"'{where}' lists image {path!r} of class {class_name!r} twice: list each image once")
-        files[path] = read
+        files[path] = content
+    named: dict[str, dict[str, T]] = {class_name: {} for class_name in classes}
     for class_name, files in classes.items():
-        count = Counter(PurePosixPath(path).stem for path in files)  # by the stem: resized images all end in .png
-        named = {}
-        for path, read in files.items():
-            file = PurePosixPath(path)
-            longer = f"{file.parent.name}_{file.stem}_{file.suffix[1:]}{file.suffix}"
-            named[file.name if count[file.stem] == 1 else longer] = read
-        classes[class_name] = named
-    return classes
+        count = Counter(PurePosixPath(path).name for path in files)
+        common = os.path.commonpath([PurePosixPath(path).parent for path in files])
+        for file, content in zip(map(PurePosixPath, files), files.values(), strict=True):
+            longer = "_".join(file.relative_to(common).parts)
+            named[class_name][file.name if count[file.name] == 1 else longer] = content
+    return named
+
+
+def split_pickles(names: Collection[str], where: Path) -> dict[str, str]:
+    """The pickle of each split, whose name ends in the split's, such as CIFAR_FS_train.pickle; empty without any.
+
+    train_val is of two splits; train_phase_val and train_phase_test hold other base images. Raises UserError when
+    there is not one of each.
+    """
+    ending = {tag: rf"(?<![a-z])(?<!train_)(?<!train_phase_(?=val|test)){tag}\.(pkl|pickle)$" for tag in TAGS.values()}
+    found = {split: [name for name in names if re.search(ending[tag], name)] for split, tag in TAGS.items()}
+    if any(found.values()) and any(len(own) != 1 for own in found.values()):
+        has = "; ".join(f"for {TAGS[split]} {', '.join(own) or 'none'}" for split, own in found.items())
+        raise UserError(f"'{where}' must have one pickle for train, one for val and one for test; it has {has}")
+    return {split: own[0] for split, own in found.items() if own}
 
 
 def read_csv_lists(tree: FileTree, images: FileTree) -> dict[str, list[Row]]:
@@ -80,9 +94,7 @@ def read_csv_lists(tree: FileTree, images: FileTree) -> dict[str, list[Row]]:
     An image is looked for as images/<filename>, then wherever a path ends in <filename>, then by its last part; never
     in a folder that is named as another class. Raises UserError when a list is damaged, or an image ambiguous.
     """
-    files_of_name: dict[str, list[str]] = {}
-    for name in images.names:
-        files_of_name.setdefault(PurePosixPath(name).name, []).append(name)
+    files_of_name = by_file_name(images.names)
     paths = _three_files(tree, ".csv")
     tables = {split: _read_table(tree, path, FILE_COLUMNS, LABEL_COLUMNS) for split, path in paths.items()}
     classes = {class_name for table in tables.values() for _, class_name in table}
@@ -95,23 +107,10 @@ def read_csv_lists(tree: FileTree, images: FileTree) -> dict[str, list[Row]]:
             found = [name for name in found if PurePosixPath(name).parent.name not in classes - {class_name}]
             found = [name for name in found if PurePosixPath(name).parent.name == class_name] or found
             if len(found) > 1:
-                raise UserError(
-                    f"the {split} list in '{tree.path}' names {file_name!r}, which may be {found[0]} or {found[1]} in "
-                    f"'{images.path}': give the folder of one of them with --image_root"
-                )
+                raise UserError(f"{file_name!r} may be {found[0]} or {found[1]}: give one's folder as --image_root")
             path = found[0] if found else f"images/{last}"  # which is missing, and named at the end
             rows[split].append((class_name, path, partial(images.read, path)))
     return rows
-
-
-def longest_tail(names: Collection[str], wanted: str) -> list[str]:
-    """The names that end in as many of the last parts of a path as any of them does; none when not even in the last."""
-    parts = [part for part in wanted.split("/") if part not in ("", ".")]
-    for start in range(len(parts)):
-        tail = "/" + "/".join(parts[start:])
-        if found := [name for name in names if f"/{name}".endswith(tail)]:
-            return found
-    return []
 
 
 def _three_files(tree: FileTree, suffix: str) -> dict[str, str]:
@@ -124,9 +123,7 @@ def _three_files(tree: FileTree, suffix: str) -> dict[str, str]:
     there = {root: [f"{root}{name}" for name in names if f"{root}{name}" in tree.names] for root in roots}
     whole = [paths for paths in there.values() if len(paths) == len(names)]
     if len(whole) > 1:
-        raise UserError(
-            f"'{tree.path}' has {' and '.join(paths[0] for paths in whole)}: give the folder of one of them"
-        )
+        raise UserError(f"'{tree.path}' has {' and '.join(paths[0] for paths in whole)}: give the folder of one")
     if roots and not whole and suffix == ".csv" and any(name.startswith("images/") for name in tree.names):
         raise UserError(f"'{tree.path}' has {' and '.join(there[roots[0]])}, but a benchmark {', '.join(names)}")
     return dict(zip(TAGS, whole[0], strict=True)) if whole else {}
@@ -148,9 +145,7 @@ def _read_table(tree: FileTree, name: str, file_columns: Collection[str], label_
         return [(row[file].strip().replace("\\", "/"), row[label].strip()) for row in rows if row]
     except (ValueError, StopIteration, IndexError, csv.Error) as error:
         what = str(error) or f"its first line is {header[:80]!r}"
-        raise UserError(
-            f"'{tree.path / name}' is no csv file with the columns filename and label, or the like ({what})"
-        ) from None
+        raise UserError(f"'{tree.path / name}' is no csv file with columns as filename and label ({what})") from None
 
 
 def _parsed(tree: FileTree, name: str) -> Any:
@@ -178,10 +173,7 @@ def _read_class_roots(tree: FileTree, images: FileTree) -> dict[str, list[Row]]:
         for class_name, folder in zip(spec["class_names"], spec["class_roots"], strict=True):
             found = longest_tail(files, folder.replace("\\", "/"))
             if len(found) != 1:
-                raise UserError(
-                    f"'{tree.path}' lists the class folder {folder!r}, and '{images.path}' has {len(found)} folders of "
-                    "images that it may be: give the folder that holds them with --image_root"
-                )
+                raise UserError(f"{folder!r} in '{tree.path}' is {len(found)} folders: give the one with --image_root")
             rows[split] += [(class_name, path, partial(images.read, path)) for path in sorted(files[found[0]])]
     return rows
 

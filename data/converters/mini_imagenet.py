@@ -32,10 +32,10 @@ from data.converters.converter import (
     read_split_file,
     whole_numbers,
 )
-from data.converters.lists import name_apart, read_csv_lists
+from data.converters.lists import name_apart, read_csv_lists, split_pickles
 from data.converters.safe_pickle import load_pickle_file
 from data.decode import regular_bytes
-from data.listing import Listing, described, files_below, is_shown, kinds, list_json, plain_names
+from data.listing import Listing, described, files_below, is_shown, kinds, list_json
 from engine.errors import UserError
 
 PER_CLASS = 600
@@ -57,8 +57,8 @@ def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: 
         items = _from_json(source, image_root)
     elif any(all((folder / f"{tag}.csv").is_file() for tag in TAGS.values()) for folder in (source, source / "split")):
         items = _from_csv(source, image_root, split_file)
-    elif source.is_dir() and any(path.suffix in (".pkl", ".pickle") for path in source.iterdir()):
-        pickled = {split: _read_pickle(_pickle_of(source, TAGS[split]), split) for split in SPLITS}
+    elif pickles := split_pickles(os.listdir(source) if source.is_dir() else [], source):
+        pickled = {split: _read_pickle(source / name, split) for split, name in pickles.items()}
         items = _from_pickles(pickled)
         found = {split: list(rows_of_class) for split, (_, rows_of_class) in pickled.items()}
         refuse_cifar(source, pickled)
@@ -68,10 +68,9 @@ def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: 
         items = _from_classes(source, split_file)
     else:
         raise UserError(
-            f"--source '{source}' holds {described(source)}, none of the forms of miniImagenet: class folders or "
-            "tars (n01532829, ...), of ILSVRC or of 600 images each, also in folders such as train, val and test; "
-            "ILSVRC's train tar; train.csv, val.csv, test.csv and images/; the pickles of train, val and test; or "
-            f"base.json, val.json and novel.json{other_benchmark(source)}"
+            f"--source '{source}' holds {described(source)}, none of the forms of miniImagenet: class folders or tars "
+            "of ILSVRC or of 600 images each; ILSVRC's train tar; train.csv, val.csv, test.csv and images/; pickles of "
+            f"train, val and test; or base.json, val.json and novel.json{other_benchmark(source)}"
         )
     n_classes = {split: len(split_file[split]) for split in SPLITS}
     n_images = sum(sum(classes.values()) for classes in counts.values())
@@ -96,11 +95,7 @@ def _from_csv(source: Path, image_root: Path | None, split_file: SplitPositions)
         rows = read_csv_lists(tree, images)
         class_names = sorted({class_name for table in rows.values() for class_name, _, _ in table})
         if not set(class_names) & set(split_of_class):
-            some = ", ".join(class_names[:3])
-            raise UserError(
-                f"the csv lists in '{source}' name {len(class_names)} classes ({some}, ...), none of miniImagenet's: "
-                "make a benchmark of them with 'python -m data.prepare folder --name NAME'"
-            )
+            raise UserError(f"the csv lists in '{source}' name no class of miniImagenet: python -m data.prepare folder")
         for split, table in rows.items():
             for class_name, files in name_apart(table, source).items():
                 to_split = split_of_class.get(class_name, split)
@@ -131,7 +126,8 @@ def images_in_folders(places: dict[str, list[Path]], positions: dict[str, list[i
         images = [path for paths, _ in found for path in paths if not path.name.startswith(OTHER_ILSVRC)]
         numbered = {path.name: path for path in images[::-1] if NUMBERED.fullmatch(path.name)}
         others = [path for path in images if path.name not in numbered]  # whose names may be of other images elsewhere
-        files[wnid] = numbered | plain_names(([wnid], others, [0] * len(others)))[wnid]
+        named = name_apart([(wnid, path.as_posix(), path) for path in others], places[wnid][0])
+        files[wnid] = numbered | named.get(wnid, {})
         left_out += [path for _, rest in found for path in rest]
     if left_out:
         print(f"note: left out of the class folders: {kinds(left_out)}")
@@ -223,16 +219,6 @@ def refuse_cifar(source: Path, pickled: dict[str, Pickled]) -> None:
         )
 
 
-def _pickle_of(source: Path, tag: str) -> Path:
-    """The one pickle of a split: its name ends in the split's; train_phase_val and _test hold other base images."""
-    ending = re.compile(rf"(?<![a-z])(?<!train_phase_(?=val|test)){tag}\.(pkl|pickle)$")
-    found = sorted(path for path in source.iterdir() if ending.search(path.name))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"--source '{source}' must have one pickle whose name ends in '{tag}'; it has {names}")
-    return found[0]
-
-
 def _read_pickle(path: Path, split: str) -> Pickled:
     """Images (n, h, w, 3) uint8 and {class name: rows} of the two common shapes of a pickled split.
 
@@ -244,10 +230,8 @@ def _read_pickle(path: Path, split: str) -> Pickled:
     keys = set(content) if isinstance(content, dict) else set()
     images = content.get("image_data", content.get("data")) if keys else None
     if images is None or not keys & {"class_dict", "labels"}:
-        raise UserError(
-            f"'{path}' has the keys {', '.join(sorted(map(str, keys))) or 'none'}: expected image_data and class_dict, "
-            "or data and labels"
-        )
+        found = ", ".join(sorted(map(str, keys))) or "none"
+        raise UserError(f"'{path}' has the keys {found}: expected image_data and class_dict, or data and labels")
     if not are_images(images):
         raise UserError(f"'{path}': its images are not an array (n, height, width, 3) of uint8")
     rows_of_class, names = content.get("class_dict", {}), content.get("catname2label", {})

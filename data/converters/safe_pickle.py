@@ -55,10 +55,7 @@ class ArrayUnpickler(pickle.Unpickler):
         # numpy 2 renamed numpy.core, and Python 3 __builtin__.
         full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
         if full_name not in ALLOWED:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, and only numpy arrays and plain containers are read: "
-                "do not open this file with other tools unless you trust whoever made it"
-            )
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}; only numpy arrays and containers are read")
         return ALLOWED[full_name]
 
 

@@ -18,14 +18,9 @@ SHOWN = 5  # names in an error line; the rest is counted
 
 
 def write_benchmark(
-    conversion: Conversion,
-    folder: Path,
-    benchmark: str,
-    img_size: int | None,
-    skip_bad: bool,
-    allow_incomplete: bool,
+    conversion: Conversion, folder: Path, benchmark: str, skip_bad: bool, allow_incomplete: bool
 ) -> None:
-    """Write `folder/{base,val,novel}/<class>/<file>`: encoded images byte for byte, pixels and resized ones as PNG.
+    """Write `folder/{base,val,novel}/<class>/<file>`: encoded images byte for byte, pixels as PNG.
 
     A first run works in a hidden folder beside `folder` and moves it there when all is well, so that an unfinished
     benchmark is never trained on; the same command goes on where an earlier one stopped.
@@ -34,7 +29,7 @@ def write_benchmark(
     classes or images are missing (unless allow_incomplete).
     """
     work = folder if folder.exists() else folder.with_name(f".{folder.name}.partial")
-    _check_settings(work, {"benchmark": benchmark} | conversion.settings | {"img_size": img_size})
+    _check_settings(work, {"benchmark": benchmark} | conversion.settings)
     unreadable, missing = [], []
     expected = set().union(*conversion.class_counts.values())
     for item in tqdm(conversion.items, total=conversion.n_images, desc=f"preparing {folder.name}", unit="image"):
@@ -48,26 +43,20 @@ def write_benchmark(
                 f"{whose_classes([item.class_name])}; for your own classes: python -m data.prepare folder"
             )
         try:
-            _write_image(item, work / item.split / item.class_name / item.file_name, img_size)
+            _write_image(item, work / item.split / item.class_name / item.file_name)
         except FileNotFoundError:
             missing.append(item.name)
         except ValueError as error:
             unreadable.append(f"{item.name} ({error})")
             tqdm.write(f"unreadable: {unreadable[-1]}")
     if unreadable and not skip_bad:
-        raise UserError(
-            f"{len(unreadable)} image(s) cannot be read: {_some(unreadable)}; "
-            "repair them, or leave them out with --skip_bad"
-        )
+        raise UserError(f"{len(unreadable)} images cannot be read: {_some(unreadable)}; repair them or give --skip_bad")
     problems = _count_problems(count_images(work), conversion, len(unreadable))
     problems += [f"not in the source: {_some(missing)}"] if missing else []
     if not any(count_images(work).values()):
         raise UserError(f"the source holds no image of {folder.name}: {_some(problems)}; nothing is written")
     if problems and not allow_incomplete:
-        raise UserError(
-            f"{folder.name} is not complete: {_some(problems)}; run the same command with the missing images in place, "
-            "or accept it as it is with --allow_incomplete"
-        )
+        raise UserError(f"{folder.name} is not complete: {_some(problems)}; complete it, or give --allow_incomplete")
     if work != folder:
         os.rename(work, folder)
 
@@ -111,10 +100,7 @@ def _check_settings(work: Path, settings: dict[str, object]) -> None:
         except (ValueError, TypeError):
             raise UserError(f"'{file}' is damaged: delete '{work}', or give another folder with --out") from None
         if different := [key for key in settings if earlier.get(key) != settings[key]]:
-            raise UserError(
-                f"'{work}' was prepared with another choice of {', '.join(different)}: delete it, or give another "
-                "folder with --out"
-            )
+            raise UserError(f"'{work}' has another {', '.join(different)}: delete it or give another folder with --out")
     elif work.exists() and any(not path.name.startswith(".") for path in work.iterdir()):
         raise UserError(f"'{work}' exists and was not made by this command: give another folder with --out")
     else:
@@ -122,22 +108,18 @@ def _check_settings(work: Path, settings: dict[str, object]) -> None:
             temporary.write_text(json.dumps(settings), encoding="utf-8")
 
 
-def _write_image(item: ImageItem, target: Path, img_size: int | None) -> None:
+def _write_image(item: ImageItem, target: Path) -> None:
     """Write one image, unless it is there already. Raises ValueError when it cannot be decoded."""
-    if img_size is not None:
-        target = target.with_suffix(".png")
     if target.exists():
         return
     content = item.read()
-    # A file is decoded whole even where it is copied, so that a truncated one is found now.
-    image = decode(content) if isinstance(content, bytes) else Image.fromarray(content)
-    if img_size is not None:
-        image = image.resize((img_size, img_size), Image.Resampling.LANCZOS)
+    if isinstance(content, bytes):
+        decode(content)  # whole, so that a truncated one is found now
     with atomic_file(target) as temporary:
-        if isinstance(content, bytes) and img_size is None:
+        if isinstance(content, bytes):
             temporary.write_bytes(content)
         else:
-            image.save(temporary, format="PNG")
+            Image.fromarray(content).save(temporary, format="PNG")
 
 
 def _some(names: list[str]) -> str:

@@ -80,13 +80,13 @@ def test_hidden_files_and_what_is_no_image_are_left_out(tmp_path):
 
 def test_an_empty_class_folder_is_named(tmp_path):
     touch(tmp_path / "base" / "ant" / "1.png", tmp_path / "base" / "bee" / "notes.txt")
-    with pytest.raises(UserError, match=r"base/bee holds no images.*fill or remove"):
+    with pytest.raises(UserError, match=r"base/bee holds no images.*remove it"):
         list_folder(tmp_path / "base")
 
 
 def test_a_split_without_class_folders_says_what_is_expected(tmp_path):
     touch(tmp_path / "toy" / "base" / "1.png")
-    with pytest.raises(UserError, match=r"base holds no class folders: expected .*base/<class>/<image>"):
+    with pytest.raises(UserError, match=r"base holds no class folders, .*base/<class>/<image>"):
         load(tmp_path)
 
 
@@ -203,7 +203,7 @@ def test_an_image_root_that_holds_none_of_the_images_is_named(tmp_path, images):
 def test_missing_images_are_counted_and_the_remedy_given(tmp_path, images):
     paths, labels = listed(images, "ant")
     file = write_json(tmp_path / "base.json", ["ant"], [*paths[:2], "/far/2.png", "/far/3.png"], labels)
-    with pytest.raises(UserError, match=r"2 images that do not exist, the first /far/2\.png.*--image_root"):
+    with pytest.raises(UserError, match=r"2 images that are missing, such as /far/2\.png.*--image_root"):
         list_json(file, None)
 
 
@@ -224,11 +224,11 @@ def test_an_image_given_twice_is_named_as_it_could_be_support_and_query(tmp_path
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ("", "is not a json object"),
-        ("[1, 2]", "is not a json object"),
+        ("", "is no json object"),
+        ("[1, 2]", "is no json object"),
         ('{"label_names": ["a"], "image_names": ["1.png"]}', "'image_labels'"),
-        ('{"label_names": ["a"], "image_names": [], "image_labels": []}', "0 image_names and 0 image_labels"),
-        ('{"label_names": ["a"], "image_names": ["1.png"], "image_labels": [0, 0]}', "1 image_names and 2"),
+        ('{"label_names": ["a"], "image_names": [], "image_labels": []}', "0 image_names, 0 image_labels"),
+        ('{"label_names": ["a"], "image_names": ["1.png"], "image_labels": [0, 0]}', "1 image_names, 2"),
         ('{"label_names": ["a"], "image_names": ["1.png", "2.png"], "image_labels": [0, 5]}', "image_labels up to 5"),
         ('{"label_names": ["a"], "image_names": ["1.png"], "image_labels": [-1]}', "not whole numbers from 0"),
         ('{"label_names": ["a"], "image_names": ["1.png"], "image_labels": ["a"]}', "not whole numbers from 0"),

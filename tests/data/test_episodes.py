@@ -185,11 +185,11 @@ def test_fixed_episodes_are_written_once_and_read_ever_after(tmp_path):
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ({"n_way": 5}, "3-way 2-shot episodes of 4 queries; 5-way 2-shot with 4"),
-        ({"n_shot": 1, "n_query": 5}, "3-way 2-shot episodes of 4 queries; 3-way 1-shot with 5"),
+        ({"n_way": 5}, "n_way=3, n_shot=2, n_query=4), not EpisodeShape(n_way=5, n_shot=2, n_query=4)"),
+        ({"n_shot": 1, "n_query": 5}, "n_query=4), not EpisodeShape(n_way=3, n_shot=1, n_query=5)"),
         ({"n_query": 3}, "give matching flags or another file"),
-        ({"n_episodes": 11}, "holds 10 episodes, 11 were asked for"),
-        ({"split": make_split(counts=(8,) * 2, side=1)}, "images that the novel split of 'toy' lacks, the first"),
+        ({"n_episodes": 11}, "has 10 of 11 episodes"),
+        ({"split": make_split(counts=(8,) * 2, side=1)}, "not in 'toy': give its benchmark"),
     ],
 )
 def test_a_file_for_something_else_is_refused(file, asked, message):

@@ -358,9 +358,7 @@ def test_mini_from_csv_with_a_class_short_of_images(prepare, tmp_path, split_fil
     assert "val class 'n01855672' has 2 of 3 images" in line
     assert "not in the source: val/n01855672/n0185567200000002.jpg" in line
     write(tmp_path / "mini/val.csv", "name,class\n")
-    assert "val.csv' is no csv file with the columns filename and label" in prepare(
-        "miniImagenet", *options, fails=True
-    )
+    assert "val.csv' is no csv file with columns as filename and label" in prepare("miniImagenet", *options, fails=True)
 
 
 @pytest.mark.parametrize("make", [make_mini_cache, make_mini_category_split])
@@ -399,7 +397,7 @@ def test_mini_from_wrong_pickles(prepare, tmp_path):
     write(broken, b"cos\ngetcwd\n.")
     assert "only numpy arrays and plain containers" in prepare("miniImagenet", *options, fails=True)
     broken.unlink()
-    assert "one pickle whose name ends in 'val'; it has none" in prepare("miniImagenet", *options, fails=True)
+    assert "for val none" in prepare("miniImagenet", *options, fails=True)
 
 
 def test_mini_from_published_json(prepare, tmp_path, split_file):
@@ -483,7 +481,7 @@ def test_cub_cropped_to_bounding_boxes(prepare, tmp_path):
         expected = np.asarray(image)[2:10, 4:14]
     assert np.array_equal(read_pixels(tmp_path / f"out/CUB/base/{name}.png"), expected)
     line = prepare("CUB", "--source", tmp_path / "CUB_200_2011", "--allow_incomplete", fails=True)
-    assert "out/CUB' was prepared with another choice of crop_bbox" in line
+    assert "out/CUB' has another crop_bbox" in line
 
 
 def test_cub_broken_sources(prepare, tmp_path):
@@ -492,7 +490,7 @@ def test_cub_broken_sources(prepare, tmp_path):
     archive = make_tgz(tmp_path / "CUB_200_2011.tgz", source)
     write(tmp_path / "half.tgz", archive.read_bytes()[: archive.stat().st_size // 2])
     line = prepare("CUB", "--source", tmp_path / "half.tgz", fails=True)
-    assert "half.tgz' is truncated, or neither a tar nor a zip archive" in line
+    assert "half.tgz' is truncated, or no tar or zip archive" in line
     (source / "images/002.Laysan_Albatross/Laysan_Albatross_0001_795001.jpg").unlink()
     partial = make_tgz(tmp_path / "partial.tgz", source)
     for lacking in (source, partial):
@@ -538,13 +536,6 @@ def test_cifar_splits(prepare, tmp_path):
         split = next(split for split in SPLITS if label in found[split])
         written = read_pixels(tmp_path / "out" / name / split / label / "test_00007.png")
         assert np.array_equal(written, arrays["test"][7].reshape(3, 32, 32).transpose(1, 2, 0))
-
-
-def test_cifar_resized(prepare, tmp_path):
-    make_cifar(tmp_path / "cifar-100-python")
-    prepare("CIFAR-FS", "--source", tmp_path / "cifar-100-python", "--allow_incomplete", "--img_size", "12")
-    sizes = {read_pixels(path).shape for path in (tmp_path / "out/CIFAR-FS").rglob("*.png")}
-    assert sizes == {(12, 12, 3)}
 
 
 def test_cifar_broken_sources(prepare, tmp_path, monkeypatch):
@@ -596,7 +587,7 @@ def test_folder_split_at_random(prepare, tmp_path):
     assert set(images_in(tmp_path / "out/other")) != set(first)
     assert len(list((tmp_path / "out/other/novel").iterdir())) == 3
     line = prepare("folder", "--source", source, "--seed", "1", fails=True)
-    assert "was prepared with another choice of seed" in line
+    assert "has another seed" in line
 
 
 def test_a_folder_of_other_classes_is_not_dealt_anew(prepare, tmp_path):
@@ -604,7 +595,7 @@ def test_a_folder_of_other_classes_is_not_dealt_anew(prepare, tmp_path):
     prepare("folder", "--source", source)
     whole = images_in(out)
     write(source / "class10" / "0.jpg", encoded())
-    assert "was prepared with another choice of classes: delete it" in prepare("folder", "--source", source, fails=True)
+    assert "has another classes: delete it" in prepare("folder", "--source", source, fails=True)
     assert images_in(out) == whole
     shutil.rmtree(source / "class10")
     prepare("folder", "--source", source)
@@ -620,22 +611,11 @@ def test_folder_split_by_lists(prepare, tmp_path):
     assert found == {"base/class1", "base/class3", "val/class5", "novel/class0"}
     options = ("--source", source, "--split_file", split_file)
     write(split_file, lists | {"val": ["heron"]})
-    assert "no folder for the listed classes 'heron'" in prepare("folder", *options, fails=True)
+    assert "no images of the classes 'heron'" in prepare("folder", *options, fails=True)
     write(split_file, lists | {"val": ["class1"]})
     assert "lists class1 twice" in prepare("folder", *options, fails=True)
     write(split_file, {"train": []})
     assert "not a JSON of base, val and novel classes" in prepare("folder", *options, fails=True)
-
-
-def test_images_with_one_stem_stay_apart_when_resized(prepare, tmp_path):
-    source = make_folder(tmp_path / "photos")
-    write(source / "class1/0.png", encoded("PNG"))
-    prepare("folder", "--source", source, "--img_size", "8")
-    assert sorted(path.name for path in (tmp_path / "out/photos").glob("*/class1/*")) == [
-        "0_jpg.png",
-        "0_png.png",
-        "1.png",
-    ]
 
 
 def test_folder_with_unreadable_images(prepare, tmp_path):
@@ -645,7 +625,7 @@ def test_folder_with_unreadable_images(prepare, tmp_path):
     write(source / "class3/page.jpg", "<html>not found</html>")
     line = prepare("folder", "--source", source, fails=True)
     assert (
-        "2 image(s) cannot be read" in line
+        "2 images cannot be read" in line
         and "class2/truncated.jpg" in line
         and "class3/page.jpg (it is none of JPEG, PNG" in line
     )
@@ -757,7 +737,7 @@ def test_a_converter_is_one_entry_with_flags_of_its_own(prepare, tmp_path, monke
     assert images_in(tmp_path / "out/toys") == {f"{split}/toy/red.png": content for split in SPLITS}
     given = write(tmp_path / "given.png", encoded("PNG"))
     options = ("--source", given, "--colour", "blue")
-    assert "out/toys' was prepared with another choice of colour" in prepare("toys", *options, fails=True)
+    assert "out/toys' has another colour" in prepare("toys", *options, fails=True)
     prepare("toys", *options, "--out", tmp_path / "other")
     assert images_in(tmp_path / "other/toys")["val/toy/blue.png"] == given.read_bytes()
     assert "does not exist" in prepare("toys", "--source", tmp_path / "nowhere", fails=True)

@@ -70,7 +70,7 @@ def test_images_to_train_on_end_before_any_is_decoded(tmp_path, little_disk):
 
 def test_features_that_the_disk_cannot_keep_end_before_they_are_made(tmp_path, little_disk):
     cache, backbone = FeatureCache(tmp_path, Run()), build_backbone("Conv4", 16)
-    with pytest.raises(UserError, match="^keeping the features of novel takes .* of disk .*another --cache_dir"):
+    with pytest.raises(UserError, match="^keeping the features of features64_.* of disk .*another --cache_dir"):
         cache.features(backbone, make_split())
     with pytest.raises(UserError, match="^keeping the features of half64_.*another --cache_dir"):
         cache.half_features(backbone, make_split())

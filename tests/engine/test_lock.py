@@ -31,7 +31,7 @@ def other(tmp_path):
 
 def test_the_second_is_told_who_the_first_is_until_that_has_ended(tmp_path, other):
     path = tmp_path / "lock"
-    with pytest.raises(UserError, match="another run is at work on these files") as error:
+    with pytest.raises(UserError, match="another run .process") as error:
         lock.hold(path)
     who = f"process {other.pid} on {platform.node()} since 20"
     assert who in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)

@@ -20,7 +20,6 @@ from methods.setting_choice import FINE_TUNING, SETTINGS, SettingGain, candidate
 from models import build_backbone
 from persistence import chosen_setting as kept
 from persistence.feature_cache import FeatureCache
-from photos.base import without_classes
 from tests.helpers import RUN, TINY, call, folders, make_split, result
 
 D, N_VAL, N_EACH = 32, 10, 24
@@ -109,24 +108,15 @@ def test_the_candidates_are_what_their_flags_say_and_fine_tuning_is_first():
 
 
 @pytest.fixture
-def kept_choice(tmp_path, small_choice):
-    """A function that chooses by the kept table, on small images, with any shape or setting; and where it is kept."""
+def choose_for(tmp_path, small_choice):
+    """A function that chooses on small images, with any shape."""
     val, base = (make_split((20,) * 6, split=split, seed=seed) for split, seed in (("val", 1), ("base", 2)))
     backbone = build_backbone("Conv4", 16).eval()
     run = Run()
     cache = FeatureCache(tmp_path / "cache", run)
     z_base = feature_source(cache.features(backbone, base), base)
 
-    def choose(shape=ONE_SHOT, val=val, left_out=(), **changes):
-        setting = dataclasses.replace(SETTING, **changes)
-        source = dataclasses.replace(z_base, split=without_classes(base, left_out))
-        setting, record, lines = kept.choose_and_keep(
-            tmp_path / "best.tar", backbone, lambda: val, source, cache, shape, setting
-        )
-        print("\n".join(lines))
-        return setting, record
-
-    return choose
+    return lambda shape: kept.choose_setting(backbone, lambda: val, z_base, cache, shape, SETTING)
 
 
 def test_without_a_val_split_it_is_fine_tuning(tmp_path):
@@ -136,55 +126,18 @@ def test_without_a_val_split_it_is_fine_tuning(tmp_path):
     base, backbone = make_split((20,) * 6, split="base", seed=2), build_backbone("Conv4", 16).eval()
     cache = FeatureCache(tmp_path / "cache", Run())
     z_base = feature_source(cache.features(backbone, base), base)
-    choice = kept.choose_and_keep(tmp_path / "best.tar", backbone, load_val, z_base, cache, ONE_SHOT, SETTING)
-    assert choice.setting.alignment == "none" and choice.record["table"] is None
+    choice = kept.choose_setting(backbone, load_val, z_base, cache, ONE_SHOT, SETTING)
+    assert choice.setting.alignment == "none" and choice.record == {"flags": NONE, "rows": []}
     assert choice.lines == ["note: --align_preset auto cannot choose on val, so it is fine-tuning: no val split"]
-
-
-def test_a_second_run_reads_the_table_and_a_damaged_one_is_made_again(kept_choice, tmp_path, monkeypatch):
-    drawn_of = []
-    original = kept.sample_episodes
-    monkeypatch.setattr(
-        kept, "sample_episodes", lambda split, *rest: drawn_of.append(split.split) or original(split, *rest)
-    )
-    setting, record = kept_choice()
-    assert set(drawn_of) == {"val"}
-    (path,) = tmp_path.glob("best_auto_*.json")
-    assert record["table"] == path and json.loads(path.read_text())["chosen"] == record["flags"]
-    text = path.read_text()
-    with monkeypatch.context() as patch:
-        patch.setattr(kept, "compare_settings", lambda *_: pytest.fail("the table was not read"))
-        assert kept_choice() == (setting, record)
-        assert kept_choice(record_curve=5)[1] == record  # which changes no choice
-    for damaged in ("", "{", "[]", '{"rows": [1]}', '{"rows": []}', text.replace('"gain": ', '"gain": null, "x": ', 1)):
-        path.write_text(damaged)
-        assert kept_choice() == (setting, record)
-        assert path.read_text() == text
-
-
-def test_another_protocol_split_set_of_base_classes_or_version_has_a_table_of_its_own(
-    kept_choice, tmp_path, monkeypatch
-):
-    kept_choice()
-    kept_choice(EpisodeShape(5, 2, 5))
-    kept_choice(align_m=0.1)
-    kept_choice(val=make_split((20,) * 6, split="val", seed=9))
-    kept_choice(left_out=[5])  # a class that the user has too
-    for version in ("EMBED_VERSION", "FIT_VERSION", "ALIGN_VERSION"):
-        monkeypatch.setattr(kept, version, 99)
-        kept_choice()
-    assert len(list(tmp_path.glob("best_auto_*.json"))) == 8
 
 
 @pytest.mark.parametrize(
     ("shape", "reason"), [(EpisodeShape(7, 1, 5), "6 classes"), (EpisodeShape(5, 1, 20), "20 images")]
 )
-def test_too_small_a_val_split_gives_one_line_and_fine_tuning(kept_choice, tmp_path, capsys, shape, reason):
-    setting, record = kept_choice(shape)
-    (line,) = capsys.readouterr().out.splitlines()
+def test_too_small_a_val_split_gives_one_line_and_fine_tuning(choose_for, shape, reason):
+    setting, record, (line,) = choose_for(shape)
     assert "fine-tuning" in line and "val split" in line and reason in line
-    assert setting.alignment == "none" and record == {"flags": NONE, "table": None}
-    assert not list(tmp_path.glob("best_auto_*"))
+    assert setting.alignment == "none" and record == {"flags": NONE, "rows": []}
 
 
 def test_the_script_chooses_names_it_in_the_result_and_its_flags_give_the_same_numbers(workspace, monkeypatch):
@@ -194,11 +147,9 @@ def test_the_script_chooses_names_it_in_the_result_and_its_flags_give_the_same_n
     outcome = call("associative_alignment", *auto)
     assert outcome.status == 0, outcome.err
     record = result(workspace, f"associative_alignment_{RUN}_auto")
-    (table,) = (workspace / "results" / "models").glob(f"{RUN}_bestModel_auto_*.json")
-    chosen = json.loads(table.read_text())["chosen"]
-    assert record["align_preset_auto"] == {"flags": chosen, "table": str(table)}
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("chosen: ")]
-    assert all(row["flags"] in outcome.out for row in json.loads(table.read_text())["rows"])
+    assert line.endswith(record["align_preset_auto"]["flags"])
+    assert all(row["flags"] in outcome.out for row in record["align_preset_auto"]["rows"])
 
     again = call("associative_alignment", *auto, "--overwrite")
     assert again.status == 0 and line in again.out
@@ -223,13 +174,11 @@ def test_predict_chooses_on_the_val_classes_of_its_base_set_if_they_are_enough(w
     flags += ["--cache_dir", workspace / "cache", "--align_preset", "auto"]
     outcome = call("predict", *flags)
     assert outcome.status == 0, outcome.err
-    tables = list((workspace / "cache").glob("predict_auto_*.json"))
     if n_shot == 2:
-        chosen = json.loads(tables[0].read_text())["chosen"]
         assert "auto, 3-way 2-shot," in outcome.out
-        assert f"note: chosen: --align_blocks 0 --aug_size 20 {chosen}" in outcome.out
+        assert "note: chosen: --align_blocks 0 --aug_size 20 --" in outcome.out
     else:  # 8 of the 8 images of a val class leave none to ask for
-        assert not tables and "auto cannot choose on val, so it is fine-tuning" in outcome.out
+        assert "auto cannot choose on val, so it is fine-tuning" in outcome.out
         assert "head on Conv4, no alignment\n" in outcome.out and "related base classes a class" not in outcome.out
 
 

@@ -140,7 +140,7 @@ def test_weights_of_a_file_as_timm_publishes_them_and_damaged_ones(tmp_path, mon
             "vit32.pth",
             "not a state dict of test_vit: 77 of its 78 tensors fit, not .pos_embed.",
         ),
-        ("timm:test_resnet", "DEFAULT", "weights of test_resnet could not be downloaded .*no route to host"),
+        ("timm:test_resnet", "DEFAULT", "no download of test_resnet .*no route to host"),
         ("timm:test_resnet", "absent.pth", "absent.pth cannot be read"),
     ]:
         path = weights if weights == "DEFAULT" else str(tmp_path / weights)

@@ -248,15 +248,12 @@ def test_what_a_hostile_file_asks_for_is_named_without_advice_to_run_it(tmp_path
 
 
 @pytest.mark.parametrize("tail", [b"", EMPTY_ZIP], ids=["alone", "a zip behind it"])
-def test_a_file_of_the_old_format_is_refused_with_a_conversion_that_works(tmp_path, tail):
-    old, new = tmp_path / "old.pth", tmp_path / "new.pth"
+def test_a_file_of_the_old_format_is_refused(tmp_path, tail):
+    old = tmp_path / "old.pth"
     torch.save({"weight": torch.arange(3.0)}, old, _use_new_zipfile_serialization=False)
     old.write_bytes(old.read_bytes() + tail)
-    with pytest.raises(ValueError, match="torch before 1.6: convert it with torch.save") as error:
+    with pytest.raises(ValueError, match="it is no file of torch.save"):
         load_tensors(old, "cpu")
-    conversion = str(error.value).partition("convert it with ")[2]
-    eval(conversion, {"torch": torch, "FILE": old, "NEW_FILE": new})
-    assert torch.equal(load_tensors(new, "cpu")["weight"], torch.arange(3.0))
 
 
 def torch_saved(content):
@@ -357,12 +354,12 @@ def test_a_checkpoint_of_another_rendering_of_glyphs_is_refused(tmp_path):
     content = load_tensors(path, "cpu")
     del content["glyphs_version"]  # a file of the first rendering does not say
     torch.save(content, path)
-    with pytest.raises(UserError, match=f"version 1 of the rendering of 'glyphs', now {VERSION}: .* train it anew"):
+    with pytest.raises(UserError, match="an older rendering of 'glyphs': train it anew"):
         check_base_classes(path, load_checkpoint(path), "glyphs", names)
 
 
 def test_a_checkpoint_of_other_base_classes_is_refused(tmp_path):
     checkpoint = a_checkpoint(trained_backbone())
     check_base_classes(tmp_path, checkpoint, "toy", ["bee", "cät", "ant"])  # in any order
-    with pytest.raises(UserError, match="3 base classes of 'toy' that are not the 2 of 'other'"):
+    with pytest.raises(UserError, match="other base classes, of 'toy': give that --dataset"):
         check_base_classes(tmp_path, checkpoint, "other", ["ant", "bee"])

@@ -69,7 +69,7 @@ def test_class_names_are_printable(tmp_path):
         (["file"], "file", "file is not a folder: give a folder"),
         (["1.png"], ".", "holds no class folders"),
         (["ant/1.png"], ".", "holds a single class, 'ant': give at least 2 subfolders"),
-        (["ant/1.png", "bee/notes.txt"], ".", "bee holds no images .*: fill or remove it"),
+        (["ant/1.png", "bee/notes.txt"], ".", "bee holds no images .*: remove it"),
     ],
     ids=["missing", "a file", "no class folders", "one class", "an empty class"],
 )

@@ -222,7 +222,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "another image root": (STAGE_1, json_split(), ["--image_root", "{}/cache"], ["--image_root", "cache"]),
     "episodes of another way": (
         *(STAGE_1, write("episodes.json", '{"n_way": 5, "n_shot": 1, "n_query": 2, "images": [], "episodes": []}')),
-        *(["--episodes_file", "{}/episodes.json", OVER], ["5-way 1-shot", "matching flags"]),
+        *(["--episodes_file", "{}/episodes.json", OVER], ["n_way=5, n_shot=1", "matching flags"]),
     ),
     "damaged episodes": (
         *(STAGE_3, write("episodes.json", "{"), ["--episodes_file", "{}/episodes.json", OVER]),
@@ -284,7 +284,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     ),
     "a listed class without folder": (
         *(PREPARE, write("split.json", '{"base": ["a"], "val": ["c"], "novel": ["b"]}')),
-        *(["folder", "--source", "{}/benchmarks/tiny/base", "--split_file", "{}/split.json"], ["no folder", "'a'"]),
+        *(["folder", "--source", "{}/benchmarks/tiny/base", "--split_file", "{}/split.json"], ["no images", "'a'"]),
     ),
     "out in a file": (
         *(PREPARE, write("file", ""), ["folder", "--source", "{}/benchmarks/tiny/base"]),

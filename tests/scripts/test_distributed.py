@@ -141,10 +141,7 @@ def ranks_run(request, finished, died, tmp_path_factory):
 def test_episodic_results_do_not_depend_on_the_number_of_ranks(finished, ranks_run, name):
     _, root, _ = ranks_run
     assert outcome(root, name) == outcome(finished, name)
-    if name == "align_auto":
-        ours, other = (next((folder / name).glob("start_auto_*.json")) for folder in (root, finished))
-        assert ours.name == other.name and ours.read_bytes() == other.read_bytes()
-    elif name.startswith("align"):
+    if name.startswith("align") and name != "align_auto":
         ours, other = (next((folder / name).rglob("episodes/*.pt")) for folder in (root, finished))
         ours, other = (torch.load(file, weights_only=True) for file in (ours, other))
         assert torch.equal(ours["query"]["after"], other["query"]["after"]) and ours["episode"] == 6

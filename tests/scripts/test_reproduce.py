@@ -132,12 +132,12 @@ def test_a_flag_goes_to_the_stages_that_know_it():
         (["--n_shot", 1], ["--n_shot", "--shots"]),
         (["--overwrite"], ["--overwrite", "--results_dir"]),
         (["--checkpoint_dir", "models"], ["--checkpoint_dir", "--results_dir"]),
-        (["--align_preset", "tuned"], ["--align_preset", "published updates", "docs/tuning.md"]),
+        (["--align_preset", "tuned"], ["--align_preset", "the rows set it"]),
         (["stray"], ["stray"]),
         (["--n_epoch", "many"], ["--n_epoch", "many"]),
         (["--novel_dataset", "CUB"], ["--novel_dataset", "crossdomain"]),
         (["--table", "crossdomain", "--dataset", "CUB"], ["--novel_dataset", "CUB"]),
-        (["--test_n_way", 10], ["--test_n_way", "5-way"]),
+        (["--test_n_way", 10], ["--test_n_way", "the rows set it"]),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, expected):
