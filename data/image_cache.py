@@ -89,12 +89,7 @@ def hwc_to_chw(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
 
 
-TRAIN_VIEW_VERSION = 1  # raise it with any change of the three functions below
-
-
-def train_pixels(img_size: int, min_crop: float) -> int:
-    """Pixels to keep of an image, so that a crop of min_crop of it, or of 0.15 if that is less, has img_size^2."""
-    return min(int(img_size**2 / min(min_crop, 0.15)), MAX_TRAIN_PIXELS)
+TRAIN_VIEW_VERSION = 1  # raise it with any change of what train.bin holds
 
 
 def stored_size(sizes: np.ndarray, n_pixels: int) -> list[int]:
@@ -139,7 +134,8 @@ def load_images(files: ImageFiles, img_size: int, cache_dir: Path, num_workers: 
     Raises UserError when an image cannot be decoded or the cache folder cannot be written.
     """
     signature = listing_signature(files)
-    n_pixels = train_pixels(img_size, files.min_crop) if files.min_crop else 0
+    # Of a training image so many, that the smallest crop, or one of 0.15 if that is smaller, has s x s of them.
+    n_pixels = min(int(img_size**2 / min(files.min_crop, 0.15)), MAX_TRAIN_PIXELS) if files.min_crop else 0
     unusual = "" if files.rule == PUBLISHED else f"{files.rule.replace(':', '-')}_"
     label, key = f"{files.label}_{unusual}{img_size}px", signature[:16]
     folder = cache_dir / (f"{label}_train{n_pixels}_{key}" if n_pixels else f"{label}_{key}")

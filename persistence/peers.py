@@ -210,19 +210,19 @@ def fitted_prefix(peer: Peer, state: dict[str, Tensor]) -> str | None:
     """The prefix with which all tensors of a network are in a state dict, and nothing else but a head; else None."""
     shapes = shapes_of(peer.backbone, peer.img_size)
     for prefix in peer.prefixes:
-        theirs = {prefix + peer.names(ours): shape for ours, shape in shapes.items() if not is_zero(peer, ours, state)}
-        if all(name in state and state[name].shape == shape for name, shape in theirs.items()):
-            used = [state[name] for name in theirs]
-            rest = {name.removeprefix(prefix): value for name, value in state.items() if name not in theirs}
+        names = stored_names(peer, prefix, state)
+        if all(name in state and state[name].shape == shapes[ours] for ours, name in names.items()):
+            used = [state[name] for name in names.values()]
+            rest = {name.removeprefix(prefix): value for name, value in state.items() if name not in names.values()}
             if all(re.fullmatch(peer.head, name) or is_copy(name, value, used) for name, value in rest.items()):
                 return prefix
     return None
 
 
-def is_zero(peer: Peer, ours: str, state: dict[str, Tensor]) -> bool:
-    """Whether a file has no such tensor because the peer's network has none, so that it is 0."""
-    absent = not any(prefix + peer.names(ours) in state for prefix in peer.prefixes)
-    return absent and re.fullmatch(peer.zeros, ours) is not None
+def stored_names(peer: Peer, prefix: str, state: dict[str, Tensor]) -> dict[str, str]:
+    """Our name of each tensor -> theirs, without those of `zeros` that a state dict lacks."""
+    names = {ours: prefix + peer.names(ours) for ours in shapes_of(peer.backbone, peer.img_size)}
+    return {ours: name for ours, name in names.items() if name in state or not re.fullmatch(peer.zeros, ours)}
 
 
 def is_copy(name: str, value: Tensor, used: list[Tensor]) -> bool:
@@ -233,11 +233,8 @@ def is_copy(name: str, value: Tensor, used: list[Tensor]) -> bool:
 
 def our_state(peer: Peer, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of our backbone from the tensors of a peer's file."""
-    shapes = shapes_of(peer.backbone, peer.img_size)
-    return {
-        ours: torch.zeros(shape) if is_zero(peer, ours, state) else state[prefix + peer.names(ours)]
-        for ours, shape in shapes.items()
-    }
+    names, shapes = stored_names(peer, prefix, state), shapes_of(peer.backbone, peer.img_size)
+    return {ours: state[names[ours]] if ours in names else torch.zeros(shape) for ours, shape in shapes.items()}
 
 
 def recognised(state: dict[str, Tensor], holds: str, asked: str | None = None) -> list[tuple[str, Peer, str]]:

@@ -168,7 +168,7 @@ def paired_lines(before: Path, after: Path) -> list[str]:
         record["episodes"] = f"in {Path(str(file)).name}" if file else f"of seed {record['seed']}"
     if other := next((key for key in PAIR_KEYS if records[0].get(key) != records[1].get(key)), None):
         first, second = (record.get(other) for record in records)
-        raise UserError(f"{before} has {other} {first}, {after} {other} {second}: only the same episodes are paired")
+        raise UserError(f"{before} has {other} {first}, {after} {second}: give both the same episodes, --episodes_file")
     n = min(len(record["accuracy_per_episode"]) for record in records)
     accuracies = [torch.tensor(record["accuracy_per_episode"][:n]).double() / 100 for record in records]
     lines = [f"{percent(*mean_and_ci95(a))} %  {file}" for a, file in zip(accuracies, (before, after), strict=True)]

@@ -59,7 +59,12 @@ def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: 
         items = _from_csv(source, image_root, split_file)
     elif pickles := split_pickles(os.listdir(source) if source.is_dir() else [], source):
         pickled = {split: _read_pickle(source / name, split) for split, name in pickles.items()}
-        items = _from_pickles(pickled)
+        items = (
+            ImageItem(split, class_name, f"{row:05d}.png", partial(images.__getitem__, row))
+            for split, (images, rows_of_class) in pickled.items()
+            for class_name, rows in rows_of_class.items()
+            for row in rows
+        )
         found = {split: list(rows_of_class) for split, (_, rows_of_class) in pickled.items()}
         refuse_cifar(source, pickled)
         if all(re.fullmatch(rf"{split}_\d+", name) for split, names in found.items() for name in names):  # no names
@@ -198,14 +203,6 @@ def at_positions(names: Iterable[str], wnid: str, wanted: list[int], where: Path
 
 
 Pickled = tuple[NDArray[np.uint8], dict[str, list[int]]]  # images (n, h, w, 3), rows of each class
-
-
-def _from_pickles(pickled: dict[str, Pickled]) -> Iterator[ImageItem]:
-    """The images of the rows of each class."""
-    for split, (images, rows_of_class) in pickled.items():
-        for class_name, rows in rows_of_class.items():
-            for row in rows:
-                yield ImageItem(split, class_name, f"{row:05d}.png", partial(images.__getitem__, row))
 
 
 def refuse_cifar(source: Path, pickled: dict[str, Pickled]) -> None:

@@ -55,7 +55,7 @@ def test_a_shorter_result_is_paired_with_the_beginning_of_a_longer_one(tmp_path)
     ("changes", "words"),
     [
         ({"dataset_fingerprint": "g"}, ["dataset_fingerprint", "same episodes"]),
-        ({"n_shot": 5}, ["n_shot 1", "5"]),
+        ({"n_shot": 5}, ["n_shot 1", " 5:"]),
         ({"seed": 7}, ["seed 0", "seed 7", "--episodes_file"]),
         ({"config": {"episodes_file": "e.json"}}, ["seed 0", "e.json"]),
         ({"stage": "x", "alignment": "centroid"}, ["other.json", "lacks"]),
