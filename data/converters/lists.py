@@ -173,7 +173,9 @@ def _read_class_roots(tree: FileTree, images: FileTree) -> dict[str, list[Row]]:
         for class_name, folder in zip(spec["class_names"], spec["class_roots"], strict=True):
             found = longest_tail(files, folder.replace("\\", "/"))
             if len(found) != 1:
-                raise UserError(f"{folder!r} in '{tree.path}' is {len(found)} folders: give the one with --image_root")
+                raise UserError(
+                    f"class folder {folder!r} is there {len(found)} times: give the right one as --image_root"
+                )
             rows[split] += [(class_name, path, partial(images.read, path)) for path in sorted(files[found[0]])]
     return rows
 

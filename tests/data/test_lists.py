@@ -330,7 +330,7 @@ def test_easyfsl_class_roots(prepare, tmp_path):
             write(tmp_path / "birds/images" / name / "notes.txt", "no image")
             write(tmp_path / "birds/images" / name / "parts" / "3.jpg", encoded())
     line = prepare("folder", "--source", source, fails=True)
-    assert "'./data/CUB/images/drill' in" in line and "is 0 folders" in line
+    assert "class folder './data/CUB/images/drill' is there 0 times" in line
     prepare("folder", "--source", source, "--image_root", tmp_path / "birds")
     assert images_in(tmp_path / "out/CUB") == expected
     write(source / "val.json", {"class_names": ["a", "b"], "class_roots": ["./nut"]})
