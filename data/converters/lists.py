@@ -173,9 +173,7 @@ def _read_class_roots(tree: FileTree, images: FileTree) -> dict[str, list[Row]]:
         for class_name, folder in zip(spec["class_names"], spec["class_roots"], strict=True):
             found = longest_tail(files, folder.replace("\\", "/"))
             if len(found) != 1:
-                raise UserError(
-                    f"class folder {folder!r} is there {len(found)} times: give the right one as --image_root"
-                )
+                raise UserError(f"class folder {folder!r} is there {len(found)} times: give one as --image_root")
             rows[split] += [(class_name, path, partial(images.read, path)) for path in sorted(files[found[0]])]
     return rows
 

@@ -248,7 +248,7 @@ def test_what_is_left_out_is_said_with_number_and_kind(prepare, tmp_path, capsys
     assert len(load_split(DataOptions(tmp_path, 16, tmp_path / ".cache"), "toy", "novel").labels) == 4
     assert f"note: left out of novel: {heic}" in capsys.readouterr().out
     (tmp_path / "photos/class0/0.jfif").unlink()
-    with pytest.raises(UserError, match=r"class0 holds no images .* but 1 \.heic \(convert them.*, 1 \.txt: fill"):
+    with pytest.raises(UserError, match=r"class0 holds no images .* but 1 \.heic \(convert them.*, 1 \.txt: remove it"):
         list_folder(tmp_path / "photos")
 
 
