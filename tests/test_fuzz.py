@@ -253,7 +253,7 @@ def image_arrays(folder: Path) -> Any:
     for i, path in enumerate(path for path in paths if not path.exists()):
         Image.new("RGB", (20 + i, 20), (90 * i, 5, 7)).save(path)
     arrays = load_images(ImageFiles("x", paths, [path.name for path in paths], 0.2), 16, folder, 1, True)
-    return [part.numpy().copy() for part in (arrays.eval, arrays.train.pixels, arrays.sizes)]
+    return [part.numpy().copy() for part in (arrays.eval, arrays.train, arrays.sizes)]
 
 
 def read_finished(path: Path) -> object:

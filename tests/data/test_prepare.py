@@ -566,7 +566,7 @@ def test_cifar_broken_sources(prepare, tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", fail)
-    assert "cannot be downloaded (no network): get cifar-100-python.tar.gz" in prepare("FC100", fails=True)
+    assert "no download (no network): give cifar-100-python.tar.gz" in prepare("FC100", fails=True)
 
 
 # folder ---------------------------------------------------------------------------------------------------------------
