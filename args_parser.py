@@ -362,8 +362,9 @@ CONDITIONS: list[tuple[Callable[..., Any], str]] = [
         (train_blocks is not None or n_epoch == 0) and is_new(backbone, weights, init_from),
      "--train_blocks and --n_epoch 0 take a trained backbone: give --init_from or --weights"),
     (lambda backbone, weights, checkpoint, classifier: is_new(backbone, weights, checkpoint or classifier),
-     "no trained backbone: give --checkpoint FILE (made by 'make demo' or transferLearning.py, or published), or "
-     "torchvision's ImageNet weights: --backbone torchvision:resnet18 --weights DEFAULT"),
+     "no trained backbone: give --checkpoint FILE (made by 'make demo', by transferLearning.py, or by 'python -m "
+     "persistence.import_checkpoint FILE OUT' of a published file), or torchvision's ImageNet weights, --backbone "
+     "torchvision:resnet18 --weights DEFAULT"),
     (lambda align_preset, base: align_preset == "auto" and not base,
      "argument --align_preset: auto chooses on val episodes of a benchmark: name it with --base"),
     (lambda align_preset, test_split: align_preset == "auto" and test_split == "val",
