@@ -102,6 +102,17 @@ def defaults(table: Table) -> Flags:
     return {row[0][0].removeprefix("--"): row[1] for row in table if not isinstance(row, str)}
 
 
+def with_defaults(table: Table, **others: Any) -> Table:
+    """A table whose flags of these names have other defaults, which their help says."""
+    rows: Table = []
+    for row in table:
+        if not isinstance(row, str) and (name := row[0][0].removeprefix("--")) in others:
+            text = row[2]["help"].replace(f"(default: {row[1]})", f"(default: {others[name]})")
+            row = (row[0], others[name], row[2] | {"help": text})
+        rows.append(row)
+    return rows
+
+
 # fmt: off
 # By preset, the flags that it changes for all, for a stage, and for a method or an alignment.
 PRESETS: dict[str, dict[str, Flags]] = {
@@ -145,6 +156,8 @@ FITTING: Table = [
     flag("--ft_n_epoch", COUNT, 200, "full-batch Adam steps that fit a head on a support set"),
     flag("--ft_lr", POSITIVE, 1e-3, "learning rate of those steps"),
     flag("--ft_s", POSITIVE, 5.0, "scale of cosMax and arcMax on a support set"),
+    flag("--ft_init", ["random", "prototypes"], "random",
+         "rows of the head before those steps: random (published) or the means of the classes' unit features"),
 ]
 
 MACHINE: Table = [
@@ -245,6 +258,8 @@ UPDATES: Table = [  # of Algorithms 1 and 2
          "share of base images predicted as the novel class (vote: published code) or mean probability (soft: paper)"),
     flag("--align_iters", COUNT_OR_0, 150, "iterations of the updates"),
     flag("--aug_size", COUNT, 50, "related images per novel class in an iteration"),
+    flag("--related_draws", ["fewest", "each"], "fewest",
+         "how many of them: as the class with the fewest has (fewest: published), or all, repeated where few (each)"),
     flag("--lr", POSITIVE, 1e-3, "learning rate of the three updates, unless given below"),
     flag("--align_lr", NOT_NEGATIVE, None,
          f"learning rate of update (1), the alignment loss (default: --lr; adversarial: {ADVERSARIAL_LR:g})"),
@@ -299,7 +314,7 @@ PREDICT: Table = [
     flag("--classifier FILE", Path, None, "label with a classifier of --save, instead of making one"),
     flag("--method", list(HEADS), "arcMax", "head that is fitted on the examples"),
     flag("--alignment", list(ALIGNMENTS), None, "default: head with --base, else none; the others train blocks"),
-    *FITTING, *UPDATES,
+    *with_defaults([*FITTING, *UPDATES], ft_init="prototypes", related_draws="each"),
 
     "output",
     flag("--reject P", number(float, 0, 1), 0.0, "label images whose probability is below P as 'unsure'"),

@@ -21,8 +21,8 @@ from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
 from methods.centroid_alignment import centroid_alignment_loss
 from methods.evaluation import count_predictions, share_right
 from methods.features import Source, TrainableBlocks, updated_features
-from methods.novel_finetune import HeadFit, fit_heads
-from methods.related_base import RelatedBase, RelatedSetting, draw_related, drawn_per_class, related_base_of_head
+from methods.novel_finetune import HeadFit, class_weights, fit_heads, uneven
+from methods.related_base import RelatedBase, RelatedSetting, draw_by_setting, drawn_per_class, related_base_of_head
 from models.heads import Head
 
 # (z_support (k, d), y_support (k,), z_related (n, d), y_related (n,)) -> scalar.
@@ -140,7 +140,9 @@ class Updates:
         self.backbone.train(self.batch_statistics)
         with self.precision.autocast():
             z_support = self.backbone(support.x)
-        return self.precision.backward_and_step(self.head.loss(self.head(z_support), support.y), self.support_optimizer)
+        return self.precision.backward_and_step(
+            self.head.loss(self.head(z_support), support.y, support.weight), self.support_optimizer
+        )
 
 
 def with_rate(optimizer: torch.optim.Optimizer, lr: float) -> torch.optim.Optimizer:
@@ -154,7 +156,7 @@ def related_batches(
     samples: list[Tensor], base: Source | None, setting: AlignmentSetting, generator: Generator, device: torch.device
 ) -> Iterator[Batch | None]:
     """The related samples of each iteration, class-major; None where no class has any, as without a base set."""
-    for picks in draw_related(samples, setting.related.aug_size, setting.align_iters, generator):
+    for picks in draw_by_setting(samples, setting.related, setting.align_iters, generator):
         drawn = picks >= 0
         if base is None or not drawn.any():
             yield None
@@ -182,7 +184,9 @@ def align_episode(
     blocks.restore()
     y_support = task.y_support.to(run.device)
     head = fit.new_head(d, n_way, run.generator("head", i)).to(run.device)
-    fitted = fit_heads(head, novel.features[task.support.to(run.device)], y_support, fit.ft_n_epoch, fit.ft_lr)
+    weight = uneven(class_weights(task.y_support).to(run.device))
+    z_support = novel.features[task.support.to(run.device)]
+    fitted = fit_heads(head, z_support, y_support, fit.ft_n_epoch, fit.ft_lr, weight, fit.ft_init)
     with torch.no_grad():
         finetuned = head(novel.features[task.query.to(run.device)])
     related_base = related_base_of_head(head, base, setting.related)
@@ -193,7 +197,7 @@ def align_episode(
     head.rescale(setting.align_s, setting.align_m)
     alignment_loss = ALIGNMENTS[setting.alignment](d, n_way, setting, run.generator("critic", i), run.device)
     updates = Updates(blocks.updated, head, fitted, alignment_loss, setting, run.precision)
-    support = Batch(novel.block_inputs(task.support), y_support)
+    support = Batch(novel.block_inputs(task.support), y_support, weight)
     batches = related_batches(related_base.samples, base, setting, run.generator("related draws", i), run.device)
     losses, curve = Losses(f"episode {i}, iteration"), []
     with run.seeded("dropout", i):

@@ -87,7 +87,7 @@ def evaluate_heads(features: Tensor, episodes: Episodes, fit: HeadFit, run: Run,
         y = class_major_labels(part.n_way, part.n_shot, device).expand(len(part), -1)
         generators = [run.generator("head", first + i) for i in range(len(part))]
         head = fit.new_head(d, part.n_way, generators).to(device)
-        fit_heads(head, features[part.support.flatten(1).to(device)], y, fit.ft_n_epoch, fit.ft_lr)
+        fit_heads(head, features[part.support.flatten(1).to(device)], y, fit.ft_n_epoch, fit.ft_lr, init=fit.ft_init)
         scores = head.scores(projected[part.query.flatten(1).to(device)])
         counts.append(count_predictions(scores, part.n_way).cpu())
     return EpisodeScores(gather_rows(counts, run.ranks))

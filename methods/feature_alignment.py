@@ -17,8 +17,8 @@ from engine.precision import check_finite
 from engine.run import Run, move
 from methods.alignment import AlignedEpisode, AlignmentSetting, Batch, align_episode, with_rate
 from methods.features import Source, TrainableBlocks
-from methods.novel_finetune import fit_heads
-from methods.related_base import RelatedBase, draw_related, drawn_per_class, related_base_of_heads
+from methods.novel_finetune import class_weights, fit_heads, uneven
+from methods.related_base import RelatedBase, draw_by_setting, drawn_per_class, related_base_of_heads
 from models.head_gradients import set_gradients
 from models.heads import Head, one_hot_of
 
@@ -41,8 +41,8 @@ def padded_related_batches(
     device: torch.device,
 ) -> Iterator[Batch]:
     """The related samples of E episodes in each iteration, n_way * aug_size per episode with padding, on `device`."""
-    each, aug_size = zip(related_base, generators, strict=True), setting.related.aug_size
-    picks = torch.stack([draw_related(found.samples, aug_size, setting.align_iters, g) for found, g in each], 1)
+    each, aug_size, n_iters = zip(related_base, generators, strict=True), setting.related.aug_size, setting.align_iters
+    picks = torch.stack([draw_by_setting(found.samples, setting.related, n_iters, g) for found, g in each], 1)
     n_way, picks = picks.shape[2], picks.flatten(2)
     drawn = (picks[0] >= 0).float()
     weight = move(drawn / drawn.sum(1, keepdim=True).clamp_min(1.0), device)
@@ -52,11 +52,17 @@ def padded_related_batches(
         yield Batch(z.float().view(*index.shape, -1), y, weight)
 
 
-def padded(index: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad indices (n_i,) of E episodes with 0 to (E, n); with the weight (E, n) of each in the episode's mean."""
-    n = torch.tensor([len(i) for i in index])
-    real = torch.arange(int(n.max())) < n.unsqueeze(1)
-    return pad_sequence(index, batch_first=True).to(device), (real / n.unsqueeze(1)).to(device)
+def padded(parts: list[Tensor], device: torch.device) -> Tensor:
+    """Pad the indices, labels or weights (n_i,) of E episodes with 0 to (E, n)."""
+    return pad_sequence(parts, batch_first=True).to(device)
+
+
+def padded_support(tasks: list[Task], z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The supports of E episodes padded to n: features (E, n, d), of z (N, d), labels (E, n), and weights (E, n) by
+    which the classes of an episode count alike."""
+    index = padded([task.support for task in tasks], z.device)
+    y = padded([task.y_support for task in tasks], z.device)
+    return z[index], y, padded([class_weights(task.y_support) for task in tasks], z.device)
 
 
 class HeadUpdates:
@@ -103,14 +109,12 @@ def align_features(
     """
     fit, d, n_way, device = setting.fit, novel.features.shape[1], tasks[0].n_way, novel.features.device
     numbers = range(first, first + len(tasks))
-    index, weight = padded([task.support for task in tasks], device)
-    y_support = padded([task.y_support for task in tasks], device)[0]
-    support = Batch(novel.features[index], y_support, weight)
-    z_query = novel.features[padded([task.query for task in tasks], device)[0]]
+    z_support, y_support, weight = padded_support(tasks, novel.features)
+    support = Batch(z_support, y_support, weight)
+    z_query = novel.features[padded([task.query for task in tasks], device)]
 
     head = fit.new_head(d, n_way, [run.generator("head", i) for i in numbers]).to(device)
-    uneven = weight if weight.min() < weight.max() else None
-    fitted = fit_heads(head, support.x, y_support, fit.ft_n_epoch, fit.ft_lr, uneven)
+    fitted = fit_heads(head, z_support, y_support, fit.ft_n_epoch, fit.ft_lr, uneven(weight), fit.ft_init)
     finetuned = head(z_query)
     related_base = related_base_of_heads(head, base, setting.related)
     n_drawn = [drawn_per_class(related.samples, setting.related.aug_size) for related in related_base]

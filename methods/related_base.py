@@ -6,6 +6,7 @@ probability of w (`soft`, the paper's text). Each novel class, in order, takes i
 not yet taken, and keeps those of their samples that are predicted as w.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ class RelatedSetting:
     n_B: int = 10
     aug_size: int = 50
     related_score: str = "vote"
+    related_draws: str = "fewest"
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,17 @@ def draw_related(samples: list[Tensor], aug_size: int, n_iterations: int, genera
     for w, order in zip(filled, zip(*orders, strict=True), strict=True):
         picks[:, w, :a] = samples[w][torch.stack(order)]
     return picks
+
+
+def draw_by_setting(samples: list[Tensor], setting: RelatedSetting, n_iterations: int, generator: Generator) -> Tensor:
+    """Related samples for each iteration, as draw_related; `each`: aug_size of every class, repeated if it has fewer.
+
+    One class with few related samples then leaves the others theirs, and all count alike.
+    """
+    if setting.related_draws == "fewest":
+        return draw_related(samples, setting.aug_size, n_iterations, generator)
+    filled = [own.repeat(math.ceil(setting.aug_size / max(1, len(own)))) for own in samples]
+    return torch.cat([draw_related([own], setting.aug_size, n_iterations, generator) for own in filled], 1)
 
 
 def exceeding_notes(n_way: int, n_B: int, n_base_class: int) -> list[str]:

@@ -18,7 +18,7 @@ from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
 from methods.feature_alignment import align_features
 from methods.features import Source, TrainableBlocks, embed, image_source
-from methods.novel_finetune import fit_heads
+from methods.novel_finetune import class_weights, fit_heads, uneven
 from models.backbone import Backbone
 from models.heads import Head
 from photos.confidence import Confidence, cross_validate, least_cosine, nearest
@@ -44,6 +44,11 @@ class Classifier:
     examples: list[str]
     confidence: Confidence | None
     least_cosine: float
+
+    @property
+    def n_support(self) -> list[int]:
+        """Examples per class."""
+        return torch.bincount(self.y_support, minlength=len(self.class_names)).tolist()
 
     @property
     def temperature(self) -> float:
@@ -135,7 +140,8 @@ def fit_classifier(
         episode = align_episode(blocks, task, novel, base, setting, run, 0, f"{setting.alignment} alignment")
     confidence = cross_validate(novel, y, base, setting, run) if frozen else None
     finetuned = fit.new_head(d, n_way, run.generator("head", 0)).to(run.device)
-    fit_heads(finetuned, novel.features, y.to(run.device), fit.ft_n_epoch, fit.ft_lr)
+    weight = uneven(class_weights(y).to(run.device))
+    fit_heads(finetuned, novel.features, y.to(run.device), fit.ft_n_epoch, fit.ft_lr, weight, fit.ft_init)
     z_support = novel.features.cpu()
     classifier = Classifier(
         backbone=before,

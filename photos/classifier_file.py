@@ -38,7 +38,7 @@ CLASSIFIER: Schema = {
     "head": HEAD,
     "z_support": Tensor,
     "y_support": Tensor,
-    "confidence": dict[str, float] | None,
+    "confidence": dict[str, object] | None,
     "least_cosine": float,
 }
 CUSTOM = "custom:"  # a backbone of a user's own code, which a file must not have run
@@ -112,6 +112,12 @@ def load_networks(content: dict[str, Any], path: Path, asked: str | None) -> tup
     return before, network(content["backbone_state"] | moved) if moved else before
 
 
+def load_confidence(record: dict[str, Any]) -> Confidence:
+    """The confidence of a record; older files have it of all classes together."""
+    tested, right = (record.get(name, [record.get(older)]) for name, older in (("tested", "n"), ("right", "n_right")))
+    return Confidence(list(map(int, tested)), list(map(int, right)), record["n_folds"], record["temperature"])
+
+
 def load_classifier(path: Path, backbone: str | None, device: torch.device) -> Fitted:
     """The classifier of a file, on a device. Raises UserError when there is none or it is damaged.
 
@@ -132,7 +138,7 @@ def load_classifier(path: Path, backbone: str | None, device: torch.device) -> F
             z_support=content["z_support"],
             y_support=content["y_support"],
             examples=content["examples"],
-            confidence=Confidence(**confidence) if confidence else None,
+            confidence=load_confidence(confidence) if confidence else None,
             least_cosine=content["least_cosine"],
         )
     except UserError:

@@ -7,7 +7,7 @@ the head as fitted, and the head aligned in feature space with the base classes,
 """
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from engine.script import run_script
 from methods.alignment import AlignmentSetting
 from methods.evaluation import mean_and_ci95, nearest_mean
 from methods.features import Source, trainable_blocks
+from methods.novel_finetune import HeadFit
 from methods.related_base import RelatedSetting
 from models.heads import unit
 from persistence.checkpoints import load_backbone
@@ -47,7 +48,9 @@ class Comparison:
     @property
     def settings(self) -> tuple[AlignmentSetting, AlignmentSetting]:
         """The settings of the head as fitted, and of the aligned head, with the defaults of predict.py."""
-        return AlignmentSetting("none"), AlignmentSetting("head", related=RelatedSetting(self.n_B, self.aug_size))
+        related = RelatedSetting(self.n_B, self.aug_size, related_draws="each")
+        fitted = AlignmentSetting("none", HeadFit(ft_init="prototypes"), related)
+        return fitted, replace(fitted, alignment="head")
 
 
 def logistic_regression(source: Source, episodes: Episodes, strength: float) -> Tensor:

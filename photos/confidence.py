@@ -14,9 +14,9 @@ from torch import Tensor
 from data.episodes import Task
 from engine.run import Run
 from methods.alignment import AlignmentSetting
-from methods.feature_alignment import CHUNK_ELEMENTS, align_features, episodes_per_chunk, padded
+from methods.feature_alignment import CHUNK_ELEMENTS, align_features, episodes_per_chunk, padded, padded_support
 from methods.features import Source
-from methods.novel_finetune import fit_heads
+from methods.novel_finetune import class_weights, fit_heads, uneven
 from models.heads import unit
 
 # Folds, and so heads that are fitted: up to as many images per class, each is left out alone among those of its class.
@@ -30,29 +30,42 @@ FAR = 1.1
 
 @dataclass(frozen=True)
 class Confidence:
-    """What the folds gave: n support images were left out, n_right of them predicted right; the temperature."""
+    """What the folds gave: of each class the support images that were left out, and those of them predicted right; the
+    temperature. A class with one support image is not tested."""
 
-    n: int
-    n_right: int
+    tested: list[int]
+    right: list[int]
     n_folds: int
     temperature: float
 
     @property
+    def n(self) -> int:
+        """Support images that were left out."""
+        return sum(self.tested)
+
+    @property
+    def n_right(self) -> int:
+        """Those of them that were predicted right."""
+        return sum(self.right)
+
+    @property
     def accuracy(self) -> float:
-        """The share that was right, in 0..1."""
-        return self.n_right / self.n
+        """The share that was right, in 0..1, as the mean over the classes that were tested."""
+        shares = [right / n for right, n in zip(self.right, self.tested, strict=True) if n]
+        return sum(shares) / len(shares)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval of the accuracy."""
-        return wilson_interval(self.n_right, self.n)
+        """Wilson's 95% interval of the accuracy, by as many images as classes of equal numbers would take for it."""
+        inverse = [1 / n for n in self.tested if n]
+        return wilson_interval(self.accuracy, len(inverse) ** 2 / sum(inverse))
 
 
-def wilson_interval(n_right: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a share n_right / n (Wilson, 1927), which stays within 0..1 and is never empty."""
+def wilson_interval(share: float, n: float) -> tuple[float, float]:
+    """The 95% interval of a share among n (Wilson, 1927), which stays within 0..1 and is never empty."""
     z2 = 1.96**2
-    centre = (n_right + z2 / 2) / (n + z2)
-    half = math.sqrt(z2 * (n_right * (n - n_right) / n + z2 / 4)) / (n + z2)
+    centre = (n * share + z2 / 2) / (n + z2)
+    half = math.sqrt(z2 * (n * share * (1 - share) + z2 / 4)) / (n + z2)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -90,19 +103,19 @@ def left_out_logits(
             aligned = align_features(part, novel, base, setting, run, first)
             scores = aligned[0].head.logits(torch.stack([episode.aligned for episode in aligned]))
         else:
-            index, weight = padded([task.support for task in part], run.device)
-            y = padded([task.y_support for task in part], run.device)[0]
+            fit, (z_support, y_support, weight) = setting.fit, padded_support(part, novel.features)
             generators = [run.generator("head", first + i) for i in range(len(part))]
-            head = setting.fit.new_head(d, n_way, generators).to(run.device)
-            fit_heads(head, novel.features[index], y, setting.fit.ft_n_epoch, setting.fit.ft_lr, weight)
-            queries = padded([task.query for task in part], run.device)[0]
+            head = fit.new_head(d, n_way, generators).to(run.device)
+            fit_heads(head, z_support, y_support, fit.ft_n_epoch, fit.ft_lr, weight, fit.ft_init)
+            queries = padded([task.query for task in part], run.device)
             scores = head.logits(head(novel.features[queries]))
         logits += [scores[e, : len(task.query)].cpu() for e, task in enumerate(part)]
     return torch.cat(logits)
 
 
 def fit_temperature(logits: Tensor, y: Tensor) -> float:
-    """The T that minimises the cross-entropy of softmax(logits / T), logits (n, n_way), against y (n,).
+    """The T that minimises the cross-entropy of softmax(logits / T), logits (n, n_way), against y (n,), in which every
+    class counts alike.
 
     As in Platt's scaling the targets are not 0 and 1: DOUBT of a prediction, equal over all classes, counts beside
     the n. Without it, a few predictions that are all right would have a T of 0 and every probability would be 1.
@@ -110,6 +123,8 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
     n, n_way = logits.shape
     target = torch.full((n, n_way), DOUBT / n_way).scatter_add_(1, y.unsqueeze(1), torch.full((n, 1), float(n)))
     target /= n + DOUBT
+    if (weight := uneven(class_weights(y))) is not None:
+        target *= n * weight.unsqueeze(1)
     low, high = math.log(1e-3), math.log(1e3)
     for _ in range(60):  # golden-section search of log(1 / T), in which the loss has one minimum
         a, b = high - 0.618034 * (high - low), low + 0.618034 * (high - low)
@@ -130,8 +145,9 @@ def cross_validate(
         return None
     logits = left_out_logits(tasks, novel, base, setting, run)
     y_left_out = y[torch.cat([task.query for task in tasks])]
-    n_right = int((logits.argmax(1) == y_left_out).sum())
-    return Confidence(len(y_left_out), n_right, len(tasks), fit_temperature(logits, y_left_out))
+    right, n_way = y_left_out[logits.argmax(1) == y_left_out], logits.shape[1]
+    tested, n_right = (torch.bincount(labels, minlength=n_way).tolist() for labels in (y_left_out, right))
+    return Confidence(tested, n_right, len(tasks), fit_temperature(logits, y_left_out))
 
 
 def nearest(z: Tensor, z_support: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,15 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.files import atomic_file
 from photos.classifier import Answers, Classifier, Fitted
-from photos.confidence import Confidence
 from photos.images import folder_truth
 
 UNSURE = "unsure"  # the label of an image whose largest probability is below --reject
 N_LEAST_SURE = 5
+N_SHOWN = 10  # classes in a line
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Predictions:
     @property
     def n_support(self) -> list[int]:
         """Support images per class."""
-        return torch.bincount(self.fitted.classifier.y_support, minlength=len(self.class_names)).tolist()
+        return self.fitted.classifier.n_support
 
     @property
     def best(self) -> list[int]:
@@ -106,26 +104,48 @@ def least_sure(predictions: Predictions) -> list[dict[str, Any]]:
     return rows
 
 
-def confidence_record(confidence: Confidence | None) -> dict[str, Any] | None:
-    """What is known of the confidence, the accuracy in %."""
+def confidence_record(classifier: Classifier) -> dict[str, Any] | None:
+    """What is known of the confidence, accuracies in %; of classes that were not tested, nothing."""
+    confidence, n = classifier.confidence, classifier.n_support
     if confidence is None:
         return None
     low, high = confidence.interval
     percent = {"accuracy": confidence.accuracy, "low": low, "high": high}
     numbers = {name: round(100 * value, 3) for name, value in percent.items()}
-    return {"n": confidence.n, "n_right": confidence.n_right, **numbers, "temperature": confidence.temperature}
+    numbers |= {"chance": round(100 / len(n), 3), "majority": round(100 * max(n) / sum(n), 3)}
+    classes = {name: {"n": tested, "n_right": right} for name, (tested, right) in tested_classes(classifier).items()}
+    counts = {"n": confidence.n, "n_right": confidence.n_right, "classes": classes}
+    return {**counts, **numbers, "temperature": confidence.temperature}
+
+
+def tested_classes(classifier: Classifier) -> dict[str, tuple[int, int]]:
+    """For each class that leave-one-out tested, how many examples, and how many were right; of older files none."""
+    names, confidence = classifier.class_names, classifier.confidence
+    if confidence is None or len(confidence.tested) < len(names):
+        return {}
+    rows = zip(names, confidence.tested, confidence.right, strict=True)
+    return {name: (n, right) for name, n, right in rows if n}
 
 
 def confidence_lines(classifier: Classifier) -> list[str]:
     """What is known of a classifier before it labels anything."""
-    n, n_way, confidence = len(classifier.y_support), len(classifier.class_names), classifier.confidence
-    lines = [f"{n} examples of {n_way} classes"]
+    n, names, confidence = classifier.n_support, classifier.class_names, classifier.confidence
+    lines = [f"{sum(n)} examples of {len(n)} classes"]
     if confidence is None:
         why = "blocks were aligned" if classifier.aligned is not classifier.backbone else "no class has 2 examples"
         return [*lines, f"accuracy not known, probabilities not calibrated: {why}"]
     accuracy, low, high = (100 * share for share in (confidence.accuracy, *confidence.interval))
     of = f"{confidence.n_right} of {confidence.n} examples, left out in turn, were labelled right"
-    lines.append(f"accuracy {accuracy:.0f} % ({low:.0f} to {high:.0f} %), 95 % interval: {of}")
+    alike = ", and every class counts alike" if min(n) < max(n) else ""
+    lines.append(f"accuracy {accuracy:.0f} % ({low:.0f} to {high:.0f} %), 95 % interval: {of}{alike}")
+    largest = f"the largest class has {100 * max(n) / sum(n):.0f} % of the examples"
+    lines.append(f"chance is {100 / len(n):.0f} %, {largest}")
+    tested = sorted((right / n, f"{name} {right} of {n}") for name, (n, right) in tested_classes(classifier).items())
+    shown = [text for _, text in tested[:N_SHOWN]] + ["..."] * (len(tested) > N_SHOWN)
+    if shown:
+        lines.append(f"right by class, the worst first: {', '.join(shown)}")
+    if untested := [name for name, own in zip(names, n, strict=True) if own == 1]:
+        lines.append(f"not tested, with one example: {', '.join(untested)}")
     return [*lines, f"temperature {confidence.temperature:.2f}, which calibrates the probabilities"]
 
 
@@ -136,7 +156,7 @@ def prediction_record(predictions: Predictions) -> dict[str, Any]:
         **predictions.fitted.facts,
         "n_query": n_query,
         "accuracy": None if n_right is None else round(100 * n_right / n_query, 3),
-        "confidence": confidence_record(predictions.fitted.classifier.confidence),
+        "confidence": confidence_record(predictions.fitted.classifier),
         "n_unsure": predictions.sure.count(False),
         "n_unlike": predictions.unlike.count(True),
         "classes": per_class_summary(predictions),

@@ -8,6 +8,8 @@ import pytest
 
 from args_parser import args_parser, from_flags
 from methods.alignment import AlignmentSetting
+from methods.novel_finetune import HeadFit
+from methods.related_base import RelatedSetting
 from tests.helpers import ROOT
 
 PREDICT = "--support s --query q --checkpoint c --base b --alignment centroid".split()
@@ -31,6 +33,8 @@ EXCEPT = {
         "facts of a file, which had none",
     ),
     ("Reading", "background"): "benchmarks are read by the published protocol",
+    ("HeadFit", "ft_init"): "published; a user's classes are named and numbered by chance",
+    ("RelatedSetting", "related_draws"): "published; a user's classes are of unequal numbers",
     ("Peer", "img_size"): "of a repository's network",
     ("DataOptions", "quiet"): "what runs without flags shows no bars",
     ("DataOptions", "crop_scale"): "a split is not to be augmented, unless that is asked for",
@@ -69,7 +73,11 @@ def test_the_defaults_of_a_dataclass_are_those_of_the_flags(name):
 
 @pytest.mark.parametrize("stage", ["alignment", "predict"])
 def test_a_default_setting_is_that_of_the_flags_with_all_that_it_holds(stage):
-    assert from_flags(AlignmentSetting, FLAGS[stage]) == AlignmentSetting()
+    found = from_flags(AlignmentSetting, FLAGS[stage])
+    expected = {"alignment": ("random", "fewest"), "predict": ("prototypes", "each")}[stage]
+    assert (found.fit.ft_init, found.related.related_draws) == expected
+    fit, related = HeadFit(ft_init=expected[0]), RelatedSetting(related_draws=expected[1])
+    assert found == AlignmentSetting(fit=fit, related=related)
 
 
 def test_the_comparison_reaches_the_dataclasses_that_flags_fill():

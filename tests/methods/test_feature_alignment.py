@@ -55,6 +55,7 @@ def plain_episode(task: Task, i: int, setting: AlignmentSetting, base: Source = 
     """Scores of episode i's queries by fine-tuning and after every iteration, its related base, and n_drawn."""
     run, d, n_way = Run(), D, task.n_way
     z, y, z_query = NOVEL.features[task.support], task.y_support, NOVEL.features[task.query]
+    weight = torch.stack([1 / (n_way * (y == label).sum()) for label in y])  # every class counts alike
 
     def step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
@@ -64,7 +65,7 @@ def plain_episode(task: Task, i: int, setting: AlignmentSetting, base: Source = 
     head = setting.fit.new_head(d, n_way, run.generator("head", i))
     fitted = torch.optim.Adam(head.parameters(), lr=setting.fit.ft_lr)
     for _ in range(setting.fit.ft_n_epoch):
-        step(head.loss(head(z), y), fitted)
+        step(head.loss(head(z), y, weight), fitted)
     scores = [head(z_query).detach()]
     related = related_base_of_head(head, base, setting.related)
     n_drawn = drawn_per_class(related.samples, setting.related.aug_size)
@@ -77,7 +78,7 @@ def plain_episode(task: Task, i: int, setting: AlignmentSetting, base: Source = 
             (picks,) = draw_related(related.samples, setting.related.aug_size, 1, generator)
             y_related = (picks >= 0).nonzero()[:, 0]
             step(head.loss(head(base.features[picks[picks >= 0]]), y_related), fitted)
-        step(head.loss(head(z), y), of_support)
+        step(head.loss(head(z), y, weight), of_support)
         scores.append(head(z_query).detach())
     return scores, related, n_drawn
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from methods.novel_finetune import fit_heads
+from methods.novel_finetune import class_weights, fit_heads, uneven
 from models import HEADS, build_head
 from models.heads import arcMax
 from tests.helpers import golden
@@ -71,3 +71,29 @@ def test_a_head_without_a_written_gradient_is_fitted_by_autograd_to_the_same_wei
         weights.append(head.weight.detach())
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
     assert weights[0].shape == (*size, 4, 16) and (weights[0] - initial).abs().max() > 0.1
+
+
+def test_classes_of_unequal_supports_count_alike():
+    y = torch.tensor([2, 0, 0, 0, 2, 0])
+    weight = class_weights(y)
+    torch.testing.assert_close(weight, torch.tensor([0.25, 0.125, 0.125, 0.125, 0.25, 0.125]))
+    assert torch.equal(uneven(weight), weight) and uneven(class_weights(torch.tensor([0, 1, 1, 0]))) is None
+
+
+@ALL_HEADS
+@pytest.mark.parametrize("n_together", [None, 2])
+def test_from_prototypes_a_permutation_of_the_classes_permutes_the_answers(method, n_together):
+    size = () if n_together is None else (n_together,)
+    z, z_query = torch.randn(*size, 30, 16, generator=torch.Generator().manual_seed(0)).split([9, 21], -2)
+    y = torch.tensor([0, 1, 1, 2, 2, 2, 3, 3, 3]).expand(*size, 9)
+    weight = class_weights(y.reshape(-1, 9)[0]).expand(*size, 9)
+    permutation = torch.tensor([2, 0, 3, 1])
+    scores = {}
+    for init in ("prototypes", "random"):
+        for labels in (y, permutation[y]):
+            generators = [torch.Generator().manual_seed(i) for i in range(n_together or 1)]
+            head = build_head(method, 16, 4, 5.0, 0.001, generators if n_together else generators[0])
+            fit_heads(head, z, labels, 20, 1e-3, weight, init)
+            scores.setdefault(init, []).append(head(z_query).detach())
+    torch.testing.assert_close(scores["prototypes"][1][..., permutation], scores["prototypes"][0], atol=1e-5, rtol=1e-5)
+    assert (scores["random"][1][..., permutation] - scores["random"][0]).abs().max() > 0.1

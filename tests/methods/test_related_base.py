@@ -7,6 +7,7 @@ from methods.features import Source
 from methods.related_base import (
     RelatedSetting,
     choose_related_base,
+    draw_by_setting,
     draw_related,
     drawn_per_class,
     related_base_of_head,
@@ -59,3 +60,15 @@ def test_draws_take_as_many_of_each_class_as_the_smallest_set_and_skip_empty_one
     assert labels.tolist() == [0] * 4 + [2] * 4
     assert sorted(picks[4:].tolist()) == [20, 21, 22, 23] and len(set(picks[:4].tolist())) == 4
     assert drawn_per_class([samples[1]], 50) == 0
+
+
+def test_each_class_draws_all_that_it_may_and_a_poor_one_repeats_its_own():
+    samples = [torch.arange(90), torch.empty(0, dtype=torch.long), torch.tensor([90, 91])]
+    setting = RelatedSetting(aug_size=8, related_draws="each")
+    picks = draw_by_setting(samples, setting, 3, torch.Generator().manual_seed(0))
+    assert picks.shape == (3, 3, 8) and (picks[:, 1] == -1).all()
+    assert [len(set(row.tolist())) for row in picks[:, 0]] == [8, 8, 8] and picks[:, 0].max() < 90
+    assert [row.tolist().count(90) for row in picks[:, 2]] == [4, 4, 4] and picks[:, 2].min() == 90
+    assert not torch.equal(picks[0, 0], picks[1, 0])
+    fewest = draw_by_setting(samples, RelatedSetting(aug_size=8), 3, torch.Generator().manual_seed(0))
+    assert torch.equal(fewest, draw_related(samples, 8, 3, torch.Generator().manual_seed(0)))

@@ -13,6 +13,7 @@ from methods.novel_finetune import HeadFit
 from photos.confidence import (
     FAR,
     MAX_FOLDS,
+    Confidence,
     cross_validate,
     fit_temperature,
     folds,
@@ -49,7 +50,7 @@ def test_a_fold_leaves_out_one_image_of_each_class():
 @pytest.mark.parametrize("n_right, n", [(0, 5), (5, 5), (23, 25), (50, 100), (1, 2)])
 def test_the_interval_is_that_of_wilson(n_right, n):
     expected = binomtest(n_right, n).proportion_ci(method="wilson")
-    assert wilson_interval(n_right, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    assert wilson_interval(n_right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
 
 
 def test_the_temperature_that_made_the_answers_is_found_again():
@@ -64,6 +65,23 @@ def test_a_few_right_answers_do_not_make_sure():
     logits = torch.eye(2).repeat(2, 1)
     p = (logits / fit_temperature(logits, torch.tensor([0, 1, 0, 1]))).softmax(1).max(1).values
     assert 0.9 < p.min() and p.max() < 0.99
+
+
+def test_the_accuracy_counts_every_tested_class_alike():
+    confidence = Confidence(tested=[0, 2, 20], right=[0, 1, 20], n_folds=20, temperature=1.0)
+    assert (confidence.n, confidence.n_right, confidence.accuracy) == (22, 21, 0.75)
+    low, high = confidence.interval
+    expected = binomtest(21, 22).proportion_ci(method="wilson")
+    assert low < expected.low - 0.3 and high > 0.75  # two images of one class say little
+    even = Confidence([5, 5], [4, 5], 5, 1.0)
+    assert even.interval == pytest.approx(wilson_interval(0.9, 10))
+
+
+def test_the_temperature_counts_every_class_alike():
+    y = torch.tensor([0] * 3 + [1] * 30)
+    logits = torch.eye(2)[y]
+    logits[:3] = logits[:3].flip(1)  # the small class is always wrong
+    assert fit_temperature(logits, y) > 10 * fit_temperature(logits[3:], y[3:])
 
 
 def features(seed, n_base=8):
@@ -90,6 +108,7 @@ def test_classes_that_differ_are_told_apart_and_shuffled_labels_are_not():
     setting = AlignmentSetting("none", HeadFit(ft_n_epoch=100, ft_lr=0.01))
     known = cross_validate(support, support.split.labels, None, setting, Run())
     assert (known.n, known.n_right, known.n_folds) == (15, 15, 5) and known.accuracy == 1.0
+    assert known.tested == known.right == [5, 5, 5]
     noise = feature_source(torch.randn(15, 64, generator=torch.Generator().manual_seed(1)), support.split)
     guessed = cross_validate(noise, support.split.labels, None, setting, Run())
     assert guessed.n_right < 12 and guessed.interval[0] < known.interval[0]

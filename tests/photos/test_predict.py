@@ -16,8 +16,9 @@ from data.listing import list_folder
 from engine.errors import UserError
 from persistence.checkpoints import Checkpoint, create_backbone, save_checkpoint
 from photos import fitting, labelling
+from photos.classifier_file import load_classifier
 from photos.images import list_support
-from photos.table import confidence_record
+from photos.table import confidence_lines, confidence_record
 from predict import FewShotClassifier
 from tests.helpers import call, make_benchmark
 
@@ -254,6 +255,32 @@ def test_a_line_of_pixels_is_labelled(root, size):
         assert "line.png" in table(root)[1] and "line.png" in (root / "out" / "predictions.html").read_text()
 
 
+def test_other_names_of_the_classes_change_no_answer(root):
+    first = predictions(root)
+    for old, new in (("class12", "z"), ("class13", "a"), ("class14", "m")):
+        for folder in (SUPPORT, QUERY):
+            (root / folder / old).rename(root / folder / new)
+    again = predictions(root)
+    assert again.class_names == ["a", "m", "z"]
+    place = [
+        again.files.index(name.replace("class12", "z").replace("class13", "a").replace("class14", "m"))
+        for name in first.files
+    ]
+    renamed = again.answers.probabilities[place][:, [2, 0, 1]]
+    torch.testing.assert_close(renamed, first.answers.probabilities, atol=1e-4, rtol=0)
+
+
+def test_a_classifier_of_an_older_version_keeps_its_confidence(root):
+    path = root / "my.classifier"
+    assert script(root, query=None, save=path).status == 0
+    content = torch.load(path, weights_only=True)
+    content["confidence"] = {"n": 5, "n_right": 4, "n_folds": 3, "temperature": 0.5}
+    torch.save(content, path)
+    classifier = load_classifier(path, None, torch.device("cpu")).classifier
+    assert (classifier.confidence.n, classifier.confidence.accuracy, classifier.temperature) == (5, 0.8, 0.5)
+    assert "4 of 5 examples, left out in turn" in "".join(confidence_lines(classifier))
+
+
 def truncate(folder, file):
     def spoil(root):
         path = root / folder / file
@@ -418,13 +445,19 @@ def test_a_kept_classifier_labels_alike_without_support_and_base(root, more):
     assert (files, names) == (expected.files, expected.labels)
     torch.testing.assert_close(probabilities, expected.answers.probabilities, atol=2e-6, rtol=0)
     record = json.loads((root / "labelled" / "predictions.json").read_text())
-    assert record["confidence"] == confidence_record(expected.fitted.classifier.confidence)
+    assert record["confidence"] == confidence_record(expected.fitted.classifier)
 
 
 def test_leave_one_out_is_in_summary_and_record(root):
     outcome = script(root, base=root / "tiny")
     record = json.loads((root / "out" / "predictions.json").read_text())["confidence"]
     assert f"{record['n_right']} of 5 examples, left out in turn" in outcome.out
+    assert "every class counts alike" in outcome.out and "not tested, with one example: class12\n" in outcome.out
+    assert "chance is 33 %, the largest class has 50 % of the examples" in outcome.out
+    assert {name: row["n"] for name, row in record["classes"].items()} == {"class13": 3, "class14": 2}
+    for name, row in record["classes"].items():
+        assert f"{name} {row['n_right']} of {row['n']}" in outcome.out
+    assert (record["chance"], record["majority"]) == (33.333, 50.0)
     assert record["low"] < record["accuracy"] <= record["high"] and record["temperature"] > 0
     one_each = [root / SUPPORT / name / f"00{i}.png" for name, n in N_SUPPORT.items() for i in range(1, n)]
     for path in one_each:
