@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ from engine.errors import UserError
 from engine.files import Schema, atomic_file, matches_schema, read_json
 from engine.generators import make_generator
 
-EPISODES_FILE: Schema = {"n_way": int, "n_shot": int, "n_query": int, "images": list[str], "episodes": list}
+# A file of episodes: of each the images by name, with labels from 0 to n_way - 1; or a list of all names, `images`, and
+# of each episode their numbers (n_way, n_shot + n_query), as it was written until November 2026.
+SHAPE: Schema = {"n_way": int, "n_shot": int, "n_query": int}
+NAMED: Schema = {"episodes": [{"support": dict[str, int], "query": dict[str, int]}]}
+NUMBERED: Schema = {"episodes": list, "images": list[str]}
 
 
 @dataclass(frozen=True)
@@ -143,22 +148,47 @@ def sample_episodes(split: Split, shape: EpisodeShape, n_episodes: int, seed: in
 
 
 def write_episodes(path: Path, split: Split, episodes: Episodes) -> None:
-    """Write episodes as JSON by image name (`class/file`), for another method or another repository to read.
+    """Write episodes as JSON: of each the support and the query, as the label of each image by its name (`class/file`).
 
-    Raises UserError when the file cannot be written.
+    docs/running.md reads it in another code base. Raises UserError when the file cannot be written.
     """
-    used, inverse = episodes.index.unique(return_inverse=True)
-    record = {
-        "benchmark": split.benchmark,
-        "split": split.split,
-        "n_way": episodes.n_way,
-        "n_shot": episodes.n_shot,
-        "n_query": episodes.query.shape[2],
-        "images": [split.image_names[i] for i in used.tolist()],
-        "episodes": inverse.tolist(),
-    }
+    shape = {"n_way": episodes.n_way, "n_shot": episodes.n_shot, "n_query": episodes.query.shape[2]}
+
+    def named(index: Tensor) -> dict[str, int]:
+        return {split.image_names[i]: way for way, row in enumerate(index.tolist()) for i in row}
+
+    both = zip(episodes.support, episodes.query, strict=True)
+    listed = [{"support": named(support), "query": named(query)} for support, query in both]
+    record = {"benchmark": split.benchmark, "split": split.split, **shape, "episodes": listed}
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(record, separators=(",", ":")), encoding="utf-8")
+
+
+def by_class(labels: dict[str, int], n_way: int, n_each: int) -> list[list[str]]:
+    """The image names of each class from 0 to n_way - 1. Raises ValueError when one has not n_each."""
+    names = sorted(labels, key=labels.__getitem__)
+    if sorted(labels.values()) != class_major_labels(n_way, n_each).tolist():
+        raise ValueError(f"an episode has not {n_each} images of each of {n_way} classes")
+    return [names[w * n_each : (w + 1) * n_each] for w in range(n_way)]
+
+
+def image_table(record: dict[str, Any], shape: EpisodeShape) -> tuple[Tensor, list[str]]:
+    """The content of a file of episodes of this shape: numbers (E, n_way, n_shot + n_query) in a list of image names.
+
+    Raises ValueError, TypeError or RuntimeError when it holds something else.
+    """
+    if matches_schema(record, NUMBERED):
+        return torch.tensor(record["episodes"], dtype=torch.long), record["images"]
+    if not matches_schema(record, NAMED):
+        raise ValueError("its episodes have no support and query of image names and labels")
+    number: dict[str, int] = {}
+    index = []
+    for episode in record["episodes"]:
+        support = by_class(episode["support"], shape.n_way, shape.n_shot)
+        query = by_class(episode["query"], shape.n_way, shape.n_query)
+        rows = [names + more for names, more in zip(support, query, strict=True)]
+        index.append([[number.setdefault(name, len(number)) for name in row] for row in rows])
+    return torch.tensor(index, dtype=torch.long), list(number)
 
 
 def read_episodes(path: Path, split: Split, shape: EpisodeShape, n_episodes: int) -> Episodes:
@@ -170,12 +200,12 @@ def read_episodes(path: Path, split: Split, shape: EpisodeShape, n_episodes: int
     again = "delete it to have it written again"
     try:
         record = read_json(path)
-        if not matches_schema(record, EPISODES_FILE):
-            raise ValueError(f"it does not hold {', '.join(EPISODES_FILE)}")
-        index, names = torch.tensor(record["episodes"], dtype=torch.long), record["images"]
+        if not matches_schema(record, SHAPE):
+            raise ValueError(f"it does not hold {', '.join(SHAPE)}")
+        found = EpisodeShape(record["n_way"], record["n_shot"], record["n_query"])
+        index, names = image_table(record, shape) if found == shape else (torch.empty(0), [])
     except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last two: lists of unequal length, no numbers
         raise UserError(f"episodes file {path} cannot be read ({' '.join(str(error).split())}): {again}") from error
-    found = EpisodeShape(record["n_way"], record["n_shot"], record["n_query"])
     if found != shape:
         raise UserError(f"episodes file {path} holds {found}, not {shape}: give matching flags or another file")
     if len(index) < n_episodes:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from data.episodes import (
     write_episodes,
 )
 from engine.errors import UserError
-from tests.helpers import make_split
+from tests.helpers import ROOT, make_split
 
 UNEQUAL = make_split(counts=(9, 7, 12, 7, 30, 8), side=1)
 
@@ -182,6 +183,28 @@ def test_fixed_episodes_are_written_once_and_read_ever_after(tmp_path):
     assert_same(fixed_episodes(None, UNEQUAL, EpisodeShape(3, 2, 4), 10, seed=5), first)
 
 
+def test_another_code_base_reads_the_file_as_the_documentation_says(file, episodes, monkeypatch):
+    """The two pieces of Python in docs/running.md: one reads names and labels, one feeds a DataLoader."""
+    text = (ROOT / "docs" / "running.md").read_text()
+    reads, samples = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [[line for line in part.splitlines() if line.strip()] for part in (reads, samples.split("\n\n\n")[1])]
+    assert [len(part) for part in lines] == [5, 10]
+    monkeypatch.chdir(file.parent)
+    found = {}
+    exec(reads, {"train_and_test": lambda *parts: found.setdefault("episodes", []).append(parts)})
+    position = {name: i for i, name in enumerate(UNEQUAL.image_names)}
+    for e, parts in enumerate(found["episodes"]):
+        for part, index in zip(parts, (episodes.support[e], episodes.query[e]), strict=True):
+            expected = [(UNEQUAL.image_names[i], way) for way, row in enumerate(index.tolist()) for i in row]
+            assert part == expected
+    dataset = torch.utils.data.TensorDataset(torch.arange(len(position)))
+    scope = {"dataset": dataset, "names": UNEQUAL.image_names}
+    exec(samples, scope)
+    batches = torch.stack([index for (index,) in scope["loader"]])
+    assert len(found["episodes"]) == len(scope["loader"]) == 10
+    assert torch.equal(batches.view(10, 3, 6), episodes.index)
+
+
 @pytest.mark.parametrize(
     "asked, message",
     [
@@ -198,12 +221,50 @@ def test_a_file_for_something_else_is_refused(file, asked, message):
     assert str(file) in str(error.value) and message in str(error.value)
 
 
+def numbered(record):
+    """A record as files were written until November 2026: numbers of images instead of names."""
+    episodes = [[*e["support"].items(), *e["query"].items()] for e in record["episodes"]]
+    images = sorted({name for episode in episodes for name, _ in episode})
+    of_class = [[[images.index(name) for name, way in e if way == w] for w in range(3)] for e in episodes]
+    return {**record, "images": images, "episodes": of_class}
+
+
+def test_a_file_of_numbered_images_is_still_read(file, episodes):
+    file.write_text(json.dumps(numbered(json.loads(file.read_text()))))
+    assert_same(read(file), episodes)
+
+
+def moved(episode, name, part, to):
+    """An episode whose image `name` has gone from one of its two parts to the other."""
+    parts = {key: dict(episode[key]) for key in ("support", "query")}
+    parts[to][name] = parts[part].pop(name)
+    return parts
+
+
+def change_first(change):
+    """Damage to the first episode of a record alone: the others show that each is checked."""
+    return lambda record, text: {**record, "episodes": [change(record["episodes"][0]), *record["episodes"][1:]]}
+
+
 DAMAGE = {
     "cut off": lambda record, text: text[: len(text) // 2],
     "empty": lambda record, text: "",
     "another json": lambda record, text: "[]",
     "null": lambda record, text: "null",
     "no episodes": lambda record, text: {**record, "episodes": []},
+    "no query": change_first(lambda e: {"support": e["support"]}),
+    "labels no numbers": change_first(lambda e: {**e, "query": dict.fromkeys(e["query"], "a")}),
+    "a label too large": change_first(lambda e: {**e, "query": {**e["query"], next(iter(e["query"])): 3}}),
+    "an image left out": change_first(lambda e: {**e, "query": dict([*e["query"].items()][1:])}),
+    "a query in the support": change_first(lambda e: moved(e, next(iter(e["query"])), "query", "support")),
+    "an image in both": change_first(
+        lambda e: {**e, "query": {next(iter(e["support"])): 0, **dict([*e["query"].items()][1:])}}
+    ),
+    "two classes of one label": change_first(
+        lambda e: {**e, "query": dict(zip(e["query"], [*e["query"].values()][::-1], strict=True))}
+    ),
+}
+NUMBERED_DAMAGE = {
     "a key missing": lambda record, text: {key: value for key, value in record.items() if key != "images"},
     "ragged": lambda record, text: {**record, "episodes": record["episodes"] + [[[0]]]},
     "not numbers": lambda record, text: {**record, "episodes": [[["a"] * 6] * 3] * 10},
@@ -225,10 +286,11 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", [*DAMAGE, *NUMBERED_DAMAGE])
 def test_a_damaged_file_is_refused_and_left_as_it_is(file, damage):
     text = file.read_text()
-    content = DAMAGE[damage](json.loads(text), text)
+    record = json.loads(text)
+    content = DAMAGE[damage](record, text) if damage in DAMAGE else NUMBERED_DAMAGE[damage](numbered(record), text)
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     damaged = file.read_bytes()
     with pytest.raises(UserError) as error:
