@@ -59,6 +59,15 @@ def backbone_name(text: str) -> str:
     raise argparse.ArgumentTypeError(f"unknown backbone {text!r}: choose {choices}")
 
 
+def episode_choice(text: str) -> int | str:
+    """An argparse type: the number of an episode, or median or worst."""
+    if text in ("median", "worst"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of an episode nor median or worst")
+    return int(text)
+
+
 def resize_rule(text: str) -> str:
     """An argparse type: a resize rule."""
     if not RULE.fullmatch(text):
@@ -289,7 +298,8 @@ ALIGNMENT: Table = [
          "loss: centroid (Algorithm 1), adversarial (2), naive (updates without), head (with --align_blocks 0), none"),
     flag("--test_split", ["novel", "val"], "novel", "classes of the episodes; tune settings on val, never on novel"),
     flag("--record_curve K", COUNT_OR_0, 0, "record the query accuracy after every K iterations; 0 does not"),
-    flag("--save_episode I", COUNT_OR_0, [0], "episodes whose images and features report.html shows", nargs="+"),
+    flag("--save_episode I", episode_choice, [0],
+         "episodes whose images and features report.html shows: numbers, or median and worst by gain", nargs="+"),
     *UPDATES,
 ]
 

@@ -36,7 +36,7 @@ def main() -> None:
     files = alignment_files(from_flags(RunName, args), variant, from_flags(Folders, args), vars(args))
     n_test = args.testing_epochs * args.n_episodes
     files.announce(f"{args.align_iters} iterations on each of {n_test} {args.test_split} episodes", run.quiet)
-    if (most := max(args.save_episode)) >= n_test:
+    if (most := max([i for i in args.save_episode if isinstance(i, int)], default=0)) >= n_test:
         raise UserError(f"--save_episode {most}, but the {n_test} episodes are numbered from 0: give less")
 
     # The backbone of stage 1 or 2; images as uint8 arrays, made as it takes them, and episodes as indices into them.
@@ -67,20 +67,19 @@ def main() -> None:
     # Every episode: fit a head, find the related base classes, align. A rank takes consecutive ones.
     files.begin({"weights": weights_digest(backbone)} | images)
     done = AlignedEpisodes(files, run, episodes, novel.class_names, setting)
-    for i in sorted(i for i in {*args.save_episode} - {*done.drawings} if i < len(done)):
-        print(f"note: episode {i} is done and was not saved: only --overwrite runs it again")
     step = episodes_per_chunk(backbone.feature_dim, shape.n_way, setting) if blocks.in_feature_space else SAVE_EVERY
     with files.resumable(), done.bar:
         while (first := len(done)) < n_test:
             mine = ranks.share(range(first, min(first + ranks.n * step, n_test)))
             for i, episode in align_episodes(blocks, episodes, novel_source, base_source, setting, run, mine):
                 done.add(i, episode)
-                if i in args.save_episode:
-                    saved = gather_episode(episodes, i, episode, novel_source, base_source, blocks, setting, run)
-                    done.kept.append(saved)
             done.exchange(first)
             done.save()
         done.save()
+        for i in done.to_draw(args.save_episode):  # again, now that it is known how each stands among all
+            ((_, episode),) = align_episodes(blocks, episodes, novel_source, base_source, setting, run, range(i, i + 1))
+            done.drawings[i] = gather_episode(episodes, i, episode, novel_source, base_source, blocks, setting, run)
+        done.save_drawings()
     if ranks.first:
         save_alignment_result(done, novel_source, checkpoint, path, chosen)
 

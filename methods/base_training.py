@@ -52,8 +52,8 @@ def train_base_epoch(
     model.net.train()
     generator = run.generator("base training", epoch)
     order = torch.randperm(len(images.labels), generator=generator)
-    losses, sizes = Losses(f"epoch {epoch}, batch"), []
-    bar = run.bar(order.split(batch_size), f"epoch {epoch}", "batch", leave=False)
+    losses, sizes = Losses(f"epoch {epoch + 1}, batch"), []
+    bar = run.bar(order.split(batch_size), f"epoch {epoch + 1}", "batch", leave=False)
     for step, index in enumerate(bar):
         mine = ranks.share(range(len(index)))
         part = slice(mine.start, mine.stop)

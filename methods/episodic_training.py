@@ -39,8 +39,8 @@ def train_episodic_epoch(
     backbone, learner = model.backbone.train(not warm_up), cast(MetaLearner, model.head).train()
     network = backbone.feature_map if learner.uses_maps else backbone
     y_query = class_major_labels(episodes.n_way, episodes.query.shape[2], run.device)
-    losses = Losses(f"epoch {epoch}, episode")
-    bar = run.bar(range(len(episodes)), f"epoch {epoch}", "episode", leave=False)
+    losses = Losses(f"epoch {epoch + 1}, episode")
+    bar = run.bar(range(len(episodes)), f"epoch {epoch + 1}", "episode", leave=False)
     for k in bar:
         index = episodes.index[k]
         x = images.batch(index.flatten(), run.generator("episodic training", epoch, k))

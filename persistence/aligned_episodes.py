@@ -1,6 +1,7 @@
 """Files of stage 3: a row per episode, the state every few of them, the saved episodes, and the result."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from persistence.saved_episode import read_saved_episodes
 class AlignedEpisodes:
     """The episodes done, a row each: the columns of `tensors`. class_names: of the split that `episodes` index.
 
-    The saved episodes wait in `kept`, and the notes in `notes`, until the ranks exchange them.
+    The notes wait in `notes` until the ranks exchange them. drawings: the saved episodes, by their number.
     """
 
     def __init__(
@@ -48,7 +49,6 @@ class AlignedEpisodes:
         self.setting = setting
         self.digests = [hashlib.sha256(index.numpy().tobytes()).hexdigest()[:16] for index in episodes.index]
         self.rows: list[dict[str, Tensor]] = []
-        self.kept: list[dict[str, Any]] = []
         if run.ranks.first and not files.state:
             files.episode.unlink(missing_ok=True)  # so that none of an older run is ever taken for one of this
         saved = read_saved_episodes(files.episode) if files.state and files.episode.is_file() else []
@@ -77,16 +77,14 @@ class AlignedEpisodes:
         return EpisodeScores(torch.stack([row[name] for row in self.rows]))
 
     def exchange(self, first: int) -> None:
-        """Gather the ranks' rows from the first-th on, in order, and their notes and saved episodes."""
-        mine = (self.rows[first:], self.notes, self.kept)
-        of_ranks = gather_objects(mine, self.run.ranks)
-        self.rows[first:] = [row for rows, _, _ in of_ranks for row in rows]
-        self.notes, self.kept = [], []
+        """Gather the ranks' rows from the first-th on, in order, and their notes."""
+        of_ranks = gather_objects((self.rows[first:], self.notes), self.run.ranks)
+        self.rows[first:] = [row for rows, _ in of_ranks for row in rows]
+        self.notes = []
         self.bar.update(len(self.rows) - self.bar.n)
-        for note in (note for _, notes, _ in of_ranks for note in notes):
+        for note in (note for _, notes in of_ranks for note in notes):
             tqdm.write(note)
         if self.run.ranks.first:
-            self.kept = [saved for _, _, kept in of_ranks for saved in kept]
             for i in range(first, len(self.rows)):
                 self.files.metrics.write(i, self.metrics_row(i))
 
@@ -104,14 +102,41 @@ class AlignedEpisodes:
         return {name: torch.stack([row[name] for row in self.rows]) for name in self.rows[0]}
 
     def save(self) -> None:
-        """Write the state, and the saved episodes, if any episode is done and this is the first rank."""
+        """Write the state if any episode is done and this is the first rank."""
         if self.rows and self.run.ranks.first:
-            if self.kept:
-                self.drawings |= {saved["episode"]: saved for saved in self.kept}
-                self.kept = []
-                head, *more = (self.drawings[i] for i in sorted(self.drawings))
-                save_atomically(self.files.episode, {**head, "more": more})
             self.files.save_state(episodes=self.digests[: len(self.rows)], **self.tensors())
+
+    def gains(self) -> Tensor:
+        """What alignment adds to fine-tuning in each episode done, (E,), in points."""
+        before, after = (self.scores(name).accuracy for name in ("finetuned", "aligned"))
+        return 100 * (after - before)
+
+    def to_draw(self, wanted: Sequence[int | str]) -> list[int]:
+        """The wanted episodes that are not saved yet, by number, or `median` or `worst` by gain; of the first rank."""
+        order = self.gains().argsort(stable=True).tolist()
+        named: dict[int | str, int] = {"worst": order[0], "median": order[(len(order) - 1) // 2]}
+        numbers = {named.get(i, i) for i in wanted}
+        return sorted(int(i) for i in numbers if i not in self.drawings) if self.run.ranks.first else []
+
+    def save_drawings(self) -> None:
+        """Write the saved episodes, each with how it stands among all episodes."""
+        if self.drawings and self.run.ranks.first:
+            gains = self.gains()
+            for i, saved in self.drawings.items():
+                if i >= len(gains):  # of a longer run than this one
+                    continue
+                better_than = (gains < gains[i]).double().mean().item()
+                standing = {"gain": gains[i].item(), "mean": gains.mean().item(), "better_than": better_than}
+                self.drawings[i] = saved | {"standing": standing, "title": self.title}
+            head, *more = (self.drawings[i] for i in sorted(self.drawings))
+            save_atomically(self.files.episode, {**head, "more": more})
+
+    @property
+    def title(self) -> str:
+        """The run in words: `arcMax, head alignment, Conv4; glyphs, 5-way 1-shot`."""
+        name = self.files.name
+        task = f"{name.novel_dataset}, {self.episodes.n_way}-way {self.episodes.n_shot}-shot"
+        return f"{name.method}, {self.setting.alignment} alignment, {name.backbone}; {task}"
 
     def restore(self) -> None:
         """Resume after the episodes of the state, at most as many as asked for. Raises UserError if it does not fit."""

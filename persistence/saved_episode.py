@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.episodes import Episodes
-from engine.files import read_record
+from engine.errors import UserError
+from engine.files import Schema, misfit, read_record
 from engine.precision import Precision
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting
@@ -27,6 +28,9 @@ EPISODE = {
     **{"support_images": Tensor, "related_classes": [[RELATED]], "method": str, "nearest": Tensor},
     **{"images": {"support": Tensor, "query": Tensor}, "logits": {"before": Tensor, "after": Tensor}},
 }
+# What files of earlier versions lack. scale: that of the logits, by which cosines are multiplied.
+SCALE = {"before": float, "after": float}
+LATER: Schema = {"scale": SCALE, "standing": {"gain": float, "mean": float, "better_than": float}, "title": str}
 N_SAMPLES = 4  # images kept of each related base class
 N_NEAREST = 3  # of them, those kept as the nearest of each query
 MAX_SIDE = 84  # pixels, of the images kept
@@ -48,14 +52,17 @@ def thumbnails(images: Tensor) -> Tensor:
     return F.interpolate(images.cpu().float(), MAX_SIDE, mode="area").round().to(torch.uint8)
 
 
-def logits_before_and_after(episode: AlignedEpisode, setting: AlignmentSetting) -> dict[str, Tensor]:
-    """Logits (q, n_way) of the queries by fine-tuning, and after alignment, at the scale s that each was made with."""
-    head = episode.head
-    head.rescale(setting.fit.ft_s, setting.fit.ft_m)
-    before = head.logits(episode.finetuned).cpu()
-    if setting.alignment != "none" and setting.align_iters:
-        head.rescale(setting.align_s, setting.align_m)
-    return {"before": before, "after": head.logits(episode.aligned).cpu()}
+def logits_before_and_after(episode: AlignedEpisode, setting: AlignmentSetting) -> dict[str, dict[str, Any]]:
+    """Logits (q, n_way) of the queries by fine-tuning, and after alignment, and the scale s that each was made with."""
+    head, fit = episode.head, setting.fit
+    is_aligned = setting.alignment != "none" and setting.align_iters
+    made_with = {"before": (fit.ft_s, fit.ft_m, episode.finetuned)}
+    made_with["after"] = (setting.align_s, setting.align_m, episode.aligned) if is_aligned else made_with["before"]
+    logits, scale = {}, {}
+    for when, (s, m, scores) in made_with.items():
+        head.rescale(s, m)
+        logits[when], scale[when] = head.logits(scores).cpu(), s if "s" in head.scalars else 1.0
+    return {"logits": logits, "scale": scale}
 
 
 def gather_episode(
@@ -114,14 +121,17 @@ def gather_episode(
             name: thumbnails(novel.split.images[index.flatten()])
             for name, index in (("support", support), ("query", query))
         },
-        "logits": logits_before_and_after(episode, setting),
+        **logits_before_and_after(episode, setting),
         "nearest": cosine.topk(min(N_NEAREST, len(index)), 1).indices,
     }
 
 
 def read_saved_episodes(path: Path) -> list[dict[str, Any]]:
     """The episodes of a file, with its name as `result` of each. Raises UserError when it is no such file."""
-    schema = EPISODE | {"more": [EPISODE]}
-    first = read_record(path, EPISODE_FORMAT, schema, "saved episode", "delete it and run its stage again")
+    schema, remedy = EPISODE | {"more": [EPISODE]}, "delete it and run its stage again"
+    first = read_record(path, EPISODE_FORMAT, schema, "saved episode", remedy)
     more = first.pop("more")
+    for record in (first, *more):
+        if wrong := misfit(record, {key: kind for key, kind in LATER.items() if key in record}):
+            raise UserError(f"{path} is a damaged saved episode ({wrong}): {remedy}")
     return [record | {"result": path.stem} for record in (first, *more)]

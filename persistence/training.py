@@ -64,7 +64,7 @@ class TrainState:
                 raise UserError(f"{files.last} has done {self.n_done} epochs, more than --n_epoch {n_epoch}: give more")
             if self.run.ranks.first:
                 files.metrics.keep(self.rows)
-            print(f"resumed after epoch {self.n_done - 1}: {files.last}")
+            print(f"resumed after epoch {self.n_done}: {files.last}")
         with files.resumable():
             yield
 
@@ -132,7 +132,7 @@ class TrainState:
             save_checkpoint(self.files.best, checkpoint)
         row: dict[str, Any] = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
         row |= {"val_accuracy": 100 * accuracy, "val_ci95": 100 * ci95, "seconds": time.time() - self.epoch_began}
-        trained = f"epoch {epoch:3d}  loss {loss:.3f}  base accuracy {100 * base_accuracy:.1f}"
+        trained = f"epoch {epoch + 1:3d}  loss {loss:.3f}  base accuracy {100 * base_accuracy:.1f}"
         print(
             f"{trained if epoch >= 0 else 'before training'}  "
             f"val {percent(accuracy, ci95)}  best {100 * self.best:.2f}  {row['seconds']:.1f} s"

@@ -19,10 +19,13 @@ from reporting.result_figures import confusion_figure, curve_figure, training_fi
 
 # What each figure shows, and what to run to have that.
 FIGURES = {
-    "training": ("loss, base and validation accuracy by epoch", "run transferLearning.py or metaLearning.py"),
+    "training": ("loss, training and validation accuracy by epoch", "run transferLearning.py or metaLearning.py"),
     "curve": ("accuracy and gain against alignment iterations", "run associative_alignment.py --record_curve 10"),
-    "confusion": ("which novel classes are taken for which, over all episodes", "run a stage again"),
-    "projection": ("features and margins of one episode before and after alignment", "run associative_alignment.py"),
+    "confusion": ("which novel classes are taken for which, and what alignment changes in that", "run a stage again"),
+    "projection": (
+        "features, head and margins of one episode before and after alignment",
+        "run associative_alignment.py",
+    ),
 }
 
 

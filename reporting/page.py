@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from engine.errors import OneLineParser
 from engine.script import run_script
@@ -39,7 +40,16 @@ def measure(part: dict[str, Any], shown: str, low: float, high: float) -> str:
     sign = "up" if left > 0 else "down" if right < 0 else "unsure"
     start, width = (100 * x / ((high - low) or 1) for x in (left - low, right - left))
     bar = f'<i class="{sign}" style="left:{start:.2f}%;width:{width:.2f}%"></i>'
+    if low < 0 < high:
+        bar += f'<b style="left:{-100 * low / (high - low):.2f}%"></b>'
     return f'<div class="measure"><span>{shown}</span><span class="scale">{bar}</span></div>'
+
+
+def axis(low: float, high: float) -> str:
+    """The axis of the bars from low to high: round numbers at their places."""
+    ticks = [tick for tick in MaxNLocator(3).tick_values(low, high) if low <= tick <= high]
+    marks = (f'<b style="left:{100 * (tick - low) / ((high - low) or 1):.2f}%">{tick:g}</b>' for tick in ticks)
+    return f'<div class="measure"><span></span><span class="axis">{"".join(marks)}</span></div>'
 
 
 def results_table(records: list[dict[str, Any]]) -> str:
@@ -54,7 +64,8 @@ def results_table(records: list[dict[str, Any]]) -> str:
         accuracy = measure(numbers, interval(numbers), *scale)
         cells = (of_task, escape(method), escape(backbone), accuracy, shown_gain, episodes, seconds)
         lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}")
-    heads = "".join(f'<th scope="col">{name}' for name in COLUMNS)
+    axes = {"accuracy, %": axis(*scale), "paired gain": axis(*gain_scale)}
+    heads = "".join(f'<th scope="col">{name}{axes.get(name, "")}' for name in COLUMNS)
     return (
         f'<p class="note">{NOTE}</p><div class="wide" tabindex="0"><table class="results" aria-label="results">'
         f"<thead><tr>{heads}<tbody>{''.join(lines)}</table></div>"

@@ -49,7 +49,7 @@ class EpisodeView:
     """What is shown of an episode: support images, uint8 (3, s, s), and related base classes per class.
 
     A related class has a name, its score and images (k, 3, s, s). The images that queries are near to are those of
-    related classes, class by class, or, without any, the support images.
+    related classes, class by class, or, without any, the support images. standing: how it compares with all, in words.
     """
 
     title: str
@@ -57,6 +57,7 @@ class EpisodeView:
     support: list[list[Tensor]]
     related: list[list[dict[str, Any]]]
     queries: list[Query]
+    standing: str = ""
 
     @property
     def aligned(self) -> bool:
@@ -64,15 +65,23 @@ class EpisodeView:
         return any(query.before != query.after for query in self.queries)
 
 
+def standing_text(record: dict[str, Any]) -> str:
+    """How a saved episode stands among all: `gain +4.0, mean +2.0: better than 80 % of episodes`, if that is known."""
+    if not (standing := record.get("standing")):
+        return ""
+    share = f"better than {100 * standing['better_than']:.0f} % of episodes"
+    return f"gain {standing['gain']:+.1f} points, mean of all {standing['mean']:+.1f}: {share}"
+
+
 def view_of(record: dict[str, Any]) -> EpisodeView:
     """The view of a saved episode."""
     names, truth = record["class_names"], record["query"]["labels"].tolist()
-    title = record["result"].removeprefix("associative_alignment_").replace("_", " ")
+    title = f"Episode {record['episode']}: {record.get('title', record['result'].replace('_', ' '))}"
     support = [[*of_class] for of_class in record["images"]["support"].unflatten(0, (len(names), -1))]
     before, after = (record["logits"][when].float().softmax(1).tolist() for when in ("before", "after"))
     about = [f"query {i}, of {names[c]}" for i, c in enumerate(truth)]
     queries = [*map(Query, about, record["images"]["query"], truth, before, after, record["nearest"].tolist())]
-    return EpisodeView(f"Episode {record['episode']}: {title}", names, support, record["related_classes"], queries)
+    return EpisodeView(title, names, support, record["related_classes"], queries, standing_text(record))
 
 
 def img(kind: str, data: bytes, alt: str) -> str:
@@ -150,7 +159,8 @@ def summary_text(view: EpisodeView) -> str:
     n = len(view.queries)
     before, after = (100 * sum(query.labels[k] == query.truth for query in view.queries) / max(n, 1) for k in (0, 1))
     was = f"{before:.1f} % right before alignment, " if view.aligned else ""
-    return f"{n} queries; {was}{after:.1f} % right{' after' if was else ''}"
+    right = f"{n} queries; {was}{after:.1f} % right{' after' if was else ''}"
+    return f"{right}; {view.standing}" if view.standing else right
 
 
 def episode_section(view: EpisodeView, is_open: bool) -> str:

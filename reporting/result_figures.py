@@ -7,10 +7,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import Tensor
 
-from reporting.figure_style import GREY, INK, colour, label_text, line_style
+from methods.meta_learners import META_LEARNERS
+from reporting.figure_style import GREY, colour, label_text, line_style
 from reporting.report import tested_on
 
 Rows = list[dict[str, Any]]
@@ -51,61 +51,91 @@ def curve_figure(records: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def loss_kind(name: str) -> tuple[str, str]:
+    """The loss of a training, and what its training accuracy is of, from the run's name."""
+    longest_first = sorted(META_LEARNERS, key=len, reverse=True)
+    learner = next((each for each in longest_first if f" {each.replace('_', ' ')} " in name), None)
+    if learner is None:
+        return "cross-entropy over all base classes", "base images, among all base classes"
+    return ("squared error" if learner == "RelationNet" else "cross-entropy") + " of episodes", "training episodes"
+
+
 def training_figure(logs: dict[str, Rows]) -> Figure:
-    """Loss, and base and validation accuracy, by epoch: rows of metrics.jsonl of each run, by name."""
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    """Loss, training accuracy and validation accuracy by epoch: rows of metrics.jsonl of each run, by name.
+
+    Each kind of loss has a row of panels. Epochs are counted from 1; a mark at 0 is the model before training.
+    """
+    kinds = list(dict.fromkeys(map(loss_kind, logs)))
+    figure = Figure(figsize=(13, 0.8 + 3.4 * len(kinds)), layout="constrained")
+    panels = dict(zip(kinds, figure.subplots(len(kinds), 3, squeeze=False), strict=True))
+    for kind, (loss, base, val) in panels.items():
+        loss.set(title=f"Loss: {kind[0]}", ylabel="loss")
+        base.set(title=f"Accuracy: {kind[1]}", ylabel="%")
+        val.set(title="Accuracy: val episodes", ylabel="% (95% interval)")
+        for axes in (loss, base, val):
+            axes.set(xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
     for i, (name, rows) in enumerate(logs.items()):
-        x = [row["epoch"] for row in rows]
-        loss.plot(x, [row["loss"] for row in rows], label=label_text(name, 60), **line_style(i))
-        accuracy.plot(x, [row["base_accuracy"] for row in rows], color=colour(i), linestyle="--")
-        draw_band(accuracy, rows, ("epoch", "val_accuracy", "val_ci95"), line_style(i))
-    loss.set(title="Training loss", xlabel="epoch", ylabel="loss")
-    accuracy.set(title="Accuracy", xlabel="epoch", ylabel="% (validation: 95% interval)")
-    lines = Line2D([], [], color=INK, label="validation"), Line2D([], [], color=INK, linestyle="--", label="base")
-    accuracy.legend(handles=lines, frameon=False)
-    for axes in (loss, accuracy):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        loss, base, val = panels[loss_kind(name)]
+        counted = [row | {"epoch": row["epoch"] + 1} for row in rows]
+        trained = [row for row in counted if row["epoch"]]
+        x = [row["epoch"] for row in trained]
+        loss.plot(x, [row["loss"] for row in trained], label=label_text(name, 60), **line_style(i))
+        base.plot(x, [row["base_accuracy"] for row in trained], **line_style(i))
+        draw_band(val, trained, ("epoch", "val_accuracy", "val_ci95"), line_style(i))
+        for row in counted[: len(counted) - len(trained)]:
+            style = {"fmt": "D", "color": colour(i), "markerfacecolor": "white", "capsize": 3}
+            val.errorbar(0, row["val_accuracy"], row["val_ci95"] or 0.0, **style)
+            val.annotate("before training", (0, row["val_accuracy"]), (8, -3), textcoords="offset points", fontsize=7)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
-def as_matrix(confusion: dict[str, dict[str, int]]) -> tuple[list[str], Tensor]:
-    """Class names (C,), sorted, and the counts (C, C) of a confusion_record, rows true."""
-    names = sorted({*confusion, *(name for row in confusion.values() for name in row)})
-    counts = [[confusion.get(true, {}).get(name, 0) for name in names] for true in names]
-    return names, torch.tensor(counts)
+def share_matrix(confusion: dict[str, dict[str, int]], names: list[str]) -> Tensor:
+    """A confusion_record as (C, C), rows true: each row in % of the queries of its class."""
+    counts = torch.tensor([[confusion.get(true, {}).get(name, 0) for name in names] for true in names])
+    return 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
 
 
-def draw_confusion(axes: Axes, confusion: dict[str, dict[str, int]], title: str) -> Any:
-    """The counts of a confusion_record, each row in % of its queries; returns the image, for a colour bar."""
-    names, counts = as_matrix(confusion)
-    share = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
-    # The root shows the small shares that confusions are.
-    image = axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+def draw_matrix(axes: Axes, names: list[str], values: Tensor, is_difference: bool) -> Any:
+    """Shares of queries in %, or differences of them in points, (C, C), rows true; returns the image."""
+    if is_difference:
+        largest = max(1.0, values.abs().max().item())
+        image = axes.imshow(values.numpy(), cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
+    else:  # the root shows the small shares that confusions are
+        image = axes.imshow(values.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     shown = range(0, len(names), -(-len(names) // MAX_LABELS))  # every second one of 41 to 80
-    labels = [label_text(names[i], 18) for i in shown]
+    labels = [label_text(names[i], 30) for i in shown]
     axes.set_xticks(shown, labels, rotation=90, fontsize=7)
     axes.set_yticks(shown, labels, fontsize=7)
     if len(names) <= MAX_NUMBERS:
-        for i, j in torch.nonzero(share >= 0.5).tolist():
-            ink = "white" if share[i, j] > 40 else "black"
-            axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=7, color=ink)
-    axes.set(title=title, xlabel="predicted class", ylabel="true class")
+        strong = 0.7 * (image.norm.vmax or 1.0) if is_difference else 40
+        for i, j in torch.nonzero(values.abs() >= 0.5).tolist():
+            text = f"{values[i, j]:{'+' if is_difference else ''}.0f}"
+            ink = "white" if values[i, j].abs() > strong else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
+    axes.set(xlabel="predicted class", ylabel="true class")
     return image
 
 
 def confusion_figure(record: dict[str, Any]) -> Figure:
-    """Confusion over all episodes of a result; of stage 3 by fine-tuning and after alignment."""
-    panels = {record["method"]: record}
-    if "alignment" in record:
-        panels = {"fine-tuning": record["fine_tuning"], f"{record['alignment']} alignment": record}
-    side = 1.6 + max(3.2, 0.17 * min(MAX_LABELS, len(record["confusion"])))
-    figure = Figure(figsize=(side * len(panels) + 0.8, side + 0.3), layout="constrained")
+    """Confusion over all episodes of a result; of stage 3 also what alignment has changed of fine-tuning's."""
+    of_control = record["fine_tuning"]["confusion"] if "alignment" in record else {}
+    names = sorted(
+        {name for part in (record["confusion"], of_control) for row in part.items() for name in (row[0], *row[1])}
+    )
+    shares = share_matrix(record["confusion"], names)
+    panels = {f"{run_name(record).split(',')[0]}, {record['accuracy']:.1f} %": shares}
+    if of_control:
+        gain = record["difference"]["accuracy"]
+        panels[f"minus fine-tuning, {gain:+.1f} points"] = shares - share_matrix(of_control, names)
+    side = 1.8 + max(3.2, 0.17 * min(MAX_LABELS, len(names)))
+    figure = Figure(figsize=((side + 0.6) * len(panels), side + 0.3), layout="constrained")
     subplots = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (name, part) in zip(subplots, panels.items(), strict=True):
-        image = draw_confusion(axes, part["confusion"], f"{name}, {part['accuracy']:.1f} %")
-    bar = figure.colorbar(image, ax=list(subplots), shrink=0.8, ticks=[0, 1, 5, 20, 50, 100])
-    bar.set_label("% of the queries of a class")
+    for i, (axes, (title, values)) in enumerate(zip(subplots, panels.items(), strict=True)):
+        image = draw_matrix(axes, names, values, is_difference=i > 0)
+        axes.set_title(title)
+        bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=None if i else [0, 1, 5, 20, 50, 100])
+        bar.set_label("points" if i else "% of the queries of a class")
     figure.suptitle(label_text(f"{run_name(record)}, {record['n_episodes']} episodes", 90), fontsize=10)
     return figure

@@ -88,5 +88,5 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone():
 
 
 def test_a_loss_that_is_not_finite_names_epoch_and_batch():
-    with pytest.raises(UserError, match="epoch 1, batch 1"):
+    with pytest.raises(UserError, match="epoch 2, batch 1"):
         epoch_of(lr=float("inf"))

@@ -3,6 +3,7 @@
 import json
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -94,23 +95,44 @@ def test_episodes_go_on_after_those_of_their_state(tmp_path):
     assert len(start(tmp_path, n=1, resume=True)) == 1  # fewer are asked for now
 
 
-def test_another_rank_writes_nothing_and_hands_its_rows_notes_and_drawing_to_the_first(tmp_path, monkeypatch, capsys):
+def test_another_rank_writes_nothing_and_hands_its_rows_and_notes_to_the_first(tmp_path, monkeypatch, capsys):
     first, other = (start(tmp_path, n=2, run=Run(ranks=Ranks(rank, 2))) for rank in (0, 1))
     first.add(0, an_episode())
     other.add(1, an_episode(n_related=(0, 6)))
-    other.kept.append({"episode": torch.tensor(1)})
-    handed = [(first.rows[:], first.notes, first.kept), (other.rows[:], other.notes, other.kept)]
+    handed = [(first.rows[:], first.notes), (other.rows[:], other.notes)]
     monkeypatch.setattr(aligned_episodes, "gather_objects", lambda mine, ranks: handed)
     other.exchange(0)
     other.save()
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()] and not other.kept
+    assert other.to_draw([0]) == []
+    other.drawings[0] = {"episode": 0}
+    other.save_drawings()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     capsys.readouterr()
     first.exchange(0)
     first.save()
     for done in (first, other):
         assert done.tensors()["n_related"].tolist() == [10, 6]
     assert [row["episode"] for row in rows(first)] == [0, 1] and "episode 1" in capsys.readouterr().out
-    assert torch.load(first.files.episode, weights_only=True)["episode"] == 1 and first.files.last.is_file()
+    assert first.to_draw([0]) == [0] and first.files.last.is_file()
+
+
+def test_the_median_and_the_worst_episode_are_by_gain_and_a_saved_one_says_how_it_stands(tmp_path):
+    done = start(tmp_path, n=3)
+    for i in range(3):
+        done.add(i, an_episode())
+    wrong, right = torch.tensor([[0, 2], [2, 0]]), torch.tensor([[2, 0], [0, 2]])
+    done.rows = [row | {"finetuned": right, "aligned": wrong} if i == 1 else row for i, row in enumerate(done.rows)]
+    done.rows[2] |= {"finetuned": wrong, "aligned": right}
+    assert done.gains().tolist() == [50, -100, 100]
+    assert done.to_draw(["worst"]) == [1] and done.to_draw(["median", "worst", 2]) == [0, 1, 2]
+    done.drawings = {0: {"episode": 0}, 7: {"episode": 7}}  # 7 is of a longer run
+    assert done.to_draw([0, 1]) == [1]
+    done.save_drawings()
+    saved = torch.load(done.files.episode, weights_only=True)
+    assert saved["standing"] == {"gain": 50.0, "mean": pytest.approx(50 / 3), "better_than": pytest.approx(1 / 3)}
+    assert saved["title"] == "arcMax, centroid alignment, Conv4; toy, 2-way 1-shot" and saved["more"] == [
+        {"episode": 7}
+    ]
 
 
 def test_the_result_compares_alignment_with_fine_tuning(tmp_path, capsys):

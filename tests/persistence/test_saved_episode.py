@@ -51,14 +51,30 @@ def test_an_episode_without_related_images_is_saved_and_drawn(aligned_copy, monk
     assert call("reporting.figures", aligned_copy / "results").status == 0
 
 
-def test_a_resumed_run_leaves_a_saved_episode_and_says_when_one_is_missing(aligned_copy):
+def test_a_resumed_run_leaves_a_saved_episode_and_runs_a_missing_one_again(aligned_copy):
     path = aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt"
-    before = path.stat().st_mtime_ns
-    assert "was not saved" not in align(aligned_copy, "--resume", "--n_episodes", 4).out
-    assert path.stat().st_mtime_ns == before
+    (before,) = read_saved_episodes(path)
+    align(aligned_copy, "--resume", "--n_episodes", 4)
+    (found,) = read_saved_episodes(path)
+    assert found["standing"] != before["standing"]  # among four now
     path.unlink()
-    outcome = align(aligned_copy, "--resume", "--n_episodes", 5)
-    assert "episode 0 is done and was not saved" in outcome.out and not path.exists()
+    align(aligned_copy, "--resume", "--n_episodes", 5)
+    (again,) = read_saved_episodes(path)
+    for part in ("logits", "query", "support", "related"):
+        assert all(torch.equal(again[part][when], before[part][when]) for when in ("before", "after"))
+
+
+def test_the_worst_and_the_median_episode_are_saved_by_name(aligned_copy):
+    align(aligned_copy, "--overwrite", "--save_episode", "worst", "median")
+    record = result(aligned_copy, STAGE_3)
+    of_parts = (part["accuracy_per_episode"] for part in (record, record["fine_tuning"]))
+    gains = [after - before for after, before in zip(*of_parts, strict=True)]
+    saved = read_saved_episodes(aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt")
+    assert {gains[each["episode"]] for each in saved} == set(sorted(gains)[:2])
+    for each in saved:
+        assert each["standing"]["gain"] == pytest.approx(gains[each["episode"]], abs=2e-3)
+    outcome = call("associative_alignment", *CURVE, *folders(aligned_copy), "--save_episode", "best")
+    assert outcome.status == 2 and "'best'" in outcome.err and outcome.err.count("\n") == 1
 
 
 def test_an_episode_that_is_not_run_cannot_be_saved(aligned_copy):

@@ -3,23 +3,37 @@
 import pytest
 import torch
 
-from reporting.episode_figures import KINDS, margins, pca, projection_figure, seen_by_head
+from reporting.episode_figures import (
+    KINDS,
+    head_directions,
+    margins,
+    principal_axes,
+    projection_figure,
+    scores_of,
+    seen_by_head,
+)
 
 
-def test_pca_keeps_the_distances_of_features_of_two_dimensions_and_ignores_a_shift():
+def projected(z):
+    """Features on their principal axes, and the share of variance of each."""
+    axes, share = principal_axes(z)
+    return (z.double() - z.double().mean(0)) @ axes, share
+
+
+def test_principal_axes_keep_the_distances_of_features_of_two_dimensions_and_ignore_a_shift():
     generator = torch.Generator().manual_seed(0)
     plane = torch.randn(40, 2, generator=generator, dtype=torch.double) * torch.tensor([3.0, 1.0])
     axes, _ = torch.linalg.qr(torch.randn(64, 2, generator=generator, dtype=torch.double))
     z = plane @ axes.T
-    y, share = pca(z)
+    y, share = projected(z)
     torch.testing.assert_close(torch.cdist(y, y), torch.cdist(plane, plane))
-    torch.testing.assert_close(pca(z + 7.0)[0], y)
+    torch.testing.assert_close(projected(z + 7.0)[0], y)
     assert share[0] > share[1] and sum(share) == pytest.approx(1.0)
 
 
-def test_pca_is_centred_uncorrelated_and_of_largest_variance():
+def test_coordinates_are_centred_uncorrelated_and_of_largest_variance():
     z = torch.randn(50, 10, generator=torch.Generator().manual_seed(1), dtype=torch.double)
-    y, share = pca(z)
+    y, share = projected(z)
     covariance = torch.cov(y.T)
     assert y.mean(0).abs().max() < 1e-9 and covariance[0, 1].abs() < 1e-9
     top = torch.linalg.eigvalsh(torch.cov(z.T)).flip(0)
@@ -28,10 +42,20 @@ def test_pca_is_centred_uncorrelated_and_of_largest_variance():
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (2, 5), (1, 5)])
-def test_pca_of_few_dimensions_or_points_and_of_equal_points_is_finite(shape):
+def test_axes_of_few_dimensions_or_points_and_of_equal_points_are_finite(shape):
     for z in (torch.randn(shape), torch.ones(shape)):
-        y, _ = pca(z)
+        y, _ = projected(z)
         assert y.shape == (shape[0], 2) and torch.isfinite(y).all()
+        assert torch.isfinite(head_directions(y, torch.ones(shape[0], 3))).all()
+
+
+@pytest.mark.parametrize("n", [30, 200])  # fewer queries than dimensions, and more
+def test_the_scores_of_queries_give_the_directions_of_the_head_in_their_plane(n):
+    generator = torch.Generator().manual_seed(2)
+    z, weight = torch.randn(n, 64, generator=generator), torch.randn(5, 64, generator=generator)
+    bias = torch.randn(5, generator=generator)
+    found = head_directions(projected(z)[0], z @ weight.T + bias)
+    torch.testing.assert_close(found, weight.double() @ principal_axes(z)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_margin_is_the_own_logit_minus_the_best_other():
@@ -51,6 +75,24 @@ def test_a_projection_draws_what_the_head_sees_and_the_margins():
         torch.testing.assert_close(unit[0], unit[2])
     before = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     after = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
-    figure = projection_figure(record | {"method": "arcMax", "logits": {"before": before, "after": after}})
+    record |= {"method": "arcMax", "logits": {"before": before, "after": after}}
+    record["standing"] = {"gain": -25.0, "mean": 1.5, "better_than": 0.1}
+    figure = projection_figure(record)  # in feature space: one panel, both heads in it
     figure.canvas.draw()
-    assert [text.get_text() for text in figure.axes[2].texts] == ["1 put right", "2 put wrong"]
+    panel, margin = figure.axes
+    assert [text.get_text() for text in margin.texts] == ["1 put right", "2 put wrong"]
+    assert margin.get_xlim() == margin.get_ylim()
+    assert sorted(line.get_linestyle() for line in panel.lines) == ["-", "-", ":", ":"]
+    assert "gain -25.0 points, mean of all +1.5: better than 10 % of episodes" in figure.get_suptitle()
+    record["query"] = record["query"] | {"after": z.flip(0)}
+    assert [[line.get_linestyle() for line in axes.lines] for axes in projection_figure(record).axes[:2]] == [
+        [":", ":"],
+        ["-", "-"],
+    ]
+
+
+def test_margins_before_and_after_are_on_one_scale():
+    logits = {"before": torch.tensor([[5.0, 0.0]]), "after": torch.tensor([[15.0, 0.0]])}
+    scores = scores_of({"logits": logits, "scale": {"before": 5.0, "after": 15.0}})
+    assert torch.equal(scores["before"], scores["after"])
+    assert torch.equal(scores_of({"logits": logits})["after"], logits["after"])  # files of earlier versions

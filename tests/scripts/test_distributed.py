@@ -174,7 +174,7 @@ def test_a_run_of_which_a_rank_died_goes_on_with_any_number_of_ranks(finished, d
     _, root, done = ranks_run
     n_saved = len(last_state(died / "align")["aligned"])  # what the first rank had done when torchrun ended it as well
     assert last_state(died / "curve")["n_done"] == 2 and 10 <= n_saved <= 15
-    assert "resumed after epoch 1" in done.stdout and f"resumed after {n_saved} episodes" in done.stdout
+    assert "resumed after epoch 2" in done.stdout and f"resumed after {n_saved} episodes" in done.stdout
     check_same_curve(outcome(root / "resumed", "curve"), outcome(finished, "curve"))
     assert outcome(root / "resumed", "align") == outcome(finished, "align")
 
@@ -183,7 +183,7 @@ def test_the_first_rank_alone_prints_and_writes(ranks_run):
     """That the others open no file to write is checked by themselves."""
     n, root, done = ranks_run
     assert done.stdout.count("paired difference") == 5
-    assert done.stdout.count("epoch   0 ") == 3  # the resumed one has only epoch 2 to do
+    assert done.stdout.count("epoch   1 ") == 3  # the resumed one has only epoch 2 to do
     assert done.stdout.count("resumed after") == 2
     record = json.loads(next((root / "align").rglob("tables/*.json")).read_text())
     assert record["n_processes"] == n
@@ -228,7 +228,7 @@ def test_ranks_whose_launcher_was_killed_end_and_let_the_next_run_go_on(long_run
         time.sleep(0.1)
     assert said in (tmp_path / "err").read_text()
     resumed = call("transferLearning", *flags, "--resume", "--n_epoch", n_done + 1)
-    assert resumed.status == 0 and f"resumed after epoch {n_done - 1}" in resumed.out
+    assert resumed.status == 0 and f"resumed after epoch {n_done}" in resumed.out
     rows = next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()
     assert [json.loads(row)["epoch"] for row in rows] == list(range(n_done + 1))
 

@@ -346,8 +346,8 @@ def test_a_diverging_loss_names_where_and_the_last_good_checkpoint(finished, tmp
     flags = [*COMMANDS["transferLearning"], *folders(root), "--method", "softMax"]
     outcome = call("transferLearning", *flags, "--lr", 1e30)
     assert outcome.status == 2
-    for part in ("epoch 0, batch 1", "--lr", "there is no state yet"):
+    for part in ("epoch 1, batch 1", "--lr", "there is no state yet"):
         assert part in outcome.err
     outcome = call("transferLearning", *flags, "--lr", 1e30, "--batch_size", 1000, "--n_query", 2)
-    assert outcome.status == 2 and "epoch 1, batch 0" in outcome.err
+    assert outcome.status == 2 and "epoch 2, batch 0" in outcome.err
     assert "--resume goes on from" in outcome.err and "softMax_Conv4_last.tar" in outcome.err
