@@ -9,14 +9,17 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import itertools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-from engine.distributed import join_ranks
+from data.benchmarks import DataOptions, list_split
+from engine.distributed import join_ranks, rank_0_first
 from engine.errors import OneLineParser
 from engine.resizing import RULE, USAGE
 from engine.run import Run, start_run
@@ -24,7 +27,7 @@ from methods.alignment import ALIGNMENTS
 from methods.meta_learners import META_LEARNERS
 from methods.setting_choice import CHOSEN_FLAGS
 from models import BACKBONES, HEADS, OTHERS, OTHERS_USAGE, native_img_size
-from persistence.run_files import Folders, RunFiles, RunName, training_files
+from persistence.run_files import Folders, RunFiles, RunName, best_model, training_files
 
 T = TypeVar("T")
 
@@ -87,6 +90,8 @@ POSITIVE, NOT_NEGATIVE = number(float, 0, 1e30, open_low=True), number(float, 0,
 COUNT, COUNT_OR_0, WAY = number(int, 1), number(int, 0), number(int, 2)
 SHARE, MARGIN = number(float, 0, 1, open_low=True), number(float, 0)
 SWITCH = "no value: given or not"
+
+N_QUERY = 50  # the published number
 
 Flags = dict[str, Any]  # values by name, without dashes
 Flag = tuple[list[str], Any, dict[str, Any]]  # names, default, and the other arguments of argparse's add_argument
@@ -170,7 +175,6 @@ FITTING: Table = [
 ]
 
 MACHINE: Table = [
-    flag("--seed", COUNT_OR_0, 0, "every random number follows from it; published code: 10"),
     flag("--device", ["auto", "cpu", "cuda", "mps"], "auto", "what to compute on; auto is cuda, else mps, else cpu"),
     flag("--precision", ["fp32", "bf16", "fp16", "auto"], "fp32",
          "of the backbone; heads and losses stay in fp32; auto is bf16 where the processor or GPU has it, else fp32"),
@@ -192,9 +196,12 @@ SHARED: Table = [
     flag("--init_from CHECKPOINT", Path, None, "start from this one, not from the one that the other flags name"),
 
     "episodes",
-    flag("--test_n_way", WAY, 5, "classes in a validation or test episode"),
-    flag("--n_shot", COUNT, 5, "support images per class; published code: 1"),
-    flag("--n_query", COUNT, 50, "query images per class"),
+    flag("--test_n_way", WAY, 5,
+         "classes in a validation or test episode; several: validated on the first, tested on all", nargs="+"),
+    flag("--n_shot", COUNT, 5,
+         "support images per class, several as --test_n_way; published code: 1", nargs="+"),
+    flag("--n_query", COUNT, None,
+         f"query images per class (default: {N_QUERY}, as published, or what the smallest class allows)"),
     flag("--n_episodes", COUNT, 600, "test episodes in a testing epoch"),
     flag("--testing_epochs", COUNT, 1, "testing epochs, pooled into one interval; published code: 10"),
     flag("--val_episodes", COUNT, 400, "validation episodes, the same in every epoch; published code draws new ones"),
@@ -204,6 +211,8 @@ SHARED: Table = [
     *FITTING,
 
     "run",
+    flag("--seed", COUNT_OR_0, 0,
+         "every random number follows from it; several: a run for each; published code: 10", nargs="+"),
     *MACHINE,
     flag("--results_dir", Path, Path("./results"), "where tables/ and logs/ are written"),
     flag("--tensorboard", SWITCH, False, "log for TensorBoard, too: needs pip install tensorboard"),
@@ -335,6 +344,7 @@ PREDICT: Table = [
     flag("--overwrite", SWITCH, False, "replace the predictions that --out holds, and the file of --save"),
 
     "run",
+    flag("--seed", COUNT_OR_0, 0, "every random number follows from it"),
     *MACHINE,
 ]
 # fmt: on
@@ -361,6 +371,16 @@ def named(names: Iterable[str], given: Flags) -> str:
 def is_new(backbone: str | None, weights: str, checkpoint: Path | None) -> bool:
     """Whether a backbone has random weights."""
     return weights == "none" and not checkpoint and not (backbone or "").startswith("custom:")
+
+
+# Flags of a stage that take several values, each of which is a run.
+SEVERAL = ("seed", "test_n_way", "n_shot")
+
+
+def several(flags: Flags, *names: str) -> list[tuple[int, ...]]:
+    """Every combination of the values of these flags, each once."""
+    values = [flags[name] if isinstance(flags[name], list) else [flags[name]] for name in names]
+    return list(dict.fromkeys(itertools.product(*values)))
 
 
 # fmt: off
@@ -390,6 +410,9 @@ CONDITIONS: list[tuple[Callable[..., Any], str]] = [
      "no trained backbone: give --checkpoint FILE (made by 'make demo', by transferLearning.py, or by 'python -m "
      "persistence.import_checkpoint FILE OUT' of a published file), or torchvision's ImageNet weights, --backbone "
      "torchvision:resnet18 --weights DEFAULT"),
+    (lambda episodes_file, test_n_way, n_shot: episodes_file and len(several(
+        {"test_n_way": test_n_way, "n_shot": n_shot}, "test_n_way", "n_shot")) > 1,
+     "argument --episodes_file: it holds episodes of one way and shot: give one --test_n_way and --n_shot"),
     (lambda align_preset, base: align_preset == "auto" and not base,
      "argument --align_preset: auto chooses on val episodes of a benchmark: name it with --base"),
     (lambda align_preset, test_split: align_preset == "auto" and test_split == "val",
@@ -466,7 +489,35 @@ def complete(stage: str, flags: Flags) -> None:
         flags["novel_dataset"] = flags["novel_dataset"] or flags["dataset"]
 
 
+def stage_runs(stage: str, argv: Sequence[str] | None = None) -> Iterator[argparse.Namespace]:
+    """The runs that a command line asks for, in order: of each seed one, and one more for each other way or shot.
+
+    Those take the backbone of the first: they test what stage 1 or 2 has trained, or align the same checkpoint. Raises
+    UserError as parse_flags does.
+    """
+    flags = parse_flags(stage, argv)
+    if stage == "predict":
+        yield argparse.Namespace(**flags)
+        return
+    runs = several(flags, *SEVERAL)
+    first = runs[0][1:]
+    for seed, *task in runs:
+        one = argparse.Namespace(**flags | dict(zip(SEVERAL, (seed, *task), strict=True)))
+        trains = stage != "alignment" and one.n_epoch
+        if tuple(task) != first and (trains or (stage == "alignment" and not one.init_from)):
+            name = dataclasses.replace(from_flags(RunName, one), test_n_way=first[0], n_shot=first[1])
+            one.init_from = best_model(name, one.checkpoint_dir)
+            if trains:
+                one.n_epoch, one.weights = 0, "none"
+        yield one
+
+
 def args_parser(stage: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of the first run that a command line asks for. Raises UserError as parse_flags does."""
+    return next(stage_runs(stage, argv))
+
+
+def parse_flags(stage: str, argv: Sequence[str] | None = None) -> Flags:
     """Parse the command line of a stage: defaults, then --preset, then --align_preset, then what was given.
 
     Raises UserError for an unknown flag, a value out of range, or flags that do not go together.
@@ -492,28 +543,44 @@ def args_parser(stage: str, argv: Sequence[str] | None = None) -> argparse.Names
             flags["img_size"] = native_img_size(flags["backbone"])
         except ValueError as error:
             parser.error(f"argument --backbone: {error}")
-    return argparse.Namespace(**flags)
+    return flags
 
 
-def start_stage(stage: str) -> tuple[argparse.Namespace, Run]:
-    """The flags that a stage is given, and the run that they ask for, of this rank among those of torchrun.
+def choose_n_query(args: argparse.Namespace) -> None:
+    """Fill in --n_query where it is not given: as published, or what the smallest class of the episodes allows.
+
+    A class without any image beside its support does not count. Raises UserError when a split is missing.
+    """
+    tested = [(args.novel_dataset, getattr(args, "test_split", "novel"))]
+    tested += [(args.dataset, "val")] if getattr(args, "n_epoch", 0) else []
+    listed = [(split, list_split(from_flags(DataOptions, args), dataset, split)) for dataset, split in tested]
+    counts = [(n, f"class {names[c]!r} of {split}") for split, (names, _, y) in listed for c, n in Counter(y).items()]
+    n, smallest = min((each for each in counts if each[0] > args.n_shot), default=(N_QUERY + args.n_shot, ""))
+    args.n_query = min(N_QUERY, n - args.n_shot)
+    if args.n_query < N_QUERY:
+        print(f"note: --n_query {args.n_query}, fewer than the published {N_QUERY}: {smallest} has {n} images")
+
+
+def run_stage(stage: str, main: Callable[[argparse.Namespace, Run], None]) -> None:
+    """Run the main of a stage once for each run that the command line asks for, of this rank among those of torchrun.
 
     The flags name the precision that `auto` has become.
     """
     ranks = join_ranks()
-    args = args_parser(stage)
-    args.quiet |= not ranks.first
-    run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
-    args.precision = run.precision.name
-    return args, run
+    for args in stage_runs(stage):
+        args.quiet |= not ranks.first
+        run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
+        args.precision = run.precision.name
+        if args.n_query is None:
+            with rank_0_first(ranks):
+                choose_n_query(args)
+        main(args, run)
 
 
-def start_training(stage: str) -> tuple[argparse.Namespace, Run, RunFiles]:
-    """The same for stage 1 or 2, and its files."""
-    args, run = start_stage(stage)
+def stage_files(stage: str, args: argparse.Namespace) -> RunFiles:
+    """The files of stage 1 or 2."""
     script, name, folders = STAGES[stage][0], from_flags(RunName, args), from_flags(Folders, args)
-    files = training_files(script.removesuffix(".py"), name, folders, vars(args), trains=args.n_epoch > 0)
-    return args, run, files
+    return training_files(script.removesuffix(".py"), name, folders, vars(args), trains=args.n_epoch > 0)
 
 
 def from_flags(cls: type[T], args: argparse.Namespace) -> T:

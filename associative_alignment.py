@@ -1,19 +1,22 @@
 """Stage 3: for every novel episode find the related base classes, then align the backbone with them.
 
 python associative_alignment.py --dataset miniImagenet --method arcMax --n_shot 5      # the published protocol
+python associative_alignment.py --preset laptop --n_shot 1 5 20                        # the first names the checkpoint
 python associative_alignment.py --preset laptop --align_preset auto                    # chosen on val, after stage 1's
 """
 
+from argparse import Namespace
 from functools import partial
 
 import torch
 
-from args_parser import from_flags, start_stage
+from args_parser import from_flags, run_stage
 from data.benchmarks import DataOptions, enlarged_notes, list_split, load_split
 from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes
 from engine.distributed import rank_0_first
 from engine.errors import UserError
 from engine.files import weights_digest
+from engine.run import Run
 from engine.script import print_notes, run_script
 from methods.alignment import AlignmentSetting
 from methods.feature_alignment import align_episodes, episodes_per_chunk
@@ -29,8 +32,8 @@ from persistence.saved_episode import gather_episode
 SAVE_EVERY = 5  # episodes
 
 
-def main() -> None:
-    args, run = start_stage("alignment")
+def align_novel_episodes(args: Namespace, run: Run) -> None:
+    """Alignment of every novel episode, of one seed, way and shot."""
     ranks, is_auto = run.ranks, args.align_preset == "auto"
     variant = {"paper": args.alignment, "tuned": f"{args.alignment}_tuned", "auto": "auto"}[args.align_preset]
     files = alignment_files(from_flags(RunName, args), variant, from_flags(Folders, args), vars(args))
@@ -40,7 +43,7 @@ def main() -> None:
         raise UserError(f"--save_episode {most}, but the {n_test} episodes are numbered from 0: give less")
 
     # The backbone of stage 1 or 2; images as uint8 arrays, made as it takes them, and episodes as indices into them.
-    path, shape = args.init_from or files.best, EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
+    path, shape = args.init_from or files.trained(), EpisodeShape(args.test_n_way, args.n_shot, args.n_query)
     with rank_0_first(ranks):
         files.find_state(LENGTH_FLAGS, ranks)
         list_split(from_flags(DataOptions, args), args.dataset, "base")  # if they are missing, that is said first
@@ -82,6 +85,10 @@ def main() -> None:
         done.save_drawings()
     if ranks.first:
         save_alignment_result(done, novel_source, checkpoint, path, chosen)
+
+
+def main() -> None:
+    run_stage("alignment", align_novel_episodes)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ python metaLearning.py --method ProtoNet --init_from results/models/5way_5shot_m
 python metaLearning.py --preset laptop                                          # under a minute on 2 CPU cores
 """
 
+from argparse import Namespace
 from functools import partial
 
-from args_parser import from_flags, start_training
+from args_parser import from_flags, run_stage, stage_files
 from data.benchmarks import DataOptions, enlarged_notes, load_split
 from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, training_images
 from engine.distributed import copy_rank_0, rank_0_first
+from engine.run import Run
 from engine.script import print_notes, run_script
 from methods.episodic_training import train_episodic_epoch
 from methods.evaluation import EpisodeScores
@@ -24,9 +26,9 @@ from persistence.run_files import TEST_FLAGS
 from persistence.training import TrainState
 
 
-def main() -> None:
-    args, run, files = start_training("meta")
-    ranks = run.ranks
+def train_and_test(args: Namespace, run: Run) -> None:
+    """Episodic training and the novel test, of one seed, way and shot."""
+    files, ranks = stage_files("meta", args), run.ranks
 
     # The backbone; images as uint8 arrays, resized by its rule, and episodes as indices into them.
     maps = META_LEARNERS[args.method][0].uses_maps
@@ -39,8 +41,9 @@ def main() -> None:
     with rank_0_first(ranks):
         files.find_state(TEST_FLAGS, ranks)
         base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
-        check_episodes_fit([val, novel], shape, args.strict_classes)
-        val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
+        tested = [val, novel] if args.n_epoch else [novel]
+        check_episodes_fit(tested, shape, args.strict_classes)
+        val_episodes = sample_episodes(tested[0], shape, args.val_episodes, args.seed)
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
     check_episodes_fit([base] if args.n_epoch else [], train_shape, args.strict_classes)
 
@@ -78,6 +81,10 @@ def main() -> None:
     scores = evaluate_on_split(learner, backbone, novel, novel_episodes, run, bar="novel")
     save_result(files, novel, novel_episodes, scores, run)
     print(f"checkpoint {files.best if args.n_epoch else args.init_from or args.weights}, result {files.table}")
+
+
+def main() -> None:
+    run_stage("meta", train_and_test)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Stage 1: train a backbone on the base classes with a softMax, cosMax or arcMax head, then test on the novel classes.
 
 python transferLearning.py --dataset miniImagenet --method arcMax --n_shot 5      # the published protocol
+python transferLearning.py --preset laptop --seed 0 1 2 --n_shot 1 5              # three trainings, two tests of each
 python transferLearning.py --preset laptop                                        # under a minute on 2 CPU cores
 """
 
+from argparse import Namespace
 from functools import cache, partial
 
-from args_parser import from_flags, start_training
+from args_parser import from_flags, run_stage, stage_files
 from data.benchmarks import DataOptions, count_classes, enlarged_notes, load_split
 from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, TrainingImages, training_images
 from engine.distributed import copy_rank_0, data_parallel, rank_0_first
 from engine.errors import UserError
+from engine.run import Run
 from engine.script import print_notes, run_script
 from methods.base_training import TrainingFeatures, last_blocks, train_base_epoch
 from methods.evaluation import EpisodeScores, evaluate_heads
@@ -25,9 +28,9 @@ from persistence.run_files import TEST_FLAGS
 from persistence.training import TrainState
 
 
-def main() -> None:
-    args, run, files = start_training("transfer")
-    ranks = run.ranks
+def train_and_test(args: Namespace, run: Run) -> None:
+    """Base training and the novel test, of one seed, way and shot."""
+    files, ranks = stage_files("transfer", args), run.ranks
     if args.sync_bn and run.device.type != "cuda":
         raise UserError("--sync_bn is for GPUs: PyTorch has no batch norm over several processes of a CPU")
 
@@ -40,8 +43,9 @@ def main() -> None:
     with rank_0_first(ranks):
         files.find_state(TEST_FLAGS, ranks)
         base, val, novel = load(args.dataset, "base"), load(args.dataset, "val"), load(args.novel_dataset, "novel")
-        check_episodes_fit([val, novel], shape, args.strict_classes)
-        val_episodes = sample_episodes(val, shape, args.val_episodes, args.seed)
+        tested = [val, novel] if args.n_epoch else [novel]
+        check_episodes_fit(tested, shape, args.strict_classes)
+        val_episodes = sample_episodes(tested[0], shape, args.val_episodes, args.seed)
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
     n_class = count_classes(base, at_least=2 if args.n_epoch else 1)
 
@@ -75,10 +79,14 @@ def main() -> None:
 
     # Novel test of the best model.
     training.load_best()
-    features = embed(backbone, novel.images, run, bar="embed novel")
+    features = FeatureCache(args.cache_dir, run).features(backbone, novel)
     scores = evaluate_heads(features, novel_episodes, fit, run, bar="novel episodes")
     save_result(files, novel, novel_episodes, scores, run)
     print(f"checkpoint {files.best if args.n_epoch else args.init_from or args.weights}, result {files.table}")
+
+
+def main() -> None:
+    run_stage("transfer", train_and_test)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ a run that was never interrupted.
 """
 
 import contextlib
+import glob
 import time
-from collections.abc import Iterator, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,11 +17,20 @@ from torch import Tensor
 
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
-from engine.files import FLAGS, Schema, folder_name, matches_schema, read_json, read_record, save_atomically
+from engine.files import (
+    FLAGS,
+    Schema,
+    folder_name,
+    load_tensors,
+    matches_schema,
+    read_json,
+    read_record,
+    save_atomically,
+)
 from engine.lock import hold
 from engine.metrics import MetricsLog, open_metrics
 from engine.records import to_json
-from persistence.checkpoints import load_checkpoint
+from persistence.checkpoints import REMEDY, load_checkpoint
 
 STATE_FORMAT = "associative-alignment-state/1"
 # What every state holds, those of stages 1 and 2, and that of stage 3, whose columns have a row an episode.
@@ -56,16 +66,22 @@ class RunName:
     novel_dataset: str
     method: str
     backbone: str
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in (self.dataset, self.novel_dataset, self.backbone):
             folder_name(name)
 
     def best_model(self, folder: Path) -> Path:
-        """The published file name of a best model; a dash for the colon of torchvision:NAME, which not all systems
-        take."""
-        task = f"{self.test_n_way}way_{self.n_shot}shot_{self.dataset}"
-        return folder / f"{task}_{self.method}_{self.backbone.replace(':', '-')}_bestModel.tar"
+        """The published file name of a best model, with the seed unless it is 0; a dash for the colon of
+        torchvision:NAME, which not all systems take."""
+        return folder / f"{self.test_n_way}way_{self.n_shot}shot_{self.training}_bestModel.tar"
+
+    @property
+    def training(self) -> str:
+        """The part of the name that is of any way and shot."""
+        seed = f"_seed{self.seed}" if self.seed else ""
+        return f"{self.dataset}_{self.method}_{self.backbone.replace(':', '-')}{seed}"
 
     def table(self, results_dir: Path, stage: str, alignment: str = "") -> Path:
         """Where a result is written: named as the best model, the alignment and another novel benchmark appended."""
@@ -112,11 +128,21 @@ class RunFiles:
         """Where stage 3 keeps an episode to be drawn."""
         return self.folders.results_dir / "episodes" / f"{self.table.stem}.pt"
 
+    def trained(self) -> Path:
+        """The best model, which stage 3 begins with. Raises UserError when it is missing, and says which would do."""
+        if self.best.is_file():
+            return self.best
+        others = sorted(self.best.parent.glob(f"*way_*shot_{glob.escape(self.name.training)}_bestModel.tar"))
+        instead = f"to use that of another way or shot give --init_from {others[0]}; or " if others else ""
+        raise UserError(f"no checkpoint {self.best}: {instead}{REMEDY}")
+
     def announce(self, what: str, quiet: bool) -> None:
         """Print what the run will do and where its result goes, unless quiet."""
         if not quiet:
             name = self.name
-            print(f"{self.stage}: {name.method}, {name.backbone}, {name.dataset}: {what}; result: {self.table}")
+            seed = f", seed {name.seed}" if name.seed else ""
+            run = f"{name.method}, {name.backbone}, {name.dataset}{seed}"
+            print(f"{self.stage}: {run}: {what}; result: {self.table}")
 
     def find_state(self, may_differ: set[str], ranks: Ranks = ALONE) -> None:
         """Lock the files; find the state to go on from: with --resume, or of a finished run of the same flags.
@@ -195,20 +221,56 @@ class RunFiles:
             raise type(error)(f"{str(error) or 'interrupted'}; {state}") from error
 
 
+def seed_of(path: Path) -> int | None:
+    """The seed that a result, a state or a checkpoint was made with, if it is there and says so."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
+        content = read_json(path) if path.suffix == ".json" else load_tensors(path, "cpu")
+        return content["config"].get("seed")
+    return None
+
+
+def written_name(name: RunName, paths: Callable[[RunName], list[Path]]) -> RunName:
+    """The name of a run's files; that without the seed where an earlier version has written files of this seed so."""
+    older = replace(name, seed=0)
+    if not name.seed or any(path.is_file() for path in paths(name)):
+        return name
+    return older if any(seed_of(path) == name.seed for path in paths(older)) else name
+
+
+def best_model(name: RunName, folder: Path) -> Path:
+    """The checkpoint of a training in a folder."""
+    return written_name(name, lambda each: [each.best_model(folder)]).best_model(folder)
+
+
+def last_state(best: Path) -> Path:
+    """The last state of a training, beside its best model."""
+    return best.with_name(best.name.replace("_bestModel.tar", "_last.tar"))
+
+
 def training_files(stage: str, name: RunName, folders: Folders, config: dict[str, Any], trains: bool) -> RunFiles:
     """The files of stage 1 or 2; one that trains writes a model and its state."""
-    best = name.best_model(folders.checkpoint_dir)
-    last = best.with_name(best.name.replace("_bestModel.tar", "_last.tar"))
+
+    def paths(name: RunName) -> list[Path]:
+        best = name.best_model(folders.checkpoint_dir)
+        return [name.table(folders.results_dir, stage), best, last_state(best)]
+
+    name = written_name(name, paths)
+    table, best, last = paths(name)
     metrics = open_metrics(folders.results_dir / "logs" / best.stem, folders.tensorboard)
-    table, schema = name.table(folders.results_dir, stage), TRAINING_STATE if trains else None
+    schema = TRAINING_STATE if trains else None
     return RunFiles(stage, name, folders, config, best, last, table, metrics, schema)
 
 
 def alignment_files(name: RunName, variant: str, folders: Folders, config: dict[str, Any]) -> RunFiles:
     """The files of stage 3, whose best model is the one that it reads; variant: the alignment, as results name it."""
-    stage, best = "associative_alignment", name.best_model(folders.checkpoint_dir)
-    table = name.table(folders.results_dir, stage, variant)
-    last = folders.results_dir / "logs" / f"{table.stem}_last.tar"
+    stage, best = "associative_alignment", best_model(name, folders.checkpoint_dir)
+
+    def paths(name: RunName) -> list[Path]:
+        table = name.table(folders.results_dir, stage, variant)
+        return [table, folders.results_dir / "logs" / f"{table.stem}_last.tar"]
+
+    name = written_name(name, paths)
+    table, last = paths(name)
     metrics = open_metrics(folders.results_dir / "logs" / table.stem, folders.tensorboard)
     return RunFiles(stage, name, folders, config, best, last, table, metrics, ALIGNMENT_STATE)
 

@@ -84,8 +84,8 @@ def draw_margins(axes: Axes, record: dict[str, Any]) -> None:
     low, high = (ends.min().item(), ends.max().item())
     room = 0.05 * (high - low) or 1.0
     limits = (low - room, high + room)
-    axes.set(title="margin of each query: above the dotted line it grew", xlim=limits, ylim=limits, aspect="equal")
-    axes.set(xlabel="score of its class minus the best other, before", ylabel="after")
+    axes.set(title="margin of each query", xlim=limits, ylim=limits, aspect="equal")
+    axes.set(xlabel="score of its class minus the best other, before", ylabel="after (above the dotted line: grown)")
 
 
 def draw_directions(axes: Axes, y: Tensor, scores: dict[str, Tensor]) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from args_parser import EVERYDAY, STAGES, args_parser, from_flags, stage_parser
+from args_parser import EVERYDAY, STAGES, args_parser, from_flags, stage_parser, stage_runs
 from engine.errors import UserError
 
 NEEDED = {"predict": ["--support", "s", "--query", "q", "--checkpoint", "c"]}  # the flags a stage cannot do without
 
 SHARED = {
     **{"dataset": "miniImagenet", "novel_dataset": "miniImagenet", "backbone": "Conv4", "img_size": 84},
-    **{"test_n_way": 5, "n_shot": 5, "n_query": 50, "n_episodes": 600, "testing_epochs": 1, "val_episodes": 400},
+    **{"test_n_way": 5, "n_shot": 5, "n_query": None, "n_episodes": 600, "testing_epochs": 1, "val_episodes": 400},
     **{"seed": 0, "precision": "fp32", "resume": False, "overwrite": False, "preset": None},
 }
 FITTING = {"ft_n_epoch": 200, "ft_lr": 1e-3, "ft_s": 5.0}
@@ -114,6 +114,39 @@ def test_the_published_code_preset_changes_what_differs_and_nothing_else(stage, 
     assert changed == expected | {"preset": "published_code"} and set(found) == set(defaults)
     args = parsed(stage, "--n_shot", "5", "--preset", "published_code", "--seed", "3")
     assert values(args, "n_shot", "seed", "testing_epochs") == (5, 3, 10)
+
+
+@pytest.mark.parametrize("stage", ["transfer", "meta", "alignment"])
+def test_several_seeds_ways_and_shots_are_runs_of_the_first_ones_backbone(stage):
+    flags = ["--seed", "0", "3", "0", "--n_shot", "5", "1", "--test_n_way", "5", "20", "--dataset", "glyphs"]
+    runs = list(stage_runs(stage, flags))
+    assert [values(run, "seed", "test_n_way", "n_shot") for run in runs] == [
+        (seed, n_way, n_shot) for seed in (0, 3) for n_way in (5, 20) for n_shot in (5, 1)
+    ]
+    method = runs[0].method
+    for seed, part in (("", runs[:4]), ("_seed3", runs[4:])):
+        best = Path(f"results/models/5way_5shot_glyphs_{method}_Conv4{seed}_bestModel.tar")
+        assert [run.init_from for run in part] == [None, best, best, best]
+        if stage != "alignment":
+            assert [run.n_epoch for run in part] == [part[0].n_epoch, 0, 0, 0] and part[0].n_epoch > 0
+    named = [run.init_from for run in stage_runs(stage, [*flags, "--init_from", "c"])]
+    assert named[0] == Path("c") and (named[1] == Path("c")) == (stage == "alignment")
+    assert vars(args_parser(stage, ["--n_shot", "1", "5"])) == vars(args_parser(stage, ["--n_shot", "1"]))
+
+
+@pytest.mark.parametrize("stage", ["transfer", "meta", "alignment"])
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--seed 0 x", "argument --seed: invalid whole number value: 'x'"),
+        ("--seed", "argument --seed: expected at least one argument"),
+        ("--n_shot 1 0", "argument --n_shot: 0 is out of range: expected at least 1"),
+        ("--test_n_way 5 1", "argument --test_n_way: 1 is out of range: expected at least 2"),
+        ("--episodes_file e --n_shot 1 5", "argument --episodes_file: it holds episodes of one way and shot"),
+    ],
+)
+def test_several_values_are_each_checked(stage, flags, line):
+    assert line in refusal(stage, *flags.split())
 
 
 @pytest.mark.parametrize("stage", ["transfer", "meta", "alignment"])
