@@ -26,7 +26,7 @@ from persistence.run_files import TEST_FLAGS
 from persistence.training import TrainState
 
 
-def train_and_test(args: Namespace, run: Run) -> None:
+def train_on_episodes(args: Namespace, run: Run) -> None:
     """Episodic training and the novel test, of one seed, way and shot."""
     files, ranks = stage_files("meta", args), run.ranks
 
@@ -84,7 +84,7 @@ def train_and_test(args: Namespace, run: Run) -> None:
 
 
 def main() -> None:
-    run_stage("meta", train_and_test)
+    run_stage("meta", train_on_episodes)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 python reproduce.py --table main --dataset miniImagenet          # the published protocol, 66 rows: long
 python reproduce.py --table main --scale laptop                  # the built-in benchmark: 15 minutes on 2 cores
+python reproduce.py --table main --scale laptop --seeds 0 1 2    # three trainings of every row, and their means
 python reproduce.py --table crossdomain --dataset miniImagenet --novel_dataset CUB --dry_run     # only the commands
 
 Rows that are in the results folder already are not run again, so that the same command goes on after any stop.
-Flags that are not explained here are handed to every stage that knows them: --device cuda --precision bf16 --seed 1.
+Flags that are not explained here are handed to every stage that knows them: --device cuda --precision bf16.
 """
 
+import itertools
 import os
 import shlex
 import sys
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from args_parser import COUNT, STAGES, args_parser, backbone_name, stage_parser
+from args_parser import COUNT, COUNT_OR_0, STAGES, args_parser, backbone_name, stage_parser
 from engine.errors import OneLineParser, UserError
 from engine.precision import choose_precision
 from engine.records import REPOSITORY
@@ -54,6 +56,8 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Words]:
     backbones = "default: Conv4; at full scale Conv4 ResNet18 WideResNet for --table main, ResNet18 for crossdomain"
     add("--backbones", "--backbone", type=backbone_name, nargs="+", help=backbones)
     add("--shots", type=COUNT, nargs="+", help="default: 1 5; 5 for --table crossdomain")
+    seeds = "seeds of every row (default: 0); of several the table has the mean, too, with Student's t between them"
+    add("--seeds", "--seed", type=COUNT_OR_0, nargs="+", default=[0], help=seeds)
     add("--results_dir", type=Path, help="where all is written (default: results; at --scale laptop results/laptop)")
     add("--nproc_per_node", type=COUNT, help="start each stage with torchrun on so many processes")
     add("--dry_run", action="store_true", help="print the commands, and do nothing")
@@ -118,8 +122,9 @@ def main() -> None:
         stage: scale | {flag: values for flag, values in passed.items() if flag in flags_of(stage)}
         for stage, scale in SCALES[args.scale].items()
     }
-    plan = Plan(args.dataset, novel, args.results_dir, flags)
-    rows = [row for b in args.backbones for shots in args.shots for row in TABLES[args.table](plan, b, shots)]
+    plans = [Plan(args.dataset, novel, args.results_dir, flags, seed) for seed in dict.fromkeys(args.seeds)]
+    tasks = itertools.product(args.backbones, args.shots, plans)
+    rows = [row for backbone, n_shot, plan in tasks for row in TABLES[args.table](plan, backbone, n_shot)]
     configs = [vars(args_parser(row.stage, row.flags)) for row in rows]  # a value out of range ends here
     commands = [script_command(STAGES[row.stage][0], row.flags, args.nproc_per_node) for row in rows]
     if args.dry_run:
@@ -130,7 +135,9 @@ def main() -> None:
     summary = args.results_dir / "tables" / f"reproduce_{args.table}_{benchmarks}"
     about = {"table": args.table, "dataset": args.dataset, "novel_dataset": novel, "scale": args.scale}
     about["command"] = shlex.join(["python", "reproduce.py", *sys.argv[1:]])
-    for each in configs:  # a result records the precision that `auto` becomes on this machine
+    for each in configs:  # a result records what `auto` becomes on this machine, and what --n_query has become
+        if each["n_query"] is None:
+            del each["n_query"]
         each["precision"] = choose_precision(each["precision"], select_device(each["device"]).type)
     todo = [row for row, config in zip(rows, configs, strict=True) if not finished(row, config)]
     print(f"{len(todo)} of {len(rows)} rows to run", flush=True)

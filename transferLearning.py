@@ -28,7 +28,7 @@ from persistence.run_files import TEST_FLAGS
 from persistence.training import TrainState
 
 
-def train_and_test(args: Namespace, run: Run) -> None:
+def train_on_base_classes(args: Namespace, run: Run) -> None:
     """Base training and the novel test, of one seed, way and shot."""
     files, ranks = stage_files("transfer", args), run.ranks
     if args.sync_bn and run.device.type != "cuda":
@@ -86,7 +86,7 @@ def train_and_test(args: Namespace, run: Run) -> None:
 
 
 def main() -> None:
-    run_stage("transfer", train_and_test)
+    run_stage("transfer", train_on_base_classes)
 
 
 if __name__ == "__main__":

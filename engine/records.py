@@ -55,6 +55,13 @@ def provenance(config: dict[str, Any], run: Run) -> dict[str, Any]:
     }
 
 
+def duration(seconds: float) -> str:
+    """A time in words: `42 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def to_json(value: Any) -> Any:
     """A value as JSON can hold it: paths as text, NaN and infinity as null."""
     if isinstance(value, dict):

@@ -15,7 +15,7 @@ from data.benchmarks import Split, median_size
 from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.distributed import rank_0_first
 from engine.errors import UserError
-from engine.records import to_json
+from engine.records import duration, to_json
 from engine.run import Run
 from methods.evaluation import EpisodeScores, mean_and_ci95
 from models import Model, n_parameters
@@ -29,7 +29,7 @@ class TrainState:
     """A model that is trained on a base split, and how far that has come.
 
     competes: whether the initial model may be the best one. n_done: epochs; best: the highest validation accuracy so
-    far, share of 1; rows: of the metrics so far; epoch_began: when the last epoch began.
+    far, share of 1; rows: of the metrics so far; epoch_began: when the last epoch began; n_total: epochs in all.
     """
 
     files: RunFiles
@@ -41,6 +41,7 @@ class TrainState:
     best: float = -1.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     epoch_began: float = 0.0
+    n_total: int = 0
 
     @contextlib.contextmanager
     def begin(self, val: Split, n_epoch: int) -> Iterator[None]:
@@ -75,6 +76,7 @@ class TrainState:
 
     def epochs(self, n_epoch: int, validate: Callable[[], EpisodeScores]) -> Iterator[int]:
         """The epochs that are still to be done; before all others a model that competes is validated."""
+        self.n_total = n_epoch
         for epoch in range(self.n_done or self.first, n_epoch if n_epoch else self.first):
             self.epoch_began = time.time()
             if epoch < 0:
@@ -133,11 +135,14 @@ class TrainState:
         row: dict[str, Any] = {"epoch": epoch, "loss": loss, "base_accuracy": 100 * base_accuracy}
         row |= {"val_accuracy": 100 * accuracy, "val_ci95": 100 * ci95, "seconds": time.time() - self.epoch_began}
         trained = f"epoch {epoch + 1:3d}  loss {loss:.3f}  base accuracy {100 * base_accuracy:.1f}"
+        self.rows.append(to_json(row))
+        of_epochs = [each["seconds"] for each in self.rows if each["epoch"] >= 0]
+        left = (self.n_total - len(of_epochs)) * sum(of_epochs) / max(1, len(of_epochs))
         print(
             f"{trained if epoch >= 0 else 'before training'}  "
             f"val {percent(accuracy, ci95)}  best {100 * self.best:.2f}  {row['seconds']:.1f} s"
+            f"{f', {duration(left)} to go' if left > 0 else ''}"
         )
-        self.rows.append(to_json(row))
         self.files.metrics.write(epoch, row, self.first)
 
     def load_best(self) -> None:

@@ -1,7 +1,7 @@
 """The tables of the paper (Afrasiyabi et al., ECCV 2020) as rows of commands, and the paper's numbers beside ours.
 
 A row is one command of a stage and the result file that it writes; each comes after the row that writes its checkpoint.
-All rows of the same novel classes and shot share a file of episodes.
+All rows of the same novel classes, shot and seed share a file of episodes.
 """
 
 import math
@@ -61,12 +61,13 @@ class Row:
     backbone: str
     novel: str
     n_shot: int
+    seed: int
     flags: tuple[str, ...]
     result: Path
     checkpoint: Path
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.backbone}, {N_WAY}-way {self.n_shot}-shot on {self.novel}"
+        return f"{self.name}, {self.backbone}, {N_WAY}-way {self.n_shot}-shot on {self.novel}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,14 @@ class Plan:
     novel_dataset: str
     results_dir: Path
     flags: Mapping[str, Mapping[str, Sequence[str]]]
+    seed: int = 0
 
     def row(
         self, stage: str, method: str, backbone: str, n_shot: int, alignment: str = "", novel: str | None = None
     ) -> Row:
         """One row. novel: benchmark of its novel classes (default: the dataset); on another, stage 1 only tests."""
         novel = novel or self.dataset
-        files = RunName(N_WAY, n_shot, self.dataset, novel, method, backbone)
+        files = RunName(N_WAY, n_shot, self.dataset, novel, method, backbone, self.seed)
         checkpoint = files.best_model(self.results_dir / "models")
         result = files.table(self.results_dir, SCRIPTS[stage], alignment)
         part = {"transfer": ", fine-tuning", "meta": "", "alignment": f", {alignment} alignment"}[stage]
@@ -97,10 +99,11 @@ class Plan:
         flags |= {"--align_blocks": ["0"]} if alignment == "head" else {}
         if stage == "transfer" and novel != self.dataset:
             flags |= {"--n_epoch": ["0"], "--init_from": [str(checkpoint)]}
-        episodes = self.results_dir / "episodes" / f"{novel}_{N_WAY}way_{n_shot}shot.json"
-        flags |= {"--episodes_file": [str(episodes)], "--resume": []}
+        seed = f"_seed{self.seed}" if self.seed else ""
+        episodes = self.results_dir / "episodes" / f"{novel}_{N_WAY}way_{n_shot}shot{seed}.json"
+        flags |= {"--episodes_file": [str(episodes)], "--resume": [], "--seed": [str(self.seed)]}
         words = tuple(word for flag, values in flags.items() for word in (flag, *values))
-        return Row(method + part, stage, method, backbone, novel, n_shot, words, result, checkpoint)
+        return Row(method + part, stage, method, backbone, novel, n_shot, self.seed, words, result, checkpoint)
 
 
 def main_rows(plan: Plan, backbone: str, n_shot: int) -> list[Row]:

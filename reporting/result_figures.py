@@ -99,8 +99,8 @@ def share_matrix(confusion: dict[str, dict[str, int]], names: list[str]) -> Tens
 
 def draw_matrix(axes: Axes, names: list[str], values: Tensor, is_difference: bool) -> Any:
     """Shares of queries in %, or differences of them in points, (C, C), rows true; returns the image."""
+    largest = max(1.0, values.abs().max().item())
     if is_difference:
-        largest = max(1.0, values.abs().max().item())
         image = axes.imshow(values.numpy(), cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
     else:  # the root shows the small shares that confusions are
         image = axes.imshow(values.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
@@ -109,7 +109,7 @@ def draw_matrix(axes: Axes, names: list[str], values: Tensor, is_difference: boo
     axes.set_xticks(shown, labels, rotation=90, fontsize=7)
     axes.set_yticks(shown, labels, fontsize=7)
     if len(names) <= MAX_NUMBERS:
-        strong = 0.7 * (image.norm.vmax or 1.0) if is_difference else 40
+        strong = 0.7 * largest if is_difference else 40
         for i, j in torch.nonzero(values.abs() >= 0.5).tolist():
             text = f"{values[i, j]:{'+' if is_difference else ''}.0f}"
             ink = "white" if values[i, j].abs() > strong else "black"
@@ -121,9 +121,8 @@ def draw_matrix(axes: Axes, names: list[str], values: Tensor, is_difference: boo
 def confusion_figure(record: dict[str, Any]) -> Figure:
     """Confusion over all episodes of a result; of stage 3 also what alignment has changed of fine-tuning's."""
     of_control = record["fine_tuning"]["confusion"] if "alignment" in record else {}
-    names = sorted(
-        {name for part in (record["confusion"], of_control) for row in part.items() for name in (row[0], *row[1])}
-    )
+    rows = [*record["confusion"].items(), *of_control.items()]
+    names = sorted({name for true, predicted in rows for name in (true, *predicted)})
     shares = share_matrix(record["confusion"], names)
     panels = {f"{run_name(record).split(',')[0]}, {record['accuracy']:.1f} %": shares}
     if of_control:

@@ -12,7 +12,7 @@ import torch
 
 from engine import records
 from engine.errors import UserError
-from engine.records import git_commit, provenance, write_json
+from engine.records import duration, git_commit, provenance, write_json
 from engine.run import Run
 
 
@@ -22,6 +22,10 @@ def test_json_holds_null_for_nan_and_text_for_paths(tmp_path):
     text = (tmp_path / "tables" / "result.json").read_text()
     expected = {"ci95": None, "list": [None, 1.5, [str(Path("a") / "b"), None]], "5": {"deep": None}, "ok": True}
     assert json.loads(text, parse_constant=pytest.fail) == expected
+
+
+def test_a_duration_is_in_a_unit_that_reads_well():
+    assert [duration(seconds) for seconds in (0.4, 42, 725, 12600)] == ["0 s", "42 s", "12 min", "3.5 h"]
 
 
 def test_a_failing_write_leaves_the_previous_result_and_nothing_else(tmp_path, monkeypatch):

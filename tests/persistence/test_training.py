@@ -95,6 +95,16 @@ def test_a_training_goes_on_after_the_epochs_of_its_state(tmp_path, competes):
     assert second.files.best.read_bytes() == best and [row["epoch"] for row in rows(second)][-3:] == [0, 1, 2]
 
 
+def test_each_epoch_says_how_long_the_others_will_take(tmp_path, capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 60))
+    monkeypatch.setattr("persistence.training.time.time", lambda: float(next(clock)))
+    train(a_training(tmp_path, competes=True), [4, 6, 6], lambda: scores(5))
+    before, first, second, last = capsys.readouterr().out.splitlines()
+    assert before.startswith("before training") and "to go" not in before
+    assert first.endswith(", 2 min to go") and second.endswith(", 60 s to go") and "to go" not in last
+    assert [line.split()[1] for line in (first, second, last)] == ["1", "2", "3"]
+
+
 def test_a_state_of_more_epochs_or_of_other_images_is_refused(tmp_path):
     train(a_training(tmp_path), [4, 6])
     for val, n_epoch, part in ((VAL, 1, "2 epochs, more than --n_epoch 1"), (BASE, 3, "val images have changed")):

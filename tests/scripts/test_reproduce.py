@@ -74,7 +74,7 @@ def test_crossdomain_trains_once_and_tests_that_model_elsewhere():
     assert [args.backbone for _, args in lines] == ["ResNet18"] * 6
     assert [args.n_epoch for _, args in lines[:2]] == [7, 0]  # what is passed on trains, and never a test
     assert lines[1][1].init_from.name == "5way_5shot_miniImagenet_arcMax_ResNet18_bestModel.tar"
-    assert [args.n_query for _, args in lines] == [50, *[15] * 5]  # classes of CUB may have 41 images
+    assert [args.n_query for _, args in lines] == [None, *[15] * 5]  # classes of CUB may have 41 images
 
 
 @pytest.mark.parametrize("scale", ["full", "laptop"])
