@@ -551,9 +551,10 @@ def choose_n_query(args: argparse.Namespace) -> None:
 
     A class without any image beside its support does not count. Raises UserError when a split is missing.
     """
-    tested = [(args.novel_dataset, getattr(args, "test_split", "novel"))]
+    options, tested = from_flags(DataOptions, args), [(args.novel_dataset, getattr(args, "test_split", "novel"))]
     tested += [(args.dataset, "val")] if getattr(args, "n_epoch", 0) else []
-    listed = [(split, list_split(from_flags(DataOptions, args), dataset, split)) for dataset, split in tested]
+    list_split(options, args.dataset, "base")  # if it is missing, that is said first
+    listed = [(split, list_split(options, dataset, split)) for dataset, split in tested]
     counts = [(n, f"class {names[c]!r} of {split}") for split, (names, _, y) in listed for c, n in Counter(y).items()]
     n, smallest = min((each for each in counts if each[0] > args.n_shot), default=(N_QUERY + args.n_shot, ""))
     args.n_query = min(N_QUERY, n - args.n_shot)

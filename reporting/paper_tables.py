@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.errors import UserError
 from engine.files import Schema, atomic_file, matches_schema
 from engine.records import write_json
+from methods.evaluation import mean_and_ci95
 from methods.meta_learners import META_LEARNERS
 from models import HEADS
 from persistence.run_files import RunName, differences
@@ -67,7 +70,8 @@ class Row:
     checkpoint: Path
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.backbone}, {N_WAY}-way {self.n_shot}-shot on {self.novel}, seed {self.seed}"
+        seed = f", seed {self.seed}" if self.seed else ""
+        return f"{self.name}, {self.backbone}, {N_WAY}-way {self.n_shot}-shot on {self.novel}{seed}"
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,7 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
             "novel_dataset": row.novel,
             "n_way": N_WAY,
             "n_shot": row.n_shot,
+            "seed": row.seed,
             "paper": paper,
             "ours": None,
         }
@@ -175,15 +180,40 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
             epochs.setdefault(row.checkpoint, result["config"].get("n_epoch", 0))
             keys = ("accuracy", "ci95", "n_episodes", "n_query", "img_size", "seconds", "seed", "commit", "command")
             record["ours"] = {key: result[key] for key in keys} | {"n_epoch": epochs[row.checkpoint]}
-            record |= {"ours_minus_paper": None, "ours_minus_paper_ci95": None}
-            if paper:
-                record["ours_minus_paper"] = round(result["accuracy"] - paper["accuracy"], 3)
-            if paper and result["ci95"] is not None:
-                record["ours_minus_paper_ci95"] = round(math.hypot(result["ci95"], paper["ci95"]), 3)
+            record |= minus_paper(result, paper)
             record["gain"] = result["difference"] if row.stage == "alignment" else None
             record["result"] = row.result
         records.append(record)
     return records
+
+
+def minus_paper(ours: dict[str, Any], paper: dict[str, Any] | None) -> dict[str, float | None]:
+    """Our accuracy minus the paper's, and the interval of the difference of two independent means; None if unknown."""
+    difference = round(ours["accuracy"] - paper["accuracy"], 3) if paper else None
+    ci95 = None if paper is None or ours["ci95"] is None else round(math.hypot(ours["ci95"], paper["ci95"]), 3)
+    return {"ours_minus_paper": difference, "ours_minus_paper_ci95": ci95}
+
+
+def mean_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean of each row that several seeds have done, with Student's t between them, as records of `compare`."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in (record for record in records if record["ours"]):
+        key = tuple(record[name] for name in ("name", "backbone", "novel_dataset", "n_shot"))
+        alike.setdefault(key, []).append(record)
+    means = []
+    for first, *others in (same for same in alike.values() if len(same) > 1):
+        of_all = [record["ours"] for record in (first, *others)]
+        ours = first["ours"] | mean_of(of_all) | {"seconds": sum(each["seconds"] for each in of_all)}
+        gain = mean_of([record["gain"] for record in (first, *others)]) if first["gain"] else None
+        name = f"{first['name']}, mean of {len(of_all)} seeds"
+        means.append(first | {"name": name, "seed": 0, "ours": ours, "gain": gain} | minus_paper(ours, first["paper"]))
+    return means
+
+
+def mean_of(numbers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The mean of several accuracies, or differences, and the half-width of its 95% interval by Student's t."""
+    mean, ci95 = mean_and_ci95(torch.tensor([each["accuracy"] for each in numbers]))
+    return {"accuracy": mean, "ci95": ci95}
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
@@ -195,7 +225,8 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
         theirs = "not known here" if paper is None else interval(paper)
         if paper and paper["source"] != "paper":
             theirs += f" ({paper['source']})"
-        cells = [record["name"], record["backbone"], record["novel_dataset"]]
+        seed = f", seed {record['seed']}" if record["seed"] else ""
+        cells = [record["name"] + seed, record["backbone"], record["novel_dataset"]]
         cells += [f"{record['n_way']}-way {record['n_shot']}-shot", interval(ours) if ours else "not run yet", theirs]
         cells.append(signed(record["ours_minus_paper"], record["ours_minus_paper_ci95"]) if ours and paper else "")
         cells.append(signed(gain["accuracy"], gain["ci95"]) if gain else "")
@@ -207,9 +238,10 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
 def write_table(stem: Path, about: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
     """Write STEM.md and STEM.json and return the Markdown. Raises UserError when they cannot be written."""
     done = sum(record["ours"] is not None for record in records)
+    means = mean_records(records)
     title = f"{about['table']} table, {about['dataset']}, {about['scale']} scale: {done} of {len(records)} rows"
-    text = f"# {title}\n\nmade by `{about['command']}`\n\n{markdown(records)}\n"
-    write_json(stem.with_name(f"{stem.name}.json"), {**about, "rows": list(records)})
+    text = f"# {title}\n\nmade by `{about['command']}`\n\n{markdown([*records, *means])}\n"
+    write_json(stem.with_name(f"{stem.name}.json"), {**about, "rows": list(records), "means": means})
     with atomic_file(stem.with_name(f"{stem.name}.md")) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return text

@@ -228,9 +228,22 @@ def test_a_table_shares_what_another_has_made_and_replaces_nothing(tmp_path, run
     assert call("reproduce", *cross).status == 0, runner.errors
     assert len(runner.ran) == 6 + 6
 
-    # The main table has the row that trains; what is there of another seed is never replaced.
-    outcome = call("reproduce", "--table", "main", *FEW, *places(tmp_path), "--seed", 1)
-    assert outcome.status == 2 and len(runner.ran) == 12 + 3 and "--seed 1 (was 0)" in runner.errors
+    # The main table has the row that trains; what is there of other flags is never replaced.
+    outcome = call("reproduce", "--table", "main", *FEW, *places(tmp_path), "--batch_size", 9)
+    assert outcome.status == 2 and len(runner.ran) == 12 + 3 and "--batch_size 9 (was " in runner.errors
+
+    os.utime(checkpoint, (0, 0))  # older than its result again
+    # Another seed has files of its own, and the mean of both is a row.
+    outcome = call("reproduce", *cross, "--seeds", 0, 1)
+    assert outcome.status == 0, runner.errors
+    assert len(runner.ran) == 15 + 6
+    record = json.loads((tmp_path / "results" / "tables" / "reproduce_crossdomain_tiny_to_other.json").read_text())
+    assert [row["seed"] for row in record["rows"]] == [0] * 6 + [1] * 6 and len(record["means"]) == 6
+    for mean, first, second in zip(record["means"], record["rows"][:6], record["rows"][6:], strict=True):
+        pair = first["ours"]["accuracy"], second["ours"]["accuracy"]
+        assert mean["ours"]["accuracy"] == pytest.approx(sum(pair) / 2, abs=1e-3)
+        assert mean["ours"]["ci95"] == pytest.approx(12.7062 * abs(pair[0] - pair[1]) / 2, abs=1e-2)
+    assert ", mean of 2 seeds | " in outcome.out
 
 
 def test_a_row_runs_in_a_process_of_its_own_and_its_error_is_shown(tmp_path, capfd):
