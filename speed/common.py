@@ -10,6 +10,7 @@ process, untimed, for the comparison alone.
 import argparse
 import functools
 import gc
+import multiprocessing
 import os
 import pickle
 import platform
@@ -20,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -275,12 +275,13 @@ def measure_side(bench: Bench, setting: Setting, side: str) -> tuple[dict[str, M
 
 def pickled(function: Callable[..., Any], *arguments: Any) -> bytes:
     """The result of a function as bytes, for a pipe would pass tensors on by files that end with their process."""
+    multiprocessing.set_start_method(None, force=True)  # a loader's workers start as in a script
     return pickle.dumps(function(*arguments))
 
 
 def in_child(function: Callable[..., T], *arguments: Any) -> T:
     """The result of a module's function, called in a process of its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return cast(T, pickle.loads(pool.submit(pickled, function, *arguments).result()))
 
 
