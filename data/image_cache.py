@@ -198,31 +198,51 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
     n_threads = min(max(1, num_workers), len(files.paths))
     check_memory(what, 4 * int(1.15 * img_size) ** 2 * n_threads, f"{smaller} or --num_workers")
     with ThreadPoolExecutor(n_threads) as pool:
-        sizes = np.array(list(map_in_chunks(pool, image_size, files.paths)), dtype=np.int64)
-        stored = stored_size(sizes, n_pixels)
-        kept = math.prod(stored) if n_pixels else 0
-        check_disk(what, 3 * len(sizes) * (img_size**2 + kept), folder.parents[1], f"{smaller}, or another --cache_dir")
-
-        def decode_one(i: int) -> tuple[bytes, bytes, bytes]:
-            content = image_bytes(files.paths[i])
-            with naming_image(files.paths[i]):
-                image = decode(content)
-            train = train_view(image, *stored).tobytes() if n_pixels else b""
-            return hashlib.sha256(content).digest(), eval_view(image, img_size, files.rule).tobytes(), train
-
-        fingerprint = hashlib.sha256()
-        bar = Run(quiet=quiet).bar(None, f"decode {files.label}", "img", total=len(files.paths))
-        # Plain sequential writes: pages of a written memory map would count as resident memory.
-        with bar, open(folder / "eval.bin", "wb") as eval_file, open(folder / "train.bin", "wb") as train_file:
-            decoded = map_in_chunks(pool, decode_one, range(len(files.paths)))
-            for name, (content, view, train) in zip(files.names, decoded, strict=True):
-                fingerprint.update(name.encode() + b"\0" + content)
-                eval_file.write(view)
-                train_file.write(train)
-                bar.update()
+        paths = files.paths
+        sizes = original_sizes(pool, paths[:: math.ceil(len(paths) / SAMPLE)])
+        if (sizes != sizes[0]).any():  # else all are taken to be of one size, and each file is opened once
+            sizes = original_sizes(pool, paths)
+        stored = stored_size(sizes, n_pixels) if n_pixels else []
+        kept = 3 * len(paths) * (img_size**2 + (math.prod(stored) if stored else 0))
+        check_disk(what, kept, folder.parents[1], f"{smaller}, or another --cache_dir")
+        sizes, fingerprint = write_views(pool, files, img_size, stored, folder, quiet)
+        if stored and stored != (right := stored_size(sizes, n_pixels)):
+            write_views(pool, files, img_size, right, folder, quiet)
     sizes.tofile(folder / "sizes.bin")
-    meta = {"versions": VERSIONS, "fingerprint": fingerprint.hexdigest()[:16]}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    (folder / "meta.json").write_text(json.dumps({"versions": VERSIONS, "fingerprint": fingerprint}), encoding="utf-8")
+
+
+def original_sizes(pool: ThreadPoolExecutor, paths: list[Path]) -> np.ndarray:
+    """The (height, width) of image files (n, 2), from their headers."""
+    return np.array(list(map_in_chunks(pool, image_size, paths)), dtype=np.int64)
+
+
+def write_views(
+    pool: ThreadPoolExecutor, files: ImageFiles, img_size: int, stored: list[int], folder: Path, quiet: bool
+) -> tuple[np.ndarray, str]:
+    """Write eval.bin and train.bin, of images resized to `stored` if it is given; their original sizes (N, 2) and
+    fingerprint."""
+
+    def decode_one(i: int) -> tuple[tuple[int, int], bytes, bytes, bytes]:
+        content = image_bytes(files.paths[i])
+        with naming_image(files.paths[i]):
+            image = decode(content)
+        train = train_view(image, *stored).tobytes() if stored else b""
+        view = eval_view(image, img_size, files.rule).tobytes()
+        return (image.height, image.width), hashlib.sha256(content).digest(), view, train
+
+    sizes, fingerprint = [], hashlib.sha256()
+    bar = Run(quiet=quiet).bar(None, f"decode {files.label}", "img", total=len(files.paths))
+    # Plain sequential writes: pages of a written memory map would count as resident memory.
+    with bar, open(folder / "eval.bin", "wb") as eval_file, open(folder / "train.bin", "wb") as train_file:
+        decoded = map_in_chunks(pool, decode_one, range(len(files.paths)))
+        for name, (size, content, view, train) in zip(files.names, decoded, strict=True):
+            sizes.append(size)
+            fingerprint.update(name.encode() + b"\0" + content)
+            eval_file.write(view)
+            train_file.write(train)
+            bar.update()
+    return np.array(sizes, dtype=np.int64), fingerprint.hexdigest()[:16]
 
 
 def map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:

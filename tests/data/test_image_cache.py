@@ -500,3 +500,12 @@ def test_a_name_that_is_no_text_is_one_line(tmp_path):
     path = path.rename(path.with_name(os.fsdecode(b"\xff.png")))
     with pytest.raises(UserError, match="not UTF-8: rename it"):
         load([path], tmp_path / "cache")
+
+
+def test_an_image_of_another_size_that_no_sample_shows_counts(tmp_path, monkeypatch):
+    paths = write_images(tmp_path, [(20, 20), (20, 20), (20, 20), (30, 20)])
+    whole = load(paths, tmp_path / "whole")
+    monkeypatch.setattr(image_cache, "SAMPLE", 2)
+    sampled = load(paths, tmp_path / "sampled")
+    assert_same(sampled, whole)
+    assert sampled.sizes.tolist() == [[20, 20]] * 3 + [[20, 30]]
