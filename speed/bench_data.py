@@ -29,7 +29,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from data.benchmarks import DataOptions, Split, load_split
-from data.image_cache import VERSIONS, read_cache, train_pixels
+from data.image_cache import VERSIONS, read_cache
 from data.listing import image_names, list_folder
 from data.transforms import Augmentation, training_images
 from engine.run import Run, keep_memory
@@ -142,7 +142,7 @@ def mapped(root: Path, n: int) -> tuple[float, str]:
         with open(cache / name, "wb") as file:
             file.truncate(n * 3 * SIDE**2)
     (cache / "meta.json").write_text(json.dumps({"versions": VERSIONS, "fingerprint": ""}))
-    arrays = read_cache(cache, (n, 3, SIDE, SIDE), train_pixels(SIDE, AUGMENTATION.crop_scale[0]))
+    arrays = read_cache(cache, (n, 3, SIDE, SIDE), SIDE**2)
     assert arrays, "the cache is not one that is read"
     names, labels = image_names(listing), torch.tensor(listing[2])
     split = Split("mapped", "base", listing[0], names, labels, arrays.eval, arrays.train, arrays.sizes, "")
