@@ -84,7 +84,7 @@ def align_novel_episodes(args: Namespace, run: Run) -> None:
             done.drawings[i] = gather_episode(episodes, i, episode, novel_source, base_source, blocks, setting, run)
         done.save_drawings()
     if ranks.first:
-        save_alignment_result(done, novel_source, checkpoint, path, chosen)
+        save_alignment_result(done, novel_source, base_source, checkpoint, path, chosen)
 
 
 def main() -> None:

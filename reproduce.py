@@ -3,6 +3,7 @@
 python reproduce.py --table main --dataset miniImagenet          # the published protocol, 66 rows: long
 python reproduce.py --table main --scale laptop                  # the built-in benchmark: 15 minutes on 2 cores
 python reproduce.py --table main --scale laptop --seeds 0 1 2    # three trainings of every row, and their means
+python reproduce.py --table main --scale two_cores               # miniImagenet from one backbone: 8 hours on 2 cores
 python reproduce.py --table crossdomain --dataset miniImagenet --novel_dataset CUB --dry_run     # only the commands
 
 Rows that are in the results folder already are not run again, so that the same command goes on after any stop.
@@ -24,17 +25,26 @@ from engine.precision import choose_precision
 from engine.records import REPOSITORY
 from engine.run import select_device
 from engine.script import run_command, run_script, script_command, shown
-from reporting.paper_tables import SCRIPTS, TABLES, Plan, Row, compare, finished, write_table
-from reporting.report import interval
+from persistence.results import interval
+from reporting.paper_tables import SCRIPTS, TABLES, Plan, Row, compare, finished, one_backbone_rows, write_table
 
 Words = dict[str, list[str]]  # flags, each with its values
-# The laptop preset with fewer epochs and episodes, so that all rows of the main table take a quarter of an hour.
+# laptop: its preset with fewer epochs and episodes, so that all rows of the main table take a quarter of an hour.
+# two_cores: one backbone of three hours, for images that are stored at 84 pixels; fewer episodes of what is slow.
+SHORT: Words = {"--precision": ["auto"], "--n_query": ["15"]}
 SCALES: dict[str, dict[str, Words]] = {
     "full": {stage: {} for stage in SCRIPTS},
     "laptop": {
         "transfer": {"--preset": ["laptop"], "--n_epoch": ["8"]},
         "meta": {"--preset": ["laptop"], "--n_epoch": ["5"]},
         "alignment": {"--preset": ["laptop"], "--align_blocks": ["1"], "--n_episodes": ["30"]},
+    },
+    "two_cores": {
+        "transfer": SHORT | {"--n_epoch": ["80"], "--eval_resize": ["none"]},
+        "meta": SHORT | {"--n_epoch": ["10"]},
+        "alignment": SHORT,
+        **dict.fromkeys(("naive_tuned", "centroid_tuned"), {"--n_episodes": ["200"]}),
+        **dict.fromkeys(("naive", "centroid"), {"--n_episodes": ["50"]}),
     },
 }
 # Flags that the rows set themselves.
@@ -51,14 +61,15 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Words]:
     add("--table", choices=list(TABLES), required=True, help="the table to reproduce")
     add("--dataset", help="benchmark (default: miniImagenet; glyphs at --scale laptop)")
     add("--novel_dataset", help="benchmark of the novel classes of --table crossdomain (default: CUB)")
-    scale = "full: the published protocol (default); laptop: 42 pixels and few epochs and episodes"
+    scale = "full: the published protocol (default); laptop: 42 pixels and few epochs and episodes; "
+    scale += "two_cores: Conv4 at 84 pixels, all from one backbone, in hours that are said first"
     add("--scale", choices=list(SCALES), default="full", help=scale)
     backbones = "default: Conv4; at full scale Conv4 ResNet18 WideResNet for --table main, ResNet18 for crossdomain"
     add("--backbones", "--backbone", type=backbone_name, nargs="+", help=backbones)
     add("--shots", type=COUNT, nargs="+", help="default: 1 5; 5 for --table crossdomain")
     seeds = "seeds of every row (default: 0); of several the table has the mean, too, with Student's t between them"
     add("--seeds", "--seed", type=COUNT_OR_0, nargs="+", default=[0], help=seeds)
-    add("--results_dir", type=Path, help="where all is written (default: results; at --scale laptop results/laptop)")
+    add("--results_dir", type=Path, help="where all is written (default: results; results/laptop or results/two_cores)")
     add("--nproc_per_node", type=COUNT, help="start each stage with torchrun on so many processes")
     add("--dry_run", action="store_true", help="print the commands, and do nothing")
     args, others = parser.parse_known_args([text for text in argv if text != "--"])
@@ -70,10 +81,12 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, Words]:
     args.novel_dataset = args.novel_dataset or ("CUB" if crossdomain else args.dataset)
     if args.novel_dataset == args.dataset and crossdomain:
         parser.error(f"argument --novel_dataset: {args.dataset} is --dataset itself: give another benchmark")
+    if crossdomain and args.scale == "two_cores":
+        parser.error("argument --scale: two_cores has the main table alone")
     published = ["ResNet18"] if crossdomain else ["Conv4", "ResNet18", "WideResNet"]
-    args.backbones = args.backbones or (["Conv4"] if laptop else published)
+    args.backbones = args.backbones or (published if args.scale == "full" else ["Conv4"])
     args.shots = args.shots or ([5] if crossdomain else [1, 5])
-    args.results_dir = args.results_dir or Path("results/laptop" if laptop else "results")
+    args.results_dir = args.results_dir or Path("results" if args.scale == "full" else f"results/{args.scale}")
     return args, passed_on(parser, others)
 
 
@@ -118,13 +131,14 @@ def main() -> None:
     args, passed = parse(sys.argv[1:])
     os.chdir(REPOSITORY)  # where the commands run, so that folders mean the same here
     novel = args.novel_dataset
-    flags = {
-        stage: scale | {flag: values for flag, values in passed.items() if flag in flags_of(stage)}
-        for stage, scale in SCALES[args.scale].items()
-    }
+    flags: dict[str, Words] = {}
+    for part, scale in SCALES[args.scale].items():
+        known = flags_of(part if part in SCRIPTS else "alignment")
+        flags[part] = scale | {flag: values for flag, values in passed.items() if flag in known}
     plans = [Plan(args.dataset, novel, args.results_dir, flags, seed) for seed in dict.fromkeys(args.seeds)]
+    table = one_backbone_rows if args.scale == "two_cores" else TABLES[args.table]
     tasks = itertools.product(args.backbones, args.shots, plans)
-    rows = [row for backbone, n_shot, plan in tasks for row in TABLES[args.table](plan, backbone, n_shot)]
+    rows = [*dict.fromkeys(row for backbone, n_shot, plan in tasks for row in table(plan, backbone, n_shot))]
     configs = [vars(args_parser(row.stage, row.flags)) for row in rows]  # a value out of range ends here
     commands = [script_command(STAGES[row.stage][0], row.flags, args.nproc_per_node) for row in rows]
     if args.dry_run:
@@ -139,8 +153,10 @@ def main() -> None:
         if each["n_query"] is None:
             del each["n_query"]
         each["precision"] = choose_precision(each["precision"], select_device(each["device"]).type)
-    todo = [row for row, config in zip(rows, configs, strict=True) if not finished(row, config)]
-    print(f"{len(todo)} of {len(rows)} rows to run", flush=True)
+    todo = [(row, config) for row, config in zip(rows, configs, strict=True) if not finished(row, config)]
+    hours = sum(row.seconds(config) for row, config in todo) / 3600
+    ahead = f", about {hours:.1f} hours on two cores of a recent processor" if args.scale == "two_cores" else ""
+    print(f"{len(todo)} of {len(rows)} rows to run{ahead}", flush=True)
     text = ""
     try:
         for i, (row, config, command) in enumerate(zip(rows, configs, commands, strict=True), 1):

@@ -1,4 +1,4 @@
-"""Evaluation of episodes on the features of a split: counts of predictions, accuracy, and its 95 % interval."""
+"""Evaluation of episodes on the features of a split: counts of predictions, and accuracy."""
 
 import math
 from dataclasses import dataclass
@@ -11,21 +11,11 @@ from data.episodes import Episodes, class_major_labels
 from engine.distributed import gather_rows
 from engine.run import Run
 from methods.novel_finetune import HeadFit, fit_heads
-from methods.protonet import protonet_scores
-from models.heads import unit
 
 # Episodes whose heads are fitted together on a CPU, where more spend less time between operations and fewer stay in the
 # cache; on a GPU, which they would not fill, elements of the features of all that are: 512 MB of them.
 HEAD_CHUNK = 50
 GPU_ELEMENTS = 2**27
-
-# The 0.975 quantile of Student's t with 1 to 28 degrees of freedom; beyond, it is close to the normal 1.96.
-# fmt: off
-T_975 = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
-    2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
-)
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -44,18 +34,6 @@ class EpisodeScores:
     @property
     def accuracy(self) -> Tensor:
         return self.correct.mean(1)
-
-
-def mean_and_ci95(values: Tensor) -> tuple[float, float]:
-    """Mean of n values (n,) and the half-width of its 95% interval, t std / sqrt(n); of a single value it is NaN.
-
-    t is 1.96, or the 0.975 quantile of Student's t with n - 1 degrees of freedom for fewer than 30 values.
-    """
-    values, n = values.double(), len(values)
-    if n < 2:
-        return values.mean().item(), math.nan
-    t = T_975[n - 2] if n < 30 else 1.96
-    return values.mean().item(), t * values.std().item() / math.sqrt(n)
 
 
 def count_predictions(scores: Tensor, n_way: int) -> Tensor:
@@ -91,23 +69,6 @@ def evaluate_heads(features: Tensor, episodes: Episodes, fit: HeadFit, run: Run,
         scores = head.scores(projected[part.query.flatten(1).to(device)])
         counts.append(count_predictions(scores, part.n_way).cpu())
     return EpisodeScores(gather_rows(counts, run.ranks))
-
-
-def nearest_mean(features: Tensor, episodes: Episodes) -> dict[str, EpisodeScores]:
-    """Scores of two controls without a fit, by name: the class whose prototype is nearest to the query.
-
-    Euclidean: by squared distance to the mean of the support features, as ProtoNet. cosine: to the mean of the
-    normalised support features. features (N, d): the embedded split that `episodes` index.
-    """
-    counts: dict[str, list[Tensor]] = {"Euclidean": [], "cosine": []}
-    for first in range(0, len(episodes), HEAD_CHUNK):
-        part = episodes.slice(first, first + HEAD_CHUNK)
-        z_support = features[part.support.to(features.device)]
-        z_query = features[part.query.flatten(1).to(features.device)]
-        cosine = unit(z_query) @ unit(unit(z_support).mean(2)).mT
-        for name, scores in (("Euclidean", protonet_scores(z_support, z_query)), ("cosine", cosine)):
-            counts[name].append(count_predictions(scores, part.n_way).cpu())
-    return {name: EpisodeScores(torch.cat(parts)) for name, parts in counts.items()}
 
 
 def per_class_accuracy(scores: EpisodeScores, episodes: Episodes, class_names: list[str]) -> dict[str, float]:

@@ -17,9 +17,10 @@ from data.episodes import Episodes
 from engine.distributed import gather_rows
 from engine.run import Run
 from methods.alignment import AlignmentSetting
-from methods.evaluation import EpisodeScores, count_predictions, mean_and_ci95
+from methods.evaluation import EpisodeScores, count_predictions
 from methods.feature_alignment import align_features, episodes_per_chunk
 from methods.features import Source
+from methods.intervals import mean_and_ci95
 
 N_EPISODES = 100
 FINE_TUNING = {"alignment": "none"}

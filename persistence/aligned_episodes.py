@@ -15,17 +15,20 @@ from engine.errors import UserError
 from engine.files import save_atomically
 from engine.records import write_json
 from engine.run import Run
+from engine.script import print_notes
 from methods.alignment import AlignedEpisode, AlignmentSetting, episode_record
-from methods.evaluation import EpisodeScores, mean_and_ci95, nearest_mean
+from methods.controls import score_controls
+from methods.evaluation import EpisodeScores
 from methods.features import Source
 from methods.related_base import empty_notes
 from persistence.checkpoints import Checkpoint
 from persistence.results import (
     accuracy_record,
+    class_notes,
+    controls_of,
     curve_record,
     difference_record,
-    paired_difference,
-    percent,
+    interval,
     run_record,
     task_text,
 )
@@ -158,9 +161,14 @@ class AlignedEpisodes:
 
 
 def save_alignment_result(
-    done: AlignedEpisodes, novel: Source, checkpoint: Checkpoint, path: Path, chosen: dict[str, Any] | None = None
+    done: AlignedEpisodes,
+    novel: Source,
+    base: Source,
+    checkpoint: Checkpoint,
+    path: Path,
+    chosen: dict[str, Any] | None = None,
 ) -> None:
-    """Write the result of all episodes, alignment against its controls, fine-tuning and nearest mean, and print it.
+    """Write the result of all episodes, alignment against fine-tuning and the other controls, and print it.
 
     checkpoint: of the backbone, read from `path`. chosen: the record of --align_preset auto.
     """
@@ -173,18 +181,20 @@ def save_alignment_result(
             f"--aug_size {setting.related.aug_size} images; so many were drawn of each class"
         )
     before, after = done.scores("finetuned"), done.scores("aligned")
-    nearest = nearest_mean(novel.features, episodes)
+    controls = {
+        name: accuracy_record(scores, episodes, names)
+        | {"difference": difference_record(scores, after, episodes.classes)}
+        for name, scores in score_controls(novel.features, base.features, episodes, done.run).items()
+    }
     record = run_record(files, split, episodes, done.run) | accuracy_record(after, episodes, names)
     record |= {
         "alignment": setting.alignment,
         "checkpoint": path,
         "checkpoint_epoch": checkpoint.epoch,
         "fine_tuning": accuracy_record(before, episodes, names),
-        "difference": difference_record(before, after),
-        "nearest_mean": {
-            name: accuracy_record(scores, episodes, names) | {"difference": difference_record(scores, after)}
-            for name, scores in nearest.items()
-        },
+        "difference": difference_record(before, after, episodes.classes),
+        "nearest_mean": {name: controls.pop(f"nearest mean, {name}") for name in ("Euclidean", "cosine")},
+        "controls": controls,
         "curve": curve_record(columns["curve"], setting.record_curve),
         "n_empty_related_sets": int(columns["n_empty"].sum()),
         "n_episodes_below_aug_size": n_small,
@@ -193,10 +203,10 @@ def save_alignment_result(
         record["align_preset_auto"] = chosen
     write_json(files.table, record)
     print(f"{files.name.method} on {split.benchmark}, {task_text(split, episodes)}")
-    print(f"  fine-tuning         {percent(*mean_and_ci95(before.accuracy))} %")
-    print(f"  {setting.alignment} alignment  {percent(*mean_and_ci95(after.accuracy))} %")
-    print(f"  paired difference   {percent(*paired_difference(before.accuracy, after.accuracy))} points")
-    for name, scores in nearest.items():
-        above = percent(*paired_difference(scores.accuracy, after.accuracy))
-        print(f"  nearest mean, {name:<9} {percent(*mean_and_ci95(scores.accuracy))} %, alignment minus it {above}")
+    print(f"  fine-tuning         {interval(record['fine_tuning'])} %")
+    print(f"  {setting.alignment} alignment  {interval(record)} %")
+    print(f"  paired difference   {interval(record['difference'])} points")
+    for name, control in controls_of(record).items():
+        print(f"  {name:<23} {interval(control)} %, alignment minus it {interval(control['difference'])}")
+    print_notes(class_notes(episodes))
     print(f"result {files.table}")

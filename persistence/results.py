@@ -1,5 +1,6 @@
 """Result records: what was measured, on which episodes, and how it was made, as JSON beside a readable line."""
 
+import math
 import time
 from typing import Any
 
@@ -9,7 +10,9 @@ from data.benchmarks import Split
 from data.episodes import Episodes, EpisodeShape, classes_that_fit
 from engine.records import provenance, write_json
 from engine.run import Run
-from methods.evaluation import EpisodeScores, confusion_record, mean_and_ci95, per_class_accuracy
+from engine.script import print_notes
+from methods.evaluation import EpisodeScores, confusion_record, per_class_accuracy
+from methods.intervals import LEAST_WITHOUT, mean_and_ci95, mean_record
 from persistence.run_files import RunFiles
 
 
@@ -18,12 +21,38 @@ def percent(mean: float, ci95: float) -> str:
     return f"{100 * mean:.2f} ± {100 * ci95:.2f}"
 
 
+def interval(record: dict[str, Any], sign: str = "") -> str:
+    """`71.45 ± 0.72 (3.10)`: the mean, its interval over episodes, if there are several, and in brackets over classes.
+
+    The last is `?` where it cannot be told, and left out for results of earlier versions. sign: "+" for a difference.
+    """
+    ci95, over_classes = (record.get(name, math.nan) for name in ("ci95", "ci95_classes"))
+    if ci95 is None and not sign:
+        return f"{record['accuracy']:.2f}"
+    text = f"{record['accuracy']:{sign}.2f} ± {math.nan if ci95 is None else ci95:.2f}"
+    if over_classes is None:
+        return f"{text} (?)"
+    return text if math.isnan(over_classes) else f"{text} ({over_classes:.2f})"
+
+
+def controls_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What alignment is compared with besides fine-tuning, by name, each with its difference; of stage 3 alone."""
+    nearest = {f"nearest mean, {name}": control for name, control in record.get("nearest_mean", {}).items()}
+    return nearest | record.get("controls", {})
+
+
+def class_notes(episodes: Episodes) -> list[str]:
+    """A line where too few episodes are without one of the classes for an interval over classes; else none."""
+    missing = len(episodes) - int(episodes.classes.flatten().bincount().max())
+    line = f"what other classes would give cannot be told, (?), where one is missing from {missing} episodes alone"
+    return [line] if missing < LEAST_WITHOUT else []
+
+
 def accuracy_record(scores: EpisodeScores, episodes: Episodes, class_names: list[str]) -> dict[str, Any]:
-    """Accuracy and interval (%) pooled over all episodes, each class's and each episode's (%), and the confusion."""
-    mean, ci95 = mean_and_ci95(scores.accuracy)
+    """Accuracy and intervals (%) pooled over all episodes, each class's and each episode's (%), and the confusion."""
+    numbers = mean_record(scores.accuracy, episodes.classes)
     return {
-        "accuracy": round(100 * mean, 3),
-        "ci95": round(100 * ci95, 3) if len(episodes) > 1 else None,
+        **{name: None if number is None else round(number, 3) for name, number in numbers.items()},
         "accuracy_per_class": per_class_accuracy(scores, episodes, class_names),
         "accuracy_per_episode": [round(100 * a, 3) for a in scores.accuracy.tolist()],
         "confusion": confusion_record(scores.counts, episodes, class_names),
@@ -58,6 +87,7 @@ def run_record(files: RunFiles, novel: Split, episodes: Episodes, run: Run) -> d
         "n_shot": episodes.n_shot,
         "n_query": episodes.query.shape[2],
         "n_episodes": len(episodes),
+        "classes_per_episode": episodes.classes.tolist(),
         "seconds": round(time.time() - files.began, 2),
         **provenance(files.config, run),
     }
@@ -69,21 +99,13 @@ def save_result(files: RunFiles, novel: Split, episodes: Episodes, scores: Episo
         return
     record = run_record(files, novel, episodes, run) | accuracy_record(scores, episodes, novel.class_names)
     write_json(files.table, record)
-    print(
-        f"{files.name.method} on {novel.benchmark}, {task_text(novel, episodes)}: "
-        f"{percent(*mean_and_ci95(scores.accuracy))} %"
-    )
+    print(f"{files.name.method} on {novel.benchmark}, {task_text(novel, episodes)}: {interval(record)} %")
+    print_notes(class_notes(episodes))
 
 
-def paired_difference(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Mean of after - before over the same episodes, (E,) each, and its paired 95% interval."""
-    return mean_and_ci95(after.double() - before.double())
-
-
-def difference_record(before: EpisodeScores, after: EpisodeScores) -> dict[str, float]:
-    """The paired difference of two ways to predict the same queries, and its interval, in points."""
-    difference, ci95 = paired_difference(before.accuracy, after.accuracy)
-    return {"accuracy": 100 * difference, "ci95": 100 * ci95}
+def difference_record(before: EpisodeScores, after: EpisodeScores, classes: Tensor) -> dict[str, float | None]:
+    """The paired difference of two ways to predict the same queries, and its intervals, in points."""
+    return mean_record(after.accuracy.double() - before.accuracy.double(), classes)
 
 
 def curve_record(accuracy: Tensor, every: int) -> list[dict[str, float]]:
@@ -94,7 +116,7 @@ def curve_record(accuracy: Tensor, every: int) -> list[dict[str, float]]:
     """
     rows = []
     for k in range(accuracy.shape[1] if every else 0):
-        gain, gain_ci95 = paired_difference(accuracy[:, 0], accuracy[:, k])
+        gain, gain_ci95 = mean_and_ci95(accuracy[:, k].double() - accuracy[:, 0].double())
         _, ci95 = mean_and_ci95(accuracy[:, k])
         row = {"iteration": k * every, "accuracy": 100 * accuracy[:, k].mean().item(), "ci95": 100 * ci95}
         rows.append(row | {"gain": 100 * gain, "gain_ci95": 100 * gain_ci95})

@@ -17,7 +17,8 @@ from engine.distributed import rank_0_first
 from engine.errors import UserError
 from engine.records import duration, to_json
 from engine.run import Run
-from methods.evaluation import EpisodeScores, mean_and_ci95
+from methods.evaluation import EpisodeScores
+from methods.intervals import mean_and_ci95
 from models import Model, n_parameters
 from persistence.checkpoints import Checkpoint, load_checkpoint, load_state, save_checkpoint
 from persistence.results import percent

@@ -2,31 +2,30 @@
 
 python -m photos.compare --checkpoint results/models/..._bestModel.tar --dataset typefaces
 
-On the features of one backbone: scikit-learn's logistic regression (its C chosen on val episodes), the nearest mean,
+On the features of one backbone: logistic regression (its C chosen on val episodes), the nearest mean,
 the head as fitted, and the head aligned in feature space with the base classes, with the defaults of predict.py.
 """
 
-import warnings
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from data.benchmarks import DataOptions, load_split
-from data.episodes import Episodes, EpisodeShape, class_major_labels, sample_episodes
-from engine.errors import OneLineParser, UserError
+from data.episodes import EpisodeShape, class_major_labels, sample_episodes
+from engine.errors import OneLineParser
 from engine.run import Run
 from engine.script import run_script
 from methods.alignment import AlignmentSetting
-from methods.evaluation import mean_and_ci95, nearest_mean
+from methods.controls import Scorer, logistic_regression, nearest_mean_cosine, score_episodes
 from methods.features import Source, trainable_blocks
+from methods.intervals import mean_record
 from methods.novel_finetune import HeadFit
 from methods.related_base import RelatedSetting
-from models.heads import unit
 from persistence.checkpoints import load_backbone
 from persistence.feature_cache import FeatureCache
-from persistence.results import percent
+from persistence.results import interval
 from photos.confidence import left_out_logits
 
 # Inverse strengths of the regularisation of logistic regression among which val episodes choose.
@@ -53,43 +52,30 @@ class Comparison:
         return fitted, replace(fitted, alignment="head")
 
 
-def logistic_regression(source: Source, episodes: Episodes, strength: float) -> Tensor:
-    """Accuracy (E,) of scikit-learn's logistic regression on unit features. Raises UserError where it is missing."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise UserError("the comparison needs scikit-learn: pip install scikit-learn") from error
-    z, accuracies = unit(source.features).numpy(), []
-    for task in map(episodes.task, range(len(episodes))):
-        y_query = class_major_labels(task.n_way, len(task.query) // task.n_way)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it has not converged
-            fitted = LogisticRegression(C=strength, max_iter=1000).fit(z[task.support], task.y_support.numpy())
-        accuracies.append(fitted.score(z[task.query], y_query.numpy()))
-    return torch.tensor(accuracies, dtype=torch.double)
-
-
 def comparison_lines(sources: dict[str, Source], n_shot: int, on: Comparison, run: Run) -> list[str]:
     """The table of n_shot images per class, in lines."""
     shape, novel = EpisodeShape(on.n_way, n_shot, on.n_query), sources["novel"]
     val = sample_episodes(sources["val"].split, shape, on.n_val, run.seed)
-    strength = max(STRENGTHS, key=lambda c: logistic_regression(sources["val"], val, c).mean().item())
+    regression = {c: partial(logistic_regression, strength=c) for c in STRENGTHS}
+    on_val = {c: score_episodes(sources["val"].features, val, regression[c], run).accuracy.mean() for c in STRENGTHS}
+    strength = max(STRENGTHS, key=on_val.__getitem__)
     episodes = sample_episodes(novel.split, shape, on.n_episodes, run.seed)
     tasks, y = list(map(episodes.task, range(len(episodes)))), class_major_labels(on.n_way, on.n_query)
     fitted, aligned = on.settings
     heads = {"our head": (None, fitted), "our head, aligned": (sources["base"], aligned)}
-    rows = {
-        f"logistic regression, C {strength:g}": logistic_regression(novel, episodes, strength),
-        "nearest mean": nearest_mean(novel.features, episodes)["cosine"].accuracy.double(),
+    scorers: dict[str, Scorer] = {
+        f"logistic regression, C {strength:g}": regression[strength],
+        "nearest mean": nearest_mean_cosine,
     }
+    rows = {name: score_episodes(novel.features, episodes, s, run).accuracy.double() for name, s in scorers.items()}
     for name, head in heads.items():
         logits = left_out_logits(tasks, novel, *head, run).view(len(tasks), -1, on.n_way)
         rows[name] = (logits.argmax(2) == y).double().mean(1)
     lines = [f"{on.n_way} classes, {n_shot} image{'s' * (n_shot > 1)} each, {len(episodes)} novel episodes"]
     for name, accuracy in rows.items():
-        gain = percent(*mean_and_ci95(rows["our head, aligned"] - accuracy))
+        gain = interval(mean_record(rows["our head, aligned"] - accuracy, episodes.classes))
         less = "" if name == "our head, aligned" else f"   aligned is better by {gain}"
-        lines.append(f"  {name:<32} {percent(*mean_and_ci95(accuracy))} %{less}")
+        lines.append(f"  {name:<32} {interval(mean_record(accuracy, episodes.classes))} %{less}")
     return lines
 
 

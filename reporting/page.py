@@ -4,6 +4,7 @@ The results as a table, the figures of reporting.figures, and the episodes that 
 """
 
 import io
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,35 +15,41 @@ from matplotlib.ticker import MaxNLocator
 
 from engine.errors import OneLineParser
 from engine.script import run_script
+from persistence.results import interval
 from persistence.saved_episode import read_saved_episodes
 from reporting.figures import FIGURES, draw_figures
 from reporting.html import html_page, write_page
 from reporting.page_episodes import episode_section, img, view_of
-from reporting.report import interval, newest_first, read_results, result_rows, signed
+from reporting.report import newest_first, read_results, result_rows
 
 MAX_BYTES = 2_800_000  # of a page: episodes that would exceed it are left out
 COLUMNS = ("task", "method", "backbone", "accuracy, %", "paired gain", "episodes", "seconds")
+INTERVALS = ("ci95", "ci95_classes")
 NOTE = (
-    "Accuracy on novel classes, or on val ones where it says so, with its 95% interval. The paired gain is that of "
-    "alignment over fine-tuning on the same episodes, grey where its interval holds zero."
+    "Accuracy on novel classes, or on val ones where it says so, with its 95% interval over episodes of these classes "
+    "(bar) and, in brackets, over other classes (line; '?' where too few episodes or classes tell). The paired gain is "
+    "that of alignment over fine-tuning on the same episodes, grey where an interval holds zero."
 )
 
 
-def interval_bounds(parts: list[dict[str, Any]]) -> tuple[float, float]:
-    """The least and the largest end of the 95% intervals of accuracies or differences."""
-    ends = [part["accuracy"] + sign * (part["ci95"] or 0.0) for part in parts for sign in (-1, 1)]
+def interval_bounds(parts: list[dict[str, Any]], names: Sequence[str] = INTERVALS) -> tuple[float, float]:
+    """The least and the largest end of the 95% intervals, of these names, of accuracies or differences."""
+    halves = [max(part.get(name) or 0.0 for name in names) for part in parts]
+    ends = [part["accuracy"] + sign * half for part, half in zip(parts, halves, strict=True) for sign in (-1, 1)]
     return min(ends), max(ends)
 
 
 def measure(part: dict[str, Any], shown: str, low: float, high: float) -> str:
-    """An accuracy or difference as text, then its 95% interval as a bar on a scale from low to high."""
-    left, right = interval_bounds([part])
-    sign = "up" if left > 0 else "down" if right < 0 else "unsure"
-    start, width = (100 * x / ((high - low) or 1) for x in (left - low, right - left))
-    bar = f'<i class="{sign}" style="left:{start:.2f}%;width:{width:.2f}%"></i>'
+    """An accuracy or difference as text, then its intervals as a bar, and over classes a line, from low to high."""
+    least, most = interval_bounds([part])
+    sign, bars = "up" if least > 0 else "down" if most < 0 else "unsure", ""
+    for name in INTERVALS[: 2 if part.get("ci95_classes") else 1]:
+        left, right = interval_bounds([part], [name])
+        start, width = (100 * x / ((high - low) or 1) for x in (left - low, right - left))
+        bars += f'<i class="{sign} {name}" style="left:{start:.2f}%;width:{width:.2f}%"></i>'
     if low < 0 < high:
-        bar += f'<b style="left:{-100 * low / (high - low):.2f}%"></b>'
-    return f'<div class="measure"><span>{shown}</span><span class="scale">{bar}</span></div>'
+        bars += f'<b style="left:{-100 * low / (high - low):.2f}%"></b>'
+    return f'<div class="measure"><span>{shown}</span><span class="scale">{bars}</span></div>'
 
 
 def axis(low: float, high: float) -> str:
@@ -56,10 +63,10 @@ def results_table(records: list[dict[str, Any]]) -> str:
     """The rows of the results, with intervals and gains drawn."""
     rows = result_rows(records)
     scale = interval_bounds([numbers for _, numbers, _ in rows])
-    gain_scale = interval_bounds([{"accuracy": 0.0, "ci95": None}, *(gain for *_, gain in rows if gain)])
+    gain_scale = interval_bounds([{"accuracy": 0.0, "ci95": 0.0}, *(gain for *_, gain in rows if gain)])
     lines = []
     for (dataset, backbone, task, method, *_, episodes, seconds), numbers, gain in rows:
-        shown_gain = measure(gain, signed(gain["accuracy"], gain["ci95"]), *gain_scale) if gain else ""
+        shown_gain = measure(gain, interval(gain, "+"), *gain_scale) if gain else ""
         of_task = f'{escape(dataset)}<br><span class="soft">{task}</span>'
         accuracy = measure(numbers, interval(numbers), *scale)
         cells = (of_task, escape(method), escape(backbone), accuracy, shown_gain, episodes, seconds)

@@ -6,7 +6,7 @@ All rows of the same novel classes, shot and seed share a file of episodes.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from engine.errors import UserError
 from engine.files import Schema, atomic_file, matches_schema
 from engine.records import write_json
-from methods.evaluation import mean_and_ci95
+from methods.intervals import mean_and_ci95
 from methods.meta_learners import META_LEARNERS
 from models import HEADS
+from persistence.results import controls_of, interval
 from persistence.run_files import RunName, differences
-from reporting.report import interval, markdown_table, signed, stage_result
+from reporting.report import markdown_table, stage_result
 
 SCRIPTS = {"transfer": "transferLearning", "meta": "metaLearning", "alignment": "associative_alignment"}
 
@@ -49,7 +50,19 @@ PAPER: dict[tuple[str, str, str], tuple[Number, Number]] = {
 FEWER_QUERIES = {"CUB": 15}  # some classes have too few images for the default of 50
 META_EPOCHS_1_SHOT = 600  # meta-learners are trained for longer at 1 shot (Chen et al., ICLR 2019)
 MADE_WITH: Schema = {"n_query": int, "commit": str, "command": str}  # what a row of a table takes beside a result
-ALIGNMENTS = ("head", "naive", "centroid", "adversarial")  # two controls, and the paper's
+# Alignments, as results name them, with their flags: two controls, the paper's, and beyond the paper.
+ALIGNMENTS = ("head", "naive", "centroid", "adversarial")
+VARIANTS: dict[str, dict[str, Sequence[str]]] = {
+    **{name: {"--alignment": [name]} for name in ALIGNMENTS},
+    "head": {"--alignment": ["head"], "--align_blocks": ["0"]},
+    "auto": {"--align_preset": ["auto"]},
+    **{f"{name}_tuned": {"--alignment": [name], "--align_preset": ["tuned"]} for name in ("naive", "centroid")},
+}
+ONE_BACKBONE = ("head", "auto", "naive_tuned", "centroid_tuned", "naive", "centroid")  # the order at scale two_cores
+# Seconds on two cores of a processor with AVX-512, for Conv4 and 38,400 base images at 84 pixels in bf16: of an epoch,
+# validation included; of an episode by the number of blocks that alignment updates, None: all.
+EPOCH_SECONDS = {"transfer": 130.0, "meta": 35.0}
+EPISODE_SECONDS = {0: 0.1, 1: 3.1, None: 70.0}
 HEADER = ["method", "backbone", "novel classes", "task", "ours %", "paper %", "ours - paper", "gain of alignment"]
 HEADER += ["epochs", "episodes", "seconds"]
 
@@ -73,10 +86,17 @@ class Row:
         seed = f", seed {self.seed}" if self.seed else ""
         return f"{self.name}, {self.backbone}, {N_WAY}-way {self.n_shot}-shot on {self.novel}{seed}"
 
+    def seconds(self, config: Mapping[str, Any]) -> float:
+        """About how long it takes with these flags where EPOCH_SECONDS and EPISODE_SECONDS hold."""
+        if self.stage != "alignment":
+            return 60.0 + config["n_epoch"] * EPOCH_SECONDS[self.stage]
+        each = EPISODE_SECONDS.get(config["align_blocks"], EPISODE_SECONDS[None])
+        return 60.0 + config["testing_epochs"] * config["n_episodes"] * each
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What all rows of a run have in common; flags: by stage, with their values, which win over the protocol's."""
+    """What all rows of a run have in common; flags: by stage or alignment, with values that win over the protocol's."""
 
     dataset: str
     novel_dataset: str
@@ -98,9 +118,7 @@ class Plan:
         flags |= {"--results_dir": [str(self.results_dir)], "--checkpoint_dir": [str(checkpoint.parent)]}
         flags |= {"--n_query": [str(FEWER_QUERIES[novel])]} if novel in FEWER_QUERIES else {}
         flags |= {"--n_epoch": [str(META_EPOCHS_1_SHOT)]} if stage == "meta" and n_shot == 1 else {}
-        flags |= self.flags[stage]
-        flags |= {"--alignment": [alignment]} if alignment else {}
-        flags |= {"--align_blocks": ["0"]} if alignment == "head" else {}
+        flags |= {**self.flags[stage], **self.flags.get(alignment, {}), **VARIANTS.get(alignment, {})}
         if stage == "transfer" and novel != self.dataset:
             flags |= {"--n_epoch": ["0"], "--init_from": [str(checkpoint)]}
         seed = f"_seed{self.seed}" if self.seed else ""
@@ -127,6 +145,18 @@ def crossdomain_rows(plan: Plan, backbone: str, n_shot: int) -> list[Row]:
         plan.row("transfer", *task, novel=novel),
         *(plan.row("alignment", *task, alignment, novel) for alignment in ALIGNMENTS),
     ]
+
+
+def one_backbone_rows(plan: Plan, backbone: str, n_shot: int) -> list[Row]:
+    """All from one backbone of stage 1, trained at 5 shots: its test, ProtoNet, and alignment in feature space, of the
+    last block, and of all."""
+    trained, task = plan.row("transfer", "arcMax", backbone, PAPER_SHOTS[-1]), ("arcMax", backbone, n_shot)
+    test, start = plan.row("transfer", *task), ("--init_from", str(trained.checkpoint))
+    rows = [replace(test, flags=(*test.flags, "--n_epoch", "0"))] if test != trained else []
+    rows += [plan.row("alignment", *task, variant) for variant in ONE_BACKBONE]
+    rows = [replace(row, checkpoint=trained.checkpoint) for row in rows]
+    rows.append(plan.row("meta", "ProtoNet", backbone, n_shot))
+    return [trained, *(replace(row, flags=(*row.flags, *start)) for row in rows)]
 
 
 # By table: all rows of a backbone and a shot, in the order to run them.
@@ -178,10 +208,13 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
         }
         if result:
             epochs.setdefault(row.checkpoint, result["config"].get("n_epoch", 0))
-            keys = ("accuracy", "ci95", "n_episodes", "n_query", "img_size", "seconds", "seed", "commit", "command")
+            keys = ["accuracy", "ci95", "n_episodes", "n_query", "img_size", "seconds", "seed", "commit", "command"]
+            keys += [key for key in ("ci95_classes",) if key in result]  # earlier versions had none
             record["ours"] = {key: result[key] for key in keys} | {"n_epoch": epochs[row.checkpoint]}
             record |= minus_paper(result, paper)
             record["gain"] = result["difference"] if row.stage == "alignment" else None
+            controls = controls_of(result) if row.name.endswith("head alignment") else {}
+            record["controls"] = {name: {key: c[key] for key in keys if key in c} for name, c in controls.items()}
             record["result"] = row.result
         records.append(record)
     return records
@@ -226,10 +259,12 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
         if paper and paper["source"] != "paper":
             theirs += f" ({paper['source']})"
         seed = f", seed {record['seed']}" if record["seed"] else ""
-        cells = [record["name"] + seed, record["backbone"], record["novel_dataset"]]
-        cells += [f"{record['n_way']}-way {record['n_shot']}-shot", interval(ours) if ours else "not run yet", theirs]
-        cells.append(signed(record["ours_minus_paper"], record["ours_minus_paper_ci95"]) if ours and paper else "")
-        cells.append(signed(gain["accuracy"], gain["ci95"]) if gain else "")
+        task = [record["backbone"], record["novel_dataset"], f"{record['n_way']}-way {record['n_shot']}-shot"]
+        for name, control in record.get("controls", {}).items():
+            rows.append([f"arcMax, {name}{seed}", *task, interval(control), *[""] * 4, str(ours["n_episodes"]), ""])
+        cells = [record["name"] + seed, *task, interval(ours) if ours else "not run yet", theirs]
+        less = {"accuracy": record.get("ours_minus_paper"), "ci95": record.get("ours_minus_paper_ci95")}
+        cells += [interval(less, "+") if ours and paper else "", interval(gain, "+") if gain else ""]
         cells += [str(ours["n_epoch"]), str(ours["n_episodes"]), f"{ours['seconds']:.0f}"] if ours else ["", "", ""]
         rows.append(cells)
     return markdown_table(HEADER, rows)

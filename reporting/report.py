@@ -1,38 +1,40 @@
-"""Print result files as one Markdown table, or the paired difference of two results.
+"""Print result files as one Markdown table, or the paired differences of results of the same episodes.
 
 python -m reporting.report results
 python -m reporting.report --pair fp32.json bf16.json
+python -m reporting.report --compare head.json naive.json centroid.json
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.errors import OneLineParser, UserError
 from engine.files import FLAGS, Schema, matches_schema, misfit, read_json
 from engine.script import run_script
-from methods.evaluation import mean_and_ci95
-from persistence.results import paired_difference, percent
+from methods.intervals import mean_record
+from persistence.results import controls_of, interval
 
-# What a result holds that is reported or drawn; of stage 3 also what alignment is compared with.
+# What a result holds that is reported or drawn.
 DIFFERENCE: Schema = {"accuracy": float, "ci95": float | None}
 ACCURACY: Schema = DIFFERENCE | {"accuracy_per_episode": list[float]}
-RESULT: Schema = ACCURACY | {
+RESULT: Schema = {
     **{"stage": str, "dataset": str, "method": str, "backbone": str, "img_size": int, "n_way": int, "n_shot": int},
     **{"n_episodes": int, "seconds": float, "seed": int, "config": FLAGS},
 }
-ALIGNMENT: Schema = {"alignment": str, "fine_tuning": ACCURACY, "difference": DIFFERENCE}
-# What results of earlier versions lack.
-CURVE = DIFFERENCE | {"iteration": int, "gain": float, "gain_ci95": float | None}
+# What results of earlier versions lack; with the classes of the episodes came the intervals over classes.
+CURVE: Schema = DIFFERENCE | {"iteration": int, "gain": float, "gain_ci95": float | None}
 CONFUSION: Schema = {"confusion": dict[str, dict[str, int]]}
-NEAREST = dict.fromkeys(("Euclidean", "cosine"), ACCURACY | {"difference": DIFFERENCE})
-LATER: Schema = CONFUSION | {"nearest_mean": NEAREST, "curve": [CURVE], "novel_dataset": str}
+LATER: Schema = CONFUSION | {"curve": [CURVE], "novel_dataset": str, "classes_per_episode": list[list[int]]}
+NEAREST = ("Euclidean", "cosine")
+CONTROLS = ("SimpleShot", "logistic regression", "related prototype")
 EPOCH: Schema = {"epoch": int} | dict.fromkeys(("loss", "base_accuracy", "val_accuracy", "val_ci95"), float | None)
-HEADER = "dataset,backbone,task,method,accuracy %,paired gain,over nearest mean,episodes,seconds".split(",")
-# What two results of the same episodes have in common.
+HEADER = "dataset,backbone,task,method,accuracy % (± over classes),paired gain,over nearest mean".split(",")
+HEADER += ["episodes", "seconds"]
+# What results of the same episodes have in common.
 PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query", "episodes")
 # The cells of a row below HEADER, the record that holds its accuracy, and of alignment the paired gain.
 ResultRow = tuple[tuple[str, ...], dict[str, Any], dict[str, Any] | None]
@@ -43,16 +45,27 @@ def newest_first(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True)
 
 
+def result_schema(record: dict[str, Any]) -> Schema:
+    """What is read of a result: of stage 3 also what alignment is compared with, and what no earlier version lacks."""
+    over_classes: Schema = {"ci95_classes": float | None} if "classes_per_episode" in record else {}
+    accuracy, difference = ACCURACY | over_classes, DIFFERENCE | over_classes
+    schema = RESULT | accuracy | {key: kind for key, kind in LATER.items() if key in record}
+    if "alignment" in record:
+        before = accuracy | (CONFUSION if "confusion" in record else {})
+        schema |= {"alignment": str, "fine_tuning": before, "difference": difference}
+    for key, names in {"nearest_mean": NEAREST, "controls": CONTROLS}.items():
+        if key in record:
+            schema[key] = dict.fromkeys(names, accuracy | {"difference": difference})
+    return schema
+
+
 def result_in(file: Path) -> dict[str, Any] | None:
     """The result of a stage in a JSON file, or None for another table. Raises UserError when missing or damaged."""
     try:
         record = read_json(file)
         if not (isinstance(record, dict) and "stage" in record):
             return None
-        schema = RESULT | {key: kind for key, kind in LATER.items() if key in record}
-        if "alignment" in record:
-            schema |= ALIGNMENT | ({"fine_tuning": ACCURACY | CONFUSION} if "confusion" in record else {})
-        if wrong := misfit(record, schema):
+        if wrong := misfit(record, result_schema(record)):
             raise ValueError(wrong)
         return record
     except FileNotFoundError as error:
@@ -95,17 +108,6 @@ def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
     return logs
 
 
-def interval(record: dict[str, Any]) -> str:
-    """`71.45 ± 0.72`, or the mean alone when one episode gives no interval."""
-    mean, ci95 = record["accuracy"], record["ci95"]
-    return f"{mean:.2f}" if ci95 is None else f"{mean:.2f} ± {ci95:.2f}"
-
-
-def signed(accuracy: float, ci95: float | None) -> str:
-    """`+0.12 ± 0.98`; the interval of a single episode is nan."""
-    return f"{accuracy:+.2f} ± {math.nan if ci95 is None else ci95:.2f}"
-
-
 def variant(record: dict[str, Any]) -> str:
     """How an alignment differs from the published one: its preset, or the number of blocks that it trains."""
     config = record["config"]
@@ -123,28 +125,28 @@ def tested_on(record: dict[str, Any]) -> str:
     return f"{name}, val" if record["config"].get("test_split") == "val" else name
 
 
-def result_rows(records: list[dict[str, Any]]) -> list[ResultRow]:
-    """The rows of the table of results, equal ones once.
+def measured(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a result by name: before an alignment stand its controls on the same episodes."""
+    method = record["method"]
+    if "alignment" not in record:
+        return {method: record}
+    controls = {f"{method}, fine-tuning": record["fine_tuning"]}
+    controls |= {f"{method}, {name}": control for name, control in controls_of(record).items()}
+    return controls | {f"{method}, {record['alignment']} alignment{variant(record)}": record}
 
-    Before an alignment stand its controls on the same episodes: fine-tuning and, unless the result is of an earlier
-    version, the nearest means, the better of which the column `over nearest mean` compares it with.
-    """
+
+def result_rows(records: list[dict[str, Any]]) -> list[ResultRow]:
+    """The rows of the table of results, equal ones once. The column `over nearest mean` is over the better of both."""
     rows: dict[tuple[str, ...], ResultRow] = {}
     for record in records:
-        method = record["method"]
         task = f"{record['n_way']}-way {record['n_shot']}-shot"
         protocol = (tested_on(record), f"{record['backbone']}, {record['img_size']} px", task)
         nearest: dict[str, Any] = record.get("nearest_mean", {})
-        measured = {method: record}
-        if "alignment" in record:
-            measured = {f"{method}, fine-tuning": record["fine_tuning"]}
-            measured |= {f"{method}, nearest mean, {name}": control for name, control in nearest.items()}
-            measured |= {f"{method}, {record['alignment']} alignment{variant(record)}": record}
         best: dict[str, Any] = max(nearest.values(), key=lambda control: control["accuracy"], default={})
         gains = record.get("difference"), best.get("difference")
-        for name, numbers in measured.items():
+        for name, numbers in measured(record).items():
             own = numbers is record
-            over = [signed(gain["accuracy"], gain["ci95"]) if own and gain else "" for gain in gains]
+            over = [interval(gain, "+") if own and gain else "" for gain in gains]
             cost = str(record["n_episodes"]), f"{record['seconds']:.0f}" if own else ""
             cells = (*protocol, name, interval(numbers), *over, *cost)
             rows.setdefault(cells, (cells, numbers, gains[0] if own else None))
@@ -156,23 +158,47 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def paired_lines(before: Path, after: Path) -> list[str]:
-    """Both accuracies of two results of the same episodes, and the paired difference with its 95% interval.
+def same_episodes(files: Sequence[Path]) -> tuple[list[dict[str, Any]], Tensor | None]:
+    """Results of the same episodes, cut to those that all have, and their classes (E, n_way), where they are named.
 
-    When one has more episodes, its first ones are taken: a shorter list is the beginning of a longer one. Raises
-    UserError when one is no result, or the episodes are not the same ones.
+    A shorter list is the beginning of a longer one. Raises UserError when one is no result, or of other episodes.
     """
-    records = stage_result(before), stage_result(after)
-    for record in records:
-        file = record["config"].get("episodes_file")
-        record["episodes"] = f"in {Path(str(file)).name}" if file else f"of seed {record['seed']}"
-    if other := next((key for key in PAIR_KEYS if records[0].get(key) != records[1].get(key)), None):
-        first, second = (record.get(other) for record in records)
-        raise UserError(f"{before} has {other} {first}, {after} {second}: give both the same episodes, --episodes_file")
+    records = [stage_result(file) for file in files]
+    for file, record in zip(files, records, strict=True):
+        drawn = record["config"].get("episodes_file")
+        record["episodes"] = f"in {Path(str(drawn)).name}" if drawn else f"of seed {record['seed']}"
+        if other := next((key for key in PAIR_KEYS if records[0].get(key) != record.get(key)), None):
+            both = f"{files[0]} has {other} {records[0].get(other)}, {file} {record.get(other)}"
+            raise UserError(f"{both}: give both the same episodes, --episodes_file")
     n = min(len(record["accuracy_per_episode"]) for record in records)
-    accuracies = [torch.tensor(record["accuracy_per_episode"][:n]).double() / 100 for record in records]
-    lines = [f"{percent(*mean_and_ci95(a))} %  {file}" for a, file in zip(accuracies, (before, after), strict=True)]
-    return [*lines, f"paired difference {percent(*paired_difference(*accuracies))} points, {n} episodes"]
+    named = all("classes_per_episode" in record for record in records)
+    for record in records:
+        for numbers in measured(record).values():
+            numbers["values"] = torch.tensor(numbers["accuracy_per_episode"][:n]).double() / 100
+    return records, torch.tensor(records[0]["classes_per_episode"][:n]) if named else None
+
+
+def paired_lines(before: Path, after: Path) -> list[str]:
+    """Both accuracies of two results of the same episodes, and the paired difference, with 95% intervals."""
+    records, classes = same_episodes((before, after))
+    first, second = (record["values"] for record in records)
+    lines = [f"{interval(mean_record(v, classes))} %  {file}" for v, file in ((first, before), (second, after))]
+    return [*lines, f"paired difference {interval(mean_record(second - first, classes))} points, {len(first)} episodes"]
+
+
+def comparison_table(files: Sequence[Path]) -> str:
+    """Results of the same episodes and their controls: accuracy, and the paired difference of a row and each above."""
+    records, classes = same_episodes(files)
+    rows: dict[str, Tensor] = {}
+    for file, record in zip(files, records, strict=True):
+        for name, numbers in measured(record).items():
+            is_new = name not in rows or torch.equal(rows[name], numbers["values"])
+            rows[name if is_new else f"{name} ({file.stem})"] = numbers["values"]
+    cells = []
+    for i, (name, values) in enumerate(rows.items()):
+        above = [interval(mean_record(values - other, classes), "+") for other in [*rows.values()][:i]]
+        cells.append([f"{i + 1}. {name}", interval(mean_record(values, classes)), *above, *[""] * (len(rows) - 1 - i)])
+    return markdown_table(["method", HEADER[4], *(f"minus {i}" for i in range(1, len(rows)))], cells)
 
 
 def main() -> None:
@@ -180,9 +206,13 @@ def main() -> None:
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
     pair = "print the paired difference AFTER - BEFORE of two results of the same episodes instead"
     parser.add_argument("--pair", type=Path, nargs=2, metavar=("BEFORE.json", "AFTER.json"), help=pair)
+    compare = "print the paired differences of results of the same episodes, and of their controls, instead"
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="RESULT.json", help=compare)
     args = parser.parse_args()
     if args.pair:
         lines = paired_lines(*args.pair)
+    elif args.compare:
+        lines = [comparison_table(args.compare)]
     else:
         lines = [markdown_table(HEADER, [cells for cells, *_ in result_rows(read_results(args.results_dir))])]
     print("\n".join(lines))

@@ -94,6 +94,13 @@ def make_split(counts=(8,) * 6, side=16, seed=0, split="novel") -> Split:
     )
 
 
+def toy_features(split, d=12, spread=1.2, seed=0):
+    """Features (N, d): a direction a class, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(len(split.class_names), d, generator=generator)
+    return centre[split.labels] + spread * torch.randn(len(split.labels), d, generator=generator)
+
+
 def related_by_logits(logits, labels, n_base_class: int, setting: RelatedSetting) -> RelatedBase:
     """The related base of base samples with these labels (N,), by a head whose logits (N, n_way) are these."""
     head = build_head("softMax", logits.shape[1], logits.shape[1], 1.0, 0.0)

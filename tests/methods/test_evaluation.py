@@ -1,8 +1,5 @@
 """Episodes on features, together or alone, and what is reported of them."""
 
-import math
-import statistics
-
 import pytest
 import torch
 
@@ -11,32 +8,21 @@ from engine.generators import make_generator
 from engine.run import Run
 from methods import evaluation
 from methods.evaluation import (
-    T_975,
     EpisodeScores,
     confusion_record,
     count_predictions,
     evaluate_heads,
-    mean_and_ci95,
-    nearest_mean,
     per_class_accuracy,
     share_right,
 )
 from methods.novel_finetune import HeadFit, fit_heads
 from models import HEADS, build_head
-from reporting.result_figures import as_matrix
-from tests.helpers import make_split
+from tests.helpers import make_split, toy_features
 
 ALL_HEADS = pytest.mark.parametrize("method", HEADS)
 
 
 # Episodes on features.
-
-
-def toy_features(split, d=12, spread=1.2, seed=0):
-    """Features (N, d): a direction a class, and noise."""
-    generator = torch.Generator().manual_seed(seed)
-    centre = torch.randn(len(split.class_names), d, generator=generator)
-    return centre[split.labels] + spread * torch.randn(len(split.labels), d, generator=generator)
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +65,6 @@ def test_scores_are_those_of_a_plain_loop_over_episodes(toy, method):
             assert scores.correct[i, way].item() == pytest.approx((predicted == way).float().mean().item())
 
 
-def test_the_nearest_means_are_those_of_a_plain_loop_over_queries(toy, monkeypatch):
-    monkeypatch.setattr(evaluation, "HEAD_CHUNK", 4)
-    features, episodes = toy
-    found = nearest_mean(features, episodes)
-    for i in range(0, len(episodes), 5):
-        z_support = features[episodes.support[i]]
-        means, unit_means = z_support.mean(1), (z_support / z_support.norm(dim=2, keepdim=True)).mean(1)
-        for way in range(5):
-            z = features[episodes.query[i, way]]
-            euclidean = torch.stack([(means - x).norm(dim=1).argmin() for x in z])
-            cosine = torch.stack([torch.cosine_similarity(unit_means, x[None]).argmax() for x in z])
-            assert torch.equal(found["Euclidean"].counts[i, way], torch.bincount(euclidean, minlength=5))
-            assert torch.equal(found["cosine"].counts[i, way], torch.bincount(cosine, minlength=5))
-
-
 def test_a_querys_score_does_not_depend_on_the_other_queries(toy):
     """The queries of an episode are right together as often as they are one by one, in any order."""
     features, episodes = toy
@@ -115,31 +86,6 @@ def test_separable_classes_are_all_recognised_and_unrelated_features_are_at_chan
 
 
 # What is reported.
-
-
-@pytest.mark.parametrize(("n", "t"), [(5, 2.7764), (29, 2.0484), (30, 1.96), (600, 1.96)])
-def test_the_interval_is_1_96_standard_errors_and_students_t_of_few_values(n, t):
-    values = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.double).tolist()
-    mean, ci95 = mean_and_ci95(torch.tensor(values, dtype=torch.double))
-    assert mean == pytest.approx(statistics.mean(values))
-    assert ci95 == pytest.approx(t * statistics.stdev(values) / math.sqrt(n))
-
-
-def test_the_table_of_students_t_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    assert T_975 == pytest.approx([stats.t.ppf(0.975, degrees) for degrees in range(1, 29)], abs=5e-5)
-
-
-@pytest.mark.parametrize("n", [3, 10, 100])
-def test_the_interval_covers_the_true_mean_95_times_in_100(n):
-    draws = torch.randn(4000, n, generator=torch.Generator().manual_seed(n))
-    covered = sum(abs(mean) <= ci95 for mean, ci95 in map(mean_and_ci95, draws))
-    assert 0.94 < covered / 4000 < 0.96
-
-
-def test_a_single_value_has_no_interval():
-    mean, ci95 = mean_and_ci95(torch.tensor([0.25]))
-    assert mean == 0.25 and math.isnan(ci95)
 
 
 def test_accuracy_per_class_pools_the_episodes_that_a_class_was_part_of():
@@ -165,5 +111,3 @@ def test_counts_are_summed_by_class_over_episodes():
     classes = torch.tensor([[2, 0], [0, 3]])
     record = confusion_record(counts, Episodes(torch.zeros(2, 2, 5), classes, 1), ["ant", "bee", "cat", "dog"])
     assert record == {"ant": {"ant": 6, "cat": 2}, "cat": {"ant": 1, "cat": 3}, "dog": {"ant": 1, "dog": 3}}
-    names, matrix = as_matrix(record)
-    assert names == ["ant", "cat", "dog"] and matrix.tolist() == [[6, 2, 0], [1, 3, 0], [1, 0, 3]]

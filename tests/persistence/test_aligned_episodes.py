@@ -141,13 +141,16 @@ def test_the_result_compares_alignment_with_fine_tuning(tmp_path, capsys):
         done.add(i, an_episode(n_related=(0, 6)))
     z = torch.eye(len(NOVEL.class_names))[NOVEL.labels]  # whose nearest means are right as well
     checkpoint = Checkpoint("transferLearning", "toy", "arcMax", "Conv4", 16, ["a"], {}, {}, 7, 50.0, {})
-    save_alignment_result(done, feature_source(z, NOVEL), checkpoint, tmp_path / "best.tar")
+    save_alignment_result(done, *[feature_source(z, NOVEL)] * 2, checkpoint, tmp_path / "best.tar")
     record = json.loads(done.files.table.read_text())
     assert (record["accuracy"], record["fine_tuning"]["accuracy"]) == (100, 50)
-    assert record["difference"] == {"accuracy": 50, "ci95": 0}
+    assert record["difference"] == {"accuracy": 50, "ci95": 0, "ci95_classes": None}
     for distance in ("Euclidean", "cosine"):
         control = record["nearest_mean"][distance]
-        assert control["accuracy_per_episode"] == [100] * 3 and control["difference"] == {"accuracy": 0, "ci95": 0}
+        assert control["accuracy_per_episode"] == [100] * 3
+        assert control["difference"] == {"accuracy": 0, "ci95": 0, "ci95_classes": None}
+    assert list(record["controls"]) == ["SimpleShot", "logistic regression", "related prototype"]
+    assert all(control["accuracy"] == 100 for control in record["controls"].values())
     assert [(row["iteration"], row["accuracy"], row["gain"]) for row in record["curve"]] == [
         (0, 50, 0),
         (2, 75, 25),
@@ -160,4 +163,5 @@ def test_the_result_compares_alignment_with_fine_tuning(tmp_path, capsys):
     )
     said = capsys.readouterr().out
     assert "in 3 of 3 episodes the smallest related set held fewer than --aug_size 5" in said
-    assert "paired difference   50.00 ± 0.00 points" in said
+    assert "paired difference   50.00 ± 0.00 (?) points" in said
+    assert "what other classes would give cannot be told" in said

@@ -7,7 +7,8 @@ import torch
 
 from data.episodes import Episodes
 from methods.evaluation import EpisodeScores
-from persistence.results import accuracy_record, curve_record, paired_difference, percent
+from methods.intervals import ci95_over_classes
+from persistence.results import accuracy_record, class_notes, curve_record, difference_record, interval, percent
 from tests.helpers import CHECKPOINT, STAGE_1, STAGE_3, TINY, call, folders, result
 
 
@@ -47,11 +48,32 @@ def test_accuracies_are_percent_pooled_and_of_each_episode_and_class():
     assert percent(0.7145, 0.0072) == "71.45 ± 0.72"
 
 
+def right(*percent):
+    """Scores of 2-way episodes of 100 queries per class, of which so many are right."""
+    return EpisodeScores(torch.tensor([[[n, 100 - n], [100 - n, n]] for n in percent]))
+
+
 def test_a_paired_difference_has_the_interval_of_the_differences():
-    before, after = torch.tensor([0.2, 0.8, 0.2, 0.8]), torch.tensor([0.21, 0.83, 0.21, 0.83])
-    mean, ci95 = paired_difference(before, after)
-    assert mean == pytest.approx(0.02) and ci95 == pytest.approx(3.1824 * (4 / 3) ** 0.5 * 0.01 / 2, rel=1e-4)
-    assert paired_difference(after, before)[0] == pytest.approx(-mean)
+    before, after, classes = right(20, 80, 20, 80), right(21, 83, 21, 83), torch.arange(8).view(4, 2)
+    found = difference_record(before, after, classes)
+    assert found["accuracy"] == pytest.approx(2)
+    assert found["ci95"] == pytest.approx(3.1824 * (4 / 3) ** 0.5 / 2, rel=1e-4)
+    assert found["ci95_classes"] is None  # four episodes tell nothing of other classes
+    assert difference_record(after, before, classes)["accuracy"] == pytest.approx(-2)
+
+
+def test_the_intervals_over_classes_are_those_of_the_differences():
+    """Half of the classes gain 30 points and half 10; each episode's accuracy is another."""
+    classes = torch.rand(80, 12, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :2]
+    gain, before = 10 + 10 * (classes < 6).sum(1), torch.arange(80) % 60
+    first, second = right(*before.tolist()), right(*(before + gain).tolist())
+    found, episodes = difference_record(first, second, classes), Episodes(torch.zeros(80, 2, 3), classes, 1)
+    assert found["ci95_classes"] == pytest.approx(ci95_over_classes(gain, classes))
+    assert 1 < found["ci95"] < 2 < found["ci95_classes"] < 10
+    record = accuracy_record(first, episodes, [f"c{i}" for i in range(12)])
+    assert record["ci95_classes"] == round(100 * ci95_over_classes(first.accuracy, classes), 3)
+    assert interval({"accuracy": 30, "ci95": 2, "ci95_classes": 5.0}) == "30.00 ± 2.00 (5.00)"
+    assert not class_notes(episodes) and "is missing from 7 episodes alone" in class_notes(episodes.slice(0, 10))[0]
 
 
 def test_a_curve_is_accuracy_and_gain_at_every_recorded_iteration():

@@ -19,7 +19,6 @@ def compare(root, *flags):
 
 
 def test_the_table_has_a_row_per_classifier(workspace):
-    pytest.importorskip("sklearn")
     outcome = compare(workspace, "--n_shot", 1, 2)
     assert outcome.status == 0, outcome.err
     for n_shot in ("1 image each", "2 images each"):

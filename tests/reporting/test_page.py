@@ -78,7 +78,7 @@ def test_the_table_holds_what_the_results_hold(page, aligned):
     for part in (record, record["fine_tuning"]):
         assert f"{part['accuracy']:.2f} ± {part['ci95']:.2f}" in words(Page(page))
     assert f"{record['difference']['accuracy']:+.2f} ± " in words(Page(page))
-    assert len(Page(page).all("span", "scale")) == 5 + 1  # five accuracies and a gain
+    assert len(Page(page).all("span", "scale")) == 8 + 1  # eight accuracies and a gain
 
 
 def test_an_episode_shows_its_queries_those_that_alignment_changed_first(page, aligned):
@@ -157,9 +157,14 @@ def test_what_alignment_did_to_a_query(truth, was, now, kind):
 
 def test_an_interval_is_drawn_on_a_scale_that_holds_it():
     drawn = measure({"accuracy": 1.0, "ci95": 1.5}, "+1.00 ± 1.50", -1.0, 3.0)
-    assert Page(drawn).all("i") == [{"class": "unsure", "style": "left:12.50%;width:75.00%"}]
+    assert Page(drawn).all("i") == [{"class": "unsure ci95", "style": "left:12.50%;width:75.00%"}]
+    both = measure({"accuracy": 1.0, "ci95": 0.5, "ci95_classes": 1.5}, "+1.00 ± 0.50 (1.50)", -1.0, 3.0)
+    assert Page(both).all("i") == [  # what other classes may undo is not shown as sure
+        {"class": "unsure ci95", "style": "left:37.50%;width:25.00%"},
+        {"class": "unsure ci95_classes", "style": "left:12.50%;width:75.00%"},
+    ]
     (point,) = Page(measure({"accuracy": 60.0, "ci95": None}, "60.00", 60.0, 60.0)).all("i")  # one episode, one result
-    assert point == {"class": "up", "style": "left:0.00%;width:0.00%"}
+    assert point == {"class": "up ci95", "style": "left:0.00%;width:0.00%"}
 
 
 @pytest.mark.parametrize(

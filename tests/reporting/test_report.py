@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from methods.intervals import mean_record
 from reporting.page import results_table
 from reporting.report import read_results
 from reporting.result_figures import run_name
@@ -40,15 +42,86 @@ def test_the_difference_of_two_results_is_paired(tmp_path):
     outcome = call("reporting.report", "--pair", before, after)
     assert outcome.status == 0, outcome.err
     first, second, difference = outcome.out.splitlines()
-    assert first.startswith("50.00 ± 55.12 %") and first.endswith("fp32.json") and second.startswith("52.00")
-    assert difference == "paired difference 2.00 ± 1.84 points, 4 episodes"
-    assert "difference -2.00 ± 1.84" in call("reporting.report", "--pair", after, before).out
+    assert first.startswith("50.00 ± 55.12 (?) %") and first.endswith("fp32.json") and second.startswith("52.00")
+    assert difference == "paired difference 2.00 ± 1.84 (?) points, 4 episodes"
+    assert "difference -2.00 ± 1.84 (?)" in call("reporting.report", "--pair", after, before).out
 
 
 def test_a_shorter_result_is_paired_with_the_beginning_of_a_longer_one(tmp_path):
     long = write(tmp_path / "long.json", [20.0, 80.0, 0.0, 0.0])
     lines = call("reporting.report", "--pair", long, write(tmp_path / "short.json", [21.0, 83.0])).out.splitlines()
-    assert lines[0].startswith("50.00 ±") and lines[2] == "paired difference 2.00 ± 12.71 points, 2 episodes"
+    assert lines[0].startswith("50.00 ±") and lines[2] == "paired difference 2.00 ± 12.71 (?) points, 2 episodes"
+
+
+def many_episodes():
+    """60 episodes of 2 of 8 classes, and two results on them: the second gains 4 points with classes 0 to 3."""
+    classes = torch.rand(60, 8, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :2]
+    before = [float(i % 7) + 50 for i in range(60)]
+    gains = 2.0 * (classes < 4).sum(1)
+    return classes, before, [b + g for b, g in zip(before, gains.tolist(), strict=True)], gains / 100
+
+
+def test_a_paired_difference_has_an_interval_over_classes_where_results_name_them(tmp_path):
+    classes, before, after, gains = many_episodes()
+    named = {"classes_per_episode": classes.tolist(), "ci95_classes": 3.0}
+    files = [write(tmp_path / f"{name}.json", a, **named) for name, a in (("a", before), ("b", after))]
+    outcome = call("reporting.report", "--pair", *files)
+    mean, ci95, ci95_classes = mean_record(gains, classes).values()
+    assert ci95_classes > 1.5 * ci95
+    line = f"paired difference {mean:.2f} ± {ci95:.2f} ({ci95_classes:.2f}) points, 60 episodes"
+    assert outcome.out.splitlines()[2] == line
+    older = write(tmp_path / "older.json", before)
+    assert call("reporting.report", "--pair", older, files[1]).out.splitlines()[2] == line.replace(
+        f"({ci95_classes:.2f})", "(?)"
+    )
+
+
+def test_a_comparison_pairs_every_row_with_those_above_it(tmp_path):
+    classes, before, after, gains = many_episodes()
+    named = {"classes_per_episode": classes.tolist(), "ci95_classes": 3.0}
+    numbers = {"accuracy": 1.0, "ci95": 1.0, "ci95_classes": 3.0}
+    tuned = numbers | {"accuracy_per_episode": before}
+    shot = tuned | {"accuracy_per_episode": [a - 1 for a in before], "difference": numbers}
+    names = ("SimpleShot", "logistic regression", "related prototype")
+    more = {"alignment": "head", "fine_tuning": tuned, "difference": numbers, "controls": dict.fromkeys(names, shot)}
+    aligned = write(tmp_path / "aligned.json", after, **named | more)
+    other = write(tmp_path / "other.json", before[:50], method="ProtoNet", **named)
+    again = write(tmp_path / "again.json", after, method="ProtoNet", **named)
+    outcome = call("reporting.report", "--compare", aligned, other, again)
+    assert outcome.status == 0, outcome.err
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in outcome.out.splitlines()]
+    assert header == ["method", "accuracy % (± over classes)", *(f"minus {i}" for i in range(1, 7))]
+    assert [row[0].split(". ")[1] for row in rows] == [
+        "arcMax, fine-tuning",
+        *(f"arcMax, {name}" for name in names),
+        "arcMax, head alignment",
+        "ProtoNet",
+        "ProtoNet (again)",  # of that name, but of other numbers
+    ]
+    mean, ci95, ci95_classes = mean_record(gains[:50], classes[:50]).values()
+    assert rows[4][2] == f"{mean:+.2f} ± {ci95:.2f} ({ci95_classes:.2f})"
+    assert rows[1][2:] == ["-1.00 ± 0.00 (0.00)", "", "", "", "", ""] and rows[5][2] == "+0.00 ± 0.00 (0.00)"
+    elsewhere = write(tmp_path / "elsewhere.json", before, dataset_fingerprint="g")
+    outcome = call("reporting.report", "--compare", aligned, elsewhere)
+    assert outcome.status == 2 and "same episodes" in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_the_table_has_intervals_over_classes_in_brackets(tmp_path):
+    (tmp_path / "tables").mkdir()
+    known = {"accuracy": 40.0, "ci95": 1.0, "accuracy_per_episode": [40.0], "ci95_classes": 5.25}
+    gain = {"accuracy": 10.0, "ci95": 0.5, "ci95_classes": None}
+    more = {"alignment": "head", "fine_tuning": known, "difference": gain, "classes_per_episode": [[0, 1]]}
+    file = write(tmp_path / "tables" / "new.json", [50.0], ci95_classes=6.5, **more)
+    out = call("reporting.report", tmp_path).out
+    assert "| 40.00 ± 1.00 (5.25) |" in out and "| 50.00 ± 1.00 (6.50) | +10.00 ± 0.50 (?) |" in out
+    page = results_table(read_results(tmp_path))
+    assert page.count('<i class="up ci95_classes"') == 2 and "+10.00 ± 0.50 (?)" in page
+    wide = gain | {"ci95_classes": 12.0}  # what holds for these classes is not shown to hold for others
+    write(file, [50.0], ci95_classes=6.5, **more | {"difference": wide})
+    assert '<i class="unsure ci95"' in results_table(read_results(tmp_path))
+    write(file, [50.0], ci95_classes=6.5, **more | {"difference": gain | {"ci95_classes": "wide"}})
+    outcome = call("reporting.report", tmp_path)
+    assert outcome.status == 2 and "'difference' is of another type" in outcome.err
 
 
 @pytest.mark.parametrize(

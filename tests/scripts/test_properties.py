@@ -16,8 +16,8 @@ from engine.records import to_json
 from methods import related_base
 from methods.adversarial_alignment import adversarial_alignment_loss
 from methods.centroid_alignment import centroid_alignment_loss
-from methods.evaluation import mean_and_ci95
 from methods.features import Source
+from methods.intervals import mean_and_ci95
 from methods.novel_finetune import fit_heads
 from methods.protonet import protonet_scores
 from methods.related_base import (

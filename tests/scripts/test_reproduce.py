@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import reproduce
 from args_parser import STAGES, args_parser
 from engine.errors import UserError
+from persistence.results import controls_of, interval
 from reporting.paper_tables import SCRIPTS, TABLES
 from tests.helpers import call, make_benchmark
 
@@ -99,6 +101,30 @@ def test_the_main_table_of_a_laptop_keeps_off_the_demo():
     assert all(str(args.checkpoint_dir) == os.path.join("results", "laptop", "models") for _, args in lines)
 
 
+def test_at_the_scale_of_two_cores_all_rows_are_of_one_training(monkeypatch):
+    lines = commands("--table", "main", "--scale", "two_cores", "--n_episodes", 70)
+    (_, trained), *others = lines
+    assert (trained.n_epoch, trained.n_shot, trained.eval_resize, trained.precision) == (80, 5, "none", "auto")
+    best = trained.checkpoint_dir / "5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar"
+    assert {args.init_from for _, args in others} == {best}
+    of_a_shot = [("head", "paper"), ("head", "auto")]
+    of_a_shot += [(loss, preset) for preset in ("tuned", "paper") for loss in ("naive", "centroid")]
+    found = [(args.n_shot, args.alignment, args.align_preset) for stage, args in others if stage == "alignment"]
+    assert found == [(shot, *each) for shot in (1, 5) for each in of_a_shot]
+    assert [(a.n_shot, a.n_epoch) for stage, a in others if stage == "meta"] == [(1, 10), (5, 10)]
+    assert [(a.n_shot, a.n_epoch) for stage, a in others if stage == "transfer"] == [(1, 0)]
+    assert {args.n_query for _, args in lines} == {15} and {args.n_episodes for _, args in lines} == {70}
+    bare = commands("--table", "main", "--scale", "two_cores", "--shots", 5)
+    assert [args.n_episodes for _, args in bare] == [600, 600, 600, 200, 200, 50, 50, 600]
+
+    monkeypatch.setattr(reproduce, "run_command", lambda command: 130)
+    outcome = call("reproduce", "--table", "main", "--scale", "two_cores", "--results_dir", "nowhere")
+    hours = float(re.search(r"16 of 16 rows to run, about ([\d.]+) hours", outcome.out).group(1))
+    assert 7 < hours < 9 and outcome.status == 130
+    fewer = call("reproduce", "--table", "main", "--scale", "two_cores", "--results_dir", "nowhere", "--n_epoch", 3)
+    assert float(re.search(r"about ([\d.]+) hours", fewer.out).group(1)) < hours - 2
+
+
 def test_torchrun_is_put_before_the_script():
     outcome = call("reproduce", "--table", "crossdomain", "--nproc_per_node", 2, "--dry_run")
     for line in outcome.out.splitlines():
@@ -137,6 +163,7 @@ def test_a_flag_goes_to_the_stages_that_know_it():
         (["--n_epoch", "many"], ["--n_epoch", "many"]),
         (["--novel_dataset", "CUB"], ["--novel_dataset", "crossdomain"]),
         (["--table", "crossdomain", "--dataset", "CUB"], ["--novel_dataset", "CUB"]),
+        (["--table", "crossdomain", "--scale", "two_cores"], ["--scale", "main table"]),
         (["--test_n_way", 10], ["--test_n_way", "the rows set it"]),
     ],
 )
@@ -198,7 +225,12 @@ def test_a_table_is_run_once_and_goes_on_after_a_row_that_failed(tmp_path, runne
     assert record["rows"][-2]["gain"] == aligned["difference"]
     text = summary.with_suffix(".md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 11 and {len(cells) for cells in rows} == {11}
+    controls = [cells for cells in rows if re.search("nearest|Simple|logistic|related", cells[0])]
+    assert [cells[4] for cells in controls] == [
+        interval(each) for each in controls_of(result_of(tmp_path, "head")).values()
+    ]
+    rows = [cells for cells in rows if cells not in controls]
+    assert len(rows) == 2 + 11 and len(controls) == 5 and {len(cells) for cells in rows + controls} == {11}
     assert all(cells[5] == "not known here" and cells[6] == "" for cells in rows[2:])
     assert text in outcome.out
 
