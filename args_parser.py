@@ -331,6 +331,7 @@ PREDICT: Table = [
     "classifier",
     flag("--save FILE", Path, None, "keep the classifier, with all that it needs to label images, in this new file"),
     flag("--classifier FILE", Path, None, "label with a classifier of --save, instead of making one"),
+    flag("--export FILE", Path, None, "the classifier as a program that runs without this repository: .onnx or .pt2"),
     flag("--method", list(HEADS), "arcMax", "head that is fitted on the examples"),
     flag("--alignment", list(ALIGNMENTS), None, "default: head with --base, else none; the others train blocks"),
     *with_defaults([*FITTING, *UPDATES], ft_init="prototypes", related_draws="each"),
@@ -341,7 +342,7 @@ PREDICT: Table = [
     flag("--copy_to FOLDER", Path, None, "copy each image into FOLDER/LABEL, a new folder"),
     flag("--out", Path, Path("./results/predictions"), "folder of predictions.csv, .json and .html"),
     flag("--resume", SWITCH, False, "go on with the predictions in --out that were stopped"),
-    flag("--overwrite", SWITCH, False, "replace the predictions that --out holds, and the file of --save"),
+    flag("--overwrite", SWITCH, False, "replace what --out holds, and the files of --save and --export"),
 
     "run",
     flag("--seed", COUNT_OR_0, 0, "every random number follows from it"),
@@ -349,8 +350,8 @@ PREDICT: Table = [
 ]
 # fmt: on
 # What `predict.py --help` shows.
-EVERYDAY = ["support", "query", "base", "checkpoint", "backbone", "weights", "save", "classifier", "reject", "sort"]
-EVERYDAY += ["copy_to", "out", "overwrite", "device", "quiet"]
+EVERYDAY = ["support", "query", "base", "checkpoint", "backbone", "weights", "save", "classifier", "export"]
+EVERYDAY += ["reject", "sort", "copy_to", "out", "overwrite", "device", "quiet"]
 # What --classifier does not go with: it brings all of this.
 BROUGHT = ["support", "base", "save", "checkpoint", "weights", "img_size", "background", "method", "alignment"]
 BROUGHT += [*defaults(FITTING), *defaults(UPDATES)]
@@ -391,11 +392,11 @@ CONDITIONS: list[tuple[Callable[..., Any], str]] = [
      "argument --crop_scale: {crop_scale[0]:g} {crop_scale[1]:g} is not in order"),
     (lambda classifier, given: classifier and named(BROUGHT, given),
      "argument --classifier: it was made with its own {found}: leave that out"),
-    (lambda classifier, query: classifier and not query,
-     "argument --classifier: name the images that it is to label with --query"),
+    (lambda classifier, query, export: classifier and not query and not export,
+     "argument --classifier: name the images that it is to label with --query, or a file with --export"),
     (lambda classifier, support: not classifier and not support,
      "name the examples with --support FOLDER, or a kept classifier with --classifier FILE"),
-    (lambda query, save: not query and not save,
+    (lambda query, save, export: not query and not save and not export,
      "name the images to label with --query, or a file to keep the classifier in with --save FILE"),
     (lambda query, copy_to: copy_to and not query, "argument --copy_to: name the images to copy with --query"),
     (lambda resume, overwrite: resume and overwrite, "argument --overwrite: not allowed with argument --resume"),

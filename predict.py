@@ -5,6 +5,7 @@ python predict.py --support my_classes --query my_images --backbone torchvision:
 python predict.py ... --base fs_benchmarks/miniImagenet       # also align with related images, of any folder of classes
 python predict.py --support my_classes --checkpoint ... --save my.classifier
 python predict.py --classifier my.classifier --query my_images
+python predict.py --classifier my.classifier --export model.onnx     # runs without this repository
 
 my_classes holds a subfolder per class, my_images any images, subfolders included. In Python, without any output:
 from predict import FewShotClassifier; classifier = FewShotClassifier("..._bestModel.tar").fit(images, labels)
@@ -24,6 +25,7 @@ from photos.estimator import Estimator
 from photos.fitting import FitFlags, fit_folder
 from photos.images import list_queries
 from photos.labelling import LabelFlags, check_outputs, label_folder, write_outputs
+from photos.portable import export_classifier
 from photos.table import confidence_lines, summary_lines
 
 
@@ -88,6 +90,9 @@ def main() -> None:
     if args.save:
         save_classifier(args.save, fitted)
         print(f"classifier {args.save}, {args.save.stat().st_size / 1e6:.1f} MB")
+    if args.export:
+        export_classifier(args.export, fitted)
+        print(f"program {args.export}, {args.export.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

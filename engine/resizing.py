@@ -6,6 +6,10 @@ interpolation or, with `:bicubic`, by bicubic; then the s x s pixels in the cent
 """
 
 import re
+from collections.abc import Callable
+from typing import cast
+
+import torch
 
 from engine.errors import UserError
 
@@ -36,6 +40,6 @@ def resized_size(rule: str, size: tuple[int, int], img_size: int) -> tuple[int, 
     if found[1] == "both":
         return side, side
     width, height = size
-    shorter = min(width, height)
-    most = MAX_ASPECT * side
-    return min(side * width // shorter, most), min(side * height // shorter, most)
+    smaller = cast(Callable[[int, int], int], torch.sym_min)  # of the sizes that torch.export follows, too
+    shorter, most = smaller(width, height), MAX_ASPECT * side
+    return smaller(side * width // shorter, most), smaller(side * height // shorter, most)

@@ -16,6 +16,7 @@ from engine.records import write_json
 from engine.run import Run
 from photos.classifier import Answers, Fitted, classify
 from photos.images import decode_views, ignored_notes, list_queries
+from photos.portable import check_export
 from photos.predictions_page import write_predictions
 from photos.table import UNSURE, Predictions, prediction_record, write_csv
 
@@ -30,6 +31,7 @@ class LabelFlags:
     query: Path | None
     out: Path
     save: Path | None
+    export: Path | None
     copy_to: Path | None
     resume: bool
     overwrite: bool
@@ -56,15 +58,18 @@ def check_outputs(flags: LabelFlags) -> None:
             raise UserError(f"{flags.out} holds predictions that were stopped: give --resume to go on, or --overwrite")
         if flags.table.exists() and not flags.parts.exists():
             raise UserError(f"{flags.out} holds predictions already: give --overwrite, or another --out")
-    if flags.save and flags.save.exists() and not flags.overwrite:
-        raise UserError(f"{flags.save} is there already: give --overwrite to replace it, or another --save")
+    for file, name in ((flags.save, "--save"), (flags.export, "--export")):
+        if file and file.exists() and not flags.overwrite:
+            raise UserError(f"{file} is there already: give --overwrite to replace it, or another {name}")
+    if flags.export:
+        check_export(flags.export)
     if flags.copy_to:
         parents = (flags.copy_to.resolve(), *flags.copy_to.resolve().parents)
         if any(own and own.resolve() in parents for own in (flags.query, flags.support)):
             raise UserError(f"--copy_to {flags.copy_to} lies among images that are read: give a folder elsewhere")
         if flags.copy_to.exists() and not flags.resume:
             raise UserError(f"{flags.copy_to} is there already: give another --copy_to, for nothing is overwritten")
-    for folder in (flags.save and flags.save.parent, flags.query and flags.out):
+    for folder in (flags.save and flags.save.parent, flags.export and flags.export.parent, flags.query and flags.out):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
     if flags.overwrite:
