@@ -70,7 +70,9 @@ def align_novel_episodes(args: Namespace, run: Run) -> None:
     # Every episode: fit a head, find the related base classes, align. A rank takes consecutive ones.
     files.begin({"weights": weights_digest(backbone)} | images)
     done = AlignedEpisodes(files, run, episodes, novel.class_names, setting)
-    step = episodes_per_chunk(backbone.feature_dim, shape.n_way, setting) if blocks.in_feature_space else SAVE_EVERY
+    step = SAVE_EVERY
+    if blocks.in_feature_space:
+        step = episodes_per_chunk(backbone.feature_dim, shape.n_way, setting, run.device)
     with files.resumable(), done.bar:
         while (first := len(done)) < n_test:
             mine = ranks.share(range(first, min(first + ranks.n * step, n_test)))

@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,12 @@ def free_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     return 1024 * int(found[1]) if found and device.type == "cpu" else None
+
+
+def cache_bytes() -> int:
+    """Bytes of the second-level caches of the CPU cores in use; taken as 1 MiB each where that is unknown."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.get_num_threads() * (known.get("l2_cache_size") or 2**20)
 
 
 def check_memory(what: str, n_bytes: int, remedy: str, device: torch.device = CPU) -> None:

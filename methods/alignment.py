@@ -62,12 +62,14 @@ class Batch:
     """Inputs x of what an update trains, labels y, and weights of the samples in the loss (None: all alike).
 
     One episode: x (n, ...) and y (n,). E episodes in feature space: x (E, n, d), y and weight (E, n); the weights of an
-    episode sum to 1, or are all 0 if it has no samples, and those of padding are 0.
+    episode sum to 1, or are all 0 if it has no samples, and those of padding are 0. x are then as the head projects
+    them, or as they are if their norm (E, n) is there.
     """
 
     x: Tensor
     y: Tensor
     weight: Tensor | None = None
+    norm: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -13,43 +13,54 @@ from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.episodes import Episodes, Task, class_major_labels
+from engine.budget import cache_bytes
 from engine.precision import check_finite
 from engine.run import Run, move
 from methods.alignment import AlignedEpisode, AlignmentSetting, Batch, align_episode, with_rate
 from methods.features import Source, TrainableBlocks
-from methods.novel_finetune import class_weights, fit_heads, uneven
+from methods.novel_finetune import adam_step, class_weights, fit_heads, uneven
 from methods.related_base import RelatedBase, draw_by_setting, drawn_per_class, related_base_of_heads
 from models.head_gradients import set_gradients
 from models.heads import Head, one_hot_of
 
-# Episodes aligned together (see evaluation.HEAD_CHUNK), and elements that they may hold: 256 MB of them.
-ALIGN_CHUNK = 40
+# Episodes aligned together: on a CPU as many as hold CACHES times its second-level caches of related samples, so that
+# these are not read from memory twice; on a GPU, elements of related samples and their copies: 256 MB of them.
+CACHES = 4
 CHUNK_ELEMENTS = 2**26
 
 
-def episodes_per_chunk(d: int, n_way: int, setting: AlignmentSetting) -> int:
-    """How many episodes of features of size d to align together: ALIGN_CHUNK, or as CHUNK_ELEMENTS allow."""
-    elements_per_episode = 4 * n_way * setting.related.aug_size * d  # related samples, and their copies on the way
-    return max(1, min(ALIGN_CHUNK, CHUNK_ELEMENTS // elements_per_episode))
+def episodes_per_chunk(d: int, n_way: int, setting: AlignmentSetting, device: torch.device) -> int:
+    """How many episodes of features of size d to align together; see CACHES."""
+    elements_per_episode = n_way * setting.related.aug_size * d
+    if device.type == "cpu":
+        return max(1, CACHES * cache_bytes() // (4 * elements_per_episode))
+    return max(1, CHUNK_ELEMENTS // (4 * elements_per_episode))
 
 
 def padded_related_batches(
     related_base: list[RelatedBase],
-    z_base: Tensor,
+    head: Head,
+    base: Source,
     setting: AlignmentSetting,
     generators: list[Generator],
     device: torch.device,
 ) -> Iterator[Batch]:
-    """The related samples of E episodes in each iteration, n_way * aug_size per episode with padding, on `device`."""
+    """The related samples of E episodes in each iteration, n_way * aug_size per episode with padding, on `device`.
+
+    A batch overwrites the one before it.
+    """
     each, aug_size, n_iters = zip(related_base, generators, strict=True), setting.related.aug_size, setting.align_iters
     picks = torch.stack([draw_by_setting(found.samples, setting.related, n_iters, g) for found, g in each], 1)
     n_way, picks = picks.shape[2], picks.flatten(2)
     drawn = (picks[0] >= 0).float()
     weight = move(drawn / drawn.sum(1, keepdim=True).clamp_min(1.0), device)
     y = class_major_labels(n_way, aug_size, device).expand_as(weight)
-    for index in move(picks.clamp_min_(0), z_base.device):
-        z = move(z_base.index_select(0, index.flatten()), device)  # a base set may have no room on a GPU
-        yield Batch(z.float().view(*index.shape, -1), y, weight)
+    rows = base.features.new_empty(picks[0].numel(), base.features.shape[1])  # an allocation per iteration is slow
+    for index in move(picks.clamp_min_(0), base.features.device):
+        torch.index_select(base.features, 0, index.flatten(), out=rows)
+        z = move(rows, device).float().view(*index.shape, -1)  # a base set may have no room on a GPU
+        norm = move(base.norms[index], device)
+        yield Batch(z, y, weight, norm) if head.directions else Batch(head.project(z), y, weight)
 
 
 def padded(parts: list[Tensor], device: torch.device) -> Tensor:
@@ -94,8 +105,8 @@ class HeadUpdates:
     def step(self, samples: Batch, optimizer: torch.optim.Optimizer) -> None:
         """One step of the heads by the written-out gradient of their loss."""
         one_hot = one_hot_of(samples.y, self.head.weight.shape[-2])
-        set_gradients(self.head, self.head.project(samples.x), samples.y, one_hot, samples.weight)
-        optimizer.step()
+        set_gradients(self.head, samples.x, samples.y, one_hot, samples.weight, samples.norm)
+        adam_step(optimizer)
 
 
 @torch.no_grad()
@@ -110,7 +121,6 @@ def align_features(
     fit, d, n_way, device = setting.fit, novel.features.shape[1], tasks[0].n_way, novel.features.device
     numbers = range(first, first + len(tasks))
     z_support, y_support, weight = padded_support(tasks, novel.features)
-    support = Batch(z_support, y_support, weight)
     z_query = novel.features[padded([task.query for task in tasks], device)]
 
     head = fit.new_head(d, n_way, [run.generator("head", i) for i in numbers]).to(device)
@@ -121,9 +131,10 @@ def align_features(
     aligned, curve = finetuned, []
     if setting.alignment != "none" and setting.align_iters:
         head.rescale(setting.align_s, setting.align_m)
+        support = Batch(head.project(z_support), y_support, weight)
         updates = HeadUpdates(head, fitted, setting, idle=torch.tensor(n_drawn, device=device) == 0)
         generators = [run.generator("related draws", i) for i in numbers]
-        batches = padded_related_batches(related_base, base.features, setting, generators, device)
+        batches = padded_related_batches(related_base, head, base, setting, generators, device)
         for iteration, related in enumerate(batches, 1):
             updates.train_head(related)
             updates.train_on_support(support)

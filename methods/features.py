@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from engine.errors import UserError
 from engine.precision import Precision
 from engine.run import Run, move
 from models.backbone import Backbone, split_backbone
+from models.heads import NORM_EPS
 
 # Images per forward pass: no more than a training batch, so that this does not set the peak of memory.
 BATCH = 64
@@ -122,6 +124,12 @@ class Source:
     features: Tensor
     block_inputs: Callable[[Tensor], Tensor]
     split: Split
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """Norms (N,) of the features, by which `unit` divides them, computed once."""
+        blocks = self.features.split(INPUT_ROWS)
+        return torch.cat([torch.linalg.vector_norm(z.float(), dim=-1).clamp_min_(NORM_EPS) for z in blocks])
 
 
 def image_source(backbone: Backbone, blocks: TrainableBlocks, split: Split, run: Run, bar: str = "") -> Source:

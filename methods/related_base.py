@@ -16,9 +16,11 @@ from engine.run import move
 from methods.features import Source
 from models.heads import Head
 
-# Base features scored together: their normalised copy stays in a core's cache, which halves the time.
+# Base features scored together.
 BASE_ROWS = 512
 GPU_BASE_ROWS = 2**14  # a GPU has a step of its own for each block
+# Elements of the sets that related samples are drawn from together: 4 MB of them.
+DRAWN_TOGETHER = 2**20
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,25 @@ def related_base_of_heads(head: Head, base: Source, setting: RelatedSetting) -> 
     """
     n_way, members, device = head.weight.shape[-2], base.split.members, head.weight.device
     rows = BASE_ROWS if device.type == "cpu" else GPU_BASE_ROWS
-    y_base = move(base.split.labels, device)
-    # The last row is of samples that do not count.
-    total = torch.zeros(head.weight.shape[:-2].numel(), len(members) + 1, n_way, device=device)
+    # The last class is of samples that do not count.
+    y_base, n_class = move(base.split.labels, device), len(members) + 1
+    n_head = head.weight.shape[:-2].numel()
+    total = torch.zeros(n_head, n_class, n_way, device=device)
     predicted = []
-    for z, y in zip(base.features.split(rows), y_base.split(rows), strict=True):
-        logits = head.logits(head(move(z, device))).view(-1, len(z), n_way)
-        best = logits.argmax(-1)
-        vote = setting.related_score == "vote"
-        total.index_add_(1, y, torch.nn.functional.one_hot(best, n_way).to(total) if vote else logits.softmax(-1))
-        predicted.append(best.short())  # of all heads at once: a quarter of the memory
-    score = total / torch.bincount(y_base, minlength=len(members) + 1).clamp_min(1).unsqueeze(1)
-    heads = zip(score[:, : len(members)], torch.cat(predicted, 1).cpu(), strict=True)
+    for z, norm, y in zip(base.features.split(rows), base.norms.split(rows), y_base.split(rows), strict=True):
+        z = move(z, device).float()
+        scores = head.scores(z) / move(norm, device).unsqueeze(1) if head.directions else head(z)
+        logits = head.logits(scores).view(-1, len(z), n_way)
+        if setting.related_score == "soft":
+            total.index_add_(1, y, logits.softmax(-1))
+        predicted.append(logits.argmax(-1).short())  # of all heads at once: a quarter of the memory
+    prediction = torch.cat(predicted, 1)
+    if setting.related_score == "vote":
+        cell = torch.arange(n_head, device=device).unsqueeze(1) * n_class + y_base
+        votes = torch.bincount((cell * n_way + prediction).flatten(), minlength=total.numel())
+        total += votes.view_as(total)
+    score = total / torch.bincount(y_base, minlength=n_class).clamp_min(1).unsqueeze(1)
+    heads = zip(score[:, : len(members)], prediction.cpu(), strict=True)
     return [related_samples(of_head, predicted_by, members, setting.n_B) for of_head, predicted_by in heads]
 
 
@@ -110,11 +119,14 @@ def draw_related(samples: list[Tensor], aug_size: int, n_iterations: int, genera
     samples: n_way index tensors; drawn_per_class of each are drawn without replacement, and the rest is -1.
     """
     a = drawn_per_class(samples, aug_size)
-    filled = [w for w, s in enumerate(samples) if len(s)]
-    orders = [[torch.randperm(len(samples[w]), generator=generator)[:a] for w in filled] for _ in range(n_iterations)]
     picks = torch.full((n_iterations, len(samples), aug_size), -1)
-    for w, order in zip(filled, zip(*orders, strict=True), strict=True):
-        picks[:, w, :a] = samples[w][torch.stack(order)]
+    filled = [w for w, s in enumerate(samples) if len(s)]
+    sizes = [len(samples[w]) for w in filled]
+    step = max(1, DRAWN_TOGETHER // max(1, sum(sizes)))
+    for first in range(0, n_iterations if filled else 0, step):
+        orders = first_of_randperms(sizes, a, min(step, n_iterations - first), generator)
+        for w, order in zip(filled, orders.unbind(1), strict=True):
+            picks[first : first + step, w, :a] = samples[w][order]
     return picks
 
 
@@ -127,6 +139,29 @@ def draw_by_setting(samples: list[Tensor], setting: RelatedSetting, n_iterations
         return draw_related(samples, setting.aug_size, n_iterations, generator)
     filled = [own.repeat(math.ceil(setting.aug_size / max(1, len(own)))) for own in samples]
     return torch.cat([draw_related([own], setting.aug_size, n_iterations, generator) for own in filled], 1)
+
+
+def first_of_randperms(sizes: list[int], a: int, n: int, generator: Generator) -> Tensor:
+    """The first a <= min(sizes) of torch.randperm(size), for n times all sizes: (n, len(sizes), a).
+
+    Leaves the generator as torch.randperm would, whose step i swaps position i with one of those from i on, by a random
+    number of 32 bits modulo their number. Here all take their first steps together; the other numbers are passed over.
+    """
+    size, i = torch.tensor(sizes), torch.arange(a)
+    n_words = n * int((size - 1).sum())
+    pairs = torch.empty(n_words // 2 + 1, dtype=torch.int64)
+    words = pairs.view(torch.int32)  # of a pair, the upper half is the first number
+    pairs[: n_words // 2].random_(-(2**63), None, generator=generator)
+    words[n_words : n_words + n_words % 2].random_(generator=generator)  # its lower 31 bits: they are used modulo 2
+    size = size.repeat(n).unsqueeze(1)
+    starts = (size - 1).cumsum(0) - (size - 1)
+    number = words[(starts + i) ^ 1].long() & 0xFFFFFFFF  # where randperm takes no step, the number is used modulo 1
+    order = torch.arange(max(sizes), dtype=torch.int32).repeat(len(size), 1)
+    drawn = []
+    for step, partner in enumerate((i + number % (size - i)).split(1, 1)):
+        drawn.append(order.gather(1, partner))
+        order.scatter_(1, partner, order[:, step : step + 1].clone())
+    return torch.cat(drawn, 1).long().view(n, len(sizes), a)
 
 
 def exceeding_notes(n_way: int, n_B: int, n_base_class: int) -> list[str]:

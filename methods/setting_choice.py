@@ -65,7 +65,7 @@ def candidates(setting: AlignmentSetting) -> dict[str, AlignmentSetting]:
 def paired_counts(val: Source, base: Source, episodes: Episodes, setting: AlignmentSetting, run: Run) -> Tensor:
     """Predictions (E, 2, n_way, n_way) of the val episodes, by fine-tuning and after alignment in feature space."""
     parts, n_way = [], episodes.n_way
-    step = episodes_per_chunk(val.features.shape[1], n_way, setting)
+    step = episodes_per_chunk(val.features.shape[1], n_way, setting, run.device)
     for first in run.ranks.share(range(0, len(episodes), step)):
         tasks = [episodes.task(i) for i in range(first, min(first + step, len(episodes)))]
         aligned = align_features(tasks, val, base, replace(setting, record_curve=0), run, first)

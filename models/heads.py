@@ -29,10 +29,12 @@ class Head(nn.Module):
 
     s and m: scale and margin (radians), where it has them. One generator, or None, makes one head; a list as many.
     weight: (n_class, d), or (E, n_class, d). scalars: its attributes that are plain numbers, saved with its state.
+    directions: whether `project` divides features by their norm, which may then be known beforehand.
     """
 
     weight: nn.Parameter
     scalars: ClassVar[tuple[str, ...]] = ()
+    directions: ClassVar[bool] = False
 
     @abstractmethod
     def project(self, z: Tensor) -> Tensor:
@@ -62,6 +64,16 @@ class Head(nn.Module):
         weight (..., n): of each sample in the sum; None: the mean over the samples of a head.
         """
         return mean_cross_entropy(self.logits(scores), y, weight)
+
+
+def product(z: Tensor, weight: Tensor) -> Tensor:
+    """Features (..., n, d) times weights (..., n_class, d): (..., n, n_class).
+
+    Features (n, d) that E heads, (E, n_class, d), are all to score take one product of matrices instead of E.
+    """
+    if z.ndim == 2 and weight.ndim == 3:
+        return (z @ weight.flatten(0, 1).T).unflatten(-1, weight.shape[:2]).transpose(0, 1)
+    return z @ weight.mT
 
 
 def unit(z: Tensor) -> Tensor:
@@ -108,13 +120,14 @@ class softMax(Head):
 
     def scores(self, projected: Tensor) -> Tensor:
         """(..., n, d) -> logits (..., n, n_class)."""
-        return projected @ self.weight.transpose(-1, -2) + self.bias.unsqueeze(-2)
+        return product(projected, self.weight) + self.bias.unsqueeze(-2)
 
 
 class cosMax(Head):
     """Scaled cosine similarity, s cos(theta), without a margin and without a bias."""
 
     scalars = ("s",)
+    directions = True
 
     def __init__(self, d: int, n_class: int, s: float, m: float = 0.0, generators: Generators = None):
         super().__init__()
@@ -127,7 +140,7 @@ class cosMax(Head):
 
     def scores(self, projected: Tensor) -> Tensor:
         """Unit features (..., n, d) -> s cos(theta) (..., n, n_class)."""
-        return self.s * (projected @ unit(self.weight).transpose(-1, -2))
+        return self.s * product(projected, unit(self.weight))
 
 
 class arcMax(Head):
@@ -137,6 +150,7 @@ class arcMax(Head):
     """
 
     scalars = ("s", "m")
+    directions = True
 
     def __init__(self, d: int, n_class: int, s: float, m: float, generators: Generators = None):
         super().__init__()
@@ -150,7 +164,7 @@ class arcMax(Head):
 
     def scores(self, projected: Tensor) -> Tensor:
         """Unit features (..., n, d) -> cos(theta) (..., n, n_class)."""
-        return projected @ unit(self.weight).transpose(-1, -2)
+        return product(projected, unit(self.weight))
 
     def logits(self, scores: Tensor) -> Tensor:
         """Inputs of the softmax of a prediction: s cos(theta)."""

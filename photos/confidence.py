@@ -96,7 +96,7 @@ def left_out_logits(
     With a base set the heads are aligned in feature space. As many folds are fitted together as CHUNK_ELEMENTS allow.
     """
     (k, d), n_way, logits = novel.features.shape, tasks[0].n_way, []
-    step = max(1, min(MAX_FOLDS, CHUNK_ELEMENTS // (4 * k * d), episodes_per_chunk(d, n_way, setting)))
+    step = max(1, min(MAX_FOLDS, CHUNK_ELEMENTS // (4 * k * d), episodes_per_chunk(d, n_way, setting, run.device)))
     for first in range(0, len(tasks), step):
         part = tasks[first : first + step]
         if base is not None:

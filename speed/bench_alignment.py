@@ -5,7 +5,7 @@ Both sides are timed on a few iterations and scaled up to all, for each costs th
 The reference reads the checkpoint from disk and fits the head. Its related base samples are given to it, as their
 detection is a benchmark of its own; our time has the detection in it.
 
-In feature space a chunk of episodes is aligned together on features that are there already: our seconds are an
+In feature space episodes are aligned together on features that are there already: our seconds are an
 episode's share, without the embedding. The backbone is frozen, so that update (1) has nothing to do, and the aligned
 head is not the reference's, whose backbone is trained. What both have is compared: the accuracy of the fine-tuned
 heads of the first episodes, before alignment.
@@ -23,7 +23,7 @@ from data.transforms import normalise
 from engine.generators import make_generator
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
 from methods.evaluation import count_predictions, share_right
-from methods.feature_alignment import ALIGN_CHUNK, align_features
+from methods.feature_alignment import align_features, episodes_per_chunk
 from methods.features import Source, TrainableBlocks, trainable_blocks
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, draw_related, related_base_of_head
@@ -34,9 +34,9 @@ from speed import reference_loops as plain
 from speed.common import Bench, Measured, Setting, clones, count_flops, difference, load, new_conv4, timed
 
 WORK = "an alignment episode: 150 iterations"
-FEATURES = f"an episode aligned in feature space, of {ALIGN_CHUNK} together"
+FEATURES = "an episode aligned in feature space"
 N_WAY, SEED, EPISODE = 5, 0, 0
-N_TOGETHER = {"tiny": 4, "full": ALIGN_CHUNK}
+N_EPISODES = {"tiny": 4, "full": 40}  # in feature space
 CHECKED_EPISODES = 4
 ITERATIONS = {"tiny": 2, "full": 150}
 TIMED_ITERATIONS = {"tiny": 2, "full": 10}
@@ -53,18 +53,18 @@ def algorithm(setting: Setting, iterations: int) -> AlignmentSetting:
 class Episode:
     """One episode, its task in the novel split, both splits with their features, and the backbone.
 
-    chunk: the tasks that are aligned together in feature space; the first is the episode's.
+    tasks: those that are aligned in feature space; the first is the episode's.
     """
 
     base: Source
     novel: Source
-    chunk: list[Task]
+    tasks: list[Task]
     backbone: Backbone
     blocks: TrainableBlocks
 
     @property
     def task(self) -> Task:
-        return self.chunk[0]
+        return self.tasks[0]
 
 
 def episode_of(setting: Setting) -> Episode:
@@ -76,13 +76,13 @@ def episode_of(setting: Setting) -> Episode:
     cache = FeatureCache(setting.folder / "cache", setting.run)
     base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
     shape = EpisodeShape(N_WAY, 2, 5) if setting.tiny else EpisodeShape(N_WAY, 5, 50)
-    n = N_TOGETHER[setting.scale]
+    n = N_EPISODES[setting.scale]
     episodes = sample_episodes(novel, shape, n, SEED, EPISODE)
     return Episode(base_source, novel_source, [episodes.task(i) for i in range(n)], backbone, blocks)
 
 
 def new_head(e: Episode, fit: HeadFit, i: int = 0) -> Head:
-    """The head that the episode, or the i-th of the chunk, starts with."""
+    """The head that the episode, or the i-th task, starts with."""
     head = fit.new_head(e.base.features.shape[1], N_WAY, make_generator(SEED, "head", EPISODE + i))
     return head.to(e.base.features.device)
 
@@ -97,9 +97,9 @@ def related_samples(e: Episode, algorithm: AlignmentSetting) -> list[Tensor]:
 
 
 def finetuned_accuracy(e: Episode, fit: HeadFit) -> Tensor:
-    """The reference's, of the first episodes of the chunk (CHECKED_EPISODES, n_way)."""
+    """The reference's, of the first episodes (CHECKED_EPISODES, n_way)."""
     shares = []
-    for i, task in enumerate(e.chunk[:CHECKED_EPISODES]):
+    for i, task in enumerate(e.tasks[:CHECKED_EPISODES]):
         head = plain.ArcMax(new_head(e, fit, i).weight, fit.ft_s, fit.ft_m)
         y_support = task.y_support.to(head.weight.device)
         plain.fit_head(head, e.novel.features[task.support], y_support, fit.ft_n_epoch, fit.ft_lr)
@@ -170,10 +170,14 @@ def our_episode(setting: Setting, e: Episode, iterations: int) -> AlignedEpisode
     return align_episode(e.blocks, e.task, e.novel, e.base, algorithm(setting, iterations), setting.run, EPISODE)
 
 
-def our_chunk(setting: Setting, e: Episode) -> list[AlignedEpisode]:
+def our_episodes(setting: Setting, e: Episode) -> list[AlignedEpisode]:
     """align_features as associative_alignment.py calls it, all iterations."""
-    numbers = algorithm(setting, ITERATIONS[setting.scale])
-    return align_features(e.chunk, e.novel, e.base, numbers, setting.run, EPISODE)
+    numbers, aligned = algorithm(setting, ITERATIONS[setting.scale]), []
+    step = episodes_per_chunk(e.base.features.shape[1], N_WAY, numbers, setting.run.device)
+    for first in range(0, len(e.tasks), step):
+        part = e.tasks[first : first + step]
+        aligned += align_features(part, e.novel, e.base, numbers, setting.run, EPISODE + first)
+    return aligned
 
 
 def ours(setting: Setting) -> dict[str, Measured]:
@@ -189,12 +193,12 @@ def ours(setting: Setting) -> dict[str, Measured]:
         "accuracy": share_right(count_predictions(aligned.aligned, N_WAY)),
         "update": difference(e.backbone, e.blocks.initial),
     }
-    chunk_seconds, chunk = timed(lambda: our_chunk(setting, e))
-    scores = torch.stack([episode.finetuned for episode in chunk[:CHECKED_EPISODES]])
+    all_seconds, aligned_heads = timed(lambda: our_episodes(setting, e))
+    scores = torch.stack([episode.finetuned for episode in aligned_heads[:CHECKED_EPISODES]])
     finetuned = share_right(count_predictions(scores, N_WAY))
     return {
         WORK: Measured(seconds, answer, f"both timed on {n_timed} iterations"),
-        FEATURES: Measured(chunk_seconds / len(e.chunk), {"fine-tuned accuracy": finetuned}, "beyond the embedding"),
+        FEATURES: Measured(all_seconds / len(e.tasks), {"fine-tuned accuracy": finetuned}, "beyond the embedding"),
     }
 
 
@@ -203,8 +207,8 @@ def flops(setting: Setting) -> dict[str, float]:
     e = episode_of(setting)
     one = count_flops(lambda: our_episode(setting, e, 1))
     two = count_flops(lambda: our_episode(setting, e, 2))
-    chunk = count_flops(lambda: our_chunk(setting, e))
-    return {WORK: one + (two - one) * (ITERATIONS[setting.scale] - 1), FEATURES: chunk / len(e.chunk)}
+    in_features = count_flops(lambda: our_episodes(setting, e))
+    return {WORK: one + (two - one) * (ITERATIONS[setting.scale] - 1), FEATURES: in_features / len(e.tasks)}
 
 
 TARGETS = {WORK: {"fp32": 4.0, "bf16": 7.0}, FEATURES: {"fp32": 500.0}}

@@ -9,7 +9,7 @@ from torch import Tensor
 from data.episodes import Task, class_major_labels
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting, Batch
-from methods.feature_alignment import ALIGN_CHUNK, HeadUpdates, align_features, episodes_per_chunk
+from methods.feature_alignment import HeadUpdates, align_features, episodes_per_chunk
 from methods.features import Source
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, draw_related, drawn_per_class, related_base_of_head
@@ -171,10 +171,12 @@ def test_an_episode_does_not_depend_on_those_beside_it():
         torch.testing.assert_close(episode.aligned, same.aligned, rtol=1e-5, atol=1e-6)
 
 
-def test_fewer_episodes_go_together_when_each_holds_much():
-    assert episodes_per_chunk(256, 5, SETTING) == episodes_per_chunk(1600, 5, AlignmentSetting()) == ALIGN_CHUNK
-    assert 1 < episodes_per_chunk(10**4, 5, AlignmentSetting()) < ALIGN_CHUNK
-    assert episodes_per_chunk(10**7, 5, AlignmentSetting()) == 1
+def test_as_many_episodes_go_together_as_the_caches_hold(monkeypatch):
+    monkeypatch.setattr("methods.feature_alignment.cache_bytes", lambda: 2**22)
+    cpu, gpu = torch.device("cpu"), torch.device("meta")
+    counts = [episodes_per_chunk(d, 5, AlignmentSetting(), cpu) for d in (256, 1600, 10**7)]
+    assert counts == [65, 10, 1]
+    assert episodes_per_chunk(256, 5, AlignmentSetting(), gpu) > 65
 
 
 def test_without_any_rate_alignment_is_fine_tuning_to_the_bit():

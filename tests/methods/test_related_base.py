@@ -72,3 +72,19 @@ def test_each_class_draws_all_that_it_may_and_a_poor_one_repeats_its_own():
     assert not torch.equal(picks[0, 0], picks[1, 0])
     fewest = draw_by_setting(samples, RelatedSetting(aug_size=8), 3, torch.Generator().manual_seed(0))
     assert torch.equal(fewest, draw_related(samples, 8, 3, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(("sizes", "aug_size"), [((7, 40, 1), 50), ((300, 0, 51, 60), 50), ((1, 1), 3), ((9, 9, 2), 2)])
+def test_draws_are_those_of_one_randperm_after_another(sizes, aug_size, monkeypatch):
+    samples = [100 * w + torch.arange(n) for w, n in enumerate(sizes)]
+    a = drawn_per_class(samples, aug_size)
+    for together in (1, sum(sizes) * 3, 2**22):
+        monkeypatch.setattr("methods.related_base.DRAWN_TOGETHER", together)
+        generator, plain = (torch.Generator().manual_seed(4) for _ in range(2))
+        picks = draw_related(samples, aug_size, 4, generator)
+        for drawn in picks:
+            for way, of_way in enumerate(drawn):
+                order = torch.randperm(sizes[way], generator=plain)[:a]
+                assert of_way[: len(order)].tolist() == samples[way][order].tolist()
+                assert (of_way[len(order) :] == -1).all()
+        assert torch.equal(generator.get_state(), plain.get_state())

@@ -20,7 +20,7 @@ from methods import base_training, episodic_training
 from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
 from methods.alignment import ALIGNMENTS, AlignmentSetting, Batch, Updates, related_batches
 from methods.feature_alignment import HeadUpdates, padded_related_batches
-from methods.features import embed, image_source, trainable_blocks, updated_features
+from methods.features import embed, feature_source, image_source, trainable_blocks, updated_features
 from methods.meta_learners import META_LEARNERS, build_meta_learner
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedBase, RelatedSetting
@@ -162,9 +162,10 @@ def test_the_updates_in_feature_space():
     fitted.state.clear()  # which heads are idle is read once
     updates = HeadUpdates(head, fitted, setting, torch.zeros(2, dtype=torch.bool, device=AWAY))
     found = RelatedBase(torch.zeros(6, 3), [[0], [1], [2]], [torch.arange(5)] * n_way)
-    z_base = torch.zeros(20, d, device=AWAY)
+    base = feature_source(torch.zeros(20, d, device=AWAY), make_split())
+    assert base.norms.device.type == AWAY.type
     few = replace(setting, related=RelatedSetting(aug_size=4), align_iters=2)
-    batches = padded_related_batches([found, found], z_base, few, generators, AWAY)
+    batches = padded_related_batches([found, found], head, base, few, generators, AWAY)
     with OneDevice():
         for related in batches:
             updates.train_head(related)

@@ -31,3 +31,15 @@ def test_the_written_out_gradient_of_a_head_is_that_of_its_loss(method, together
         set_gradients(head, head.project(z), y, one_hot, weight)
     for name, p in head.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [name for name, head in HEADS.items() if head.directions])
+def test_features_of_known_norm_need_not_be_projected(method):
+    head = build_head(method, 6, 4, 5.0, 0.1, [make_generator(0, i) for i in range(3)])
+    z, y = 9.0 * torch.randn(3, 12, 6, generator=make_generator(1)), class_major_labels(4, 3).expand(3, 12)
+    one_hot = torch.nn.functional.one_hot(y, 4).float()
+    with torch.no_grad():
+        set_gradients(head, head.project(z), y, one_hot)
+        expected = head.weight.grad.clone()
+        set_gradients(head, z, y, one_hot, None, z.norm(dim=-1))
+    torch.testing.assert_close(head.weight.grad, expected, rtol=1e-4, atol=1e-6)
