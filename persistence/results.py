@@ -16,11 +16,6 @@ from methods.intervals import LEAST_WITHOUT, mean_and_ci95, mean_record
 from persistence.run_files import RunFiles
 
 
-def percent(mean: float, ci95: float) -> str:
-    """`71.45 ± 0.72` from shares of 1."""
-    return f"{100 * mean:.2f} ± {100 * ci95:.2f}"
-
-
 def interval(record: dict[str, Any], sign: str = "") -> str:
     """`71.45 ± 0.72 (3.10)`: the mean, its interval over episodes, if there are several, and in brackets over classes.
 

@@ -21,7 +21,6 @@ from methods.evaluation import EpisodeScores
 from methods.intervals import mean_and_ci95
 from models import Model, n_parameters
 from persistence.checkpoints import Checkpoint, load_checkpoint, load_state, save_checkpoint
-from persistence.results import percent
 from persistence.run_files import RunFiles
 
 
@@ -141,7 +140,7 @@ class TrainState:
         left = (self.n_total - len(of_epochs)) * sum(of_epochs) / max(1, len(of_epochs))
         print(
             f"{trained if epoch >= 0 else 'before training'}  "
-            f"val {percent(accuracy, ci95)}  best {100 * self.best:.2f}  {row['seconds']:.1f} s"
+            f"val {100 * accuracy:.2f} ± {100 * ci95:.2f}  best {100 * self.best:.2f}  {row['seconds']:.1f} s"
             f"{f', {duration(left)} to go' if left > 0 else ''}"
         )
         self.files.metrics.write(epoch, row, self.first)

@@ -56,17 +56,14 @@ def comparison_lines(sources: dict[str, Source], n_shot: int, on: Comparison, ru
     """The table of n_shot images per class, in lines."""
     shape, novel = EpisodeShape(on.n_way, n_shot, on.n_query), sources["novel"]
     val = sample_episodes(sources["val"].split, shape, on.n_val, run.seed)
-    regression = {c: partial(logistic_regression, strength=c) for c in STRENGTHS}
+    regression: dict[float, Scorer] = {c: partial(logistic_regression, strength=c) for c in STRENGTHS}
     on_val = {c: score_episodes(sources["val"].features, val, regression[c], run).accuracy.mean() for c in STRENGTHS}
     strength = max(STRENGTHS, key=on_val.__getitem__)
     episodes = sample_episodes(novel.split, shape, on.n_episodes, run.seed)
     tasks, y = list(map(episodes.task, range(len(episodes)))), class_major_labels(on.n_way, on.n_query)
     fitted, aligned = on.settings
     heads = {"our head": (None, fitted), "our head, aligned": (sources["base"], aligned)}
-    scorers: dict[str, Scorer] = {
-        f"logistic regression, C {strength:g}": regression[strength],
-        "nearest mean": nearest_mean_cosine,
-    }
+    scorers = {f"logistic regression, C {strength:g}": regression[strength], "nearest mean": nearest_mean_cosine}
     rows = {name: score_episodes(novel.features, episodes, s, run).accuracy.double() for name, s in scorers.items()}
     for name, head in heads.items():
         logits = left_out_logits(tasks, novel, *head, run).view(len(tasks), -1, on.n_way)

@@ -1,12 +1,12 @@
 """Print result files as one Markdown table, or the paired differences of results of the same episodes.
 
 python -m reporting.report results
-python -m reporting.report --pair fp32.json bf16.json
 python -m reporting.report --compare head.json naive.json centroid.json
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import GenericAlias
 from typing import Any
 
 import torch
@@ -29,8 +29,6 @@ RESULT: Schema = {
 CURVE: Schema = DIFFERENCE | {"iteration": int, "gain": float, "gain_ci95": float | None}
 CONFUSION: Schema = {"confusion": dict[str, dict[str, int]]}
 LATER: Schema = CONFUSION | {"curve": [CURVE], "novel_dataset": str, "classes_per_episode": list[list[int]]}
-NEAREST = ("Euclidean", "cosine")
-CONTROLS = ("SimpleShot", "logistic regression", "related prototype")
 EPOCH: Schema = {"epoch": int} | dict.fromkeys(("loss", "base_accuracy", "val_accuracy", "val_ci95"), float | None)
 HEADER = "dataset,backbone,task,method,accuracy % (± over classes),paired gain,over nearest mean".split(",")
 HEADER += ["episodes", "seconds"]
@@ -53,10 +51,8 @@ def result_schema(record: dict[str, Any]) -> Schema:
     if "alignment" in record:
         before = accuracy | (CONFUSION if "confusion" in record else {})
         schema |= {"alignment": str, "fine_tuning": before, "difference": difference}
-    for key, names in {"nearest_mean": NEAREST, "controls": CONTROLS}.items():
-        if key in record:
-            schema[key] = dict.fromkeys(names, accuracy | {"difference": difference})
-    return schema
+    controls = GenericAlias(dict, (str, accuracy | {"difference": difference}))
+    return schema | {key: controls for key in ("nearest_mean", "controls") if key in record}
 
 
 def result_in(file: Path) -> dict[str, Any] | None:
@@ -178,44 +174,33 @@ def same_episodes(files: Sequence[Path]) -> tuple[list[dict[str, Any]], Tensor |
     return records, torch.tensor(records[0]["classes_per_episode"][:n]) if named else None
 
 
-def paired_lines(before: Path, after: Path) -> list[str]:
-    """Both accuracies of two results of the same episodes, and the paired difference, with 95% intervals."""
-    records, classes = same_episodes((before, after))
-    first, second = (record["values"] for record in records)
-    lines = [f"{interval(mean_record(v, classes))} %  {file}" for v, file in ((first, before), (second, after))]
-    return [*lines, f"paired difference {interval(mean_record(second - first, classes))} points, {len(first)} episodes"]
-
-
 def comparison_table(files: Sequence[Path]) -> str:
     """Results of the same episodes and their controls: accuracy, and the paired difference of a row and each above."""
     records, classes = same_episodes(files)
     rows: dict[str, Tensor] = {}
     for file, record in zip(files, records, strict=True):
         for name, numbers in measured(record).items():
-            is_new = name not in rows or torch.equal(rows[name], numbers["values"])
+            is_new = name not in rows or (numbers is not record and torch.equal(rows[name], numbers["values"]))
             rows[name if is_new else f"{name} ({file.stem})"] = numbers["values"]
     cells = []
     for i, (name, values) in enumerate(rows.items()):
         above = [interval(mean_record(values - other, classes), "+") for other in [*rows.values()][:i]]
         cells.append([f"{i + 1}. {name}", interval(mean_record(values, classes)), *above, *[""] * (len(rows) - 1 - i)])
-    return markdown_table(["method", HEADER[4], *(f"minus {i}" for i in range(1, len(rows)))], cells)
+    return markdown_table(
+        [f"method, {len(values)} episodes", HEADER[4], *(f"minus {i}" for i in range(1, len(rows)))], cells
+    )
 
 
 def main() -> None:
     parser = OneLineParser(prog="python -m reporting.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
-    pair = "print the paired difference AFTER - BEFORE of two results of the same episodes instead"
-    parser.add_argument("--pair", type=Path, nargs=2, metavar=("BEFORE.json", "AFTER.json"), help=pair)
     compare = "print the paired differences of results of the same episodes, and of their controls, instead"
     parser.add_argument("--compare", type=Path, nargs="+", metavar="RESULT.json", help=compare)
     args = parser.parse_args()
-    if args.pair:
-        lines = paired_lines(*args.pair)
-    elif args.compare:
-        lines = [comparison_table(args.compare)]
+    if args.compare:
+        print(comparison_table(args.compare))
     else:
-        lines = [markdown_table(HEADER, [cells for cells, *_ in result_rows(read_results(args.results_dir))])]
-    print("\n".join(lines))
+        print(markdown_table(HEADER, [cells for cells, *_ in result_rows(read_results(args.results_dir))]))
 
 
 if __name__ == "__main__":

@@ -39,18 +39,23 @@ def test_the_difference_of_two_results_is_paired(tmp_path):
     """Episodes differ by 60 points, the two results always by 1 or 3: the interval is that of 1 and 3."""
     before = write(tmp_path / "fp32.json", [20.0, 80.0, 20.0, 80.0])
     after = write(tmp_path / "bf16.json", [21.0, 83.0, 21.0, 83.0])
-    outcome = call("reporting.report", "--pair", before, after)
+    outcome = call("reporting.report", "--compare", before, after)
     assert outcome.status == 0, outcome.err
-    first, second, difference = outcome.out.splitlines()
-    assert first.startswith("50.00 ± 55.12 (?) %") and first.endswith("fp32.json") and second.startswith("52.00")
-    assert difference == "paired difference 2.00 ± 1.84 (?) points, 4 episodes"
-    assert "difference -2.00 ± 1.84 (?)" in call("reporting.report", "--pair", after, before).out
+    header, _, first, second = outcome.out.splitlines()
+    assert header.startswith("| method, 4 episodes |") and first == "| 1. arcMax | 50.00 ± 55.12 (?) |  |"
+    assert second == "| 2. arcMax (bf16) | 52.00 ± 56.96 (?) | +2.00 ± 1.84 (?) |"
+    assert "| -2.00 ± 1.84 (?) |" in call("reporting.report", "--compare", after, before).out
+    again = write(tmp_path / "again.json", [20.0, 80.0, 20.0, 80.0])
+    assert (
+        "| 2. arcMax (again) | 50.00 ± 55.12 (?) | +0.00 ± 0.00 (?) |"
+        in call("reporting.report", "--compare", before, again).out
+    )
 
 
 def test_a_shorter_result_is_paired_with_the_beginning_of_a_longer_one(tmp_path):
     long = write(tmp_path / "long.json", [20.0, 80.0, 0.0, 0.0])
-    lines = call("reporting.report", "--pair", long, write(tmp_path / "short.json", [21.0, 83.0])).out.splitlines()
-    assert lines[0].startswith("50.00 ±") and lines[2] == "paired difference 2.00 ± 12.71 (?) points, 2 episodes"
+    lines = call("reporting.report", "--compare", long, write(tmp_path / "short.json", [21.0, 83.0])).out.splitlines()
+    assert "2 episodes" in lines[0] and "| 50.00 ±" in lines[2] and "+2.00 ± 12.71 (?)" in lines[3]
 
 
 def many_episodes():
@@ -65,15 +70,13 @@ def test_a_paired_difference_has_an_interval_over_classes_where_results_name_the
     classes, before, after, gains = many_episodes()
     named = {"classes_per_episode": classes.tolist(), "ci95_classes": 3.0}
     files = [write(tmp_path / f"{name}.json", a, **named) for name, a in (("a", before), ("b", after))]
-    outcome = call("reporting.report", "--pair", *files)
+    outcome = call("reporting.report", "--compare", *files)
     mean, ci95, ci95_classes = mean_record(gains, classes).values()
     assert ci95_classes > 1.5 * ci95
-    line = f"paired difference {mean:.2f} ± {ci95:.2f} ({ci95_classes:.2f}) points, 60 episodes"
-    assert outcome.out.splitlines()[2] == line
+    shown = f"| {mean:+.2f} ± {ci95:.2f} ({ci95_classes:.2f}) |"
+    assert shown in outcome.out.splitlines()[3] and "60 episodes" in outcome.out
     older = write(tmp_path / "older.json", before)
-    assert call("reporting.report", "--pair", older, files[1]).out.splitlines()[2] == line.replace(
-        f"({ci95_classes:.2f})", "(?)"
-    )
+    assert f"| {mean:+.2f} ± {ci95:.2f} (?) |" in call("reporting.report", "--compare", older, files[1]).out
 
 
 def test_a_comparison_pairs_every_row_with_those_above_it(tmp_path):
@@ -90,7 +93,7 @@ def test_a_comparison_pairs_every_row_with_those_above_it(tmp_path):
     outcome = call("reporting.report", "--compare", aligned, other, again)
     assert outcome.status == 0, outcome.err
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in outcome.out.splitlines()]
-    assert header == ["method", "accuracy % (± over classes)", *(f"minus {i}" for i in range(1, 7))]
+    assert header == ["method, 50 episodes", "accuracy % (± over classes)", *(f"minus {i}" for i in range(1, 7))]
     assert [row[0].split(". ")[1] for row in rows] == [
         "arcMax, fine-tuning",
         *(f"arcMax, {name}" for name in names),
@@ -136,7 +139,7 @@ def test_the_table_has_intervals_over_classes_in_brackets(tmp_path):
 )
 def test_results_of_other_episodes_are_refused(tmp_path, changes, words):
     before = write(tmp_path / "one.json", [20.0, 80.0])
-    outcome = call("reporting.report", "--pair", before, write(tmp_path / "other.json", [20.0, 80.0], **changes))
+    outcome = call("reporting.report", "--compare", before, write(tmp_path / "other.json", [20.0, 80.0], **changes))
     assert outcome.status == 2 and outcome.err.count("\n") == 1
     assert all(word in outcome.err for word in words), outcome.err
 
@@ -145,7 +148,7 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
     before = write(tmp_path / "one.json", [20.0, 80.0])
     (tmp_path / "speed.json").write_text('{"rows": []}')
     for name, word in (("speed.json", "not the result of a stage"), ("absent.json", "no result file")):
-        outcome = call("reporting.report", "--pair", before, tmp_path / name)
+        outcome = call("reporting.report", "--compare", before, tmp_path / name)
         assert outcome.status == 2 and name in outcome.err and word in outcome.err
 
 
