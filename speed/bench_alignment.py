@@ -39,7 +39,7 @@ N_WAY, SEED, EPISODE = 5, 0, 0
 N_EPISODES = {"tiny": 4, "full": 40}  # in feature space
 CHECKED_EPISODES = 4
 ITERATIONS = {"tiny": 2, "full": 150}
-TIMED_ITERATIONS = {"tiny": 2, "full": 10}
+TIMED_ITERATIONS = {"tiny": 2, "full": 5}
 CHECKED_ITERATIONS = 2
 
 
