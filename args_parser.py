@@ -246,6 +246,7 @@ TRANSFER: Table = [
     flag("--n_epoch", COUNT_OR_0, 600, "epochs over the base classes; 0 tests --init_from, or --weights, as it is"),
     flag("--batch_size", COUNT, 64, "images in a batch, of all processes together if there are several"),
     flag("--sync_bn", SWITCH, False, "on several GPUs: batch norm over the whole batch (PyTorch's SyncBatchNorm)"),
+    flag("--cuda_graphs", SWITCH, False, "on one CUDA GPU: replay each step as one graph; not tried on a GPU yet"),
     flag("--lr", POSITIVE, 1e-3, "learning rate of Adam, constant"),
     flag("--s", POSITIVE, 20.0, "scale of cosMax and arcMax on the base classes"),
     flag("--m", MARGIN, 0.01, "angular margin of arcMax on the base classes, radians"),
@@ -571,7 +572,8 @@ def run_stage(stage: str, main: Callable[[argparse.Namespace, Run], None]) -> No
     ranks = join_ranks()
     for args in stage_runs(stage):
         args.quiet |= not ranks.first
-        run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory)
+        graphs = getattr(args, "cuda_graphs", False)
+        run = start_run(ranks, args.device, args.precision, args.seed, args.quiet, args.no_keep_memory, graphs)
         args.precision = run.precision.name
         if args.n_query is None:
             with rank_0_first(ranks):

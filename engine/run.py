@@ -35,13 +35,17 @@ class Log:
 
 @dataclass(frozen=True)
 class Run:
-    """What every computation of a run shares; by default a silent one on the CPU, in fp32, of one process."""
+    """What every computation of a run shares; by default a silent one on the CPU, in fp32, of one process.
+
+    graphs: whether steps of fixed shapes are replayed as CUDA graphs.
+    """
 
     device: torch.device = torch.device("cpu")
     precision: Precision = field(default_factory=Precision)
     ranks: Ranks = ALONE
     seed: int = 0
     quiet: bool = True
+    graphs: bool = False
 
     def generator(self, *keys: str | int) -> Generator:
         """A generator that depends on (seed, keys) alone: see make_generator."""
@@ -102,14 +106,20 @@ def repeat_exactly() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def start_run(ranks: Ranks, device: str, precision: str, seed: int, quiet: bool, no_keep_memory: bool) -> Run:
-    """The run that the flags ask for; on a CPU also keep_memory, on a GPU repeat_exactly. Raises as select_device."""
+def start_run(
+    ranks: Ranks, device: str, precision: str, seed: int, quiet: bool, no_keep_memory: bool, cuda_graphs: bool = False
+) -> Run:
+    """The run that the flags ask for; on a CPU also keep_memory, on a GPU repeat_exactly. Raises as select_device, and
+    UserError where CUDA graphs cannot be recorded."""
     chosen = select_device(device, ranks)
+    if cuda_graphs and (chosen.type != "cuda" or ranks.n > 1 or precision == "fp16"):
+        raise UserError("--cuda_graphs is for one process on a CUDA GPU, in fp32 or bf16: leave it out")
     if chosen.type == "cpu" and not no_keep_memory:
         keep_memory()
     if chosen.type == "cuda":
         repeat_exactly()
-    return Run(chosen, Precision(choose_precision(precision, chosen.type), chosen.type), ranks, seed, quiet)
+    in_precision = Precision(choose_precision(precision, chosen.type), chosen.type)
+    return Run(chosen, in_precision, ranks, seed, quiet, cuda_graphs)
 
 
 def move(values: Tensor, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 
 from data.transforms import TrainingImages
 from engine.distributed import gather_objects
+from engine.graphs import graphed
 from engine.precision import Losses
 from engine.run import Run, move
 from methods.features import check_blocks
@@ -52,6 +53,17 @@ def train_base_epoch(
     model.net.train()
     generator = run.generator("base training", epoch)
     order = torch.randperm(len(images.labels), generator=generator)
+
+    def train_step(x: Tensor, y: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        with run.precision.autocast():
+            z = model.net(x)
+        scores = model.classifier(z)
+        # The last batch may leave a rank without images: it takes part in the average with a gradient of zero.
+        loss = head.loss(scores, y) if len(y) else scores.sum()
+        run.precision.backward_and_step(loss * share, model.optimizer)
+        return loss.detach(), (scores.argmax(1) == y).sum()
+
+    one_step = graphed(train_step, [model.optimizer]) if run.graphs else train_step
     losses, sizes = Losses(f"epoch {epoch + 1}, batch"), []
     bar = run.bar(order.split(batch_size), f"epoch {epoch + 1}", "batch", leave=False)
     for step, index in enumerate(bar):
@@ -59,14 +71,11 @@ def train_base_epoch(
         part = slice(mine.start, mine.stop)
         x = images.batch(index, generator, part)
         y = move(images.labels[index[part]], run.device)
-        with run.precision.autocast(), run.seeded("dropout", epoch, step, *([ranks.rank] if ranks.rank else [])):
-            z = model.net(x)
-        scores = model.classifier(z)
-        # The last batch may leave a rank without images: it takes part in the average with a gradient of zero.
-        loss = head.loss(scores, y) if len(y) else scores.sum()
-        run.precision.backward_and_step(loss * (len(y) * ranks.n / len(index)), model.optimizer)
+        share = [len(y) * ranks.n / len(index)] if ranks.n > 1 else []
+        with run.seeded("dropout", epoch, step, *([ranks.rank] if ranks.rank else [])):
+            loss, n_right = one_step(x, y, *share)
         sizes.append(len(y))
-        if losses.add(loss, (scores.argmax(1) == y).sum()):
+        if losses.add(loss, n_right):
             bar.set_postfix_str(f"loss {losses.rows[-1][0]:.3f}", refresh=False)
     loss_sum = right = 0.0
     for (mean, n_right), size in zip(losses.read(), sizes, strict=True):

@@ -46,7 +46,7 @@ ALIGNMENT_STATE: Schema = EVERY_STATE | dict.fromkeys(COLUMNS, Tensor)
 ANOTHER_PLACE = "replace it with --overwrite, or give another --results_dir and --checkpoint_dir"
 # Flags that change no number, but for the rounding of another device.
 IRRELEVANT = {
-    *("num_workers", "quiet", "device", "no_keep_memory", "preset", "resume", "overwrite"),
+    *("num_workers", "quiet", "device", "no_keep_memory", "cuda_graphs", "preset", "resume", "overwrite"),
     *("tensorboard", "save_episode", "strict_classes"),
     *("benchmarks_dir", "image_root", "cache_dir", "checkpoint_dir", "results_dir"),
 }

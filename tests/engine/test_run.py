@@ -55,6 +55,13 @@ def test_starting_on_a_cpu_keeps_memory_unless_told_not_to(monkeypatch, no_keep_
     assert (found.ranks, found.seed, found.quiet) == (ALONE, 3, False)
 
 
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "fp32"), ("cuda", "fp16")])
+def test_cuda_graphs_are_refused_where_they_cannot_be_recorded(monkeypatch, device, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="--cuda_graphs is for one process on a CUDA GPU, in fp32 or bf16"):
+        start_run(ALONE, device, precision, 0, True, True, cuda_graphs=True)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_kept_memory_is_used_again_without_page_faults():
     import resource
