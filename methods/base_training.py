@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from data.transforms import TrainingImages
 from engine.distributed import gather_objects
-from engine.graphs import graphed
+from engine.graphs import Step, graphed
 from engine.precision import Losses
 from engine.run import Run, move
 from methods.features import check_blocks
@@ -63,7 +63,7 @@ def train_base_epoch(
         run.precision.backward_and_step(loss * share, model.optimizer)
         return loss.detach(), (scores.argmax(1) == y).sum()
 
-    one_step = graphed(train_step, [model.optimizer]) if run.graphs else train_step
+    one_step: Step = graphed(train_step, [model.optimizer]) if run.graphs else train_step
     losses, sizes = Losses(f"epoch {epoch + 1}, batch"), []
     bar = run.bar(order.split(batch_size), f"epoch {epoch + 1}", "batch", leave=False)
     for step, index in enumerate(bar):
@@ -73,9 +73,9 @@ def train_base_epoch(
         y = move(images.labels[index[part]], run.device)
         share = [len(y) * ranks.n / len(index)] if ranks.n > 1 else []
         with run.seeded("dropout", epoch, step, *([ranks.rank] if ranks.rank else [])):
-            loss, n_right = one_step(x, y, *share)
+            loss, right_here = one_step(x, y, *share)
         sizes.append(len(y))
-        if losses.add(loss, n_right):
+        if losses.add(loss, right_here):
             bar.set_postfix_str(f"loss {losses.rows[-1][0]:.3f}", refresh=False)
     loss_sum = right = 0.0
     for (mean, n_right), size in zip(losses.read(), sizes, strict=True):
