@@ -12,7 +12,7 @@ heads of the first episodes, before alignment.
 """
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
