@@ -332,6 +332,9 @@ PREDICT: Table = [
     "classifier",
     flag("--save FILE", Path, None, "keep the classifier, with all that it needs to label images, in this new file"),
     flag("--classifier FILE", Path, None, "label with a classifier of --save, instead of making one"),
+    flag("--add FOLDER", Path, None, "more examples of --classifier's classes, or of new ones: a subfolder per class"),
+    flag("--correct FILE", Path, None,
+         "labels of images in --query, as the page of predictions gives them, or its table, changed: more examples"),
     flag("--export FILE", Path, None, "the classifier as a program that runs without this repository: .onnx or .pt2"),
     flag("--method", list(HEADS), "arcMax", "head that is fitted on the examples"),
     flag("--alignment", list(ALIGNMENTS), None, "default: head with --base, else none; the others train blocks"),
@@ -351,10 +354,10 @@ PREDICT: Table = [
 ]
 # fmt: on
 # What `predict.py --help` shows.
-EVERYDAY = ["support", "query", "base", "checkpoint", "backbone", "weights", "save", "classifier", "export"]
-EVERYDAY += ["reject", "sort", "copy_to", "out", "overwrite", "device", "quiet"]
+EVERYDAY = ["support", "query", "base", "checkpoint", "backbone", "weights", "save", "classifier", "add", "correct"]
+EVERYDAY += ["export", "reject", "sort", "copy_to", "out", "overwrite", "device", "quiet"]
 # What --classifier does not go with: it brings all of this.
-BROUGHT = ["support", "base", "save", "checkpoint", "weights", "img_size", "background", "method", "alignment"]
+BROUGHT = ["support", "checkpoint", "weights", "img_size", "background", "method", "alignment"]
 BROUGHT += [*defaults(FITTING), *defaults(UPDATES)]
 
 STAGES = {
@@ -393,12 +396,16 @@ CONDITIONS: list[tuple[Callable[..., Any], str]] = [
      "argument --crop_scale: {crop_scale[0]:g} {crop_scale[1]:g} is not in order"),
     (lambda classifier, given: classifier and named(BROUGHT, given),
      "argument --classifier: it was made with its own {found}: leave that out"),
-    (lambda classifier, query, export: classifier and not query and not export,
-     "argument --classifier: name the images that it is to label with --query, or a file with --export"),
+    (lambda classifier, add, correct, given: classifier and not add and not correct and named(("base", "save"), given),
+     "argument --classifier: it was made with its own {found}: leave that out, or let it grow by --add or --correct"),
+    (lambda classifier, add, correct, given: not classifier and named(("add", "correct"), given),
+     "argument {found}: name the classifier that is to grow with --classifier"),
+    (lambda correct, query: correct and not query,
+     "argument --correct: name the folder of the images that it corrects with --query"),
     (lambda classifier, support: not classifier and not support,
      "name the examples with --support FOLDER, or a kept classifier with --classifier FILE"),
     (lambda query, save, export: not query and not save and not export,
-     "name the images to label with --query, or a file to keep the classifier in with --save FILE"),
+     "name the images to label with --query, or a file to write the classifier to with --save or --export"),
     (lambda query, copy_to: copy_to and not query, "argument --copy_to: name the images to copy with --query"),
     (lambda resume, overwrite: resume and overwrite, "argument --overwrite: not allowed with argument --resume"),
     (lambda weights, given: weights != "none" and named(("init_from", "checkpoint"), given),

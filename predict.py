@@ -5,6 +5,8 @@ python predict.py --support my_classes --query my_images --backbone torchvision:
 python predict.py ... --base fs_benchmarks/miniImagenet       # also align with related images, of any folder of classes
 python predict.py --support my_classes --checkpoint ... --save my.classifier
 python predict.py --classifier my.classifier --query my_images
+python predict.py --classifier my.classifier --add more_classes --save larger.classifier
+python predict.py --classifier my.classifier --correct corrections.csv --query my_images --save corrected.classifier
 python predict.py --classifier my.classifier --export model.onnx     # runs without this repository
 
 my_classes holds a subfolder per class, my_images any images, subfolders included. In Python, without any output:
@@ -23,10 +25,11 @@ from photos.classifier import Fitted
 from photos.classifier_file import load_classifier, save_classifier
 from photos.estimator import Estimator
 from photos.fitting import FitFlags, fit_folder
+from photos.growing import grow_folders
 from photos.images import list_queries
 from photos.labelling import LabelFlags, check_outputs, label_folder, write_outputs
 from photos.portable import export_classifier
-from photos.table import confidence_lines, summary_lines
+from photos.table import fitted_lines, summary_lines
 
 
 class FewShotClassifier(Estimator):
@@ -44,6 +47,8 @@ class FewShotClassifier(Estimator):
         is_name = name in BACKBONES or OTHERS.fullmatch(name) is not None
         given = {"support": "images", "query": "images", "base": self.base, **self.flags}
         given["backbone" if is_name else "checkpoint"] = self.backbone
+        if self.backbone is None and hasattr(self, "fitted_"):  # it is loaded
+            given = {"classifier": "file", "add": "images", "save": "file", **self.flags}
         flags = {flag: value for flag, value in given.items() if value is not None and value is not False}
         command = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
         args = args_parser("predict", command)
@@ -55,11 +60,7 @@ def print_classifier(fitted: Fitted, notes: list[str]) -> None:
     """Print the notes, and what is known of a classifier."""
     for note in notes:
         print(f"note: {note}")
-    facts = fitted.facts
-    aligned = facts["alignment"] != "none" and "base" in facts
-    alignment = f"{facts['alignment']} alignment with {facts['base']}" if aligned else "no alignment"
-    print(f"{facts['method']} head on {facts['backbone']}, {alignment}")
-    print("\n".join(confidence_lines(fitted.classifier)))
+    print("\n".join(fitted_lines(fitted)))
 
 
 def main() -> None:
@@ -70,6 +71,8 @@ def main() -> None:
 
     if args.classifier:
         fitted = load_classifier(args.classifier, args.backbone, run.device)
+        if args.add or args.correct:
+            fitted = grow_folders(fitted, args.add, args.correct, args.query, from_flags(FitFlags, args), run)
     else:
         queries = list_queries(args.query)[0] if args.query else []
         fitted = fit_folder(args.support, queries, from_flags(FitFlags, args), run)

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.benchmarks import Split
 from data.decode import Reading
 from data.episodes import Task
 from engine.files import weights_digest
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
 from methods.feature_alignment import align_features
-from methods.features import Source, TrainableBlocks, embed, image_source
+from methods.features import Source, TrainableBlocks, embed
 from methods.novel_finetune import class_weights, fit_heads, uneven
 from models.backbone import Backbone
 from models.heads import Head
@@ -120,9 +119,9 @@ def single_head(head: Head, d: int, n_way: int, setting: AlignmentSetting, run: 
 
 
 def fit_classifier(
-    backbone: Backbone, blocks: TrainableBlocks, user: Split, base: Source | None, setting: AlignmentSetting, run: Run
+    backbone: Backbone, blocks: TrainableBlocks, novel: Source, base: Source | None, setting: AlignmentSetting, run: Run
 ) -> tuple[Classifier, AlignedEpisode]:
-    """The classifier of a support, given as a split, and the episode that made it. Alignment of blocks changes the
+    """The classifier of a support, all of a source, and the episode that made it. Alignment of blocks changes the
     backbone.
 
     Without a base set, setting.alignment is `none`. The confidence is not known where blocks are aligned: its folds
@@ -130,7 +129,7 @@ def fit_classifier(
     """
     frozen = blocks.in_feature_space or base is None
     before = backbone if frozen else copy.deepcopy(backbone)
-    novel, y, fit = image_source(backbone, blocks, user, run, "embed"), user.labels, setting.fit
+    user, y, fit = novel.split, novel.split.labels, setting.fit
     (_, d), n_way = novel.features.shape, len(user.class_names)
     everything = torch.arange(len(y))
     task = Task(everything, y, everything)

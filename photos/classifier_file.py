@@ -16,6 +16,10 @@ from engine.files import Schema, read_record, save_atomically, weights_digest
 from engine.normalisation import Normalisation
 from engine.records import to_json
 from engine.resizing import PUBLISHED
+from methods.adversarial_alignment import CriticSetting
+from methods.alignment import AlignmentSetting
+from methods.novel_finetune import HeadFit
+from methods.related_base import RelatedSetting
 from models import build_head
 from models.backbone import Backbone
 from models.heads import Head
@@ -89,6 +93,15 @@ def load_head(record: dict[str, Any], d: int, n_way: int, path: Path) -> Head:
         setattr(head, name, float(record.get(name, getattr(head, name))))  # older files lack those of a custom head
     load_state(head, record["state"], path)
     return head.requires_grad_(False)
+
+
+def setting_of(record: dict[str, Any]) -> AlignmentSetting:
+    """The setting of which a file holds the fields. Raises UserError when they are of another version."""
+    parts = {"fit": HeadFit, "related": RelatedSetting, "critic": CriticSetting}
+    try:
+        return AlignmentSetting(**record | {name: part(**record[name]) for name, part in parts.items()})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"the classifier was fitted by another version ({error}): {REMEDY}") from error
 
 
 def load_networks(content: dict[str, Any], path: Path, asked: str | None) -> tuple[Backbone, Backbone]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.resizing import check_rule
 from engine.run import Run, move_if_fits
 from methods.alignment import AlignmentSetting
-from methods.features import MAPPED, Source, feature_source, trainable_blocks
+from methods.features import MAPPED, Source, TrainableBlocks, feature_source, image_source, trainable_blocks
 from methods.related_base import empty_notes, exceeding_notes
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone, load_backbone
@@ -61,11 +61,16 @@ class Examples:
 
 def fit_folder(support: Path, queries: Sequence[Path], flags: FitFlags, run: Run) -> Fitted:
     """A classifier fitted to the images of a support folder. Raises UserError when something given is wrong."""
-    class_names, paths, labels = list_support(support)
-    names = [f"{path.parent.name}/{path.name}" for path in paths]
-    fitted = fit_examples(Examples(class_names, paths, names, labels), queries, flags, run)
-    fitted.notes.extend(ignored_notes(support, paths))
+    examples = folder_examples(support)
+    fitted = fit_examples(examples, queries, flags, run)
+    fitted.notes.extend(ignored_notes(support, list(examples.images)))
     return fitted
+
+
+def folder_examples(folder: Path, least: int = 2) -> Examples:
+    """The examples of a folder of one subfolder per class. Raises UserError when it has fewer classes than `least`."""
+    class_names, paths, labels = list_support(folder, least)
+    return Examples(class_names, paths, [f"{path.parent.name}/{path.name}" for path in paths], labels)
 
 
 def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, run: Run) -> Fitted:
@@ -75,7 +80,25 @@ def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, r
     view = View(img_size, backbone.eval_resize, Reading(flags.background)).of_folder(examples.images, flags.num_workers)
     user = user_split(examples, view, flags.num_workers)
     facts |= {"background": flags.background, "white": view.reading.white, "images_sha256": user.fingerprint}
-    setting, notes = flags.setting, list[str]()
+    novel = image_source(backbone, blocks, user, run, "embed")
+    files = [Path(image) for image in (*examples.images, *queries) if isinstance(image, str | Path)]
+    fitted = fit_source(novel, backbone, blocks, files, facts, flags, run)
+    if view.reading.white:
+        fitted.notes.append(f"{view.reading.white:g} is white in greys of more than 8 bits")
+    return fitted
+
+
+def fit_source(
+    novel: Source,
+    backbone: Backbone,
+    blocks: TrainableBlocks,
+    files: Sequence[Path],
+    facts: dict[str, Any],
+    flags: FitFlags,
+    run: Run,
+) -> Fitted:
+    """A classifier of the examples of a source; base classes that hold one of the files are left out."""
+    user, setting, notes = novel.split, flags.setting, list[str]()
     base: Source | None = None
     if flags.base is None or setting.alignment == "none":
         why = f"--base {flags.base} is not used, for --alignment none" if flags.base else "it takes base images, --base"
@@ -84,14 +107,13 @@ def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, r
         parent, loading = Path(os.path.abspath(flags.base)).parent, (flags.num_workers, run.quiet, None)
         options = DataOptions(
             parent,
-            img_size,
+            facts["img_size"],
             flags.cache_dir,
             flags.image_root,
             *loading,
             eval_resize=backbone.eval_resize,
         )
-        files = [Path(image) for image in (*examples.images, *queries) if isinstance(image, str | Path)]
-        split, notes = base_without(flags.base, options, examples.class_names, files)
+        split, notes = base_without(flags.base, options, user.class_names, files)
         facts |= {"base": split.benchmark, "base_fingerprint": split.fingerprint}
         cache = FeatureCache(flags.cache_dir, run)
         if blocks.in_feature_space and len(split.labels) * backbone.feature_dim > MAPPED:
@@ -105,10 +127,10 @@ def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, r
             choice = choose_setting(backbone, load_val, base, cache, shape, setting)
             setting = choice.setting
             notes += [line.removeprefix("note: ") for line in choice.lines]
-    classifier, episode = fit_classifier(backbone, blocks, user, base, setting, run)
-    if view.reading.white:
-        notes.append(f"{view.reading.white:g} is white in greys of more than 8 bits")
-    fitted = Fitted(classifier, facts | {"alignment": setting.alignment, "method": setting.fit.method}, notes=notes)
+    classifier, episode = fit_classifier(backbone, blocks, novel, base, setting, run)
+    facts = facts | {"alignment": setting.alignment, "method": setting.fit.method, "setting": asdict(setting)}
+    facts |= {"base_folder": os.path.abspath(flags.base) if flags.base and base else None}
+    fitted = Fitted(classifier, facts, notes=notes)
     if base is not None and setting.alignment != "none":
         names = base.split.class_names
         notes += exceeding_notes(len(user.class_names), setting.related.n_B, len(names))

@@ -20,16 +20,16 @@ from engine.budget import check_memory
 from engine.errors import UserError
 
 
-def list_support(folder: Path) -> tuple[list[str], list[Path], list[int]]:
+def list_support(folder: Path, least: int = 2) -> tuple[list[str], list[Path], list[int]]:
     """Class names, image paths and labels of `folder/<class>/<image>`, any number of images per class.
 
-    Raises UserError when the folder is missing, holds fewer than two classes, or a class holds no images.
+    Raises UserError when the folder is missing, holds fewer classes than `least`, or a class holds no images.
     """
     if not folder.is_dir():
         raise UserError(f"support {folder} is not a folder: give a folder of one subfolder per class of examples")
     names, paths, labels = list_folder(folder, note=False)
     class_names = [printable(name) for name in names]
-    if len(class_names) < 2:
+    if len(class_names) < least:
         raise UserError(f"support folder {folder} holds a single class, {class_names[0]!r}: give at least 2 subfolders")
     return class_names, paths, labels
 

@@ -149,6 +149,14 @@ def confidence_lines(classifier: Classifier) -> list[str]:
     return [*lines, f"temperature {confidence.temperature:.2f}, which calibrates the probabilities"]
 
 
+def fitted_lines(fitted: Fitted) -> list[str]:
+    """What a classifier is, and what is known of it."""
+    facts = fitted.facts
+    aligned = facts["alignment"] != "none" and "base" in facts
+    alignment = f"{facts['alignment']} alignment with {facts['base']}" if aligned else "no alignment"
+    return [f"{facts['method']} head on {facts['backbone']}, {alignment}", *confidence_lines(fitted.classifier)]
+
+
 def prediction_record(predictions: Predictions) -> dict[str, Any]:
     """The part of the result file that says what was found."""
     n_right, n_query = predictions.n_right, len(predictions.files)

@@ -309,7 +309,7 @@ def test_the_help_of_predict_shows_what_is_used_every_day_and_folds_the_rest(cap
     with pytest.raises(SystemExit):
         args_parser("predict", ["--help"])
     shown = re.findall(r"^  (?:-h, )?--(\w+)", capsys.readouterr().out.split("\noptions:")[1], re.MULTILINE)
-    assert sorted(shown) == sorted(["help", "help_all", *EVERYDAY]) and len(shown) == 18
+    assert sorted(shown) == sorted(["help", "help_all", *EVERYDAY]) and len(shown) == 20
 
 
 def test_help_names_defaults_of_0_and_leaves_out_those_that_are_not_there():

@@ -643,9 +643,9 @@ def test_scikit_learn_clones_and_cross_validates(root):
         (lambda c, x, y: c.fit([3, *x[1:]], y), "a int is no image"),
         (lambda c, x, y: c.fit([np.zeros((4, 4)), *x[1:]], y), "a float64 array"),
         (lambda c, x, y: c.fit(["absent.png", *x[1:]], y), "absent.png cannot be decoded"),
-        (lambda c, x, y: c.set_params(nonsense=1).fit(x, y), "--nonsense"),
-        (lambda c, x, y: c.set_params(align_iters=-1).fit(x, y), "--align_iters"),
-        (lambda c, x, y: c.set_params(alignment="centroid").fit(x, y), "--base"),
+        (lambda c, x, y: c.set_params(nonsense=1).fit(x, y), "^nonsense"),
+        (lambda c, x, y: c.set_params(align_iters=-1).fit(x, y), "argument align_iters"),
+        (lambda c, x, y: c.set_params(alignment="centroid").fit(x, y), "with base"),
         (lambda c, x, y: c.set_params(backbone=None).fit(x, y), "no trained backbone"),
         (lambda c, x, y: c.set_params(backbone="torchvision:").fit(x, y), "no checkpoint torchvision:"),
         (lambda c, x, y: c.load("absent.classifier"), "no classifier absent.classifier"),
@@ -731,3 +731,151 @@ def test_a_hostile_class_name_is_no_folder_of_copies(root):
     change(class_names=["../../a", "b", "c"])(root)
     outcome = labelled(root, copy_to=root / "sorted")
     assert outcome.status == 2 and "is not the name of one folder" in outcome.err and not (root / "sorted").exists()
+
+
+# A classifier that grows.
+
+
+@pytest.mark.parametrize("more", [{}, {"base": True}], ids=["fine-tuned", "aligned"])
+def test_a_classifier_grows_to_what_all_examples_would_make(root, more):
+    more = {name: root / "tiny" for name in more}
+    expected = predictions(root, **more)
+    for name in ("class13/002.png", "class14/000.png", "class14/001.png"):
+        (root / "more" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / SUPPORT / name).rename(root / "more" / name)
+    (root / SUPPORT / "class14").rmdir()
+    kept(root, **more)
+    shutil.rmtree(root / SUPPORT)
+    (root / "model.tar").unlink()
+    grown = {"cache_dir": root / "cache", "add": root / "more", "save": root / "larger.classifier"}
+    outcome = labelled(root, **grown)
+    assert outcome.status == 0 and "6 examples of 3 classes" in outcome.out, outcome.err
+    header, files, labels, probabilities = table(root, "labelled")
+    assert header[2:-1] == list(N_SUPPORT) and files == expected.files
+    torch.testing.assert_close(probabilities, expected.answers.probabilities, atol=1e-4, rtol=0)
+    kept_again = (root / "labelled" / TABLE).read_text()
+    assert labelled(root, overwrite=True, classifier=root / "larger.classifier").status == 0
+    assert (root / "labelled" / TABLE).read_text() == kept_again
+    outcome = labelled(root, overwrite=True, **grown | {"classifier": root / "larger.classifier", "save": root / "x"})
+    assert "6 examples of 3 classes" in outcome.out  # the same examples take the place of themselves
+
+
+def test_corrections_of_the_page_and_of_the_table_become_examples(root):
+    kept(root)
+    assert labelled(root).status == 0
+    with open(root / "labelled" / TABLE, newline="") as file:
+        header, *rows = csv.reader(file)
+    rows[0][1] = "class14" if rows[0][1] != "class14" else "class13"
+    rows[5][1] = "a new, class"
+    changed = {rows[0][0]: rows[0][1], rows[5][0]: rows[5][1]}
+    with open(root / "table.csv", "w", encoding="utf-8-sig", newline="") as file:  # as a spreadsheet saves it
+        csv.writer(file).writerows([header, *rows])
+    with open(root / "page.csv", "w", newline="") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([["file", "label"], *changed.items()])
+    found = []
+    for form in ("table", "page"):
+        outcome = labelled(root, out=root / form, correct=root / f"{form}.csv", save=root / f"{form}.classifier")
+        assert outcome.status == 0 and "8 examples of 4 classes" in outcome.out, outcome.err
+        found.append((root / form / TABLE).read_text())
+    assert found[0] == found[1]
+    _, files, labels, _ = table(root, "page")
+    assert labels[files.index(rows[5][0])] == "a new, class"
+    classifier = FewShotClassifier.load(root / "page.classifier").fitted_.classifier
+    assert set(changed) < set(classifier.examples) and len(classifier.examples) == 8
+
+
+def not_a_table(root):
+    (root / "bad.csv").write_text("a,b\n1,2\n")
+
+
+def nothing_changed(root):
+    assert labelled(root, out=root / "before").status == 0
+    shutil.copy(root / "before" / TABLE, root / "bad.csv")
+
+
+def corrects_what_is_not_there(root):
+    (root / "bad.csv").write_text("file,label\nabsent.png,class12\n")
+
+
+def of_an_earlier_version(root):
+    content = torch.load(root / "my.classifier", weights_only=True)
+    del content["facts"]["setting"]
+    torch.save(content, root / "my.classifier")
+
+
+def of_aligned_blocks(root):
+    kept(root, base=root / "tiny", align_blocks=1, overwrite=True)
+
+
+def grow_by(**more):
+    return {"save": "larger"} | more
+
+
+GROWTH_ERRORS = {
+    "no such folder": (nothing, grow_by(add="absent"), ["absent", "one subfolder per class"]),
+    "no table": (nothing, grow_by(correct="absent"), ["--correct", "absent", "file and label"]),
+    "another table": (not_a_table, grow_by(correct="bad.csv"), ["bad.csv", "file and label"]),
+    "nothing changed": (nothing_changed, grow_by(correct="bad.csv"), ["bad.csv", "changes no label"]),
+    "absent image": (corrects_what_is_not_there, grow_by(correct="bad.csv"), ["'absent.png'", "not below --query"]),
+    "correct without query": (not_a_table, grow_by(correct="bad.csv", query=None), ["--correct", "--query"]),
+    "add without classifier": (
+        nothing,
+        grow_by(add=SUPPORT, classifier=None, support=SUPPORT),
+        ["--add", "--classifier"],
+    ),
+    "save without growth": (nothing, grow_by(), ["--save", "--add"]),
+    "an earlier version": (of_an_earlier_version, grow_by(add=SUPPORT), ["cannot grow", "earlier version", "again"]),
+    "aligned blocks": (of_aligned_blocks, grow_by(add=SUPPORT), ["cannot grow", "blocks were aligned", "again"]),
+}
+
+
+@pytest.mark.parametrize("case", GROWTH_ERRORS)
+def test_a_wrong_growth_is_one_clear_line_and_writes_nothing(root, case):
+    spoil, more, expected = GROWTH_ERRORS[case]
+    kept(root)
+    spoil(root)
+    paths = (*PATHS, "add", "correct", "classifier")
+    given = {"classifier": "my.classifier", "query": QUERY, "out": "labelled", "quiet": True} | more
+    given = {name: root / value if name in paths else value for name, value in given.items() if value}
+    outcome = call("predict", *(f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()))
+    assert outcome.status == 2 and outcome.out == "" and outcome.err.count("\n") == 1, outcome
+    assert all(part in outcome.err for part in expected), outcome.err
+    assert not (root / "larger").exists() and not (root / "labelled" / TABLE).exists()
+
+
+def test_a_loaded_classifier_grows_in_python(root):
+    images, labels, _ = in_memory(root)
+    FewShotClassifier(root / "model.tar", **FLAGS).fit(images, labels).save(root / "a.classifier")
+    made = FewShotClassifier.load(root / "a.classifier").partial_fit([np.zeros((20, 20, 3), np.uint8)] * 2, [40, 10])
+    assert made.classes_.tolist() == [10, 20, 30, 40] and made.fitted_.classifier.n_support == [2, 3, 2, 1]
+    assert made.predict(np.zeros((20, 20, 3), np.uint8)) in (10, 40)
+    made.save(root / "b.classifier")
+    again = FewShotClassifier.load(root / "b.classifier")
+    assert again.classes_.tolist() == [10, 20, 30, 40]
+    with pytest.raises(UserError, match="is there already: give overwrite=True"):
+        made.save(root / "a.classifier")
+    made.save(root / "a.classifier", overwrite=True)
+    assert (root / "a.classifier").read_bytes() != b"" and len(again.partial_fit(images[2:], labels[2:]).classes_) == 4
+
+
+def test_one_image_is_one_answer_and_a_list_as_many(root):
+    made = FewShotClassifier(root / "model.tar", **FLAGS).fit(*in_memory(root)[:2])
+    path = root / QUERY / "class13" / "006.png"
+    image = Image.open(path)
+    whole = made.predict([str(path)])
+    for one in (str(path), path, image, np.asarray(image)):
+        assert made.predict(one) == whole[0] and np.ndim(made.predict(one)) == 0
+        assert made.predict_proba(one).shape == (3,)
+    for several in ([path, image], np.stack([np.asarray(image)] * 2), np.array([str(path)] * 2)):
+        assert made.predict(several).tolist() == [whole[0]] * 2 and made.predict_proba(several).shape == (2, 3)
+
+
+def test_a_classifier_says_what_it_is_and_its_errors_name_arguments(root):
+    made = FewShotClassifier(str(root / "model.tar"), **FLAGS)
+    assert repr(made) == f"FewShotClassifier(backbone={str(root / 'model.tar')!r}, ft_n_epoch=20)\n  not fitted"
+    made.fit(*in_memory(root)[:2])
+    assert "arcMax head on Conv4, no alignment\n  6 examples of 3 classes\n  accuracy" in repr(made)
+    for flags in ({"method": "nearest"}, {"alignment": "centroid"}, {"ft_s": -1}):
+        with pytest.raises(UserError, match=next(iter(flags))) as caught:
+            FewShotClassifier(str(root / "model.tar"), **flags).fit(*in_memory(root)[:2])
+        assert "--" not in str(caught.value) and "help" not in str(caught.value)
