@@ -29,7 +29,7 @@ from persistence.feature_cache import FeatureCache
 from persistence.run_files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from persistence.saved_episode import gather_episode
 
-SAVE_EVERY = 5  # episodes
+SAVE_EVERY = 8  # episodes
 
 
 def align_novel_episodes(args: Namespace, run: Run) -> None:

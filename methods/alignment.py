@@ -77,8 +77,8 @@ class AlignedEpisode:
     """One episode: its head after alignment, and the scores (q, n_way) of its queries by fine-tuning and alignment.
 
     n_drawn: related samples per novel class in an iteration; losses: of the three updates, a row per iteration, NaN for
-    an update that was left out, and none in feature space; curve: scores after every record_curve iterations. Of
-    episodes aligned together, `head` is all heads, weight (E, n_way, d).
+    an update that was left out; curve: scores after every record_curve iterations. Of episodes aligned together, `head`
+    is all heads, weight (E, n_way, d), and losses are of the last iteration alone, or none in feature space.
     """
 
     head: Head
@@ -166,6 +166,38 @@ def related_batches(
             yield Batch(base.block_inputs(picks[drawn]), move(drawn.nonzero()[:, 0], device))
 
 
+@dataclass(frozen=True)
+class FittedHead:
+    """The start of an episode: its head and the optimiser that fitted it, the scores (q, n_way) of its queries, its
+    related base samples, and how many are drawn per novel class."""
+
+    head: Head
+    optimizer: torch.optim.Adam
+    finetuned: Tensor
+    related: RelatedBase
+    n_drawn: int
+
+
+def support_weights(task: Task, run: Run) -> Tensor | None:
+    """What each support image counts (k,), on the run's device: every class alike; None if all images do."""
+    return uneven(class_weights(task.y_support).to(run.device))
+
+
+def fit_and_detect(
+    task: Task, novel: Source, base: Source | None, setting: AlignmentSetting, run: Run, i: int
+) -> FittedHead:
+    """Fit the head of episode i on its support, and find the related base samples with it."""
+    fit = setting.fit
+    head = fit.new_head(novel.features.shape[1], task.n_way, run.generator("head", i)).to(run.device)
+    z_support, y_support = novel.features[task.support.to(run.device)], task.y_support.to(run.device)
+    weight = support_weights(task, run)
+    optimizer = fit_heads(head, z_support, y_support, fit.ft_n_epoch, fit.ft_lr, weight, fit.ft_init)
+    with torch.no_grad():
+        finetuned = head(novel.features[task.query.to(run.device)])
+    related = related_base_of_head(head, base, setting.related)
+    return FittedHead(head, optimizer, finetuned, related, drawn_per_class(related.samples, setting.related.aug_size))
+
+
 def align_episode(
     blocks: TrainableBlocks,
     task: Task,
@@ -182,25 +214,19 @@ def align_episode(
     out when no class has related samples. `bar` names a progress bar; empty shows none. Raises UserError when the loss
     is no longer finite.
     """
-    fit, d, n_way = setting.fit, novel.features.shape[1], task.n_way
     blocks.restore()
-    y_support = task.y_support.to(run.device)
-    head = fit.new_head(d, n_way, run.generator("head", i)).to(run.device)
-    weight = uneven(class_weights(task.y_support).to(run.device))
-    z_support = novel.features[task.support.to(run.device)]
-    fitted = fit_heads(head, z_support, y_support, fit.ft_n_epoch, fit.ft_lr, weight, fit.ft_init)
-    with torch.no_grad():
-        finetuned = head(novel.features[task.query.to(run.device)])
-    related_base = related_base_of_head(head, base, setting.related)
-    n_drawn = drawn_per_class(related_base.samples, setting.related.aug_size)
+    start = fit_and_detect(task, novel, base, setting, run, i)
+    head = start.head
     if setting.alignment == "none" or not setting.align_iters:
-        return AlignedEpisode(head, finetuned, finetuned, related_base, n_drawn, [], [])
+        return AlignedEpisode(head, start.finetuned, start.finetuned, start.related, start.n_drawn, [], [])
 
     head.rescale(setting.align_s, setting.align_m)
-    alignment_loss = ALIGNMENTS[setting.alignment](d, n_way, setting, run.generator("critic", i), run.device)
-    updates = Updates(blocks.updated, head, fitted, alignment_loss, setting, run.precision)
-    support = Batch(novel.block_inputs(task.support), y_support, weight)
-    batches = related_batches(related_base.samples, base, setting, run.generator("related draws", i), run.device)
+    sizes = (novel.features.shape[1], task.n_way)
+    alignment_loss = ALIGNMENTS[setting.alignment](*sizes, setting, run.generator("critic", i), run.device)
+    updates = Updates(blocks.updated, head, start.optimizer, alignment_loss, setting, run.precision)
+    y_support = task.y_support.to(run.device)
+    support = Batch(novel.block_inputs(task.support), y_support, support_weights(task, run))
+    batches = related_batches(start.related.samples, base, setting, run.generator("related draws", i), run.device)
     losses, curve = Losses(f"episode {i}, iteration"), []
     with run.seeded("dropout", i):
         for iteration, related in enumerate(run.bar(batches, bar, "iteration", total=setting.align_iters), 1):
@@ -213,7 +239,7 @@ def align_episode(
                 curve.append(query_scores(blocks, head, novel, task, run))
     aligned = query_scores(blocks, head, novel, task, run)
     rows = [row[1:] for row in losses.read()]
-    return AlignedEpisode(head, finetuned, aligned, related_base, n_drawn, rows, curve)
+    return AlignedEpisode(head, start.finetuned, aligned, start.related, start.n_drawn, rows, curve)
 
 
 @torch.no_grad()

@@ -4,10 +4,9 @@ Related base samples are pulled to the centroid of the novel class that they wer
 other centroids: the negative log-likelihood of a softmax over minus squared Euclidean distances.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from models.heads import one_hot_of
+from models.heads import mean_cross_entropy, one_hot_of
 
 
 def centroid_alignment_loss(
@@ -15,10 +14,15 @@ def centroid_alignment_loss(
 ) -> Tensor:
     """Mean of -log softmax_k(-|z - mu_k|^2) at the assigned class, mu_k the mean of the support of class k.
 
-    z_support (k, d), y_support (k,) with every novel class in it, z_related (n, d), y_related (n,) -> scalar. No
-    temperature, features not normalised, in float32; the gradient flows through related samples and centroids.
+    z_support (..., k, d), y_support (..., k) with every novel class in it, z_related (..., n, d), y_related (..., n) ->
+    scalar, summed over episodes. No temperature, features not normalised, in float32; the gradient flows through
+    related samples and centroids.
+
+    The logits are 2 z mu_k - |mu_k|^2: |z|^2 is the same for all classes. Nor does the origin change them; from the
+    mean of the centroids, no large numbers cancel.
     """
-    member = one_hot_of(y_support, n_way).T
-    centroids = member @ z_support.float() / member.sum(1, keepdim=True)
-    distance = (z_related.float().unsqueeze(1) - centroids).square().sum(2)
-    return F.cross_entropy(-distance, y_related)
+    member = one_hot_of(y_support, n_way).mT
+    centroids = member @ z_support.float() / member.sum(-1, keepdim=True)
+    origin = centroids.detach().mean(-2, keepdim=True)
+    z, mu = z_related.float() - origin, centroids - origin
+    return mean_cross_entropy(2 * z @ mu.mT - mu.square().sum(-1).unsqueeze(-2), y_related)

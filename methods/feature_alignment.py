@@ -16,7 +16,8 @@ from data.episodes import Episodes, Task, class_major_labels
 from engine.budget import cache_bytes
 from engine.precision import check_finite
 from engine.run import Run, move
-from methods.alignment import AlignedEpisode, AlignmentSetting, Batch, align_episode, with_rate
+from methods.alignment import AlignedEpisode, AlignmentSetting, Batch, with_rate
+from methods.block_alignment import align_blocks
 from methods.features import Source, TrainableBlocks
 from methods.novel_finetune import adam_step, class_weights, fit_heads, uneven
 from methods.related_base import RelatedBase, draw_by_setting, drawn_per_class, related_base_of_heads
@@ -155,10 +156,11 @@ def align_episodes(
     run: Run,
     numbers: range,
 ) -> Iterator[tuple[int, AlignedEpisode]]:
-    """The aligned episodes of these consecutive numbers, in feature space all together, else one after another."""
+    """The aligned episodes of these consecutive numbers, in feature space all together."""
     tasks = [episodes.task(i) for i in numbers]
-    if blocks.in_feature_space and tasks:
+    if not tasks:
+        return
+    if blocks.in_feature_space:
         yield from zip(numbers, align_features(tasks, novel, base, setting, run, numbers[0]), strict=True)
     else:
-        for i, task in zip(numbers, tasks, strict=True):
-            yield i, align_episode(blocks, task, novel, base, setting, run, i)
+        yield from zip(numbers, align_blocks(blocks, tasks, novel, base, setting, run, numbers[0]), strict=True)

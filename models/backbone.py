@@ -3,6 +3,8 @@
 Alignment and stage 1 may train the last blocks alone, beyond the paper, which trains all of them.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +55,7 @@ class LastBlocks(nn.Module):
         super().__init__()
         self.blocks = nn.Sequential(*backbone.blocks()[-n_blocks:])
         self.pool_and_flatten = backbone.pool_and_flatten
+        self.only_flattens = math.prod(backbone.map_shape) == backbone.feature_dim
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool_and_flatten(self.blocks(x))

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# Images, and elements of maps, whose gradient is spread over the map together, while it is in a cache.
 CACHE_ROWS = 8
+CACHE_ELEMENTS = 2**19
 
 
 def pool(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,10 +31,13 @@ def pool(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def add_taken(x: Tensor, of_pooled: Tensor, index: Tensor, weight: Tensor, slope: Tensor, offset: Tensor) -> None:
     """Over x: x * slope + offset, and the gradient of the pooled maps where the pooling took x."""
-    slope, offset = (v.to(x.dtype).view(-1, 1, 1) for v in (slope, offset))
-    for first in range(0, len(x), CACHE_ROWS):
-        part, of_part = (v[first : first + CACHE_ROWS] for v in (x, of_pooled))
-        at = index[first : first + CACHE_ROWS] if len(index) else pool(part, weight)[1]
+    # Repeated along a row of the map: of a channels-last one PyTorch would else vectorise over the channels alone.
+    row = x[:1, :, :1]
+    slope, offset = (torch.empty_like(row).copy_(v.view(-1, 1, 1)) for v in (slope, offset))
+    rows = max(CACHE_ROWS, CACHE_ELEMENTS // x[0].numel())
+    for first in range(0, len(x), rows):
+        part, of_part = (v[first : first + rows] for v in (x, of_pooled))
+        at = index[first : first + rows] if len(index) else pool(part, weight)[1]
         taken = torch.ops.aten.max_pool2d_with_indices_backward(
             of_part, part, [2, 2], [2, 2], [0, 0], [1, 1], False, at
         )

@@ -23,6 +23,8 @@ from methods.features import BATCH, EMBED_VERSION, Source, TrainableBlocks, feat
 from models.backbone import Backbone
 
 OTHER_FOLDER = "give another --cache_dir"
+# What a file holds for each type of mapped rows: NumPy has no bf16, of which it keeps the bits.
+FILE_TYPES = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.int16}
 
 
 class FeatureCache:
@@ -44,8 +46,7 @@ class FeatureCache:
             activations = move_if_fits(self.activations(blocks.below, split, by), run.device)
 
         def block_inputs(index: Tensor) -> Tensor:
-            x = move(activations[move(index, activations.device)], run.device)
-            return x.contiguous(memory_format=torch.channels_last)
+            return move(activations.index_select(0, move(index, activations.device)), run.device).permute(0, 3, 1, 2)
 
         return Source(features, block_inputs, split)
 
@@ -60,12 +61,19 @@ class FeatureCache:
         return self.kept(f"half{backbone.feature_dim}", backbone, split, backbone.normalisation, torch.float16)
 
     def activations(self, below: nn.Sequential, split: Split, by: Normalisation = IMAGENET) -> Tensor:
-        """Outputs of the frozen blocks `below`, in eval mode, on a whole split: (N, c, h, w) float32, mapped."""
-        return self.kept(f"activations{len(below)}", below, split, by, torch.float32)
+        """Outputs of the frozen blocks `below`, in eval mode, on a whole split: (N, h, w, c), mapped.
+
+        In bf16 where they are computed in it, else float32.
+        """
+        dtype = torch.bfloat16 if self.run.precision.name == "bf16" else torch.float32
+        return self.kept(f"activations_nhwc{len(below)}", below, split, by, dtype)
 
     @torch.no_grad()
     def kept(self, kind: str, network: nn.Module, split: Split, by: Normalisation, dtype: torch.dtype) -> Tensor:
-        """Outputs of a network in eval mode on a whole split, mapped from a file that is written batch by batch."""
+        """Outputs of a network in eval mode on a whole split, mapped from a file that is written batch by batch.
+
+        Maps are kept channels-last, (N, h, w, c).
+        """
         n, run = len(split.images), self.run
         made_by = (split.rule, by, run.precision.name, run.device.type, EMBED_VERSION, *VERSIONS)
         digest = weights_digest(network, split.fingerprint, tuple(split.images.shape), *made_by)
@@ -78,7 +86,8 @@ class FeatureCache:
         batches = (network_input(split.images[start : start + BATCH], run.device, by) for start in starts)
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
             for i, z in enumerate(outputs(network, batches, run.precision)):
-                array = z.clamp(-largest, largest).to(dtype).cpu().contiguous().numpy()
+                z = z.permute(0, 2, 3, 1) if z.dim() == 4 else z
+                array = z.clamp(-largest, largest).to(dtype).cpu().contiguous().view(FILE_TYPES[dtype]).numpy()
                 if i == 0:
                     check_disk(f"keeping the features of {path.name}", n * array[0].nbytes, self.folder, OTHER_FOLDER)
                     header = {"descr": array.dtype.str, "fortran_order": False, "shape": (n, *array.shape[1:])}
@@ -94,6 +103,6 @@ def map_rows(path: Path, n: int, dtype: torch.dtype) -> Tensor:
     """
     array = np.lib.format.open_memmap(path, mode="c")
     rows = torch.from_numpy(array)
-    if rows.dtype != dtype or len(rows) != n or array.offset + array.nbytes != path.stat().st_size:
+    if rows.dtype != FILE_TYPES[dtype] or len(rows) != n or array.offset + array.nbytes != path.stat().st_size:
         raise ValueError("it is cut or of another shape")
-    return rows
+    return rows.view(dtype)

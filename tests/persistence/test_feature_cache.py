@@ -140,8 +140,8 @@ def test_stored_activations_are_read_again_and_those_damaged_or_of_other_weights
 
     first = cached().clone()
     with torch.no_grad():
-        torch.testing.assert_close(first, below.eval()(normalise(split.images)))
-    (path,) = (tmp_path / "cache").glob("activations2_*.npy")
+        torch.testing.assert_close(first.permute(0, 3, 1, 2), below.eval()(normalise(split.images)))
+    (path,) = (tmp_path / "cache").glob("activations_nhwc2_*.npy")
     made = path.stat().st_mtime_ns
     assert torch.equal(cached(), first) and path.stat().st_mtime_ns == made
     content = path.read_bytes()
@@ -150,6 +150,14 @@ def test_stored_activations_are_read_again_and_those_damaged_or_of_other_weights
     assert torch.equal(cached(), first) and path.stat().st_mtime_ns != made
     net.layers[0].bn.bias.data += 1
     assert not torch.equal(cached(), first)
+
+
+def test_in_bf16_the_inputs_of_the_blocks_are_kept_in_the_half_precision_that_they_are_computed_in(backbone, tmp_path):
+    split, blocks = make_split(side=16), trainable_blocks(backbone, 1)
+    made, index = image_source(backbone, blocks, split, BF16), torch.tensor([40, 3, 17])
+    for _ in range(2):  # written, then read
+        kept = FeatureCache(tmp_path, BF16).source(backbone, blocks, split).block_inputs(index)
+        assert kept.dtype == torch.bfloat16 and torch.equal(kept.float(), made.block_inputs(index))
 
 
 @pytest.mark.parametrize("align_blocks", [None, 1])
