@@ -110,7 +110,7 @@ def died(finished, tmp_path_factory):
     root = tmp_path_factory.mktemp("died")
     for name, module, function, n, how in (
         ("curve", "transferLearning", "train_base_epoch", 3, "UserError"),
-        ("align", "methods.feature_alignment", "align_episode", 7, "killed"),
+        ("align", "methods.block_alignment", "align_episode", 10, "killed"),
     ):
         script, flags = command(finished, name, root / name)
         ended = torchrun(2, root, [(script, flags)], fails=[module, function, n, how])
