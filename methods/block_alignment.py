@@ -211,8 +211,7 @@ def align_blocks(
     """Episodes first, first + 1, ... with trainable blocks, which are left, with each, as alignment has trained them.
 
     All have as many support images of every class. Several together where last_conv_block allows it, else one after
-    another. Raises UserError when a loss or a score is
-    no longer finite.
+    another. Raises UserError when a loss or a score is no longer finite.
     """
     blocks.restore()
     block = last_conv_block(blocks, setting, run)
