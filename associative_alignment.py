@@ -56,14 +56,18 @@ def align_novel_episodes(args: Namespace, run: Run) -> None:
 
     # The blocks that alignment updates, and both splits as those take them.
     check_base_classes(path, checkpoint, args.dataset, base.class_names)
-    blocks = trainable_blocks(backbone.to(run.device).to(memory_format=torch.channels_last), args.align_blocks)
+    backbone = backbone.to(run.device).to(memory_format=torch.channels_last)
     cache, setting, chosen = FeatureCache(args.cache_dir, run), from_flags(AlignmentSetting, args), None
-    base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
+    align_blocks = args.align_blocks
     names = ("base images", "novel images", "val images")
     images = {name: split.fingerprint for name, split in zip(names, splits, strict=False)}
     if is_auto:
-        setting, chosen, lines = choose_setting(backbone, lambda: splits[2], base_source, cache, shape, setting)
+        base_source = cache.source(backbone, trainable_blocks(backbone, 0), base)
+        choice = choose_setting(backbone, lambda: splits[2], base_source, cache, shape, setting, last_block=True)
+        setting, align_blocks, chosen, lines = choice
         print("\n".join(lines))
+    blocks = trainable_blocks(backbone, align_blocks)
+    base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
     notes = [*enlarged_notes(novel), *detail_notes(checkpoint, novel)]
     print_notes(notes + exceeding_notes(args.test_n_way, setting.related.n_B, len(base.class_names)))
 

@@ -36,6 +36,7 @@ from models.head_gradients import set_gradients
 from models.heads import Head, one_hot_of
 from models.stacked_block import BlockPass, StackedBlock
 
+STACKED = ("naive", "centroid")
 N_TOGETHER = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # An episode, and the state of its block after alignment.
@@ -44,7 +45,7 @@ Aligned = tuple[AlignedEpisode, dict[str, Tensor]]
 
 def last_conv_block(blocks: TrainableBlocks, setting: AlignmentSetting, run: Run) -> ConvBlock | None:
     """The trainable block, if it is the last one of Conv4 and nothing is asked for that is not written out here."""
-    updated, written_out = blocks.updated, setting.alignment in ("naive", "centroid") and setting.align_iters
+    updated, written_out = blocks.updated, setting.alignment in STACKED and setting.align_iters
     if not isinstance(updated, LastBlocks) or len(updated.blocks) > 1 or not updated.only_flattens:
         return None
     if not written_out or run.precision.name not in DTYPES or run.device.type != "cpu":

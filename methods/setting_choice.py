@@ -1,14 +1,16 @@
 """Choose the setting of alignment for a backbone and a protocol on episodes of val classes, never of novel ones.
 
-The candidates are fine-tuning and a few settings in feature space: heads of either scale and number of related base
+The candidates are fine-tuning, the last block of Conv4 without an alignment loss and with the centroid loss, batch norm
+in train mode, and a few settings in feature space: heads of either scale and number of related base
 classes, few iterations or many, update (2) alone, and update (3) alone, which uses no base image: it shows how much
 comes of more steps on the support, where a head is not fitted to convergence. A setting is chosen only if its paired
 gain over fine-tuning is clear; the interval is not widened for the number of candidates.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +19,10 @@ from data.episodes import Episodes
 from engine.distributed import gather_rows
 from engine.run import Run
 from methods.alignment import AlignmentSetting
+from methods.block_alignment import STACKED
 from methods.evaluation import EpisodeScores, count_predictions
-from methods.feature_alignment import align_features, episodes_per_chunk
-from methods.features import Source
+from methods.feature_alignment import align_episodes, episodes_per_chunk
+from methods.features import Source, TrainableBlocks
 from methods.intervals import mean_and_ci95
 
 N_EPISODES = 100
@@ -32,18 +35,33 @@ SETTINGS: list[dict[str, Any]] = [
     PUBLISHED | {"support_lr": 0.0},
     PUBLISHED | {"related_lr": 0.0},
 ]
+# Of the last block, beside --align_blocks 1, where its episodes are aligned together: else they would take too long.
+BLOCK_SETTINGS: list[dict[str, Any]] = [{"alignment": alignment, "align_bn": "train"} for alignment in STACKED]
 # Flags that a user must not give beside the choice.
-CHOSEN_FLAGS = ["align_blocks", *dict.fromkeys(name for flags in (FINE_TUNING, *SETTINGS) for name in flags)]
+OFFERED = (FINE_TUNING, *SETTINGS, *BLOCK_SETTINGS)
+CHOSEN_FLAGS = ["align_blocks", *dict.fromkeys(name for flags in OFFERED for name in flags)]
+# Episodes of blocks that are aligned before a bar moves on.
+BLOCK_STEP = 8
+
+
+class Offered(NamedTuple):
+    """What settings are compared on: trainable blocks, and both sources as those take them."""
+
+    blocks: TrainableBlocks
+    val: Source
+    base: Source
 
 
 @dataclass(frozen=True)
 class SettingGain:
-    """A setting on the val episodes, in %: accuracy, and gain over fine-tuning with its paired 95 % interval."""
+    """A setting on the val episodes, in %: accuracy, and gain over fine-tuning with its paired 95 % interval; and the
+    seconds that they took."""
 
     flags: str
     accuracy: float
     gain: float
     gain_ci95: float
+    seconds: float
 
 
 def flags_text(flags: dict[str, Any]) -> str:
@@ -52,25 +70,32 @@ def flags_text(flags: dict[str, Any]) -> str:
     return " ".join(f"--{name} {value}" for name, value in shown.items())
 
 
-def candidates(setting: AlignmentSetting) -> dict[str, AlignmentSetting]:
+def n_blocks(setting: AlignmentSetting) -> int:
+    """What --align_blocks is in one of the candidates."""
+    return 0 if setting.alignment in ("none", "head") else 1
+
+
+def candidates(setting: AlignmentSetting, last_block: bool = False) -> dict[str, AlignmentSetting]:
     """The settings to choose among, by their flags, fine-tuning first; the rest of each is as in `setting`."""
     made = {}
-    for flags in (FINE_TUNING, *SETTINGS):
+    for flags in (FINE_TUNING, *SETTINGS, *(BLOCK_SETTINGS if last_block else [])):
         changes: dict[str, Any] = {"alignment": "head"} | flags
         related = replace(setting.related, n_B=changes.pop("n_B", setting.related.n_B))
         made[flags_text(flags)] = replace(setting, related=related, **changes)
     return made
 
 
-def paired_counts(val: Source, base: Source, episodes: Episodes, setting: AlignmentSetting, run: Run) -> Tensor:
-    """Predictions (E, 2, n_way, n_way) of the val episodes, by fine-tuning and after alignment in feature space."""
-    parts, n_way = [], episodes.n_way
-    step = episodes_per_chunk(val.features.shape[1], n_way, setting, run.device)
+def paired_counts(on: Offered, episodes: Episodes, setting: AlignmentSetting, run: Run) -> Tensor:
+    """Predictions (E, 2, n_way, n_way) of the val episodes, by fine-tuning and after alignment."""
+    parts, n_way, (blocks, val, base) = [], episodes.n_way, on
+    setting, in_features = replace(setting, record_curve=0), blocks.in_feature_space
+    d = val.features.shape[1]
+    step = episodes_per_chunk(d, n_way, setting, run.device) if in_features else BLOCK_STEP
     for first in run.ranks.share(range(0, len(episodes), step)):
-        tasks = [episodes.task(i) for i in range(first, min(first + step, len(episodes)))]
-        aligned = align_features(tasks, val, base, replace(setting, record_curve=0), run, first)
-        scores = torch.stack([torch.stack([episode.finetuned, episode.aligned]) for episode in aligned])
-        parts.append(count_predictions(scores, n_way).cpu())
+        numbers = range(first, min(first + step, len(episodes)))
+        for _, episode in align_episodes(blocks, episodes, val, base, setting, run, numbers):
+            scores = torch.stack([episode.finetuned, episode.aligned])
+            parts.append(count_predictions(scores, n_way).unsqueeze(0).cpu())
     return gather_rows(parts, run.ranks)
 
 
@@ -81,13 +106,15 @@ def winner(rows: Sequence[SettingGain]) -> str:
 
 
 def compare_settings(
-    val: Source, base: Source, episodes: Episodes, settings: dict[str, AlignmentSetting], run: Run
+    offered: Sequence[Offered], episodes: Episodes, settings: dict[str, AlignmentSetting], run: Run
 ) -> list[SettingGain]:
-    """A row for each of the candidates, by their flags, on the same val episodes."""
+    """A row for each of the candidates, by their flags, on the same val episodes; offered: by the number of blocks."""
     rows = []
     for flags, setting in run.bar(list(settings.items()), "choose on val", "setting"):
-        counts = paired_counts(val, base, episodes, setting, run)
+        start = time.perf_counter()
+        counts = paired_counts(offered[n_blocks(setting)], episodes, setting, run)
         before, after = (EpisodeScores(each).accuracy for each in counts.unbind(1))
         gain, ci95 = mean_and_ci95(after.double() - before.double())
-        rows.append(SettingGain(flags, 100 * after.mean().item(), 100 * gain, 100 * ci95))
+        seconds = time.perf_counter() - start
+        rows.append(SettingGain(flags, 100 * after.mean().item(), 100 * gain, 100 * ci95, seconds))
     return rows

@@ -1,23 +1,36 @@
 """What --align_preset auto chooses on the val episodes of a backbone, and what a result and a user are told of it."""
 
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from data.benchmarks import Split
 from data.episodes import EpisodeShape, sample_episodes
 from engine.errors import UserError
 from methods.alignment import AlignmentSetting
+from methods.block_alignment import last_conv_block
 from methods.features import Source, trainable_blocks
-from methods.setting_choice import FINE_TUNING, N_EPISODES, candidates, compare_settings, flags_text, winner
+from methods.setting_choice import (
+    FINE_TUNING,
+    N_EPISODES,
+    Offered,
+    candidates,
+    compare_settings,
+    flags_text,
+    n_blocks,
+    winner,
+)
 from models.backbone import Backbone
 from persistence.feature_cache import FeatureCache
 
 
 class Choice(NamedTuple):
-    """What was chosen, its flags and the rows that they were chosen by, as a result records them, and what to say."""
+    """What was chosen, with how many trainable blocks; its flags and the rows that they were chosen by, as a result
+    records them; what to say."""
 
     setting: AlignmentSetting
+    align_blocks: int
     record: dict[str, Any]
     lines: list[str]
 
@@ -29,20 +42,40 @@ def choose_setting(
     cache: FeatureCache,
     shape: EpisodeShape,
     setting: AlignmentSetting,
+    last_block: bool = False,
 ) -> Choice:
-    """The setting chosen on val episodes of this shape; fine-tuning when there is no val split, or too small a one."""
-    run, settings = cache.run, candidates(setting)
+    """The setting chosen on val episodes of this shape; fine-tuning when there is no val split, or too small a one.
+
+    last_block: whether its alignment is a candidate, where its episodes can be aligned together.
+    """
+    run, start = cache.run, time.perf_counter()
+    blocks = trainable_blocks(backbone, min(1, len(backbone.blocks()) - 1)) if last_block else None
+    with_block = blocks is not None and last_conv_block(blocks, replace(setting, alignment="naive"), run) is not None
+    settings = candidates(setting, with_block)
     try:
         val = load_val()
         episodes = sample_episodes(val, shape, N_EPISODES, run.seed)
     except UserError as error:
         flags = flags_text(FINE_TUNING)
         line = f"note: --align_preset auto cannot choose on val, so it is fine-tuning: {error}"
-        return Choice(settings[flags], {"flags": flags, "rows": []}, [line])
-    rows = compare_settings(cache.source(backbone, trainable_blocks(backbone, 0), val), base, episodes, settings, run)
+        return Choice(settings[flags], 0, {"flags": flags, "rows": []}, [line])
+    frozen = trainable_blocks(backbone, 0)
+    offered = [Offered(frozen, cache.source(backbone, frozen, val), base)]
+    if blocks is not None and with_block:
+        offered.append(Offered(blocks, *(cache.source(backbone, blocks, split) for split in (val, base.split))))
+    rows = compare_settings(offered, episodes, settings, run)
+    for of_blocks in offered:
+        of_blocks.blocks.restore()
     flags = winner(rows)
     task = f"{shape.n_way}-way {shape.n_shot}-shot, {N_EPISODES} val episodes"
-    lines = [f"--align_preset auto, {task}: accuracy, and gain over fine-tuning"]
-    lines += [f"  {row.flags:<80} {row.accuracy:6.2f} %  {row.gain:+.2f} ± {row.gain_ci95:.2f}" for row in rows]
-    lines.append(f"chosen: --align_blocks 0 --aug_size {setting.related.aug_size} {flags}")
-    return Choice(settings[flags], {"flags": flags, "rows": [asdict(row) for row in rows]}, lines)
+    lines = [f"--align_preset auto, {task}: accuracy, gain over fine-tuning, seconds"]
+    lines += [
+        f"  {row.flags:<80} {row.accuracy:6.2f} %  {row.gain:+.2f} ± {row.gain_ci95:.2f}  {row.seconds:.1f}"
+        for row in rows
+    ]
+    n = n_blocks(settings[flags])
+    lines.append(f"chosen in {time.perf_counter() - start:.0f} s")
+    lines.append(f"chosen: --align_blocks {n} --aug_size {setting.related.aug_size} {flags}")
+    # Without seconds: a result is that of any machine.
+    kept = [{name: value for name, value in asdict(row).items() if name != "seconds"} for row in rows]
+    return Choice(settings[flags], n, {"flags": flags, "rows": kept}, lines)

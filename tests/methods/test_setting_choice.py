@@ -13,11 +13,22 @@ from engine.run import Run
 from methods import setting_choice
 from methods.alignment import AlignmentSetting
 from methods.feature_alignment import align_features
-from methods.features import Source, feature_source
+from methods.features import Source, feature_source, trainable_blocks
 from methods.novel_finetune import HeadFit
 from methods.related_base import RelatedSetting
-from methods.setting_choice import FINE_TUNING, SETTINGS, SettingGain, candidates, compare_settings, flags_text, winner
+from methods.setting_choice import (
+    BLOCK_SETTINGS,
+    FINE_TUNING,
+    SETTINGS,
+    Offered,
+    SettingGain,
+    candidates,
+    compare_settings,
+    flags_text,
+    winner,
+)
 from models import build_backbone
+from models.conv4 import Conv4
 from persistence import chosen_setting as kept
 from persistence.feature_cache import FeatureCache
 from tests.helpers import RUN, TINY, call, folders, make_split, result
@@ -27,6 +38,7 @@ SHAPE = EpisodeShape(5, 1, 15)
 SETTING = AlignmentSetting(fit=HeadFit(ft_n_epoch=100), related=RelatedSetting(aug_size=10))
 ONE_SHOT = EpisodeShape(5, 1, 5)
 NONE = flags_text(FINE_TUNING)
+FROZEN = trainable_blocks(Conv4(16, 8), 0)
 
 
 def made(base_like_val: bool) -> tuple[Source, Source]:
@@ -46,6 +58,7 @@ def small_choice(monkeypatch):
     """Fewer episodes and candidates, for tests of what is kept and not of what is chosen."""
     monkeypatch.setattr(kept, "N_EPISODES", 8)
     monkeypatch.setattr(setting_choice, "SETTINGS", [{**SETTINGS[0], "align_iters": n} for n in (3, 6)])
+    monkeypatch.setattr(setting_choice, "BLOCK_SETTINGS", [{**flags, "align_iters": 3} for flags in BLOCK_SETTINGS])
 
 
 def choose(base_like_val: bool, seed: int = 0) -> tuple[list[SettingGain], str]:
@@ -53,7 +66,7 @@ def choose(base_like_val: bool, seed: int = 0) -> tuple[list[SettingGain], str]:
     val, base = made(base_like_val)
     setting = dataclasses.replace(SETTING, fit=HeadFit(ft_n_epoch=1000, ft_lr=0.02))
     episodes = sample_episodes(val.split, SHAPE, 40, seed)
-    rows = compare_settings(val, base, episodes, candidates(setting), Run(seed=seed))
+    rows = compare_settings([Offered(FROZEN, val, base)], episodes, candidates(setting), Run(seed=seed))
     return rows, winner(rows)
 
 
@@ -74,10 +87,10 @@ def test_base_classes_like_those_of_val_give_a_setting_in_feature_space_of_the_l
 
 def test_only_a_gain_with_its_interval_above_zero_wins():
     rows = [
-        SettingGain(NONE, 60, 0, 0),
-        SettingGain("a", 63, 3, 3),
-        SettingGain("b", 61, 1, 0.5),
-        SettingGain("c", 62, 2, 0.9),
+        SettingGain(NONE, 60, 0, 0, 1),
+        SettingGain("a", 63, 3, 3, 1),
+        SettingGain("b", 61, 1, 0.5, 1),
+        SettingGain("c", 62, 2, 0.9, 1),
     ]
     assert winner(rows) == "c"
     assert winner(rows[:2]) == NONE
@@ -92,7 +105,7 @@ def test_a_row_is_the_gain_of_alignment_over_fine_tuning_in_whatever_chunks(monk
     scores = [torch.stack([getattr(each, name) for each in together]) for name in ("finetuned", "aligned")]
     right = [100 * (of_way.argmax(-1) == y).double().mean().item() for of_way in scores]
     monkeypatch.setattr(setting_choice, "episodes_per_chunk", lambda *_: 3)
-    (row,) = compare_settings(val, base, episodes, {flags: setting}, Run())
+    (row,) = compare_settings([Offered(FROZEN, val, base)], episodes, {flags: setting}, Run())
     assert (row.flags, row.accuracy) == (flags, pytest.approx(right[1], abs=1e-3))
     assert row.gain == pytest.approx(right[1] - right[0], abs=1e-3)
 
@@ -135,20 +148,29 @@ def test_without_a_val_split_it_is_fine_tuning(tmp_path):
     ("shape", "reason"), [(EpisodeShape(7, 1, 5), "6 classes"), (EpisodeShape(5, 1, 20), "20 images")]
 )
 def test_too_small_a_val_split_gives_one_line_and_fine_tuning(choose_for, shape, reason):
-    setting, record, (line,) = choose_for(shape)
+    setting, _, record, (line,) = choose_for(shape)
     assert "fine-tuning" in line and "val split" in line and reason in line
     assert setting.alignment == "none" and record == {"flags": NONE, "rows": []}
 
 
-def test_the_script_chooses_names_it_in_the_result_and_its_flags_give_the_same_numbers(workspace, monkeypatch):
-    monkeypatch.setattr(kept, "N_EPISODES", 40)
+def test_the_last_block_is_a_candidate_where_its_episodes_are_aligned_together():
+    fewer, more = candidates(SETTING), candidates(SETTING, last_block=True)
+    assert list(more)[: len(fewer)] == list(fewer) and len(more) == len(fewer) + len(BLOCK_SETTINGS)
+    centroid = more["--alignment centroid --align_bn train"]
+    assert (centroid.alignment, centroid.align_bn, centroid.align_iters) == ("centroid", "train", SETTING.align_iters)
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+@pytest.mark.usefixtures("small_choice")
+def test_the_script_chooses_names_it_in_the_result_and_its_flags_give_the_same_numbers(workspace, monkeypatch, blocks):
+    monkeypatch.setattr(kept, "winner", lambda rows: rows[-1 if blocks else 1].flags)
     protocol = [*TINY, "--n_episodes", 3, "--ft_n_epoch", 20, *folders(workspace)]
     auto = [*protocol, "--align_preset", "auto", "--aug_size", 4]
     outcome = call("associative_alignment", *auto)
     assert outcome.status == 0, outcome.err
     record = result(workspace, f"associative_alignment_{RUN}_auto")
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("chosen: ")]
-    assert line.endswith(record["align_preset_auto"]["flags"])
+    assert line.endswith(record["align_preset_auto"]["flags"]) and f"--align_blocks {blocks} " in line
     assert all(row["flags"] in outcome.out for row in record["align_preset_auto"]["rows"])
 
     again = call("associative_alignment", *auto, "--overwrite")
