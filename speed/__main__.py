@@ -8,7 +8,15 @@ python -m speed --device cuda          # both sides on a GPU: what its events sa
 """
 
 from engine.script import run_script
-from speed import bench_alignment, bench_base_training, bench_data, bench_related_base, bench_start, bench_validation
+from speed import (
+    bench_alignment,
+    bench_base_training,
+    bench_data,
+    bench_last_block,
+    bench_related_base,
+    bench_start,
+    bench_validation,
+)
 from speed.common import run
 
 BENCHES = {
@@ -16,6 +24,7 @@ BENCHES = {
     "validation": bench_validation.BENCH,
     "related_base": bench_related_base.BENCH,
     "alignment": bench_alignment.BENCH,
+    "last_block": bench_last_block.BENCH,
 }
 OTHERS = {"start": bench_start.rows, "data": bench_data.rows}
 

@@ -21,8 +21,10 @@ from engine.script import run_script
 from methods.meta_learners import build_meta_learner
 from methods.split_evaluation import evaluate_class_by_class
 from models import build_backbone
+from persistence import chosen_setting
 from tests.helpers import make_split
 
+FEW_EPISODES = 16  # of --align_preset auto
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -83,6 +85,7 @@ def fail_at(module_name: str, function: str, n: int, how: str) -> None:
 
 
 def main() -> None:
+    chosen_setting.N_EPISODES = FEW_EPISODES
     job = json.loads(Path(sys.argv[1]).read_text())
     ranks = join_ranks()
     check_exchange(ranks)

@@ -11,8 +11,10 @@ import time
 import pytest
 import torch
 
+from persistence import chosen_setting
 from persistence.checkpoints import load_checkpoint
 from tests.helpers import ROOT, TINY, call, folders, make_benchmark, numbers
+from tests.rank_checks import FEW_EPISODES
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -97,7 +99,9 @@ def finished(tmp_path_factory):
     make_benchmark(root / "benchmarks" / "tiny")
     for name in COMMANDS:
         script, flags = command(root, name, root / name)
-        done = call(script, *flags)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chosen_setting, "N_EPISODES", FEW_EPISODES)
+            done = call(script, *flags)
         assert done.status == 0, done.err
         if name == "own_bn":
             shutil.copy(next((root / name).rglob("*_bestModel.tar")), root / "start.tar")
