@@ -33,6 +33,7 @@ ONE_OF_EACH = ("Conv4", "ResNet12", "SEResNet12", "ResNet18", "WideResNet", "Pre
 # The flags of a run on a tiny benchmark, and those of its stages 1 and 3.
 TINY = ["--dataset", "tiny", "--img_size", 16, "--test_n_way", 3, "--n_shot", 2, "--n_query", 3, "--quiet"]
 TRAIN = [*TINY, "--n_epoch", 2, "--batch_size", 16, "--val_episodes", 4, "--n_episodes", 6, "--ft_n_epoch", 20]
+FEW_EPISODES = 16  # val episodes of --align_preset auto
 ALIGN = [*TINY, "--n_episodes", 3, "--align_iters", 2, "--aug_size", 4, "--n_B", 2, "--ft_n_epoch", 20]
 CURVE = [*ALIGN, "--record_curve", 1, "--lr", 0.01]
 # What they write.

@@ -22,9 +22,8 @@ from methods.meta_learners import build_meta_learner
 from methods.split_evaluation import evaluate_class_by_class
 from models import build_backbone
 from persistence import chosen_setting
-from tests.helpers import make_split
+from tests.helpers import FEW_EPISODES, make_split
 
-FEW_EPISODES = 16  # of --align_preset auto
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 

@@ -13,8 +13,7 @@ import torch
 
 from persistence import chosen_setting
 from persistence.checkpoints import load_checkpoint
-from tests.helpers import ROOT, TINY, call, folders, make_benchmark, numbers
-from tests.rank_checks import FEW_EPISODES
+from tests.helpers import FEW_EPISODES, ROOT, TINY, call, folders, make_benchmark, numbers
 
 fcntl = pytest.importorskip("fcntl")
 
