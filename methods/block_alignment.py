@@ -29,7 +29,7 @@ from methods.alignment import (
     with_rate,
 )
 from methods.features import Source, TrainableBlocks
-from methods.related_base import draw_related
+from methods.related_base import draw_by_setting
 from models.backbone import LastBlocks
 from models.conv4 import ConvBlock
 from models.head_gradients import set_gradients
@@ -133,13 +133,16 @@ def each(loss: Callable[..., Tensor], *stacked: Tensor) -> Tensor:
 def align_stacked(
     block: ConvBlock,
     parts: list[tuple[Task, FittedHead, Tensor]],
+    y_related: Tensor,
     novel: Source,
     base: Source | None,
     setting: AlignmentSetting,
     run: Run,
 ) -> list[Aligned]:
-    """Align E episodes together, given the task, start and draws of each: indices (align_iters, n) of base images,
-    equally many of each class in all episodes."""
+    """Align E episodes together, given the task, start and draws of each: indices (align_iters, n) of base images.
+
+    y_related (n,): the classes that these are drawn for, the same in all episodes.
+    """
     (tasks, starts, drawn), n = zip(*parts, strict=True), len(parts)
     head, fitted = stacked_heads(starts, setting)
     stacked = StackedBlock(block, n, DTYPES[run.precision.name])
@@ -154,8 +157,7 @@ def align_stacked(
 
     support = Batch(inputs(novel, [task.support for task in tasks]), torch.stack([task.y_support for task in tasks]))
     x_query = inputs(novel, [task.query for task in tasks])
-    filled = torch.tensor([w for w, samples in enumerate(starts[0].related.samples) if len(samples)], dtype=torch.long)
-    y_related = filled.repeat_interleave(starts[0].n_drawn).expand(n, -1)
+    y_related = y_related.expand(n, -1)
     curve: list[Tensor] = []
     losses: list[Tensor | None] = []
     for iteration in range(1, setting.align_iters + 1):
@@ -191,12 +193,14 @@ def align_together(
     for k, task in enumerate(tasks):
         start = fit_and_detect(task, novel, base, setting, run, first + k)
         samples, generator = start.related.samples, run.generator("related draws", first + k)
-        picks = draw_related(samples, setting.related.aug_size, setting.align_iters, generator)
-        n_drawn = tuple(min(start.n_drawn, len(of_class)) for of_class in samples)
+        picks = draw_by_setting(samples, setting.related, setting.align_iters, generator)
+        n_drawn = tuple((picks[0] >= 0).sum(1).tolist())
         groups.setdefault(n_drawn, {})[k] = (task, start, picks[picks >= 0].view(setting.align_iters, -1))
     done: dict[int, Aligned] = {}
-    for parts in groups.values():
-        done |= zip(parts, align_stacked(block, list(parts.values()), novel, base, setting, run), strict=True)
+    for n_drawn, parts in groups.items():
+        y_related = torch.arange(len(n_drawn)).repeat_interleave(torch.tensor(n_drawn))
+        aligned = align_stacked(block, list(parts.values()), y_related, novel, base, setting, run)
+        done |= zip(parts, aligned, strict=True)
     return [done[k] for k in range(len(tasks))]
 
 
