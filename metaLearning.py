@@ -13,6 +13,7 @@ from data.benchmarks import DataOptions, enlarged_notes, load_split
 from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, training_images
 from engine.distributed import copy_rank_0, rank_0_first
+from engine.files import weights_digest
 from engine.run import Run
 from engine.script import print_notes, run_script
 from methods.episodic_training import train_episodic_epoch
@@ -21,7 +22,7 @@ from methods.meta_learners import META_LEARNERS, build_meta_learner
 from methods.split_evaluation import evaluate_on_split
 from models import Model, n_parameters
 from persistence.checkpoints import detail_notes, initial_backbone, load_state
-from persistence.results import save_result
+from persistence.results import save_result, training_record
 from persistence.run_files import TEST_FLAGS
 from persistence.training import TrainState
 
@@ -77,10 +78,14 @@ def train_on_episodes(args: Namespace, run: Run) -> None:
             training.end_epoch(epoch, *figures, validate())
 
     # Novel test of the best model.
-    training.load_best()
+    checkpoint, path = (
+        training.load_best() or checkpoint,
+        files.best if args.n_epoch else args.init_from or args.weights,
+    )
     scores = evaluate_on_split(learner, backbone, novel, novel_episodes, run, bar="novel")
-    save_result(files, novel, novel_episodes, scores, run)
-    print(f"checkpoint {files.best if args.n_epoch else args.init_from or args.weights}, result {files.table}")
+    trained = training_record(path, checkpoint, weights_digest(backbone))
+    save_result(files, novel, novel_episodes, scores, run, trained)
+    print(f"checkpoint {path}, result {files.table}")
 
 
 def main() -> None:

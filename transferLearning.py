@@ -14,6 +14,7 @@ from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, samp
 from data.transforms import Augmentation, TrainingImages, training_images
 from engine.distributed import copy_rank_0, data_parallel, rank_0_first
 from engine.errors import UserError
+from engine.files import weights_digest
 from engine.run import Run
 from engine.script import print_notes, run_script
 from methods.base_training import TrainingFeatures, last_blocks, train_base_epoch
@@ -23,7 +24,7 @@ from methods.novel_finetune import HeadFit
 from models import Model, build_head, n_parameters, sync_batch_norm
 from persistence.checkpoints import detail_notes, initial_backbone
 from persistence.feature_cache import FeatureCache
-from persistence.results import save_result
+from persistence.results import save_result, training_record
 from persistence.run_files import TEST_FLAGS
 from persistence.training import TrainState
 
@@ -78,11 +79,15 @@ def train_on_base_classes(args: Namespace, run: Run) -> None:
             training.end_epoch(epoch, loss, accuracy, validated())
 
     # Novel test of the best model.
-    training.load_best()
+    checkpoint, path = (
+        training.load_best() or checkpoint,
+        files.best if args.n_epoch else args.init_from or args.weights,
+    )
     features = FeatureCache(args.cache_dir, run).features(backbone, novel)
     scores = evaluate_heads(features, novel_episodes, fit, run, bar="novel episodes")
-    save_result(files, novel, novel_episodes, scores, run)
-    print(f"checkpoint {files.best if args.n_epoch else args.init_from or args.weights}, result {files.table}")
+    trained = training_record(path, checkpoint, weights_digest(backbone))
+    save_result(files, novel, novel_episodes, scores, run, trained)
+    print(f"checkpoint {path}, result {files.table}")
 
 
 def main() -> None:

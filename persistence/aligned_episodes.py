@@ -31,6 +31,7 @@ from persistence.results import (
     interval,
     run_record,
     task_text,
+    training_record,
 )
 from persistence.run_files import COLUMNS, RunFiles
 from persistence.saved_episode import read_saved_episodes
@@ -177,8 +178,9 @@ def save_alignment_result(
     n_small = int((columns["n_drawn"] < setting.related.aug_size).sum())
     if n_small and setting.alignment != "none":
         print(
-            f"note: in {n_small} of {len(done)} episodes the smallest related set held fewer than "
-            f"--aug_size {setting.related.aug_size} images; so many were drawn of each class"
+            f"note: in {n_small} of {len(done)} episodes a novel class has fewer related images than --aug_size "
+            f"{setting.related.aug_size}, so that fewer were drawn of every class: give a larger --n_B for more, "
+            "or a smaller --aug_size to draw as many in all episodes"
         )
     before, after = done.scores("finetuned"), done.scores("aligned")
     controls = {
@@ -186,13 +188,13 @@ def save_alignment_result(
         | {"difference": difference_record(scores, after, episodes.classes)}
         for name, scores in score_controls(novel.features, base.features, episodes, done.run).items()
     }
+    gain = difference_record(before, after, episodes.classes)
     record = run_record(files, split, episodes, done.run) | accuracy_record(after, episodes, names)
     record |= {
         "alignment": setting.alignment,
-        "checkpoint": path,
-        "checkpoint_epoch": checkpoint.epoch,
+        **training_record(path, checkpoint, files.made_from["weights"]),
         "fine_tuning": accuracy_record(before, episodes, names),
-        "difference": difference_record(before, after, episodes.classes),
+        "difference": gain,
         "nearest_mean": {name: controls.pop(f"nearest mean, {name}") for name in ("Euclidean", "cosine")},
         "controls": controls,
         "curve": curve_record(columns["curve"], setting.record_curve),
@@ -202,11 +204,11 @@ def save_alignment_result(
     if chosen:
         record["align_preset_auto"] = chosen
     write_json(files.table, record)
-    print(f"{files.name.method} on {split.benchmark}, {task_text(split, episodes)}")
-    print(f"  fine-tuning         {interval(record['fine_tuning'])} %")
-    print(f"  {setting.alignment} alignment  {interval(record)} %")
-    print(f"  paired difference   {interval(record['difference'])} points")
-    for name, control in controls_of(record).items():
-        print(f"  {name:<23} {interval(control)} %, alignment minus it {interval(control['difference'])}")
+    task = f"{files.name.method} on {split.benchmark}, {task_text(split, episodes)}"
+    print(f"{task}: accuracy in %, and alignment's paired difference")
+    rows = {f"{setting.alignment} alignment": record, "fine-tuning": record["fine_tuning"] | {"difference": gain}}
+    for name, numbers in (rows | controls_of(record)).items():
+        above = "" if numbers is record else interval(numbers["difference"], "+")
+        print(f"  {name:<26}{interval(numbers):<24}{above}".rstrip())
     print_notes(class_notes(episodes))
     print(f"result {files.table}")

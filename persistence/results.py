@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from engine.run import Run
 from engine.script import print_notes
 from methods.evaluation import EpisodeScores, confusion_record, per_class_accuracy
 from methods.intervals import LEAST_WITHOUT, mean_and_ci95, mean_record
+from persistence.checkpoints import Checkpoint
 from persistence.run_files import RunFiles
 
 
@@ -66,6 +68,14 @@ def task_text(novel: Split, episodes: Episodes) -> str:
     return f"{episodes.n_way}-way {episodes.n_shot}-shot, {len(episodes)} {novel.split} episodes{of}"
 
 
+def training_record(path: Path | str, checkpoint: Checkpoint | None, digest: str) -> dict[str, Any]:
+    """What was trained before a test: its file, the epoch that it is of, counted from 0 with -1 for the model before
+    training, of how many, and the beginning of a digest of its weights; checkpoint: None for a library's weights."""
+    epochs = checkpoint.config.get("n_epoch") if checkpoint else None
+    chosen = {"checkpoint": path, "checkpoint_epoch": checkpoint.epoch if checkpoint else None}
+    return chosen | {"epochs_trained": epochs if isinstance(epochs, int) else None, "checkpoint_digest": digest[:8]}
+
+
 def run_record(files: RunFiles, novel: Split, episodes: Episodes, run: Run) -> dict[str, Any]:
     """The part of a result that says what was run: protocol, data, config, versions, commit."""
     return {
@@ -78,6 +88,7 @@ def run_record(files: RunFiles, novel: Split, episodes: Episodes, run: Run) -> d
         "img_size": novel.images.shape[-1],
         "eval_resize": novel.rule,
         "n_class": n_classes_of(novel, episodes),
+        "n_images": len(novel.labels),
         "n_way": episodes.n_way,
         "n_shot": episodes.n_shot,
         "n_query": episodes.query.shape[2],
@@ -88,11 +99,14 @@ def run_record(files: RunFiles, novel: Split, episodes: Episodes, run: Run) -> d
     }
 
 
-def save_result(files: RunFiles, novel: Split, episodes: Episodes, scores: EpisodeScores, run: Run) -> None:
-    """Write the result of stage 1 or 2, and print its accuracy; the first rank does."""
+def save_result(
+    files: RunFiles, novel: Split, episodes: Episodes, scores: EpisodeScores, run: Run, training: dict[str, Any]
+) -> None:
+    """Write the result of stage 1 or 2, and print its accuracy; the first rank does. training: see training_record."""
     if not run.ranks.first:
         return
-    record = run_record(files, novel, episodes, run) | accuracy_record(scores, episodes, novel.class_names)
+    record = run_record(files, novel, episodes, run) | training
+    record |= accuracy_record(scores, episodes, novel.class_names)
     write_json(files.table, record)
     print(f"{files.name.method} on {novel.benchmark}, {task_text(novel, episodes)}: {interval(record)} %")
     print_notes(class_notes(episodes))

@@ -145,13 +145,15 @@ class TrainState:
         )
         self.files.metrics.write(epoch, row, self.first)
 
-    def load_best(self) -> None:
-        """Give the model the weights of its best epoch, if it was trained."""
+    def load_best(self) -> Checkpoint | None:
+        """Give the model the weights of its best epoch, if it was trained; returns that checkpoint."""
         with rank_0_first(self.run.ranks):
-            if self.files.schema:
-                checkpoint = load_checkpoint(self.files.best)
-                load_state(self.model.backbone, checkpoint.backbone_state, self.files.best)
-                load_state(self.model.head, checkpoint.head_state, self.files.best)
+            if not self.files.schema:
+                return None
+            checkpoint = load_checkpoint(self.files.best)
+            load_state(self.model.backbone, checkpoint.backbone_state, self.files.best)
+            load_state(self.model.head, checkpoint.head_state, self.files.best)
+            return checkpoint
 
 
 def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:

@@ -15,11 +15,13 @@ from engine.script import run_script
 from persistence.saved_episode import read_saved_episodes
 from reporting.episode_figures import projection_figure
 from reporting.report import newest_first, read_results, result_in, training_logs
-from reporting.result_figures import confusion_figure, curve_figure, training_figure
+from reporting.result_figures import confusion_figure, curve_figure, shots_figure, training_figure
+from reporting.result_table import result_rows
 
 # What each figure shows, and what to run to have that.
 FIGURES = {
     "training": ("loss, training and validation accuracy by epoch", "run transferLearning.py or metaLearning.py"),
+    "shots": ("accuracy against shots, with intervals over episodes and over classes", "give --n_shot several values"),
     "curve": ("accuracy and gain against alignment iterations", "run associative_alignment.py --record_curve 10"),
     "confusion": ("which novel classes are taken for which, and what alignment changes in that", "run a stage again"),
     "projection": (
@@ -38,7 +40,10 @@ def draw_figures(results_dir: Path, result: str | None = None) -> dict[str, Figu
     figures = {}
     if logs := training_logs(results_dir):
         figures["training"] = training_figure(logs)
-    if curves := [record for record in read_results(results_dir) if record.get("curve")]:
+    records = read_results(results_dir)
+    if shots := shots_figure(result_rows(records)):
+        figures["shots"] = shots
+    if curves := [record for record in records if record.get("curve")]:
         figures["curve"] = curve_figure(curves)
     tables, episodes = newest_first(results_dir / "tables", "*.json"), newest_first(results_dir / "episodes", "*.pt")
     if result:

@@ -20,15 +20,17 @@ from persistence.saved_episode import read_saved_episodes
 from reporting.figures import FIGURES, draw_figures
 from reporting.html import html_page, write_page
 from reporting.page_episodes import episode_section, img, view_of
-from reporting.report import newest_first, read_results, result_rows
+from reporting.report import newest_first, read_results
+from reporting.result_table import ALWAYS, GAIN, MEAN, best_rows, columns_of, result_rows
 
 MAX_BYTES = 2_800_000  # of a page: episodes that would exceed it are left out
-COLUMNS = ("task", "method", "backbone", "accuracy, %", "paired gain", "episodes", "seconds")
+COLUMNS = ("task", "method", "backbone", "accuracy, %", "paired gain")
 INTERVALS = ("ci95", "ci95_classes")
 NOTE = (
     "Accuracy on novel classes, or on val ones where it says so, with its 95% interval over episodes of these classes "
     "(bar) and, in brackets, over other classes (line; '?' where too few episodes or classes tell). The paired gain is "
-    "that of alignment over fine-tuning on the same episodes, grey where an interval holds zero."
+    "that of alignment over fine-tuning on the same episodes, grey where an interval holds zero. Bold: better than "
+    "each row of the same training and episodes, by the interval of their paired difference."
 )
 
 
@@ -62,17 +64,21 @@ def axis(low: float, high: float) -> str:
 def results_table(records: list[dict[str, Any]]) -> str:
     """The rows of the results, with intervals and gains drawn."""
     rows = result_rows(records)
-    scale = interval_bounds([numbers for _, numbers, _ in rows])
-    gain_scale = interval_bounds([{"accuracy": 0.0, "ci95": 0.0}, *(gain for *_, gain in rows if gain)])
-    lines = []
-    for (dataset, backbone, task, method, *_, episodes, seconds), numbers, gain in rows:
+    scale = interval_bounds([row.numbers[MEAN] for row in rows])
+    gains = [row.numbers[GAIN] for row in rows if GAIN in row.numbers]
+    gain_scale = interval_bounds([{"accuracy": 0.0, "ci95": 0.0}, *gains])
+    more = [column for column in columns_of(rows) if column not in ALWAYS]
+    lines, best = [], best_rows(rows)
+    for i, row in enumerate(rows):
+        cells, gain = {name: escape(text) for name, text in row.cells.items()}, row.numbers.get(GAIN)
+        of_task = f'{cells["dataset"]}<br><span class="soft">{cells["task"]}</span>'
+        shown_accuracy = interval(row.numbers[MEAN])
+        accuracy = measure(row.numbers[MEAN], f"<b>{shown_accuracy}</b>" if i in best else shown_accuracy, *scale)
         shown_gain = measure(gain, interval(gain, "+"), *gain_scale) if gain else ""
-        of_task = f'{escape(dataset)}<br><span class="soft">{task}</span>'
-        accuracy = measure(numbers, interval(numbers), *scale)
-        cells = (of_task, escape(method), escape(backbone), accuracy, shown_gain, episodes, seconds)
-        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}")
+        shown = [of_task, cells["method"], cells["backbone"], accuracy, shown_gain, *(cells[name] for name in more)]
+        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in shown)}")
     axes = {"accuracy, %": axis(*scale), "paired gain": axis(*gain_scale)}
-    heads = "".join(f'<th scope="col">{name}{axes.get(name, "")}' for name in COLUMNS)
+    heads = "".join(f'<th scope="col">{name}{axes.get(name, "")}' for name in (*COLUMNS, *more))
     return (
         f'<p class="note">{NOTE}</p><div class="wide" tabindex="0"><table class="results" aria-label="results">'
         f"<thead><tr>{heads}<tbody>{''.join(lines)}</table></div>"

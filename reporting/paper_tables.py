@@ -10,17 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.errors import UserError
 from engine.files import Schema, atomic_file, matches_schema
 from engine.records import write_json
-from methods.intervals import mean_and_ci95
 from methods.meta_learners import META_LEARNERS
 from models import HEADS
 from persistence.results import controls_of, interval
 from persistence.run_files import RunName, differences
-from reporting.report import markdown_table, stage_result
+from reporting.report import stage_result
+from reporting.result_table import markdown_table, mean_over_seeds
 
 SCRIPTS = {"transfer": "transferLearning", "meta": "metaLearning", "alignment": "associative_alignment"}
 
@@ -234,19 +232,14 @@ def mean_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         key = tuple(record[name] for name in ("name", "backbone", "novel_dataset", "n_shot"))
         alike.setdefault(key, []).append(record)
     means = []
-    for first, *others in (same for same in alike.values() if len(same) > 1):
-        of_all = [record["ours"] for record in (first, *others)]
-        ours = first["ours"] | mean_of(of_all) | {"seconds": sum(each["seconds"] for each in of_all)}
-        gain = mean_of([record["gain"] for record in (first, *others)]) if first["gain"] else None
-        name = f"{first['name']}, mean of {len(of_all)} seeds"
-        means.append(first | {"name": name, "seed": 0, "ours": ours, "gain": gain} | minus_paper(ours, first["paper"]))
+    for same in (same for same in alike.values() if len(same) > 1):
+        first, of_all = same[0], [record["ours"] for record in same]
+        ours = {name: value for name, value in first["ours"].items() if name != "ci95_classes"}
+        ours |= mean_over_seeds(of_all) | {"seconds": sum(each["seconds"] for each in of_all)}
+        mean = first | {"name": f"{first['name']}, mean of {len(same)} seeds", "seed": 0, "controls": {}, "ours": ours}
+        mean["gain"] = mean_over_seeds([record["gain"] for record in same]) if first["gain"] else None
+        means.append(mean | minus_paper(ours, first["paper"]))
     return means
-
-
-def mean_of(numbers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The mean of several accuracies, or differences, and the half-width of its 95% interval by Student's t."""
-    mean, ci95 = mean_and_ci95(torch.tensor([each["accuracy"] for each in numbers]))
-    return {"accuracy": mean, "ci95": ci95}
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
@@ -258,8 +251,8 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
         theirs = "not known here" if paper is None else interval(paper)
         if paper and paper["source"] != "paper":
             theirs += f" ({paper['source']})"
-        seed = f", seed {record['seed']}" if record["seed"] else ""
         task = [record["backbone"], record["novel_dataset"], f"{record['n_way']}-way {record['n_shot']}-shot"]
+        seed = f", seed {record['seed']}" if record["seed"] else ""
         for name, control in record.get("controls", {}).items():
             rows.append([f"arcMax, {name}{seed}", *task, interval(control), *[""] * 4, str(ours["n_episodes"]), ""])
         cells = [record["name"] + seed, *task, interval(ours) if ours else "not run yet", theirs]

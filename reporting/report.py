@@ -1,6 +1,7 @@
-"""Print result files as one Markdown table, or the paired differences of results of the same episodes.
+"""Print result files as one table, or the paired differences of results of the same episodes.
 
 python -m reporting.report results
+python -m reporting.report results --format latex > table.tex
 python -m reporting.report --compare head.json naive.json centroid.json
 """
 
@@ -16,7 +17,8 @@ from engine.errors import OneLineParser, UserError
 from engine.files import FLAGS, Schema, matches_schema, misfit, read_json
 from engine.script import run_script
 from methods.intervals import mean_record
-from persistence.results import controls_of, interval
+from persistence.results import interval
+from reporting.result_table import FORMATS, MEAN, markdown_table, measured, result_rows, tested_on
 
 # What a result holds that is reported or drawn.
 DIFFERENCE: Schema = {"accuracy": float, "ci95": float | None}
@@ -29,13 +31,10 @@ RESULT: Schema = {
 CURVE: Schema = DIFFERENCE | {"iteration": int, "gain": float, "gain_ci95": float | None}
 CONFUSION: Schema = {"confusion": dict[str, dict[str, int]]}
 LATER: Schema = CONFUSION | {"curve": [CURVE], "novel_dataset": str, "classes_per_episode": list[list[int]]}
+LATER |= {"checkpoint_epoch": int | None, "epochs_trained": int | None, "checkpoint_digest": str, "n_images": int}
 EPOCH: Schema = {"epoch": int} | dict.fromkeys(("loss", "base_accuracy", "val_accuracy", "val_ci95"), float | None)
-HEADER = "dataset,backbone,task,method,accuracy % (± over classes),paired gain,over nearest mean".split(",")
-HEADER += ["episodes", "seconds"]
 # What results of the same episodes have in common.
 PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query", "episodes")
-# The cells of a row below HEADER, the record that holds its accuracy, and of alignment the paired gain.
-ResultRow = tuple[tuple[str, ...], dict[str, Any], dict[str, Any] | None]
 
 
 def newest_first(folder: Path, pattern: str) -> list[Path]:
@@ -104,56 +103,6 @@ def training_logs(results_dir: Path) -> dict[str, list[dict[str, Any]]]:
     return logs
 
 
-def variant(record: dict[str, Any]) -> str:
-    """How an alignment differs from the published one: its preset, or the number of blocks that it trains."""
-    config = record["config"]
-    if config.get("align_preset", "paper") != "paper":
-        return f", {config['align_preset']}"
-    blocks = config.get("align_blocks")
-    return f", last {blocks} block{'s' * (blocks > 1)}" if isinstance(blocks, int) and blocks else ""
-
-
-def tested_on(record: dict[str, Any]) -> str:
-    """The classes of the episodes: `CUB`, `miniImagenet to CUB` across benchmarks, `CUB, val` of the val split."""
-    dataset = record["dataset"]
-    novel = record.get("novel_dataset", dataset)
-    name = dataset if novel == dataset else f"{dataset} to {novel}"
-    return f"{name}, val" if record["config"].get("test_split") == "val" else name
-
-
-def measured(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rows of a result by name: before an alignment stand its controls on the same episodes."""
-    method = record["method"]
-    if "alignment" not in record:
-        return {method: record}
-    controls = {f"{method}, fine-tuning": record["fine_tuning"]}
-    controls |= {f"{method}, {name}": control for name, control in controls_of(record).items()}
-    return controls | {f"{method}, {record['alignment']} alignment{variant(record)}": record}
-
-
-def result_rows(records: list[dict[str, Any]]) -> list[ResultRow]:
-    """The rows of the table of results, equal ones once. The column `over nearest mean` is over the better of both."""
-    rows: dict[tuple[str, ...], ResultRow] = {}
-    for record in records:
-        task = f"{record['n_way']}-way {record['n_shot']}-shot"
-        protocol = (tested_on(record), f"{record['backbone']}, {record['img_size']} px", task)
-        nearest: dict[str, Any] = record.get("nearest_mean", {})
-        best: dict[str, Any] = max(nearest.values(), key=lambda control: control["accuracy"], default={})
-        gains = record.get("difference"), best.get("difference")
-        for name, numbers in measured(record).items():
-            own = numbers is record
-            over = [interval(gain, "+") if own and gain else "" for gain in gains]
-            cost = str(record["n_episodes"]), f"{record['seconds']:.0f}" if own else ""
-            cells = (*protocol, name, interval(numbers), *over, *cost)
-            rows.setdefault(cells, (cells, numbers, gains[0] if own else None))
-    return list(rows.values())
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells below a header, as Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
-
-
 def same_episodes(files: Sequence[Path]) -> tuple[list[dict[str, Any]], Tensor | None]:
     """Results of the same episodes, cut to those that all have, and their classes (E, n_way), where they are named.
 
@@ -186,21 +135,23 @@ def comparison_table(files: Sequence[Path]) -> str:
     for i, (name, values) in enumerate(rows.items()):
         above = [interval(mean_record(values - other, classes), "+") for other in [*rows.values()][:i]]
         cells.append([f"{i + 1}. {name}", interval(mean_record(values, classes)), *above, *[""] * (len(rows) - 1 - i)])
-    return markdown_table(
-        [f"method, {len(values)} episodes", HEADER[4], *(f"minus {i}" for i in range(1, len(rows)))], cells
-    )
+    columns = [f"method, {len(values)} episodes", MEAN, *(f"minus {i}" for i in range(1, len(rows)))]
+    return markdown_table(columns, cells)
 
 
 def main() -> None:
     parser = OneLineParser(prog="python -m reporting.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
+    what = parser.add_mutually_exclusive_group()
+    table = "the table of all results as markdown (default), a LaTeX table (booktabs) with its caption, or csv"
+    what.add_argument("--format", choices=list(FORMATS), default="markdown", help=table)
     compare = "print the paired differences of results of the same episodes, and of their controls, instead"
-    parser.add_argument("--compare", type=Path, nargs="+", metavar="RESULT.json", help=compare)
+    what.add_argument("--compare", type=Path, nargs="+", metavar="RESULT.json", help=compare)
     args = parser.parse_args()
     if args.compare:
         print(comparison_table(args.compare))
     else:
-        print(markdown_table(HEADER, [cells for cells, *_ in result_rows(read_results(args.results_dir))]))
+        print(FORMATS[args.format](result_rows(read_results(args.results_dir))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Figures of results: training curves, accuracy against alignment iterations, and the confusion of novel classes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from methods.meta_learners import META_LEARNERS
 from reporting.figure_style import GREY, colour, label_text, line_style
-from reporting.report import tested_on
+from reporting.result_table import MEAN, ResultRow, tested_on
 
 Rows = list[dict[str, Any]]
 MAX_LABELS = 40  # classes named at each side of a confusion matrix
@@ -48,6 +49,37 @@ def curve_figure(records: list[dict[str, Any]]) -> Figure:
     accuracy.set(title="Query accuracy", ylabel="accuracy, % (95% interval)", xlabel=x_name)
     gain.set(title="Gain over fine-tuning, the same episodes", ylabel="points (paired 95% interval)", xlabel=x_name)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def shots_figure(rows: Sequence[ResultRow]) -> Figure | None:
+    """Accuracy against shots of each method, with both intervals; None where no method has results of several shots.
+
+    The band is over episodes, or between seeds; thin bars are over classes.
+    """
+    lines: dict[str, list[ResultRow]] = {}
+    for row in rows:
+        name = ", ".join(row.cells[part] for part in ("method", "dataset", "backbone"))
+        lines.setdefault(f"{name}, {row.record['n_way']}-way", []).append(row)
+    lines = {name: same for name, same in lines.items() if len({row.record["n_shot"] for row in same}) > 1}
+    if not lines:
+        return None
+    figure = Figure(figsize=(8, 5.4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, same) in enumerate(lines.items()):
+        points = sorted(
+            ({"n_shot": row.record["n_shot"]} | row.numbers[MEAN] for row in same), key=lambda p: p["n_shot"]
+        )
+        draw_band(axes, points, ("n_shot", "accuracy", "ci95"), line_style(i) | {"label": label_text(name, 90)})
+        over_classes = [point.get("ci95_classes") or 0.0 for point in points]
+        x, y = ([point[key] for point in points] for key in ("n_shot", "accuracy"))
+        axes.errorbar(x, y, over_classes, fmt="none", ecolor=colour(i), elinewidth=0.8, capsize=2)
+    shots = sorted({row.record["n_shot"] for same in lines.values() for row in same})
+    axes.set(xscale="log", xlabel="images per class in the support", ylabel="accuracy, %")
+    axes.set_xticks(shots, [str(n) for n in shots])
+    axes.minorticks_off()
+    axes.set_title("95% intervals: band over episodes or between seeds, bars over classes", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=8)
     return figure
 
 

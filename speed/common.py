@@ -37,7 +37,7 @@ from engine.records import provenance, write_json
 from engine.run import Run, keep_memory, repeat_exactly, select_device
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone
-from reporting.report import markdown_table
+from reporting.result_table import markdown_table
 
 T = TypeVar("T")
 Row = dict[str, Any]

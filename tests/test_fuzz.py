@@ -59,7 +59,8 @@ from persistence.run_files import ALIGNMENT_STATE, STATE_FORMAT, TRAINING_STATE
 from persistence.saved_episode import read_saved_episodes
 from photos.classifier_file import load_classifier
 from reporting.paper_tables import finished
-from reporting.report import read_results, result_rows, training_logs
+from reporting.report import read_results, training_logs
+from reporting.result_table import result_rows
 from tests.helpers import CHECKPOINT, CURVE, RUN, STAGE_1, STAGE_3, TRAIN, call, folders, make_split
 from tests.published import Calls, published_module, saved  # noqa: F401
 

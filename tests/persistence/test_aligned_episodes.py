@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -162,6 +163,8 @@ def test_the_result_compares_alignment_with_fine_tuning(tmp_path, capsys):
         7,
     )
     said = capsys.readouterr().out
-    assert "in 3 of 3 episodes the smallest related set held fewer than --aug_size 5" in said
-    assert "paired difference   50.00 ± 0.00 (?) points" in said
+    assert "in 3 of 3 episodes a novel class has fewer related images than --aug_size 5" in said and "--n_B" in said
+    rows = [line for line in said.splitlines() if line.startswith("  ")]
+    assert rows[0] == "  centroid alignment        100.00 ± 0.00 (?)" and rows[1].startswith("  fine-tuning        ")
+    assert {re.search("±", row).start() for row in rows[1:]} <= {34, 35} and rows[1].endswith("+50.00 ± 0.00 (?)")
     assert "what other classes would give cannot be told" in said
