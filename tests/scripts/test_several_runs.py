@@ -52,15 +52,15 @@ def test_each_seed_has_files_of_its_own_and_the_numbers_of_a_command_of_its_own(
 
 
 def test_stage_3_aligns_one_backbone_on_several_tasks_and_embeds_each_split_once(several, tmp_path, monkeypatch):
-    embedded, embed = [], feature_cache.embed
-    monkeypatch.setattr(feature_cache, "embed", lambda *given: embedded.append(given[3]) or embed(*given))
+    embedded, outputs = [], feature_cache.outputs
+    monkeypatch.setattr(feature_cache, "outputs", lambda *given: embedded.append(given[0]) or outputs(*given))
     where = [*folders(several), "--results_dir", tmp_path, "--cache_dir", tmp_path / "cache"]
     tasks = ["--n_shot", 2, 1, "--test_n_way", 3, 2, "--align_blocks", 0]
     ran("associative_alignment", *ALIGN, *where, *tasks)
     found = tables(tmp_path)
     assert sorted((record["n_way"], record["n_shot"]) for record in found.values()) == [(2, 1), (2, 2), (3, 1), (3, 2)]
     assert {record["checkpoint"] for record in found.values()} == {str(several / "results" / "models" / CHECKPOINT)}
-    assert sorted(embedded) == ["embed base", "embed novel"]
+    assert len(embedded) == 2  # base and novel images, for all four
     ran("associative_alignment", *ALIGN, *where, *tasks, "--seed", 1)
     assert {record["checkpoint"] for name, record in tables(tmp_path).items() if "seed1" in name} == {
         str(several / "results" / "models" / f"{RUN}_seed1_bestModel.tar")
