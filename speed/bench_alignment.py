@@ -12,7 +12,7 @@ heads of the first episodes, before alignment.
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,12 +68,12 @@ class Episode:
 
 
 def episode_of(setting: Setting) -> Episode:
-    """The same on both sides."""
+    """The same on both sides, and in every precision: other features would have other related samples drawn."""
     base, _ = load(setting, "base")
     novel, _ = load(setting, "novel")
     backbone = new_conv4(setting, base)
     blocks = trainable_blocks(backbone, None)
-    cache = FeatureCache(setting.folder / "cache", setting.run)
+    cache = FeatureCache(setting.folder / "cache", replace(setting, precision="fp32").run)
     base_source, novel_source = (cache.source(backbone, blocks, split) for split in (base, novel))
     shape = EpisodeShape(N_WAY, 2, 5) if setting.tiny else EpisodeShape(N_WAY, 5, 50)
     n = N_EPISODES[setting.scale]
