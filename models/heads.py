@@ -33,6 +33,7 @@ class Head(nn.Module):
     """
 
     weight: nn.Parameter
+    unit_rows: float
     scalars: ClassVar[tuple[str, ...]] = ()
     directions: ClassVar[bool] = False
 
@@ -58,6 +59,17 @@ class Head(nn.Module):
             if name in self.scalars:
                 setattr(self, name, value)
 
+    @torch.no_grad()
+    def become_mean(self, heads: "Head") -> None:
+        """Take the scalars of E heads together, or of one, and weights by which the scores are the mean of theirs."""
+        for name in self.scalars:
+            setattr(self, name, getattr(heads, name))
+        n = heads.weight.shape[:-2].numel()
+        state = {name: value.view(n, *self.state_dict()[name].shape) for name, value in heads.state_dict().items()}
+        if "unit_rows" in self.scalars and n > 1:
+            state["weight"], self.unit_rows = unit(state["weight"]), 0.0
+        self.load_state_dict({name: value.mean(0) for name, value in state.items()})
+
     def loss(self, scores: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Cross-entropy of scores (..., n, n_class) against y (..., n), summed over the heads: scalar.
 
@@ -79,6 +91,11 @@ def product(z: Tensor, weight: Tensor) -> Tensor:
 def unit(z: Tensor) -> Tensor:
     """L2-normalise the last axis in float32: (..., d) -> (..., d)."""
     return F.normalize(z.float(), dim=-1, eps=NORM_EPS)
+
+
+def cosine_rows(head: Head) -> Tensor:
+    """The rows whose products with unit features are the cosines: of length 1, but in the mean of several heads."""
+    return unit(head.weight) if head.unit_rows else head.weight
 
 
 def mean_cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -126,7 +143,8 @@ class softMax(Head):
 class cosMax(Head):
     """Scaled cosine similarity, s cos(theta), without a margin and without a bias."""
 
-    scalars = ("s",)
+    scalars = ("s", "unit_rows")
+    unit_rows = 1.0
     directions = True
 
     def __init__(self, d: int, n_class: int, s: float, m: float = 0.0, generators: Generators = None):
@@ -140,7 +158,7 @@ class cosMax(Head):
 
     def scores(self, projected: Tensor) -> Tensor:
         """Unit features (..., n, d) -> s cos(theta) (..., n, n_class)."""
-        return self.s * product(projected, unit(self.weight))
+        return self.s * product(projected, cosine_rows(self))
 
 
 class arcMax(Head):
@@ -149,7 +167,8 @@ class arcMax(Head):
     The scores are cos(theta), without scale or margin: they are what predicts.
     """
 
-    scalars = ("s", "m")
+    scalars = ("s", "m", "unit_rows")
+    unit_rows = 1.0
     directions = True
 
     def __init__(self, d: int, n_class: int, s: float, m: float, generators: Generators = None):
@@ -164,7 +183,7 @@ class arcMax(Head):
 
     def scores(self, projected: Tensor) -> Tensor:
         """Unit features (..., n, d) -> cos(theta) (..., n, n_class)."""
-        return product(projected, unit(self.weight))
+        return product(projected, cosine_rows(self))
 
     def logits(self, scores: Tensor) -> Tensor:
         """Inputs of the softmax of a prediction: s cos(theta)."""

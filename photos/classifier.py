@@ -14,13 +14,14 @@ from data.decode import Reading
 from data.episodes import Task
 from engine.files import weights_digest
 from engine.run import Run
-from methods.alignment import AlignedEpisode, AlignmentSetting, align_episode
-from methods.feature_alignment import align_features
+from methods.alignment import AlignmentSetting, align_episode
+from methods.feature_alignment import align_features, episodes_per_chunk
 from methods.features import Source, TrainableBlocks, embed
-from methods.novel_finetune import class_weights, fit_heads, uneven
+from methods.novel_finetune import HeadFit
+from methods.related_base import RelatedBase
 from models.backbone import Backbone
 from models.heads import Head
-from photos.confidence import Confidence, cross_validate, least_cosine, nearest
+from photos.confidence import MAX_BAGS, Confidence, bags, cross_validate, fitted_heads, least_cosine, nearest
 from photos.images import View
 
 
@@ -108,45 +109,44 @@ class Answers(NamedTuple):
     nearest: Tensor
 
 
-def single_head(head: Head, d: int, n_way: int, setting: AlignmentSetting, run: Run) -> Head:
-    """A head that was aligned as the only one of a list, or by itself, as one of weight (n_way, d)."""
-    single = setting.fit.new_head(d, n_way, None).to(run.device)
-    shapes = {name: value.shape for name, value in single.state_dict().items()}
-    single.load_state_dict({name: value.view(shapes[name]) for name, value in head.state_dict().items()})
-    for name in head.scalars:
-        setattr(single, name, getattr(head, name))
+def mean_head(heads: Head, d: int, n_way: int, fit: HeadFit) -> Head:
+    """One head whose scores are the mean of those of E heads together, or of one."""
+    single = fit.new_head(d, n_way, None).to(heads.weight.device)
+    single.become_mean(heads)
     return single.requires_grad_(False)
 
 
 def fit_classifier(
     backbone: Backbone, blocks: TrainableBlocks, novel: Source, base: Source | None, setting: AlignmentSetting, run: Run
-) -> tuple[Classifier, AlignedEpisode]:
-    """The classifier of a support, all of a source, and the episode that made it. Alignment of blocks changes the
-    backbone.
+) -> tuple[Classifier, RelatedBase | None]:
+    """The classifier of a support, all of a source, and the related base that it was aligned with, if it was.
+    Alignment of blocks changes the backbone.
 
     Without a base set, setting.alignment is `none`. The confidence is not known where blocks are aligned: its folds
     would take as many alignments.
     """
     frozen = blocks.in_feature_space or base is None
     before = backbone if frozen else copy.deepcopy(backbone)
-    user, y, fit = novel.split, novel.split.labels, setting.fit
+    user, y = novel.split, novel.split.labels
     (_, d), n_way = novel.features.shape, len(user.class_names)
     everything = torch.arange(len(y))
     task = Task(everything, y, everything)
-    if blocks.in_feature_space and base:
-        (episode,) = align_features([task], novel, base, setting, run, 0)
-    else:
-        episode = align_episode(blocks, task, novel, base, setting, run, 0, f"{setting.alignment} alignment")
+    parts = bags(task, min(MAX_BAGS, episodes_per_chunk(d, n_way, setting, run.device)))
     confidence = cross_validate(novel, y, base, setting, run) if frozen else None
-    finetuned = fit.new_head(d, n_way, run.generator("head", 0)).to(run.device)
-    weight = uneven(class_weights(y).to(run.device))
-    fit_heads(finetuned, novel.features, y.to(run.device), fit.ft_n_epoch, fit.ft_lr, weight, fit.ft_init)
+    fitted, related = fitted_heads(parts, novel, setting, run), None
+    heads = fitted
+    if base and frozen:
+        episode = align_features(parts, novel, base, setting, run, 0)[0]
+        heads, related = episode.head, episode.related
+    elif base:
+        episode = align_episode(blocks, task, novel, base, setting, run, 0, f"{setting.alignment} alignment")
+        heads, related = episode.head, episode.related
     z_support = novel.features.cpu()
     classifier = Classifier(
         backbone=before,
         aligned=backbone,
-        finetuned=finetuned.requires_grad_(False),
-        head=single_head(episode.head, d, n_way, setting, run),
+        finetuned=mean_head(fitted, d, n_way, setting.fit),
+        head=mean_head(heads, d, n_way, setting.fit),
         class_names=user.class_names,
         z_support=z_support,
         y_support=y,
@@ -154,7 +154,7 @@ def fit_classifier(
         confidence=confidence,
         least_cosine=least_cosine(z_support),
     )
-    return classifier, episode
+    return classifier, related
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ aligned in feature space, together. Their predictions give an estimate of the ac
 logits are divided. All of it holds for images from where the support comes from, and for no others.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -17,10 +18,12 @@ from methods.alignment import AlignmentSetting
 from methods.feature_alignment import CHUNK_ELEMENTS, align_features, episodes_per_chunk, padded, padded_support
 from methods.features import Source
 from methods.novel_finetune import class_weights, fit_heads, uneven
-from models.heads import unit
+from models.heads import Head, unit
 
 # Folds, and so heads that are fitted: up to as many images per class, each is left out alone among those of its class.
 MAX_FOLDS = 20
+# Heads of a classifier of unequal classes, and of a fold of it, each fitted to as many examples per class.
+MAX_BAGS, MAX_FOLD_BAGS = 32, 8
 # Chosen on val episodes, for the calibration error of heads and of aligned heads.
 DOUBT = 0.25
 # An image is unlike every class when it is more than this many times as far from its nearest support image, by
@@ -87,30 +90,55 @@ def folds(y: Tensor) -> list[Task]:
     return made
 
 
+def bags(task: Task, most: int) -> list[Task]:
+    """Episodes with as many support images per class as the smallest class has, which share out those of the others.
+
+    A class of many images has a truer direction than one of few, whatever each image counts, and takes its queries; the
+    mean score of heads that are fitted to equal numbers does not lean to it, and still is of all images.
+    """
+    counts = torch.bincount(task.y_support)
+    k, members = int(counts.min()), [(task.y_support == w).nonzero().squeeze(1) for w in range(len(counts))]
+    made = []
+    for first in range(0, int(counts.max()), k)[:most]:
+        kept = torch.cat([own[(first + torch.arange(k)) % len(own)] for own in members])
+        made.append(Task(task.support[kept], task.y_support[kept], task.query))
+    return made
+
+
+@torch.no_grad()
+def fitted_heads(tasks: list[Task], novel: Source, setting: AlignmentSetting, run: Run, first: int = 0) -> Head:
+    """Heads fitted on the supports of E tasks, weight (E, n_way, d), the first of them the one of this number."""
+    fit, (z_support, y_support, weight) = setting.fit, padded_support(tasks, novel.features)
+    generators = [run.generator("head", first + i) for i in range(len(tasks))]
+    head = fit.new_head(z_support.shape[-1], tasks[0].n_way, generators).to(run.device)
+    fit_heads(head, z_support, y_support, fit.ft_n_epoch, fit.ft_lr, weight, fit.ft_init)
+    return head
+
+
 @torch.no_grad()
 def left_out_logits(
     tasks: list[Task], novel: Source, base: Source | None, setting: AlignmentSetting, run: Run
 ) -> Tensor:
     """Logits (n, n_way) of the queries of all folds, in their order, each by the head of its fold.
 
-    With a base set the heads are aligned in feature space. As many folds are fitted together as CHUNK_ELEMENTS allow.
+    With a base set the heads are aligned in feature space. As many are fitted together as CHUNK_ELEMENTS allow.
     """
-    (k, d), n_way, logits = novel.features.shape, tasks[0].n_way, []
+    (k, d), n_way = novel.features.shape, tasks[0].n_way
+    of_fold = [bags(task, MAX_FOLD_BAGS) for task in tasks]
+    flat, scores = [bag for each in of_fold for bag in each], list[Tensor]()
     step = max(1, min(MAX_FOLDS, CHUNK_ELEMENTS // (4 * k * d), episodes_per_chunk(d, n_way, setting, run.device)))
-    for first in range(0, len(tasks), step):
-        part = tasks[first : first + step]
+    for first in range(0, len(flat), step):
+        part = flat[first : first + step]
         if base is not None:
             aligned = align_features(part, novel, base, setting, run, first)
-            scores = aligned[0].head.logits(torch.stack([episode.aligned for episode in aligned]))
+            head, of_part = aligned[0].head, torch.stack([episode.aligned for episode in aligned])
         else:
-            fit, (z_support, y_support, weight) = setting.fit, padded_support(part, novel.features)
-            generators = [run.generator("head", first + i) for i in range(len(part))]
-            head = fit.new_head(d, n_way, generators).to(run.device)
-            fit_heads(head, z_support, y_support, fit.ft_n_epoch, fit.ft_lr, weight, fit.ft_init)
-            queries = padded([task.query for task in part], run.device)
-            scores = head.logits(head(novel.features[queries]))
-        logits += [scores[e, : len(task.query)].cpu() for e, task in enumerate(part)]
-    return torch.cat(logits)
+            head = fitted_heads(part, novel, setting, run, first)
+            of_part = head(novel.features[padded([task.query for task in part], run.device)])
+        scores += [of_part[e, : len(task.query)].cpu() for e, task in enumerate(part)]
+    ends = torch.tensor([0, *map(len, of_fold)]).cumsum(0).tolist()
+    means = [torch.stack(scores[start:end]).mean(0) for start, end in itertools.pairwise(ends)]
+    return head.logits(torch.cat(means))
 
 
 def fit_temperature(logits: Tensor, y: Tensor) -> float:

@@ -127,15 +127,15 @@ def fit_source(
             choice = choose_setting(backbone, load_val, base, cache, shape, setting)
             setting = choice.setting
             notes += [line.removeprefix("note: ") for line in choice.lines]
-    classifier, episode = fit_classifier(backbone, blocks, novel, base, setting, run)
+    classifier, related = fit_classifier(backbone, blocks, novel, base, setting, run)
     facts = facts | {"alignment": setting.alignment, "method": setting.fit.method, "setting": asdict(setting)}
     facts |= {"base_folder": os.path.abspath(flags.base) if flags.base and base else None}
     fitted = Fitted(classifier, facts, notes=notes)
-    if base is not None and setting.alignment != "none":
+    if base is not None and related and setting.alignment != "none":
         names = base.split.class_names
         notes += exceeding_notes(len(user.class_names), setting.related.n_B, len(names))
-        notes += empty_notes(episode.related, user.class_names)
-        pairs = zip(user.class_names, episode.related.classes, strict=True)
+        notes += empty_notes(related, user.class_names)
+        pairs = zip(user.class_names, related.classes, strict=True)
         fitted.related.update({name: [names[b] for b in classes] for name, classes in pairs})
     return fitted
 

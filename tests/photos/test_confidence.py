@@ -6,16 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from data.episodes import Task
 from engine.run import Run
 from methods.alignment import AlignmentSetting
 from methods.features import feature_source
 from methods.novel_finetune import HeadFit
+from photos.classifier import mean_head
 from photos.confidence import (
     FAR,
     MAX_FOLDS,
     Confidence,
+    bags,
     cross_validate,
     fit_temperature,
+    fitted_heads,
     folds,
     least_cosine,
     left_out_logits,
@@ -82,6 +86,34 @@ def test_the_temperature_counts_every_class_alike():
     logits = torch.eye(2)[y]
     logits[:3] = logits[:3].flip(1)  # the small class is always wrong
     assert fit_temperature(logits, y) > 10 * fit_temperature(logits[3:], y[3:])
+
+
+def test_bags_have_as_many_images_of_every_class_and_share_out_those_of_the_large_ones():
+    task = Task(torch.arange(10, 19), torch.tensor([1, 0, 2, 1, 2, 2, 2, 1, 0]), torch.tensor([3]))
+    made = bags(task, 8)
+    assert len(made) == 2 and all(torch.bincount(bag.y_support).tolist() == [2, 2, 2] for bag in made)
+    label = dict(zip(task.support.tolist(), task.y_support.tolist(), strict=True))
+    assert all(label[i] == y for bag in made for i, y in zip(bag.support.tolist(), bag.y_support.tolist(), strict=True))
+    assert {i for bag in made for i in bag.support.tolist()} == set(range(10, 19))
+    assert len(bags(task, 1)) == 1 and made[0].query.tolist() == [3]
+
+
+@pytest.mark.parametrize("method", ["softMax", "cosMax", "arcMax"])
+def test_a_class_of_one_image_keeps_its_queries_beside_classes_of_many(method):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(3, 64, generator=generator)
+    y = labels([1, 25, 25])
+    z = centres[y] + 1.5 * torch.randn(51, 64, generator=generator)
+    z_query = centres[labels([40] * 3)] + 1.5 * torch.randn(120, 64, generator=generator)
+    source, task = feature_source(z, make_split((1, 25, 25), side=1)), Task(torch.arange(51), y, torch.arange(51))
+    setting = AlignmentSetting("none", HeadFit(method, ft_init="prototypes"))
+    recall = {}
+    for name, parts in (("bags", bags(task, 32)), ("one", [task])):
+        head = mean_head(fitted_heads(parts, source, setting, Run()), 64, 3, setting.fit)
+        heads = fitted_heads(parts, source, setting, Run())
+        torch.testing.assert_close(head(z_query), heads(z_query).mean(0), atol=1e-5, rtol=1e-4)
+        recall[name] = (head(z_query).argmax(1).view(3, 40) == torch.arange(3).unsqueeze(1)).float().mean(1)
+    assert recall["bags"][0] > recall["one"][0] + 0.05 and recall["bags"].mean() > recall["one"].mean() - 0.03
 
 
 def features(seed, n_base=8):
