@@ -72,15 +72,30 @@ def wilson_interval(share: float, n: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def folds(y: Tensor) -> list[Task]:
+def first_copies(z: Tensor, y: Tensor) -> Tensor:
+    """For each image, of features z (k, d) and label y (k,), the first image (k,) of its class that has these features.
+
+    That is itself, unless it is a copy of another.
+    """
+    first = torch.arange(len(y))
+    for members in (torch.nonzero(y == label).squeeze(1) for label in y.unique()):
+        own = unit(z[members])
+        first[members] = members[(own @ own.T > 1 - 1e-6).int().argmax(1)]
+    return first
+
+
+def folds(y: Tensor, first: Tensor | None = None) -> list[Task]:
     """Episodes on k support images of labels y (k,): the query of each is left out of its support.
 
     A fold leaves out one image of each class, so that the head does not lean to the other classes; of more than
     MAX_FOLDS images per class, several. The only image of a class is left out of no fold; without others there is none.
+    first (k,): the first copy of each image (see first_copies), with which it is left out; None: there are no copies.
     """
-    counts = torch.bincount(y)
-    rank = torch.empty_like(y)
-    rank[y.argsort(stable=True)] = torch.cat([torch.arange(int(n)) for n in counts])
+    first = torch.arange(len(y)) if first is None else first
+    distinct = first == torch.arange(len(y))
+    counts, rank, place = torch.bincount(y[distinct]), torch.empty_like(y), distinct.nonzero().squeeze(1)
+    rank[place[y[distinct].argsort(stable=True)]] = torch.cat([torch.arange(int(n)) for n in counts])
+    rank = rank[first]
     n_folds = min(int(counts.max()), MAX_FOLDS)
     made = []
     for fold in range(n_folds if n_folds > 1 else 0):
@@ -166,9 +181,9 @@ def cross_validate(
 ) -> Confidence | None:
     """The confidence of a classifier that `setting` makes of support features (k, d) and labels y (k,).
 
-    None when no class has two images.
+    None when no class has two different images.
     """
-    tasks = folds(y)
+    tasks = folds(y, first_copies(novel.features.cpu(), y))
     if not tasks:
         return None
     logits = left_out_logits(tasks, novel, base, setting, run)

@@ -18,6 +18,7 @@ from photos.confidence import (
     Confidence,
     bags,
     cross_validate,
+    first_copies,
     fit_temperature,
     fitted_heads,
     folds,
@@ -49,6 +50,19 @@ def test_each_image_that_is_not_alone_is_left_out_once_and_every_class_stays(cou
 def test_a_fold_leaves_out_one_image_of_each_class():
     assert [labels([3, 3])[task.query].tolist() for task in folds(labels([3, 3]))] == [[0, 1]] * 3
     assert folds(labels([1, 1])) == []
+
+
+def test_copies_of_an_image_are_left_out_together_and_tell_nothing():
+    generator = torch.Generator().manual_seed(0)
+    z, y = torch.randn(12, 64, generator=generator).repeat(2, 1), labels([4, 4, 4]).repeat(2)
+    setting, split = AlignmentSetting("none", HeadFit(ft_init="prototypes")), make_split((24,), side=1)
+    guessed = cross_validate(feature_source(z, split), y, None, setting, Run())
+    assert guessed.n == 24 and guessed.n_right < 16
+    first = first_copies(z, y)
+    assert first.tolist() == [*range(12), *range(12)]
+    for task in folds(y, first):
+        assert not set(first[task.query].tolist()) & set(first[task.support].tolist())
+    assert folds(labels([2, 2]), torch.tensor([0, 0, 2, 2])) == []
 
 
 @pytest.mark.parametrize("n_right, n", [(0, 5), (5, 5), (23, 25), (50, 100), (1, 2)])
