@@ -7,7 +7,6 @@ import io
 import json
 import warnings
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +25,11 @@ def pillow_weights(n: int, size: int, n_taken: int, bicubic: bool) -> Tensor:
 
     A triangle, or the cubic of Keys (1981) with a = -0.5, scaled to the smaller image's pixels; to 22 binary places.
     """
-    margin, scale = size - n_taken, n / size
+    margin = size - n_taken
+    scale = torch.full((), n, dtype=torch.double) / size  # a tensor: ONNX would divide the numbers in single precision
     first = margin // 2 + margin % 2 * (margin // 2 % 2)  # margin / 2, its half rounded to even
     centre = (torch.arange(n_taken, dtype=torch.double) + first + 0.5) * scale
-    support = cast(float, torch.sym_max(scale, 1.0))
-    x = (torch.arange(n, dtype=torch.double) + 0.5 - centre.unsqueeze(1)).abs() / support
+    x = (torch.arange(n, dtype=torch.double) + 0.5 - centre.unsqueeze(1)).abs() / scale.clamp_min(1)
     weights = (1 - x).clamp_min(0)
     if bicubic:
         outer = ((2.5 - 0.5 * x) * x - 4) * x + 2
