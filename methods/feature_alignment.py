@@ -25,8 +25,10 @@ from models.head_gradients import set_gradients
 from models.heads import Head, one_hot_of
 
 # Episodes aligned together: on a CPU as many as hold CACHES times its second-level caches of related samples, so that
-# these are not read from memory twice; on a GPU, elements of related samples and their copies: 256 MB of them.
+# these are not read from memory twice, and no more than a stopped run may lose; on a GPU, elements of related samples
+# and their copies: 256 MB of them.
 CACHES = 4
+MOST_TOGETHER = 40
 CHUNK_ELEMENTS = 2**26
 
 
@@ -34,7 +36,7 @@ def episodes_per_chunk(d: int, n_way: int, setting: AlignmentSetting, device: to
     """How many episodes of features of size d to align together; see CACHES."""
     elements_per_episode = n_way * setting.related.aug_size * d
     if device.type == "cpu":
-        return max(1, CACHES * cache_bytes() // (4 * elements_per_episode))
+        return max(1, min(MOST_TOGETHER, CACHES * cache_bytes() // (4 * elements_per_episode)))
     return max(1, CHUNK_ELEMENTS // (4 * elements_per_episode))
 
 

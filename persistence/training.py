@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -153,7 +153,7 @@ class TrainState:
             checkpoint = load_checkpoint(self.files.best)
             load_state(self.model.backbone, checkpoint.backbone_state, self.files.best)
             load_state(self.model.head, checkpoint.head_state, self.files.best)
-            return checkpoint
+            return replace(checkpoint, config=self.files.config)  # of the run that it was kept in, which may go on
 
 
 def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:

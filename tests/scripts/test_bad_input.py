@@ -216,7 +216,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "json with an image twice": (STAGE_1, json_split(image_names=lambda x: [x[1], *x[1:]]), [], ["001.png", "twice"]),
     "json with missing files": (
         *(STAGE_1, json_split(image_names=lambda x: [y + "x" for y in x])),
-        *([], ["48 images that do not exist", "--image_root"]),
+        *([], ["48 images that are missing", "--image_root"]),
     ),
     "json without images": (STAGE_1, json_split(image_names=lambda _: [], image_labels=lambda _: []), [], ["0 image"]),
     "another image root": (STAGE_1, json_split(), ["--image_root", "{}/cache"], ["--image_root", "cache"]),
@@ -250,7 +250,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     ),
     "checkpoint of another way": (STAGE_3, nothing, ["--test_n_way", 4], ["4way_2shot", "--test_n_way"]),
     "checkpoint of another head": (STAGE_3, nothing, ["--method", "cosMax"], ["cosMax", "--method"]),
-    "checkpoint of other classes": (STAGE_3, checkpoint_with(class_names=["a"]), [], ["trained on 1 base classes"]),
+    "checkpoint of other classes": (STAGE_3, checkpoint_with(class_names=["a"]), [], ["has other base classes"]),
     "novel benchmark missing": (STAGE_3, nothing, ["--novel_dataset", "CUB"], ["'CUB'", "data.prepare CUB"]),
     "diverging alignment": (STAGE_3, nothing, ["--lr", 1e30, "--align_iters", 9], ["episode 0, iteration", "--lr"]),
     "diverging stage 2": (STAGE_2, nothing, ["--lr", 1e30, "--n_epoch", 3], ["epoch", "episode", "--resume"]),
@@ -272,7 +272,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "source that is no tieredImageNet": (PREPARE, nothing, ["tieredImageNet", "--source", "{}"], ["train_labels.pkl"]),
     "source that is no archive": (
         *(PREPARE, write("cifar.tar.gz", "x"), ["FC100", "--source", "{}/cifar.tar.gz"]),
-        ["cifar.tar.gz", "get the file again"],
+        ["cifar.tar.gz", "get it again"],
     ),
     "damaged split file": (
         *(PREPARE, write("split.json", "{"), ["folder", "--source", "{}/benchmarks", "--split_file", "{}/split.json"]),
@@ -291,7 +291,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
         ["file"],
     ),
     "damaged result": (REPORT, write("results/tables/new.json", "{"), ["{}/results"], ["new.json", "delete it"]),
-    "half a result": (REPORT, write("results/tables/new.json", '{"stage": "x"}'), ["{}/results"], ["lacks 'accuracy'"]),
+    "half a result": (REPORT, write("results/tables/new.json", '{"stage": "x"}'), ["{}/results"], ["it lacks"]),
     "a nested result": (REPORT, write("results/tables/new.json", "[" * 10**5), ["{}/results"], ["nested too deeply"]),
     "nested metrics": (FIGURES, write("results/logs/x/metrics.jsonl", "[" * 10**5), ["{}/results"], ["too deeply"]),
     "a newline in a path": (REPORT, nothing, ["{}/a\nb"], ["/a\\nb/tables"]),
