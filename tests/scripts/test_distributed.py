@@ -176,7 +176,7 @@ def test_the_same_global_batch_gives_the_same_learning_curve(finished, ranks_run
 def test_a_run_of_which_a_rank_died_goes_on_with_any_number_of_ranks(finished, died, ranks_run):
     _, root, done = ranks_run
     n_saved = len(last_state(died / "align")["aligned"])  # what the first rank had done when torchrun ended it as well
-    assert last_state(died / "curve")["n_done"] == 2 and 10 <= n_saved <= 15
+    assert last_state(died / "curve")["n_done"] == 2 and 16 <= n_saved <= 23
     assert "resumed after epoch 2" in done.stdout and f"resumed after {n_saved} episodes" in done.stdout
     check_same_curve(outcome(root / "resumed", "curve"), outcome(finished, "curve"))
     assert outcome(root / "resumed", "align") == outcome(finished, "align")
