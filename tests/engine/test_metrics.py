@@ -64,6 +64,6 @@ def test_tensorboard_goes_on_where_a_resumed_run_does(aligned_copy):
 @pytest.mark.parametrize("script", ["transferLearning", "metaLearning", "associative_alignment"])
 def test_tensorboard_that_is_not_installed_is_one_clear_line(tmp_path, monkeypatch, script):
     monkeypatch.setitem(sys.modules, TENSORBOARD, None)
-    outcome = call(script, "--dataset", "tiny", *folders(tmp_path), "--tensorboard")
+    outcome = call(script, "--dataset", "tiny", "--n_query", 3, *folders(tmp_path), "--tensorboard")
     assert outcome.status == 2 and "pip install tensorboard" in outcome.err and outcome.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
