@@ -78,10 +78,8 @@ def train_on_episodes(args: Namespace, run: Run) -> None:
             training.end_epoch(epoch, *figures, validate())
 
     # Novel test of the best model.
-    checkpoint, path = (
-        training.load_best() or checkpoint,
-        files.best if args.n_epoch else args.init_from or args.weights,
-    )
+    checkpoint = training.load_best() or checkpoint
+    path = files.best if args.n_epoch else args.init_from or args.weights
     scores = evaluate_on_split(learner, backbone, novel, novel_episodes, run, bar="novel")
     trained = training_record(path, checkpoint, weights_digest(backbone))
     save_result(files, novel, novel_episodes, scores, run, trained)

@@ -79,10 +79,8 @@ def train_on_base_classes(args: Namespace, run: Run) -> None:
             training.end_epoch(epoch, loss, accuracy, validated())
 
     # Novel test of the best model.
-    checkpoint, path = (
-        training.load_best() or checkpoint,
-        files.best if args.n_epoch else args.init_from or args.weights,
-    )
+    checkpoint = training.load_best() or checkpoint
+    path = files.best if args.n_epoch else args.init_from or args.weights
     features = FeatureCache(args.cache_dir, run).features(backbone, novel)
     scores = evaluate_heads(features, novel_episodes, fit, run, bar="novel episodes")
     trained = training_record(path, checkpoint, weights_digest(backbone))

@@ -162,7 +162,10 @@ def check_base_classes(path: Path, checkpoint: Checkpoint, dataset: str, class_n
     if not checkpoint.class_names:
         print(f"note: {path} does not name the classes that it was trained on: see that none of them is novel here")
     elif set(checkpoint.class_names) != set(class_names):
-        raise UserError(f"checkpoint {path} has other base classes, of {checkpoint.dataset!r}: give that --dataset")
+        raise UserError(
+            f"checkpoint {path} was trained on {len(checkpoint.class_names)} base classes of {checkpoint.dataset!r} "
+            f"that are not the {len(class_names)} of {dataset!r}: give the benchmark that it was trained on"
+        )
 
 
 def detail_notes(checkpoint: Checkpoint | None, split: Split) -> list[str]:

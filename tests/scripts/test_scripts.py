@@ -236,7 +236,7 @@ USER_ERRORS = {
     "init_from is missing": ("associative_alignment", nothing, ["--init_from", "absent.tar"], ["absent.tar"]),
     "not a checkpoint": ("associative_alignment", spoil_checkpoint, [], [CHECKPOINT, "not a checkpoint"]),
     "too many blocks": ("associative_alignment", nothing, ["--align_blocks", 5], ["--align_blocks 5", "4 blocks"]),
-    "other base classes": ("associative_alignment", rename_base_class, [], ["other base classes", "--dataset"]),
+    "other base classes": ("associative_alignment", rename_base_class, [], ["base classes", "trained on"]),
     "unwritable results": ("associative_alignment", block_results, [], ["tables", "cannot be written"]),
     "unwritable cache": (
         "associative_alignment",
