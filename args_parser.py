@@ -149,7 +149,7 @@ PRESETS: dict[str, dict[str, Flags]] = {
         "centroid":    {"align_bn": "eval"},
         "adversarial": {"critic_steps": 1},
     },
-    "auto":            {"all": {"align_blocks": 0, "aug_size": 20}},  # beside what it chooses
+    "auto":            {"all": {"aug_size": 20}},  # beside what it chooses
 }
 
 # Of update (1) against the critic, which the paper leaves open. Adam's steps do not shrink with the critic's scores: at
@@ -426,6 +426,8 @@ CONDITIONS: list[tuple[Callable[..., Any], str]] = [
      "argument --align_preset: auto chooses on val episodes of a benchmark: name it with --base"),
     (lambda align_preset, test_split: align_preset == "auto" and test_split == "val",
      "argument --align_preset: auto chooses on val classes, so it is not tested on them: give novel"),
+    (lambda align_preset, given: align_preset == "auto" and given.get("align_blocks"),
+     "argument --align_preset: auto chooses --align_blocks itself: give 0, for feature space alone, or leave it out"),
     (lambda align_preset, given: align_preset == "auto" and named(CHOSEN_FLAGS, given),
      "argument --align_preset: auto chooses {found} itself: give only one of the two"),
     (lambda alignment, base: alignment not in ("none", None) and not base,

@@ -25,6 +25,16 @@ FLAGS = dict[str, str | float | bool | None | list[str | float]]
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes `path`: what the system refuses becomes a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be written ({reason}): free some space or give another folder") from error
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
@@ -33,7 +43,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     start = f".{path.name}.{platform.node()}."
     temporary = path.with_name(f"{start}{os.getpid()}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for other in path.parent.glob(f"{glob.escape(start)}*.tmp"):
             if is_gone(other.name.removeprefix(start).removesuffix(".tmp")):
@@ -43,9 +53,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be written ({reason}): free some space or give another folder") from error
 
 
 def is_gone(pid: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import atomic_file
+from engine.files import atomic_file, writing
 from engine.records import to_json
 
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
@@ -23,15 +23,17 @@ class MetricsLog:
     def write(self, step: int, row: dict[str, Any], first: int = 0) -> None:
         """Append the row of an epoch or episode `step`; the row of `first` empties the files.
 
-        TensorBoard shows nothing of an earlier run from the first step that is written here on.
+        TensorBoard shows nothing of an earlier run from the first step that is written here on. Raises UserError when
+        it cannot be written.
         """
         row, folder = to_json(row), self.path.parent
         if step == first:
             for old in (self.path, *folder.glob(EVENTS)):
                 old.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         if not self.writer_class:
             return
         self.writer = self.writer or self.writer_class(log_dir=str(folder), purge_step=step)

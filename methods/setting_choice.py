@@ -38,9 +38,9 @@ SETTINGS: list[dict[str, Any]] = [
 # Of the last block, beside --align_blocks 1, where its episodes are aligned together: else they would take too long.
 BLOCK_SETTINGS: list[dict[str, Any]] = [{"alignment": alignment, "align_bn": "train"} for alignment in STACKED]
 # Flags that a user must not give beside the choice.
-OFFERED = (FINE_TUNING, *SETTINGS, *BLOCK_SETTINGS)
-CHOSEN_FLAGS = ["align_blocks", *dict.fromkeys(name for flags in OFFERED for name in flags)]
-# Episodes of blocks that are aligned before a bar moves on.
+CHOSEN_FLAGS = list(dict.fromkeys(name for flags in (FINE_TUNING, *SETTINGS, *BLOCK_SETTINGS) for name in flags))
+# Episodes of the last block, which takes ten times as long: the first of all; and those aligned before a bar moves on.
+N_BLOCK_EPISODES = 30
 BLOCK_STEP = 8
 
 
@@ -86,13 +86,17 @@ def candidates(setting: AlignmentSetting, last_block: bool = False) -> dict[str,
 
 
 def paired_counts(on: Offered, episodes: Episodes, setting: AlignmentSetting, run: Run) -> Tensor:
-    """Predictions (E, 2, n_way, n_way) of the val episodes, by fine-tuning and after alignment."""
+    """Predictions (E, 2, n_way, n_way) of the val episodes, by fine-tuning and after alignment.
+
+    Of the last block, E is N_BLOCK_EPISODES.
+    """
     parts, n_way, (blocks, val, base) = [], episodes.n_way, on
     setting, in_features = replace(setting, record_curve=0), blocks.in_feature_space
     d = val.features.shape[1]
     step = episodes_per_chunk(d, n_way, setting, run.device) if in_features else BLOCK_STEP
-    for first in run.ranks.share(range(0, len(episodes), step)):
-        numbers = range(first, min(first + step, len(episodes)))
+    n_episodes = len(episodes) if in_features else min(len(episodes), N_BLOCK_EPISODES)
+    for first in run.ranks.share(range(0, n_episodes, step)):
+        numbers = range(first, min(first + step, n_episodes))
         for _, episode in align_episodes(blocks, episodes, val, base, setting, run, numbers):
             scores = torch.stack([episode.finetuned, episode.aligned])
             parts.append(count_predictions(scores, n_way).unsqueeze(0).cpu())

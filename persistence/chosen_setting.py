@@ -13,6 +13,7 @@ from methods.block_alignment import last_conv_block
 from methods.features import Source, trainable_blocks
 from methods.setting_choice import (
     FINE_TUNING,
+    N_BLOCK_EPISODES,
     N_EPISODES,
     Offered,
     candidates,
@@ -68,6 +69,7 @@ def choose_setting(
         of_blocks.blocks.restore()
     flags = winner(rows)
     task = f"{shape.n_way}-way {shape.n_shot}-shot, {N_EPISODES} val episodes"
+    task += f" ({N_BLOCK_EPISODES} of the last block)" if with_block else ""
     lines = [f"--align_preset auto, {task}: accuracy, gain over fine-tuning, seconds"]
     lines += [
         f"  {row.flags:<80} {row.accuracy:6.2f} %  {row.gain:+.2f} ± {row.gain_ci95:.2f}  {row.seconds:.1f}"

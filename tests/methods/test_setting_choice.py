@@ -207,7 +207,8 @@ def test_predict_chooses_on_the_val_classes_of_its_base_set_if_they_are_enough(w
 @pytest.mark.parametrize(
     ("script", "flags", "words"),
     [
-        ("associative_alignment", ["--align_blocks", 1, "--n_B", 3], "auto chooses --align_blocks, --n_B itself"),
+        ("associative_alignment", ["--n_B", 3], "auto chooses --n_B itself"),
+        ("associative_alignment", ["--align_blocks", 1], "auto chooses --align_blocks itself: give 0"),
         ("associative_alignment", ["--alignment", "centroid"], "auto chooses --alignment itself"),
         ("associative_alignment", ["--test_split", "val"], "give novel"),
         ("predict", ["--support", "s", "--query", "q", "--checkpoint", "c"], "--base"),
