@@ -5,8 +5,8 @@ import re
 import pytest
 
 from args_parser import args_parser, from_flags
+from docs.compare_classifiers import Comparison
 from methods.alignment import AlignmentSetting
-from photos.compare import Comparison
 from tests.helpers import CHECKPOINT, call
 
 SMALL = ["--dataset", "tiny", "--n_way", 3, "--n_query", 3, "--n_episodes", 4, "--n_val", 2, "--quiet"]
@@ -15,7 +15,7 @@ SMALL = ["--dataset", "tiny", "--n_way", 3, "--n_query", 3, "--n_episodes", 4, "
 def compare(root, *flags):
     where = ["--benchmarks_dir", root / "benchmarks", "--cache_dir", root / "cache"]
     checkpoint = ["--checkpoint", root / "results" / "models" / CHECKPOINT]
-    return call("photos.compare", *checkpoint, *where, *SMALL, "--n_B", 2, "--aug_size", 4, *flags)
+    return call("docs.compare_classifiers", *checkpoint, *where, *SMALL, "--n_B", 2, "--aug_size", 4, *flags)
 
 
 def test_the_table_has_a_row_per_classifier(workspace):

@@ -1,6 +1,6 @@
 """Compare classifiers of a few images per class on the same novel episodes: accuracies, paired intervals.
 
-python -m photos.compare --checkpoint results/models/..._bestModel.tar --dataset typefaces
+python -m docs.compare_classifiers --checkpoint results/models/..._bestModel.tar --dataset typefaces
 
 On the features of one backbone: logistic regression (its C chosen on val episodes), the nearest mean,
 the head as fitted, and the head aligned in feature space with the base classes, with the defaults of predict.py.
@@ -77,7 +77,7 @@ def comparison_lines(sources: dict[str, Source], n_shot: int, on: Comparison, ru
 
 
 def main() -> None:
-    parser = OneLineParser(prog="python -m photos.compare", description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog="python -m docs.compare_classifiers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="backbone of stage 1")
     parser.add_argument("--dataset", default="typefaces")
     parser.add_argument("--benchmarks_dir", type=Path, default=Path("fs_benchmarks"))
