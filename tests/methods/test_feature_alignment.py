@@ -175,8 +175,8 @@ def test_as_many_episodes_go_together_as_the_caches_hold(monkeypatch):
     monkeypatch.setattr("methods.feature_alignment.cache_bytes", lambda: 2**22)
     cpu, gpu = torch.device("cpu"), torch.device("meta")
     counts = [episodes_per_chunk(d, 5, AlignmentSetting(), cpu) for d in (256, 1600, 10**7)]
-    assert counts == [65, 10, 1]
-    assert episodes_per_chunk(256, 5, AlignmentSetting(), gpu) > 65
+    assert counts == [40, 10, 1]
+    assert episodes_per_chunk(256, 5, AlignmentSetting(), gpu) > 40
 
 
 def test_without_any_rate_alignment_is_fine_tuning_to_the_bit():

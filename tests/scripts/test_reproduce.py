@@ -107,7 +107,7 @@ def test_at_the_scale_of_two_cores_all_rows_are_of_one_training(monkeypatch):
     assert (trained.n_epoch, trained.n_shot, trained.eval_resize, trained.precision) == (80, 5, "none", "auto")
     best = trained.checkpoint_dir / "5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar"
     assert {args.init_from for _, args in others} == {best}
-    of_a_shot = [("head", "paper"), ("head", "auto")]
+    of_a_shot = [("head", "paper"), ("centroid", "auto")]
     of_a_shot += [(loss, preset) for preset in ("tuned", "paper") for loss in ("naive", "centroid")]
     found = [(args.n_shot, args.alignment, args.align_preset) for stage, args in others if stage == "alignment"]
     assert found == [(shot, *each) for shot in (1, 5) for each in of_a_shot]
