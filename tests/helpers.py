@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -194,6 +195,14 @@ def numbers(root: Path, script: str) -> dict:
         states += list(last["optimizer"]["state"].values())
         found["tensors"] = [value.numpy().tobytes() for state in states for value in state.values()]
     return found
+
+
+def wait_for_file(root, pattern, seconds=120):
+    """Wait until there is a file of this pattern below root."""
+    deadline = time.monotonic() + seconds
+    while not list(root.rglob(pattern)):
+        assert time.monotonic() < deadline, (root / "out").read_text()
+        time.sleep(0.002)
 
 
 class Processes:

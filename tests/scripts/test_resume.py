@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from persistence.checkpoints import load_checkpoint
-from tests.helpers import TINY, Processes, call, folders, make_benchmark, numbers
+from tests.helpers import TINY, Processes, call, folders, make_benchmark, numbers, wait_for_file
 
 pytest.importorskip("resource")  # fork and limits are POSIX's
 
@@ -116,10 +116,7 @@ def test_a_run_killed_in_feature_space_ends_with_the_same_bytes(finished, tmp_pa
     whole, killed = (new_root(finished[0], tmp_path / name, script) for name in ("whole", "killed"))
     assert processes.run(script, [*flags, *folders(whole)], whole / "out") == 0, (whole / "out").read_text()
     pid = processes.start(script, [*flags, *folders(killed)], killed / "out")
-    deadline = time.monotonic() + 120
-    while not list(killed.rglob("*_last.tar")):
-        assert time.monotonic() < deadline, (killed / "out").read_text()
-        time.sleep(0.002)
+    wait_for_file(killed, "*_last.tar")
     os.kill(pid, signal.SIGKILL)
     assert processes.wait() == -signal.SIGKILL
     assert processes.run(script, [*flags, *folders(killed), "--resume"], killed / "out") == 0
@@ -135,8 +132,7 @@ def test_a_signal_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, process
         root = new_root(finished[0], tmp_path / str(attempt), script)
         flags = [*COMMANDS[script], *folders(root)]
         pid = processes.start(script, flags, root / "out")
-        while not list(root.rglob("*_last.tar")):
-            time.sleep(0.01)
+        wait_for_file(root, "*_last.tar")
         os.kill(pid, number)
         status = processes.wait()
         if status != 0:
@@ -229,7 +225,9 @@ def test_of_two_runs_at_once_the_second_names_the_first_and_changes_nothing(fini
     root = new_root(finished[0], tmp_path, script)
     flags = [*COMMANDS[script], *folders(root)]
     pid = processes.start(script, flags, root / "out")
+    deadline = time.monotonic() + 120
     while not any(f"process {pid} on " in lock.read_text() for lock in root.rglob("tables/.*.lock")):
+        assert time.monotonic() < deadline, (root / "out").read_text()
         time.sleep(0.005)
     os.kill(pid, signal.SIGSTOP)
     try:
