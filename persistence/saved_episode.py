@@ -127,11 +127,11 @@ def gather_episode(
 
 
 def read_saved_episodes(path: Path) -> list[dict[str, Any]]:
-    """The episodes of a file, with its name as `result` of each. Raises UserError when it is no such file."""
+    """The episodes of a file; its name is the title of one of earlier versions. Raises UserError when it is none."""
     schema, remedy = EPISODE | {"more": [EPISODE]}, "delete it and run its stage again"
     first = read_record(path, EPISODE_FORMAT, schema, "saved episode", remedy)
     more = first.pop("more")
     for record in (first, *more):
         if wrong := misfit(record, {key: kind for key, kind in LATER.items() if key in record}):
             raise UserError(f"{path} is a damaged saved episode ({wrong}): {remedy}")
-    return [record | {"result": path.stem} for record in (first, *more)]
+    return [record | {"title": record.get("title", path.stem.replace("_", " "))} for record in (first, *more)]

@@ -130,6 +130,6 @@ def projection_figure(record: dict[str, Any]) -> Figure:
     ]
     handles += [Line2D([], [], color=GREY, label=f"head {when} alignment", **DIRECTIONS[when]) for when in DIRECTIONS]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    lines = [f"episode {record['episode']}: {record.get('title', record['result'])}", standing_text(record)]
+    lines = [f"episode {record['episode']}: {record['title']}", standing_text(record)]
     figure.suptitle("\n".join(label_text(line, 110) for line in lines if line), fontsize=10)
     return figure

@@ -76,7 +76,7 @@ def standing_text(record: dict[str, Any]) -> str:
 def view_of(record: dict[str, Any]) -> EpisodeView:
     """The view of a saved episode."""
     names, truth = record["class_names"], record["query"]["labels"].tolist()
-    title = f"Episode {record['episode']}: {record.get('title', record['result'].replace('_', ' '))}"
+    title = f"Episode {record['episode']}: {record['title']}"
     support = [[*of_class] for of_class in record["images"]["support"].unflatten(0, (len(names), -1))]
     before, after = (record["logits"][when].float().softmax(1).tolist() for when in ("before", "after"))
     about = [f"query {i}, of {names[c]}" for i, c in enumerate(truth)]

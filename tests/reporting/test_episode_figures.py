@@ -67,7 +67,7 @@ def test_a_projection_draws_what_the_head_sees_and_the_margins():
     z = torch.tensor([[3.0, 4.0], [0.0, 2.0], [6.0, 8.0], [1.0, 0.0]])
     labels = torch.tensor([0, 1, 0, 1])
     record = {kind: {"before": z, "after": z, "labels": labels} for kind in KINDS}
-    record |= {"class_names": ["a", "b"], "episode": 0, "result": "r"}
+    record |= {"class_names": ["a", "b"], "episode": 0, "title": "arcMax"}
     assert torch.equal(seen_by_head(z, record | {"method": "softMax"}), z)
     for method in ("cosMax", "arcMax"):
         unit = seen_by_head(z, record | {"method": method})

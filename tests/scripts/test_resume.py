@@ -189,13 +189,13 @@ def files(root):
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_run_of_other_flags_is_not_replaced_unless_told(copy, script):
     before = files(copy)
-    flags = [*COMMANDS[script], *folders(copy), "--seed", 5, "--ft_lr", 0.01]
+    flags = [*COMMANDS[script], *folders(copy), "--ft_n_epoch", 5, "--ft_lr", 0.01]
     refused = call(script, *flags)
     assert refused.status == 2 and refused.err.count("\n") == 1
-    for part in ("--seed 5 (was 0)", "--ft_lr 0.01 (was 0.001)", "--resume", "--overwrite"):
+    for part in ("--ft_n_epoch 5 (was ", "--ft_lr 0.01 (was 0.001)", "--resume", "--overwrite"):
         assert part in refused.err
     resumed = call(script, *flags, "--resume")
-    assert resumed.status == 2 and "--seed 5 (was 0)" in resumed.err and "--overwrite" in resumed.err
+    assert resumed.status == 2 and "--ft_n_epoch 5 (was " in resumed.err and "--overwrite" in resumed.err
     assert files(copy) == before
     assert call(script, *flags, "--overwrite").status == 0
     assert files(copy) != before
@@ -231,7 +231,7 @@ def test_of_two_runs_at_once_the_second_names_the_first_and_changes_nothing(fini
         time.sleep(0.005)
     os.kill(pid, signal.SIGSTOP)
     try:
-        for more in (["--resume"], ["--overwrite", "--seed", 3], []):
+        for more in (["--resume"], ["--overwrite", "--ft_lr", 0.01], []):
             second = call(script, *flags, *more)
             assert second.status == 2 and f"process {pid} on " in second.err and second.err.count("\n") == 1, second
     finally:
