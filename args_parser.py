@@ -71,38 +71,37 @@ def episode_choice(text: str) -> int | str:
     return int(text)
 
 
-def resize_rule(text: str) -> str:
-    """An argparse type: a resize rule."""
-    if not RULE.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no resize rule: expected {USAGE}")
-    return text
+def matching(pattern: str, otherwise: str) -> Callable[[str], str]:
+    """An argparse type: a text of a pattern; `otherwise` says what any other is."""
 
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is {otherwise}")
+        return text
 
-def background_colour(text: str) -> str:
-    """An argparse type: a colour, as Pillow names it."""
-    if not re.fullmatch(r"black|white|#[0-9a-fA-F]{6}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no colour: expected black, white or #rrggbb, such as #808080")
-    return text
+    return parse
 
 
 # 1e30 keeps any arithmetic on a rate or a scale within float32.
 POSITIVE, NOT_NEGATIVE = number(float, 0, 1e30, open_low=True), number(float, 0, 1e30)
 COUNT, COUNT_OR_0, WAY = number(int, 1), number(int, 0), number(int, 2)
 SHARE, MARGIN = number(float, 0, 1, open_low=True), number(float, 0)
+RESIZE_RULE = matching(RULE.pattern, f"no resize rule: expected {USAGE}")
+COLOUR = matching(r"black|white|#[0-9a-fA-F]{6}", "no colour: expected black, white or #rrggbb, such as #808080")
 SWITCH = "no value: given or not"
 
 N_QUERY = 50  # the published number
 
 Flags = dict[str, Any]  # values by name, without dashes
-Flag = tuple[list[str], Any, dict[str, Any]]  # names, default, and the other arguments of argparse's add_argument
+Flag = tuple[list[str], Any, dict[str, Any]]  # names without dashes, default, other arguments of add_argument
 Table = list[str | Flag]  # a string begins a group of that title
 
 
 def flag(usage: str, kind: Any, default: Any, text: str, **options: Any) -> Flag:
     """A row of a table: names and metavars; a type, list of choices or SWITCH; a default; the help."""
-    names = [word for word in usage.split() if word.startswith("--")]
+    names = [word.removeprefix("--") for word in usage.split() if word.startswith("--")]
     metavars = usage.split()[len(names) :]
-    options["help"] = text if default is None or default is False else f"{text} (default: {default})"
+    options["help"] = text
     if kind is SWITCH:
         return names, default, options | {"action": "store_true"}
     options["choices" if isinstance(kind, list) else "type"] = kind
@@ -113,18 +112,12 @@ def flag(usage: str, kind: Any, default: Any, text: str, **options: Any) -> Flag
 
 def defaults(table: Table) -> Flags:
     """The default of every flag of a table."""
-    return {row[0][0].removeprefix("--"): row[1] for row in table if not isinstance(row, str)}
+    return {row[0][0]: row[1] for row in table if not isinstance(row, str)}
 
 
 def with_defaults(table: Table, **others: Any) -> Table:
-    """A table whose flags of these names have other defaults, which their help says."""
-    rows: Table = []
-    for row in table:
-        if not isinstance(row, str) and (name := row[0][0].removeprefix("--")) in others:
-            text = row[2]["help"].replace(f"(default: {row[1]})", f"(default: {others[name]})")
-            row = (row[0], others[name], row[2] | {"help": text})
-        rows.append(row)
-    return rows
+    """A table whose flags of these names have other defaults."""
+    return [row if isinstance(row, str) else (row[0], others.get(row[0][0], row[1]), row[2]) for row in table]
 
 
 # fmt: off
@@ -160,7 +153,7 @@ DECODING: Table = [
     flag("--image_root", Path, None, "folder of a json benchmark's images, when its paths are of another machine"),
     flag("--cache_dir", Path, Path("./fs_benchmarks/.cache"), "decoded images and features, kept between runs"),
     flag("--img_size", number(int, 8), None, "side of the square input, pixels (default: the backbone's own)"),
-    flag("--eval_resize", resize_rule, None,
+    flag("--eval_resize", RESIZE_RULE, None,
          "resize images before their centre is taken: published (both sides to 1.15 x --img_size), none, short:N or "
          "both:N, with :bicubic to interpolate so (default: the checkpoint's or backbone's own, else published)"),
     flag("--num_workers", COUNT_OR_0, 4, "threads that decode images, once; the results do not depend on it"),
@@ -318,7 +311,7 @@ PREDICT: Table = [
     flag("--support FOLDER", Path, None, "the examples: a subfolder per class, named as the class"),
     flag("--query", Path, None, "the images to label: a folder, subfolders included, or one image"),
     flag("--skip_bad", SWITCH, False, "leave out query images that cannot be decoded, and say which"),
-    flag("--background", background_colour, "white", "what transparent images are laid on: black, white or #rrggbb"),
+    flag("--background", COLOUR, "white", "what transparent images are laid on: black, white or #rrggbb"),
     flag("--base FOLDER", Path, None,
          "benchmark, or any folder of class/image, of related images; its classes that are yours, too, are left out"),
     *DECODING,
@@ -452,9 +445,11 @@ def stage_parser(stage: str, help_all: bool = True) -> OneLineParser:
         if isinstance(row, str):
             group = parser.add_argument_group(row)
         else:
-            names, _, options = row
-            shown = help_all or stage != "predict" or names[0].removeprefix("--") in EVERYDAY
-            group.add_argument(*names, **(options if shown else options | {"help": argparse.SUPPRESS}))
+            names, default, options = row
+            shown = help_all or stage != "predict" or names[0] in EVERYDAY
+            said = "" if default is None or default is False else f" (default: {default})"
+            text = options["help"] + said if shown else argparse.SUPPRESS
+            group.add_argument(*(f"--{name}" for name in names), **options | {"help": text})
     return parser
 
 

@@ -19,9 +19,8 @@ from args_parser import args_parser, from_flags
 from engine.distributed import ALONE
 from engine.records import provenance
 from engine.run import Run, start_run
-from engine.script import run_script
+from engine.script import print_notes, run_script
 from models import BACKBONES, OTHERS
-from photos.classifier import Fitted
 from photos.classifier_file import load_classifier, save_classifier
 from photos.estimator import Estimator
 from photos.fitting import FitFlags, fit_folder
@@ -56,13 +55,6 @@ class FewShotClassifier(Estimator):
         return from_flags(FitFlags, args), run
 
 
-def print_classifier(fitted: Fitted, notes: list[str]) -> None:
-    """Print the notes, and what is known of a classifier."""
-    for note in notes:
-        print(f"note: {note}")
-    print("\n".join(fitted_lines(fitted)))
-
-
 def main() -> None:
     args, began = args_parser("predict"), time.time()
     flags = from_flags(LabelFlags, args)
@@ -81,14 +73,15 @@ def main() -> None:
         predictions = label_folder(fitted, args.query, flags, run)
         about = {"seconds": round(time.time() - began, 2), **provenance(vars(args), run)}
         write_outputs(predictions, flags, about, run)
-        print_classifier(fitted, predictions.notes)
-        print("\n".join(summary_lines(predictions)))
+        print_notes(predictions.notes)
+        print(*fitted_lines(fitted), *summary_lines(predictions), sep="\n")
         print(f"predictions {flags.table}")
         print(f"page {flags.out / 'predictions.html'}")
         if args.copy_to:
             print(f"copies {args.copy_to}, in a folder per label")
     else:
-        print_classifier(fitted, fitted.notes)
+        print_notes(fitted.notes)
+        print(*fitted_lines(fitted), sep="\n")
 
     if args.save:
         save_classifier(args.save, fitted)

@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
-from engine.errors import UserError
+from engine.errors import UserError, one_line
 from engine.files import check_regular
 
 # Raise it with any change of the pixels that come of a file, by which the image cache is keyed.
@@ -107,7 +107,7 @@ def opened_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # on damaged bytes PIL raises also struct.error, TypeError, ...
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ValueError(one_line(error)) from error
 
 
 def decode(content: bytes, reading: Reading = PUBLISHED_READING) -> Image.Image:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from data.benchmarks import Split
 from engine.budget import check_memory
-from engine.errors import UserError
-from engine.files import Schema, atomic_file, matches_schema, read_json
+from engine.errors import UserError, one_line
+from engine.files import Schema, matches_schema, read_json, write_text
 from engine.generators import make_generator
 
 # A file of episodes: of each the images by name, with labels from 0 to n_way - 1; or a list of all names, `images`, and
@@ -160,8 +160,7 @@ def write_episodes(path: Path, split: Split, episodes: Episodes) -> None:
     both = zip(episodes.support, episodes.query, strict=True)
     listed = [{"support": named(support), "query": named(query)} for support, query in both]
     record = {"benchmark": split.benchmark, "split": split.split, **shape, "episodes": listed}
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(record, separators=(",", ":")), encoding="utf-8")
+    write_text(path, json.dumps(record, separators=(",", ":")))
 
 
 def by_class(labels: dict[str, int], n_way: int, n_each: int) -> list[list[str]]:
@@ -205,7 +204,7 @@ def read_episodes(path: Path, split: Split, shape: EpisodeShape, n_episodes: int
         found = EpisodeShape(record["n_way"], record["n_shot"], record["n_query"])
         index, names = image_table(record, shape) if found == shape else (torch.empty(0), [])
     except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last two: lists of unequal length, no numbers
-        raise UserError(f"episodes file {path} cannot be read ({' '.join(str(error).split())}): {again}") from error
+        raise UserError(f"episodes file {path} cannot be read ({one_line(error)}): {again}") from error
     if found != shape:
         raise UserError(f"episodes file {path} holds {found}, not {shape}: give matching flags or another file")
     if len(index) < n_episodes:

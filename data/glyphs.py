@@ -56,7 +56,8 @@ def provide_glyphs(folder: Path, seed: int = 0, quiet: bool = False) -> bool:
         settings = read_json(folder / SETTINGS)
         rendered = matches_schema(settings, {"benchmark": str, "version": int}) and settings["benchmark"] == "glyphs"
         if rendered and settings["version"] != VERSION:
-            raise UserError(f"'{folder}' is of another version of glyphs: delete it to have it rendered again")
+            found = f"'{folder}' is version {settings['version']} of glyphs, which is now {VERSION}"
+            raise UserError(f"{found}: delete it to have it rendered again")
     return False
 
 

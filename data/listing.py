@@ -59,11 +59,8 @@ def is_shown(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in SYSTEM_FILES
 
 
-def files_below(folder: Path, follow: bool = True) -> tuple[list[Path], list[Path]]:
-    """The images anywhere below a folder, in the order of torchvision's ImageFolder, and the files that are none.
-
-    follow: links to folders are followed.
-    """
+def files_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images anywhere below a folder, in the order of torchvision's ImageFolder, and the files that are none."""
 
     def stop(error: OSError) -> None:
         raise error
@@ -71,7 +68,7 @@ def files_below(folder: Path, follow: bool = True) -> tuple[list[Path], list[Pat
     images: list[Path] = []
     others: list[Path] = []
     found = []
-    for place, inner, names in os.walk(folder, onerror=stop, followlinks=follow):
+    for place, inner, names in os.walk(folder, onerror=stop, followlinks=True):
         above = Path(place).resolve() if inner else Path()  # a link to a folder around it would never end
         inner[:] = [n for n in inner if is_shown(n) and not above.is_relative_to(Path(place, n).resolve())]
         found += [(place, name) for name in names if is_shown(name)]
@@ -139,7 +136,7 @@ def list_json(file: Path, image_root: Path | None) -> Listing:
         if wrong := misfit(record, LIST):
             raise ValueError(wrong)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no json object of {', '.join(LIST)} ({error}): write it anew") from error
+        raise UserError(f"{file} is no json object of {', '.join(LIST)} ({error}): write it again") from error
     label_names, names, raw_labels = (record[key] for key in LIST)
     names = [name.replace("\\", "/") for name in names]  # of a list that was written on Windows
     if not names or len(names) != len(raw_labels):

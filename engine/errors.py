@@ -9,6 +9,11 @@ class UserError(Exception):
     """Something the user gave is wrong: the message names it, what was expected, and what to do."""
 
 
+def one_line(error: Exception, most: int | None = None) -> str:
+    """What an exception says, in one line, cut after `most` characters; its kind when it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose error is one line, without the usage of fifty flags above it."""
 

@@ -17,9 +17,10 @@ from typing import IO, Any, NoReturn, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
+from engine.errors import UserError, one_line
 
-Schema = dict[str, Any]  # the keys that a record must have, and the type of each value as an annotation or a Schema
+# The keys that a record must have, or may have where they end in "?"; the type of each value, or a Schema of it.
+Schema = dict[str, Any]
 # The type of a run's flags in a file.
 FLAGS = dict[str, str | float | bool | None | list[str | float]]
 
@@ -30,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{path} cannot be written ({reason}): free some space or give another folder") from error
 
 
@@ -84,8 +85,19 @@ def save_atomically(path: Path, content: dict[str, Any] | Tensor) -> None:
         os.fsync(file.fileno())
 
 
-def load_tensors(path: Path, device: torch.device | str) -> Any:
-    """The content of a file of torch.save, on `device`, running nothing of it.
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, UTF-8, atomically. Raises UserError when it cannot be written."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def cpu_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict to be saved: its tensors on the CPU and contiguous."""
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def load_tensors(path: Path) -> Any:
+    """The content of a file of torch.save, on the CPU, running nothing of it.
 
     Raises ValueError, with the reason in one line, when the file is damaged, of the format of torch before 1.6, or
     holds more than tensors and plain values; OSError when it cannot be opened.
@@ -104,7 +116,7 @@ def load_tensors(path: Path, device: torch.device | str) -> Any:
         if damaged:
             raise ValueError("its records do not fit their checksums, or take more bytes than it has")
         file.seek(0)
-        return read_tensors(file, device)
+        return read_tensors(file)
 
 
 class AsksFor(ValueError):
@@ -115,8 +127,8 @@ class AsksFor(ValueError):
         self.name = name
 
 
-def read_tensors(file: IO[bytes], device: torch.device | str) -> Any:
-    """The content of an open file of torch.save, of any format, on `device`, running nothing of it.
+def read_tensors(file: IO[bytes]) -> Any:
+    """The content of an open file of torch.save, of any format, on the CPU, running nothing of it.
 
     Raises ValueError, with the reason in one line, when it is damaged, and AsksFor when it asks for a class or function
     that torch does not count as safe (see torch.serialization.safe_globals).
@@ -124,9 +136,9 @@ def read_tensors(file: IO[bytes], device: torch.device | str) -> Any:
     try:
         with warnings.catch_warnings():  # of an odd pickle: what comes of it is said in the one line
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location=device, weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler raise nearly any exception
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error)
         asked = re.search(r"GLOBAL (\S+)", text)
         if asked:  # torch's own words go on to how one would run it
             raise AsksFor(asked[1]) from error
@@ -168,7 +180,7 @@ def read_record(path: Path, form: str, schema: Schema, what: str, remedy: str) -
     or when it lacks a key of the schema or has one of another type.
     """
     try:
-        record = load_tensors(path, "cpu")
+        record = load_tensors(path)
         if not isinstance(record, dict) or record.get("format") != form:
             raise ValueError(f"it has no format {form!r}")
         if wrong := misfit(record, schema):
@@ -183,10 +195,11 @@ def read_record(path: Path, form: str, schema: Schema, what: str, remedy: str) -
 def misfit(record: dict[str, Any], schema: Schema) -> str:
     """The first key of the schema that a record lacks, or has of another type, in words; empty when there is none."""
     for key, kind in schema.items():
-        if key not in record:
+        name = key.removesuffix("?")
+        if name not in record and name == key:
             return f"it lacks {key!r}"
-        if not matches_schema(record[key], kind):
-            return f"its {key!r} is of another type"
+        if name in record and not matches_schema(record[name], kind):
+            return f"its {name!r} is of another type"
     return ""
 
 
@@ -196,9 +209,7 @@ def matches_schema(value: Any, kind: Any) -> bool:
     An int, of 64 bits, will do for a float; a str is valid UTF-8; the storage of a Tensor holds all its elements.
     """
     if isinstance(kind, dict):
-        return isinstance(value, dict) and all(
-            key in value and matches_schema(value[key], part) for key, part in kind.items()
-        )
+        return isinstance(value, dict) and not misfit(value, kind)
     origin, parts = (list, kind) if isinstance(kind, list) else (get_origin(kind), get_args(kind))
     if origin is UnionType:
         return any(matches_schema(value, part) for part in parts)

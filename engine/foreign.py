@@ -116,7 +116,7 @@ def read_foreign(path: Path) -> Any:
     for _ in range(MOST_CLASSES):
         try:
             with torch.serialization.safe_globals(known):
-                return read_tensors(io.BytesIO(content), "cpu") if legacy else load_tensors(path, "cpu")
+                return read_tensors(io.BytesIO(content)) if legacy else load_tensors(path)
         except AsksFor as error:
             if error.name in asked:
                 raise

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import atomic_file, writing
+from engine.files import write_text, writing
 from engine.records import to_json
 
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
@@ -44,8 +44,7 @@ class MetricsLog:
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
         """Make the file hold these rows alone, those of the steps that a resumed run has done."""
-        with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(to_json(row)) + "\n" for row in rows), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(to_json(row)) + "\n" for row in rows))
 
 
 def open_metrics(folder: Path, tensorboard: bool) -> MetricsLog:

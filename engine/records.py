@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 import torch
 
-from engine.files import atomic_file
+from engine.files import write_text
 from engine.run import Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -77,5 +77,4 @@ def to_json(value: Any) -> Any:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a JSON file atomically. Raises UserError when the folder cannot be written."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(to_json(record), indent=1) + "\n")

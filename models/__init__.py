@@ -82,8 +82,6 @@ def build_backbone(name: str, img_size: int, relation: bool = False, weights: st
     `weights` is 'none', or, for torchvision:NAME and timm:NAME, 'DEFAULT' (downloaded) or the path of a state dict.
     Raises ValueError for an unknown name, an image size that the backbone refuses, or weights that cannot be had.
     """
-    if weights != "none" and not name.startswith(("torchvision:", "timm:")):
-        raise ValueError(f"weights are for backbones torchvision:NAME and timm:NAME, not for {name}: give 'none'")
     if OTHERS.fullmatch(name):
         return PretrainedBackbone(name, img_size, weights)
     if name not in BACKBONES:

@@ -29,7 +29,8 @@ class Head(nn.Module):
 
     s and m: scale and margin (radians), where it has them. One generator, or None, makes one head; a list as many.
     weight: (n_class, d), or (E, n_class, d). scalars: its attributes that are plain numbers, saved with its state.
-    directions: whether `project` divides features by their norm, which may then be known beforehand.
+    directions: whether it sees unit features, and its scores are linear in them, so that the norm may be divided by
+    after the product.
     """
 
     weight: nn.Parameter
@@ -37,9 +38,9 @@ class Head(nn.Module):
     scalars: ClassVar[tuple[str, ...]] = ()
     directions: ClassVar[bool] = False
 
-    @abstractmethod
     def project(self, z: Tensor) -> Tensor:
-        """Features as the head sees them (as they are, or unit ones), in float32: (..., n, d) -> (..., n, d)."""
+        """Features as the head sees them, in float32: (..., n, d) -> (..., n, d)."""
+        return unit(z) if self.directions else z.float()
 
     @abstractmethod
     def scores(self, projected: Tensor) -> Tensor:
@@ -131,10 +132,6 @@ class softMax(Head):
         self.weight = initial_weight(n_class, d, bound, generators)
         self.bias = nn.Parameter(initial_weight(1, n_class, bound, generators).squeeze(-2).detach())
 
-    def project(self, z: Tensor) -> Tensor:
-        """Features in float32, unchanged."""
-        return z.float()
-
     def scores(self, projected: Tensor) -> Tensor:
         """(..., n, d) -> logits (..., n, n_class)."""
         return product(projected, self.weight) + self.bias.unsqueeze(-2)
@@ -151,10 +148,6 @@ class cosMax(Head):
         super().__init__()
         self.weight = initial_weight(n_class, d, math.sqrt(6.0 / (d + n_class)), generators)
         self.s = s
-
-    def project(self, z: Tensor) -> Tensor:
-        """Unit features."""
-        return unit(z)
 
     def scores(self, projected: Tensor) -> Tensor:
         """Unit features (..., n, d) -> s cos(theta) (..., n, n_class)."""
@@ -176,10 +169,6 @@ class arcMax(Head):
         self.weight = initial_weight(n_class, d, math.sqrt(6.0 / (d + n_class)), generators)
         self.s = s
         self.m = m
-
-    def project(self, z: Tensor) -> Tensor:
-        """Unit features."""
-        return unit(z)
 
     def scores(self, projected: Tensor) -> Tensor:
         """Unit features (..., n, d) -> cos(theta) (..., n, n_class)."""

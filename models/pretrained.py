@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from engine.errors import one_line
 from engine.foreign import read_foreign
 from engine.normalisation import IMAGENET, Normalisation
 from engine.resizing import PUBLISHED
@@ -129,7 +130,7 @@ def library_network(library: str, name: str, img_size: int, weights: str) -> nn.
     except (AssertionError, OSError, RuntimeError) as error:
         if not pretrained:
             raise refused(name, img_size, error) from error
-        reason = " ".join(str(error).split())[:200]  # no network, a broken file, or a model that has none
+        reason = one_line(error, 200)  # no network, a broken file, or a model that has none
         raise ValueError(f"no download of {name} ({reason}): give --weights PATH of a file, or none") from error
     if weights not in ("DEFAULT", "none"):
         load_weights(net, name, Path(weights))
@@ -165,7 +166,7 @@ def load_weights(net: nn.Module, name: str, path: Path) -> None:
     except ImportError as error:
         raise ValueError(f"--weights {path} needs safetensors: pip install safetensors") from error
     except Exception as error:  # a damaged file of safetensors raises an exception of its own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"--weights {path} cannot be read as a state dict of {name}: {reason}") from error
     state = next((content[key] for key in STATE_KEYS if isinstance(content.get(key), dict)), content)
     best, n_fit = best_fit(net, state)

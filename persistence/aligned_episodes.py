@@ -154,7 +154,7 @@ class AlignedEpisodes:
             same = state["episodes"][: len(self.rows)] == self.digests[: len(self.rows)]
         if not same:
             raise UserError(
-                f"{self.files.last} cannot be resumed: the episodes have changed since: start anew with --overwrite"
+                f"{self.files.last} cannot be resumed: the episodes have changed since: start again with --overwrite"
             )
         print(f"resumed after {len(self.rows)} episodes: {self.files.last}")
         if self.run.ranks.first:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from data.benchmarks import Split, median_size
 from data.glyphs import VERSION as GLYPHS_VERSION
-from engine.errors import UserError
-from engine.files import FLAGS, misfit, read_record, save_atomically
+from engine.errors import UserError, one_line
+from engine.files import FLAGS, cpu_state, read_record, save_atomically
 from engine.generators import seeded
 from engine.normalisation import IMAGENET, Normalisation
 from engine.records import to_json
@@ -61,7 +61,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically, its tensors on the CPU and contiguous, its config as plain values."""
     content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     for states in ("backbone_state", "head_state"):
-        content[states] = {k: v.detach().cpu().contiguous() for k, v in content[states].items()}
+        content[states] = cpu_state(content[states])
     content["config"] = to_json(content["config"])
     content["normalisation"] = [list(part) for part in content["normalisation"]]
     save_atomically(path, content)
@@ -72,9 +72,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises UserError when it is missing or is not one.
     """
-    kinds = get_type_hints(Checkpoint)
-    required = [f.name for f in fields(Checkpoint) if f.default is MISSING and f.default_factory is MISSING]
-    schema = {name: kinds[name] for name in required}
+    kinds = get_type_hints(Checkpoint) | {"normalisation": list[list[float]]}
+    later = {f.name for f in fields(Checkpoint) if f.default is not MISSING or f.default_factory is not MISSING}
+    schema = {f"{name}?" if name in later else name: kind for name, kind in kinds.items()}
     try:
         content = read_record(path, FORMAT, schema, "checkpoint", REMEDY)
     except UserError as not_ours:
@@ -84,13 +84,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
             return imported_checkpoint(path, read_imported(path), "", [])
         except ValueError:  # it is damaged
             raise not_ours from None
-    later = {"normalisation": list[list[float]], "glyphs_version": int, "eval_resize": str, "median_size": list[int]}
     try:
-        if wrong := misfit(content, {key: kind for key, kind in later.items() if key in content}):
-            raise ValueError(wrong)
         content["normalisation"] = Normalisation.of(*content.get("normalisation", IMAGENET))
     except (TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} has no usable normalisation or version ({error}): {REMEDY}") from error
+        raise UserError(f"checkpoint {path} has no usable normalisation ({error}): {REMEDY}") from error
     return Checkpoint(**{name: content[name] for name in kinds if name in content})
 
 
@@ -155,10 +152,12 @@ def load_backbone(
 
 
 def check_base_classes(path: Path, checkpoint: Checkpoint, dataset: str, class_names: list[str]) -> None:
-    """Raise UserError when a checkpoint was trained on other base classes than those of a benchmark, or on an older
-    rendering of glyphs."""
-    if checkpoint.dataset == "glyphs" and checkpoint.glyphs_version != GLYPHS_VERSION:
-        raise UserError(f"checkpoint {path} is of an older rendering of 'glyphs': train it anew with --overwrite")
+    """Raise UserError when a checkpoint was trained on other base classes than a benchmark has, or on another version
+    of glyphs."""
+    version = checkpoint.glyphs_version
+    if checkpoint.dataset == "glyphs" and version != GLYPHS_VERSION:
+        made_with = f"checkpoint {path} was trained on version {version} of 'glyphs', which is now {GLYPHS_VERSION}"
+        raise UserError(f"{made_with}: train it again with --overwrite")
     if not checkpoint.class_names:
         print(f"note: {path} does not name the classes that it was trained on: see that none of them is novel here")
     elif set(checkpoint.class_names) != set(class_names):
@@ -199,7 +198,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"the weights of {path} do not fit {type(module).__name__} ({reason})") from error
     check_weights(module, path)
 

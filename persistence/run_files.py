@@ -157,7 +157,7 @@ class RunFiles:
         if self.folders.overwrite:
             return
         if self.schema and self.last.is_file():
-            self.state = read_record(self.last, STATE_FORMAT, self.schema, "state", "start anew with --overwrite")
+            self.state = read_record(self.last, STATE_FORMAT, self.schema, "state", "start again with --overwrite")
         resumed, finished = self.folders.resume and self.state is not None, self.table.is_file()
         earlier: dict[Path, dict[str, Any]] = {}
         if self.state:
@@ -181,7 +181,7 @@ class RunFiles:
         if self.state and not finished:
             raise UserError(f"{self.last} is of an unfinished run: continue it with --resume, or {ANOTHER_PLACE}")
         if self.state:
-            print(f"this run has finished: its result is computed again from {self.last}; --overwrite starts anew")
+            print(f"this run has finished: its result is computed again from {self.last}; --overwrite starts again")
 
     def begin(self, made_from: dict[str, str]) -> None:
         """Make ready for the first state of the run, or for those after the one found.
@@ -209,7 +209,7 @@ class RunFiles:
         try:
             yield self.state or {}
         except Exception as error:
-            raise UserError(f"{self.last} does not fit this run: start anew with --overwrite") from error
+            raise UserError(f"{self.last} does not fit this run: start again with --overwrite") from error
 
     @contextlib.contextmanager
     def resumable(self) -> Iterator[None]:
@@ -224,7 +224,7 @@ class RunFiles:
 def seed_of(path: Path) -> int | None:
     """The seed that a result, a state or a checkpoint was made with, if it is there and says so."""
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        content = read_json(path) if path.suffix == ".json" else load_tensors(path, "cpu")
+        content = read_json(path) if path.suffix == ".json" else load_tensors(path)
         return content["config"].get("seed")
     return None
 

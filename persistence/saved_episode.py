@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.episodes import Episodes
-from engine.errors import UserError
-from engine.files import Schema, misfit, read_record
+from engine.files import Schema, read_record
 from engine.precision import Precision
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting
@@ -23,14 +22,14 @@ from models.heads import unit
 EPISODE_FORMAT = "associative-alignment-episode/1"
 FEATURES = {"before": Tensor, "after": Tensor, "labels": Tensor}
 RELATED = {"name": str, "score": float, "images": Tensor}
-EPISODE = {
+EPISODE: Schema = {
     **{"episode": int, "class_names": list[str], "support": FEATURES, "query": FEATURES, "related": FEATURES},
     **{"support_images": Tensor, "related_classes": [[RELATED]], "method": str, "nearest": Tensor},
     **{"images": {"support": Tensor, "query": Tensor}, "logits": {"before": Tensor, "after": Tensor}},
+    # What files of earlier versions lack. scale: of the logits, by which cosines are multiplied.
+    **{"scale?": {"before": float, "after": float}, "title?": str},
+    "standing?": {"gain": float, "mean": float, "better_than": float},
 }
-# What files of earlier versions lack. scale: that of the logits, by which cosines are multiplied.
-SCALE = {"before": float, "after": float}
-LATER: Schema = {"scale": SCALE, "standing": {"gain": float, "mean": float, "better_than": float}, "title": str}
 N_SAMPLES = 4  # images kept of each related base class
 N_NEAREST = 3  # of them, those kept as the nearest of each query
 MAX_SIDE = 84  # pixels, of the images kept
@@ -131,7 +130,4 @@ def read_saved_episodes(path: Path) -> list[dict[str, Any]]:
     schema, remedy = EPISODE | {"more": [EPISODE]}, "delete it and run its stage again"
     first = read_record(path, EPISODE_FORMAT, schema, "saved episode", remedy)
     more = first.pop("more")
-    for record in (first, *more):
-        if wrong := misfit(record, {key: kind for key, kind in LATER.items() if key in record}):
-            raise UserError(f"{path} is a damaged saved episode ({wrong}): {remedy}")
     return [record | {"title": record.get("title", path.stem.replace("_", " "))} for record in (first, *more)]

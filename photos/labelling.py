@@ -95,7 +95,7 @@ def label_images(
                 follows_from = repr((fitted.classifier.digest, view, run.precision.name, files))
                 path = folder / f"{hashlib.sha256(follows_from.encode()).hexdigest()[:32]}.pt"
                 with contextlib.suppress(OSError, ValueError):  # not there, or damaged
-                    part = load_tensors(path, "cpu")
+                    part = load_tensors(path)
             if part is None:
                 views, kept, reasons = decode_views(chunk, view, num_workers, skip_bad)
                 answers = classify(fitted.classifier, views, run)._asdict() if kept else None

@@ -12,10 +12,11 @@ from typing import Any
 from PIL import Image
 
 from data.decode import Reading, open_rgb
+from engine.files import write_text
 from engine.run import Run
 from photos.images import list_support
 from photos.table import Predictions, accuracy_lines, confidence_lines, per_class_summary
-from reporting.html import html_page, write_page
+from reporting.html import html_page
 
 SIDE = 160  # pixels, the longer side of an image in the page
 QUALITY = 75
@@ -96,4 +97,4 @@ def write_predictions(path: Path, predictions: Predictions, support: Path | None
     images = template.replace("$data", json.dumps(page_data(predictions, pictures)).replace("<", "\\u003c"))
     lead = f"{len(paths)} images, labelled from {sum(predictions.n_support)} examples"
     sections = {"Classes": f'<ul class="facts">{lines}</ul>{class_table(predictions, support)}', "Images": images}
-    write_page(path, html_page("Predictions", lead, sections))
+    write_text(path, html_page("Predictions", lead, sections))

@@ -4,8 +4,6 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from engine.files import atomic_file
-
 
 def html_page(title: str, lead: str, sections: dict[str, str]) -> str:
     """A page of sections by title."""
@@ -19,9 +17,3 @@ def html_page(title: str, lead: str, sections: dict[str, str]) -> str:
         js=(folder / "page.js").read_text(encoding="utf-8"),
         body="".join(f'<section id="{name}"><h2>{name}</h2>{body}</section>' for name, body in sections.items()),
     )
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page, atomically. Raises UserError when it cannot be written."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")

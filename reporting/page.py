@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from engine.errors import OneLineParser
+from engine.files import write_text
 from engine.script import run_script
 from persistence.results import interval
 from persistence.saved_episode import read_saved_episodes
 from reporting.figures import FIGURES, draw_figures
-from reporting.html import html_page, write_page
-from reporting.page_episodes import episode_section, img, view_of
+from reporting.html import html_page
+from reporting.page_episodes import episode_section, img, queries_of
 from reporting.report import newest_first, read_results
 from reporting.result_table import ALWAYS, GAIN, MEAN, best_rows, columns_of, result_rows
 
@@ -99,7 +100,7 @@ def episodes_part(results_dir: Path, budget: int) -> str:
     kept, left_out = "", 0
     for file in newest_first(results_dir / "episodes", "*.pt"):
         for record in read_saved_episodes(file):
-            section = episode_section(view_of(record), is_open=not kept)
+            section = episode_section(record, queries_of(record), is_open=not kept)
             if left_out or len(kept) + len(section) > budget:
                 left_out += 1
             else:
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
     results_dir = parser.parse_args().results_dir
     path = results_dir / "report.html"
-    write_page(path, report_page(results_dir))
+    write_text(path, report_page(results_dir))
     print(f"page {path}")
 
 

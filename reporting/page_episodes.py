@@ -20,7 +20,7 @@ class Query:
     """A query image, uint8 (3, s, s), with its class and probabilities (n_way).
 
     about: the image in words. before, after: by the head before and after alignment. nearest: numbers of the images
-    nearest to it, counted through as EpisodeView says.
+    nearest to it, among those of related classes, class by class, or, without any, the support images.
     """
 
     about: str
@@ -44,27 +44,6 @@ class Query:
         return "put right" if self.truth == now else "put wrong" if self.truth == was else "changed"
 
 
-@dataclass(frozen=True)
-class EpisodeView:
-    """What is shown of an episode: support images, uint8 (3, s, s), and related base classes per class.
-
-    A related class has a name, its score and images (k, 3, s, s). The images that queries are near to are those of
-    related classes, class by class, or, without any, the support images. standing: how it compares with all, in words.
-    """
-
-    title: str
-    class_names: list[str]
-    support: list[list[Tensor]]
-    related: list[list[dict[str, Any]]]
-    queries: list[Query]
-    standing: str = ""
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the probabilities before and after alignment differ."""
-        return any(query.before != query.after for query in self.queries)
-
-
 def standing_text(record: dict[str, Any]) -> str:
     """How a saved episode stands among all: `gain +4.0, mean +2.0: better than 80 % of episodes`, if that is known."""
     if not (standing := record.get("standing")):
@@ -73,15 +52,12 @@ def standing_text(record: dict[str, Any]) -> str:
     return f"gain {standing['gain']:+.1f} points, mean of all {standing['mean']:+.1f}: {share}"
 
 
-def view_of(record: dict[str, Any]) -> EpisodeView:
-    """The view of a saved episode."""
-    names, truth = record["class_names"], record["query"]["labels"].tolist()
-    title = f"Episode {record['episode']}: {record['title']}"
-    support = [[*of_class] for of_class in record["images"]["support"].unflatten(0, (len(names), -1))]
+def queries_of(record: dict[str, Any]) -> list[Query]:
+    """The queries of a saved episode."""
+    truth = record["query"]["labels"].tolist()
     before, after = (record["logits"][when].float().softmax(1).tolist() for when in ("before", "after"))
-    about = [f"query {i}, of {names[c]}" for i, c in enumerate(truth)]
-    queries = [*map(Query, about, record["images"]["query"], truth, before, after, record["nearest"].tolist())]
-    return EpisodeView(title, names, support, record["related_classes"], queries, standing_text(record))
+    about = [f"query {i}, of {record['class_names'][c]}" for i, c in enumerate(truth)]
+    return [*map(Query, about, record["images"]["query"], truth, before, after, record["nearest"].tolist())]
 
 
 def img(kind: str, data: bytes, alt: str) -> str:
@@ -101,12 +77,11 @@ def probability_text(p: float) -> str:
     return "&gt; 99\u00a0%" if p >= 0.995 else "&lt; 1\u00a0%" if p < 0.005 else f"{100 * p:.0f}\u00a0%"
 
 
-def class_block(view: EpisodeView, w: int) -> str:
-    """A novel class: its name and support images, and its related base classes."""
-    name = view.class_names[w]
-    shots = "".join(thumbnail_img(image, f"support image of {name}") for image in view.support[w])
+def class_block(name: str, support: Tensor, related_classes: list[dict[str, Any]]) -> str:
+    """A novel class: its name and support images, uint8 (k, 3, s, s), and its related base classes."""
+    shots = "".join(thumbnail_img(image, f"support image of {name}") for image in support)
     tiles = ""
-    for related in view.related[w]:
+    for related in related_classes:
         images = "".join(thumbnail_img(x, f"base image of {related['name']}") for x in related["images"])
         score = f'<br><span class="soft">score {related["score"]:.2f}</span>'
         tiles += f'<li><div class="tiles">{images}</div><span class="name">{escape(related["name"])}</span>{score}'
@@ -117,12 +92,12 @@ def class_block(view: EpisodeView, w: int) -> str:
     )
 
 
-def probability_table(view: EpisodeView, query: Query) -> str:
-    """The probability of each class before and after alignment, as numbers and bars."""
+def probability_table(names: list[str], query: Query, aligned: bool) -> str:
+    """The probability of each class, before and after alignment if there was one, as numbers and bars."""
     columns = {"before alignment": query.before, "after alignment": query.after}
-    columns = columns if view.aligned else {"probability": query.after}
+    columns = columns if aligned else {"probability": query.after}
     rows = ""
-    for c, name in enumerate(view.class_names):
+    for c, name in enumerate(names):
         rows += f'<tr><th scope="row">{escape(name)}{" (its class)" if c == query.truth else ""}</th>'
         for p in columns.values():
             bar = f'<i class="bar" style="--p:{100 * p[c]:.1f}%"></i>'
@@ -131,7 +106,7 @@ def probability_table(view: EpisodeView, query: Query) -> str:
     return f'<table class="probabilities"><thead><tr>{head}<tbody>{rows}</table>'
 
 
-def query_block(view: EpisodeView, query: Query) -> str:
+def query_block(names: list[str], query: Query, aligned: bool) -> str:
     """A query, closed: image, label, whether it is right; the nearest images when it is pointed at or has the focus.
 
     Open: the probability of each class too.
@@ -141,41 +116,46 @@ def query_block(view: EpisodeView, query: Query) -> str:
     sign = f'<b class="{"right" if right else "wrong"}">{"✓" if right else "✗"}</b>'
     verdict = f"{sign}{query.kind}<br>{probability_text(query.after[now])}"
     if was != now:
-        more = f"was {escape(view.class_names[was])}, {probability_text(query.before[was])}"
+        more = f"was {escape(names[was])}, {probability_text(query.before[was])}"
     if not right:
-        more += f"<br>is {escape(view.class_names[query.truth])}"
+        more += f"<br>is {escape(names[query.truth])}"
     if query.nearest:
         near = f'<span class="near" data-near="{" ".join(map(str, query.nearest))}"><b>nearest images</b></span>'
     return (
         f'<details class="query{"" if right else " missed"}" data-kind="{query.kind}"><summary>'
         f'{thumbnail_img(query.image, query.about)}<span class="verdict">{verdict}</span>'
-        f'<span class="label">{escape(view.class_names[now])}<span class="more">{more}</span></span>{near}</summary>'
-        f'<div class="open"><p class="note">{escape(query.about)}</p>{probability_table(view, query)}</div></details>'
+        f'<span class="label">{escape(names[now])}<span class="more">{more}</span></span>{near}</summary>'
+        f'<div class="open"><p class="note">{escape(query.about)}</p>'
+        f"{probability_table(names, query, aligned)}</div></details>"
     )
 
 
-def summary_text(view: EpisodeView) -> str:
-    """The number of queries and how many are right before and after alignment."""
-    n = len(view.queries)
-    before, after = (100 * sum(query.labels[k] == query.truth for query in view.queries) / max(n, 1) for k in (0, 1))
-    was = f"{before:.1f} % right before alignment, " if view.aligned else ""
+def summary_text(queries: list[Query], aligned: bool, standing: str) -> str:
+    """The number of queries and how many are right before and after alignment; how the episode stands among all."""
+    n = len(queries)
+    before, after = (100 * sum(query.labels[k] == query.truth for query in queries) / max(n, 1) for k in (0, 1))
+    was = f"{before:.1f} % right before alignment, " if aligned else ""
     right = f"{n} queries; {was}{after:.1f} % right{' after' if was else ''}"
-    return f"{right}; {view.standing}" if view.standing else right
+    return f"{right}; {standing}" if standing else right
 
 
-def episode_section(view: EpisodeView, is_open: bool) -> str:
-    """An episode, to be opened: its classes, then its queries, those that alignment changed first."""
-    classes = "".join(class_block(view, w) for w in range(len(view.class_names)))
-    ordered = sorted(view.queries, key=lambda q: (KINDS.index(q.kind), max(q.after)))[:MAX_QUERIES]
-    cut = f", the first {MAX_QUERIES} of {len(view.queries)}" if len(view.queries) > MAX_QUERIES else ""
-    queries = [f'<h3>Queries{cut}</h3><p class="note">{HOW}</p>']
+def episode_section(record: dict[str, Any], queries: list[Query], is_open: bool) -> str:
+    """A saved episode, to be opened: its classes, then its queries, those that alignment changed first."""
+    names, related = record["class_names"], record["related_classes"]
+    title = f"Episode {record['episode']}: {record['title']}"
+    aligned = any(query.before != query.after for query in queries)
+    supports = record["images"]["support"].unflatten(0, (len(names), -1))
+    classes = "".join(map(class_block, names, supports, related))
+    of_related = ", and the base classes related to each" * any(related)
+    ordered = sorted(queries, key=lambda q: (KINDS.index(q.kind), max(q.after)))[:MAX_QUERIES]
+    cut = f", the first {MAX_QUERIES} of {len(queries)}" if len(queries) > MAX_QUERIES else ""
+    shown = [f'<h3>Queries{cut}</h3><p class="note">{HOW}</p>']
     for kind in KINDS:
-        blocks = [query_block(view, query) for query in ordered if query.kind == kind]
-        title = f"<h4>{kind} ({len(blocks)})</h4>" if len(blocks) < len(ordered) else ""
-        queries.append(f'{title}<div class="queries">{"".join(blocks)}</div>' if blocks else "")
+        blocks = [query_block(names, query, aligned) for query in ordered if query.kind == kind]
+        heading = f"<h4>{kind} ({len(blocks)})</h4>" if len(blocks) < len(ordered) else ""
+        shown.append(f'{heading}<div class="queries">{"".join(blocks)}</div>' if blocks else "")
     return (
-        f'<details class="episode"{" open" if is_open else ""}><summary><strong>{escape(view.title)}</strong>'
-        f'<span class="soft">{summary_text(view)}</span></summary><div class="inside">'
-        f"<h3>Classes{', and the base classes related to each' * any(view.related)}</h3>{classes}{''.join(queries)}"
-        "</div></details>"
+        f'<details class="episode"{" open" if is_open else ""}><summary><strong>{escape(title)}</strong>'
+        f'<span class="soft">{summary_text(queries, aligned, standing_text(record))}</span></summary>'
+        f'<div class="inside"><h3>Classes{of_related}</h3>{classes}{"".join(shown)}</div></details>'
     )

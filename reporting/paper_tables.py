@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import Schema, atomic_file, matches_schema
+from engine.files import Schema, matches_schema, write_text
 from engine.records import write_json
 from methods.meta_learners import META_LEARNERS
 from models import HEADS
@@ -271,6 +271,5 @@ def write_table(stem: Path, about: dict[str, Any], records: Sequence[dict[str, A
     title = f"{about['table']} table, {about['dataset']}, {about['scale']} scale: {done} of {len(records)} rows"
     text = f"# {title}\n\nmade by `{about['command']}`\n\n{markdown([*records, *means])}\n"
     write_json(stem.with_name(f"{stem.name}.json"), {**about, "rows": list(records), "means": means})
-    with atomic_file(stem.with_name(f"{stem.name}.md")) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(stem.with_name(f"{stem.name}.md"), text)
     return text

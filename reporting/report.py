@@ -20,18 +20,18 @@ from methods.intervals import mean_record
 from persistence.results import interval
 from reporting.result_table import FORMATS, MEAN, markdown_table, measured, result_rows, tested_on
 
-# What a result holds that is reported or drawn.
-DIFFERENCE: Schema = {"accuracy": float, "ci95": float | None}
-ACCURACY: Schema = DIFFERENCE | {"accuracy_per_episode": list[float]}
-RESULT: Schema = {
-    **{"stage": str, "dataset": str, "method": str, "backbone": str, "img_size": int, "n_way": int, "n_shot": int},
-    **{"n_episodes": int, "seconds": float, "seed": int, "config": FLAGS},
-}
-# What results of earlier versions lack; with the classes of the episodes came the intervals over classes.
+# What a result holds that is reported or drawn; what ends in "?" results of earlier versions lack.
+DIFFERENCE: Schema = {"accuracy": float, "ci95": float | None, "ci95_classes?": float | None}
+ACCURACY: Schema = DIFFERENCE | {"accuracy_per_episode": list[float], "confusion?": dict[str, dict[str, int]]}
+CONTROLS = GenericAlias(dict, (str, ACCURACY | {"difference": DIFFERENCE}))
 CURVE: Schema = DIFFERENCE | {"iteration": int, "gain": float, "gain_ci95": float | None}
-CONFUSION: Schema = {"confusion": dict[str, dict[str, int]]}
-LATER: Schema = CONFUSION | {"curve": [CURVE], "novel_dataset": str, "classes_per_episode": list[list[int]]}
-LATER |= {"checkpoint_epoch": int | None, "epochs_trained": int | None, "checkpoint_digest": str, "n_images": int}
+RESULT: Schema = ACCURACY | {
+    **{"stage": str, "dataset": str, "method": str, "backbone": str, "img_size": int, "n_way": int, "n_shot": int},
+    **{"n_episodes": int, "seconds": float, "seed": int, "config": FLAGS, "novel_dataset?": str, "n_images?": int},
+    **{"checkpoint_epoch?": int | None, "epochs_trained?": int | None, "checkpoint_digest?": str},
+    **{"classes_per_episode?": list[list[int]], "curve?": [CURVE], "nearest_mean?": CONTROLS, "controls?": CONTROLS},
+}
+ALIGNED: Schema = RESULT | {"alignment": str, "fine_tuning": ACCURACY, "difference": DIFFERENCE}
 EPOCH: Schema = {"epoch": int} | dict.fromkeys(("loss", "base_accuracy", "val_accuracy", "val_ci95"), float | None)
 # What results of the same episodes have in common.
 PAIR_KEYS = ("dataset_fingerprint", "n_way", "n_shot", "n_query", "episodes")
@@ -42,25 +42,13 @@ def newest_first(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True)
 
 
-def result_schema(record: dict[str, Any]) -> Schema:
-    """What is read of a result: of stage 3 also what alignment is compared with, and what no earlier version lacks."""
-    over_classes: Schema = {"ci95_classes": float | None} if "classes_per_episode" in record else {}
-    accuracy, difference = ACCURACY | over_classes, DIFFERENCE | over_classes
-    schema = RESULT | accuracy | {key: kind for key, kind in LATER.items() if key in record}
-    if "alignment" in record:
-        before = accuracy | (CONFUSION if "confusion" in record else {})
-        schema |= {"alignment": str, "fine_tuning": before, "difference": difference}
-    controls = GenericAlias(dict, (str, accuracy | {"difference": difference}))
-    return schema | {key: controls for key in ("nearest_mean", "controls") if key in record}
-
-
 def result_in(file: Path) -> dict[str, Any] | None:
     """The result of a stage in a JSON file, or None for another table. Raises UserError when missing or damaged."""
     try:
         record = read_json(file)
         if not (isinstance(record, dict) and "stage" in record):
             return None
-        if wrong := misfit(record, result_schema(record)):
+        if wrong := misfit(record, ALIGNED if "alignment" in record else RESULT):
             raise ValueError(wrong)
         return record
     except FileNotFoundError as error:

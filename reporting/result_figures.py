@@ -152,7 +152,7 @@ def draw_matrix(axes: Axes, names: list[str], values: Tensor, is_difference: boo
 
 def confusion_figure(record: dict[str, Any]) -> Figure:
     """Confusion over all episodes of a result; of stage 3 also what alignment has changed of fine-tuning's."""
-    of_control = record["fine_tuning"]["confusion"] if "alignment" in record else {}
+    of_control = record.get("fine_tuning", {}).get("confusion", {})
     rows = [*record["confusion"].items(), *of_control.items()]
     names = sorted({name for true, predicted in rows for name in (true, *predicted)})
     shares = share_matrix(record["confusion"], names)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import UserError, one_line
 from engine.files import check_regular
 
 
@@ -95,5 +95,5 @@ def _archive_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except Exception as error:  # damage makes tarfile and the decompressors raise nearly any exception
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"'{path}' is truncated, or no tar or zip archive ({reason}): get it again") from None

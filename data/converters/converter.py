@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.listing import subfolders
-from engine.errors import UserError
+from engine.errors import UserError, one_line
 from engine.files import matches_schema, read_json
 
 SPLITS = ("base", "val", "novel")
@@ -119,7 +119,7 @@ def whole_numbers(values: object, where: str, below: int | None = None) -> list[
         if below is not None and array.max(initial=0) >= max(below, 1):
             raise ValueError(f"the largest is {array.max()}, of {below}")
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{where} are not whole numbers from 0 ({' '.join(str(error).split())})") from None
+        raise UserError(f"{where} are not whole numbers from 0 ({one_line(error)})") from None
     return [int(value) for value in array]
 
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from engine.errors import UserError
+from engine.errors import UserError, one_line
 from engine.files import check_regular
 from engine.foreign import NumberType
 
@@ -69,7 +69,7 @@ def load_pickle(file: IO[bytes], name: str) -> Any:
             warnings.simplefilter("ignore")
             return ArrayUnpickler(file, encoding="latin1").load()
     except Exception as error:  # a broken pickle fails anywhere in the unpickler, with nearly any exception
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"'{name}' cannot be read as a pickle ({reason}): get the file again") from None
 
 

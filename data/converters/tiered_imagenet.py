@@ -12,17 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.converters.converter import (
-    SOURCE,
-    TAGS,
-    Conversion,
-    Converter,
-    ImageItem,
-    are_images,
-    whole_numbers,
-)
+from data.converters.converter import SOURCE, TAGS, Conversion, Converter, ImageItem, are_images, whole_numbers
 from data.converters.safe_pickle import load_pickle_file
-from engine.errors import UserError
+from engine.errors import UserError, one_line
 from engine.files import matches_schema
 
 N_CLASSES = {"base": 351, "val": 97, "novel": 160}
@@ -83,7 +75,7 @@ def _readers(source: Path, tag: str) -> list[Callable[[], bytes | NDArray[np.uin
         with np.load(npz) as arrays:
             images = arrays["images"]
     except Exception as error:  # damage makes numpy and zipfile raise nearly any exception
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise UserError(f"'{npz}' is no whole npz file with an array 'images' ({reason}): get the file again") from None
     if not are_images(images):
         raise UserError(f"'{npz}': 'images' is not an array (n, height, width, 3) of uint8, but {images.shape}")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data.converters.converter import SPLITS, Conversion, ImageItem, whose_classes
 from data.decode import decode
 from engine.errors import UserError
-from engine.files import atomic_file, is_text, read_json
+from engine.files import atomic_file, is_text, read_json, write_text
 
 SETTINGS = "prepared.json"
 SHOWN = 5  # names in an error line; the rest is counted
@@ -104,8 +104,7 @@ def _check_settings(work: Path, settings: dict[str, object]) -> None:
     elif work.exists() and any(not path.name.startswith(".") for path in work.iterdir()):
         raise UserError(f"'{work}' exists and was not made by this command: give another folder with --out")
     else:
-        with atomic_file(file) as temporary:
-            temporary.write_text(json.dumps(settings), encoding="utf-8")
+        write_text(file, json.dumps(settings))
 
 
 def _write_image(item: ImageItem, target: Path) -> None:

@@ -31,7 +31,7 @@ def test_what_is_saved_comes_back_and_replaces_what_was_there(tmp_path):
     path = tmp_path / "new" / "state.tar"
     for content in ({"weight": torch.zeros(2)}, {"weight": torch.arange(3.0), "epoch": 4, "best": [0.5, None]}):
         save_atomically(path, content)
-        found = load_tensors(path, "cpu")
+        found = load_tensors(path)
         assert found.keys() == content.keys() and torch.equal(found.pop("weight"), content.pop("weight"))
         assert found == content
     assert [file.name for file in path.parent.iterdir()] == ["state.tar"]
@@ -87,7 +87,7 @@ def test_what_a_killed_process_left_of_a_file_is_removed_and_nothing_of_others(t
 def test_what_is_no_file_of_ours_is_not_unpickled(tmp_path, content):
     (tmp_path / "state.tar").write_bytes(content)
     with pytest.raises(ValueError, match="no file of torch.save"):
-        load_tensors(tmp_path / "state.tar", "cpu")
+        load_tensors(tmp_path / "state.tar")
 
 
 SCHEMA = {"epoch": int, "state": dict[str, torch.Tensor]}

@@ -281,16 +281,10 @@ def test_a_backbone_needs_to_write_its_blocks_alone():
     assert set(net.state_dict()) == {"layer.weight", "layer.bias"}
 
 
-@pytest.mark.parametrize(
-    ("name", "weights", "words"),
-    [
-        ("Conv5", "none", "unknown backbone 'Conv5': choose one of Conv4, .*, torchvision:NAME, timm:NAME or custom:"),
-        ("Conv4", "DEFAULT", "weights are for backbones torchvision:NAME and timm:NAME, not for Conv4"),
-    ],
-)
-def test_unknown_names_and_weights_are_refused(name, weights, words):
+def test_unknown_names_are_refused():
+    words = "unknown backbone 'Conv5': choose one of Conv4, .*, torchvision:NAME, timm:NAME or custom:"
     with pytest.raises(ValueError, match=words):
-        build_backbone(name, 32, weights=weights)
+        build_backbone("Conv5", 32)
 
 
 @pytest.mark.parametrize("name", ["Conv4", "ResNet12", "WideResNet", "torchvision:resnet18"])

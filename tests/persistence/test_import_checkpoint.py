@@ -284,7 +284,7 @@ def test_the_stand_ins_are_for_published_files_alone(tmp_path, base):
     path.write_bytes(saved())
     assert importing(path, tmp_path / "ours.tar", "--base", base).status == 0
     with pytest.raises(ValueError, match=r"asks for \w+\.\w+;|asks for numpy"):
-        load_tensors(path, "cpu")
+        load_tensors(path)
 
 
 def test_a_file_is_not_overwritten_and_a_missing_one_is_named(tmp_path, base):

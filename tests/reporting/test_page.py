@@ -12,7 +12,7 @@ import torch
 from persistence.saved_episode import read_saved_episodes
 from reporting.figures import FIGURES
 from reporting.page import MAX_BYTES, measure, report_page
-from reporting.page_episodes import MAX_QUERIES, Query, episode_section, view_of
+from reporting.page_episodes import MAX_QUERIES, Query, episode_section
 from tests.helpers import STAGE_3, align, call, result
 
 EVIL = "<script>alert(1)</script>"
@@ -135,9 +135,8 @@ def test_names_are_escaped(aligned, aligned_copy):
 def test_a_large_episode_is_cut_and_episodes_beyond_the_size_are_left_out(aligned_copy, monkeypatch):
     noise = torch.randint(0, 256, (3, 84, 84), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     saved = read_saved_episodes(aligned_copy / "results" / "episodes" / f"{STAGE_3}.pt")[0]
-    view = view_of(saved)
     many = [Query("noise", noise, 0, [0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0])] * 250
-    section = episode_section(type(view)(**(vars(view) | {"queries": many})), True)
+    section = episode_section(saved, many, True)
     assert f"the first {MAX_QUERIES} of 250" in section and len(section) < MAX_BYTES
     monkeypatch.setattr("reporting.page.MAX_BYTES", 20_000)
     text = report_page(aligned_copy / "results")

@@ -206,7 +206,7 @@ def test_a_finished_run_may_be_run_again_says_so_and_keeps_its_model(copy, finis
     before = {path: content for path, content in files(copy).items() if path.parent.name in ("models", "episodes")}
     again = [*COMMANDS[script], *folders(copy), "--num_workers", 0]
     outcome = call(script, *again)
-    assert outcome.status == 0 and "this run has finished" in outcome.out and "--overwrite starts anew" in outcome.out
+    assert outcome.status == 0 and "this run has finished" in outcome.out and "--overwrite starts again" in outcome.out
     assert before.items() <= files(copy).items() and numbers(copy, script) == numbers(finished[0], script)
     resumed = call(script, *again, "--resume")
     assert resumed.status == 0 and "resumed after" in resumed.out
