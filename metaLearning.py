@@ -83,7 +83,6 @@ def train_on_episodes(args: Namespace, run: Run) -> None:
     scores = evaluate_on_split(learner, backbone, novel, novel_episodes, run, bar="novel")
     trained = training_record(path, checkpoint, weights_digest(backbone))
     save_result(files, novel, novel_episodes, scores, run, trained)
-    print(f"checkpoint {path}, result {files.table}")
 
 
 def main() -> None:

@@ -85,7 +85,6 @@ def train_on_base_classes(args: Namespace, run: Run) -> None:
     scores = evaluate_heads(features, novel_episodes, fit, run, bar="novel episodes")
     trained = training_record(path, checkpoint, weights_digest(backbone))
     save_result(files, novel, novel_episodes, scores, run, trained)
-    print(f"checkpoint {path}, result {files.table}")
 
 
 def main() -> None:

@@ -143,14 +143,13 @@ def load_listed(options: DataOptions, dataset: str, split: str, listing: Listing
     names = image_names(listing)
     if len(set(names)) < len(names):  # an image in the support and in the query; two images of one name in a file
         twice = next(name for name, count in Counter(names).items() if count > 1)
-        file = options.benchmarks_dir / folder_name(dataset) / f"{split}.json"
+        file = options.benchmarks_dir / dataset / f"{split}.json"
         raise UserError(f"{file} lists image {twice!r} twice: give each image of a class once, by a name of its own")
     min_crop = options.crop_scale[0] if options.crop_scale and split == "base" else None
     rule = options.eval_resize or PUBLISHED
     check_rule(rule, options.img_size)
     files = ImageFiles(f"{dataset}_{split}", paths, names, min_crop, rule)
-    how = (options.img_size, options.cache_dir, options.num_workers, options.quiet)
-    arrays = load_images(files, *how)
+    arrays = load_images(files, options.img_size, options.cache_dir, options.num_workers, options.quiet)
     return Split(
         benchmark=dataset,
         split=split,

@@ -34,6 +34,9 @@ class EpisodeShape:
     n_shot: int
     n_query: int
 
+    def __str__(self) -> str:
+        return f"{self.n_way}-way {self.n_shot}-shot episodes of {self.n_query} queries per class"
+
 
 @dataclass(frozen=True)
 class Task:

@@ -101,11 +101,6 @@ def stored_size(sizes: np.ndarray, n_pixels: int) -> list[int]:
     return np.maximum(np.rint(largest * np.sqrt(n_pixels / area).clip(max=1.0)), 1).astype(np.int64).tolist()
 
 
-def train_view(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """A training image, (3, height, width), resized by a sharp filter, because its crops are filtered again."""
-    return hwc_to_chw(image.resize((width, height), Image.Resampling.LANCZOS))
-
-
 VERSIONS = [DECODE_VERSION, EVAL_VIEW_VERSION, TRAIN_VIEW_VERSION]
 
 
@@ -227,8 +222,9 @@ def write_views(
         content = image_bytes(files.paths[i])
         with naming_image(files.paths[i]):
             image = decode(content)
-        train = train_view(image, *stored).tobytes() if stored else b""
-        view = eval_view(image, img_size, files.rule).tobytes()
+        view, train = eval_view(image, img_size, files.rule).tobytes(), b""
+        if stored:  # by a sharp filter, because its crops are filtered again
+            train = hwc_to_chw(image.resize(stored[::-1], Image.Resampling.LANCZOS)).tobytes()
         return (image.height, image.width), hashlib.sha256(content).digest(), view, train
 
     sizes, fingerprint = [], hashlib.sha256()

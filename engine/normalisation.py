@@ -14,10 +14,10 @@ class Normalisation(NamedTuple):
         """Of what a library, a user's network or a file says. Raises ValueError when that is not 3 numbers each."""
         try:
             values = [tuple(float(v) for v in part) for part in (mean, std)]  # type: ignore[attr-defined]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"mean {mean!r:.40} and std {std!r:.40} are not 3 numbers each") from error
+        except (TypeError, ValueError):
+            values = []
         if [len(part) for part in values] != [3, 3] or not all(0 < s < 1e6 for s in values[1]):
-            raise ValueError(f"mean {mean!r:.40} and std {std!r:.40} are not 3 numbers each, those of std above 0")
+            raise ValueError(f"mean {mean!r:.40} and std {std!r:.40} are not 3 numbers each, of std above 0")
         return cls(*values)  # type: ignore[arg-type]
 
 

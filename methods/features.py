@@ -38,19 +38,6 @@ def outputs(network: Callable[[Tensor], Tensor], batches: Iterable[Tensor], prec
         yield z
 
 
-def joined(parts: Iterable[Tensor], n: int) -> Tensor:
-    """Concatenate parts (n_i, ...) of n rows in all, without the second copy in memory of torch.cat."""
-    rows, end = torch.empty(0), 0
-    for part in parts:
-        if not end:
-            is_nhwc = part.is_contiguous(memory_format=torch.channels_last) and not part.is_contiguous()
-            form = torch.channels_last if is_nhwc else torch.contiguous_format
-            rows = torch.empty(n, *part.shape[1:], dtype=part.dtype, device=part.device, memory_format=form)
-        rows[end : end + len(part)] = part
-        end += len(part)
-    return rows
-
-
 @torch.no_grad()
 def embed(backbone: Backbone, images: Tensor, run: Run, bar: str = "", maps: bool = False) -> Tensor:
     """Features of uint8 images (N, 3, s, s) by the backbone in eval mode: (N, d) float32 on the run's device.
@@ -58,7 +45,8 @@ def embed(backbone: Backbone, images: Tensor, run: Run, bar: str = "", maps: boo
     `bar` names a progress bar; empty shows none. With `maps` the result is the feature maps, (N, c, h, w). The batches
     are shared out over the ranks, which all get all features.
     """
-    d = math.prod(backbone.map_shape) if maps else backbone.feature_dim
+    shape = backbone.map_shape if maps else (backbone.feature_dim,)
+    d = math.prod(shape)
     less = "give a smaller --img_size or another --backbone"
     check_memory(f"keeping {d} features of each of {len(images)} images", 4 * d * len(images), less, run.device)
     backbone.eval()
@@ -66,8 +54,11 @@ def embed(backbone: Backbone, images: Tensor, run: Run, bar: str = "", maps: boo
     starts = run.bar(shares, bar, "batch")
     batches = (network_input(images[start : start + BATCH], run.device, backbone.normalisation) for start in starts)
     network = backbone.feature_map if maps else backbone
-    n_mine = sum(min(BATCH, len(images) - start) for start in shares)
-    mine = joined(outputs(network, batches, run.precision), n_mine)
+    # Filled batch by batch: a list to be concatenated would be a second copy in memory.
+    n_mine, form = sum(min(BATCH, len(images) - start) for start in shares), torch.contiguous_format
+    mine = torch.empty(n_mine, *shape, device=run.device, memory_format=torch.channels_last if maps else form)
+    for first, z in zip(range(0, n_mine, BATCH), outputs(network, batches, run.precision), strict=True):
+        mine[first : first + BATCH] = z
     return gather_rows([mine] if n_mine else [], run.ranks, run.device)
 
 

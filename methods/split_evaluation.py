@@ -22,16 +22,11 @@ from methods.meta_learner import MetaLearner
 from models.backbone import Backbone
 
 
-def is_kept(backbone: Backbone, learner: MetaLearner, n_images: int) -> bool:
-    """Whether a split is embedded once: unless its maps are large and the learner takes means."""
-    return not learner.takes_means or n_images * math.prod(backbone.map_shape) <= MAPPED
-
-
 def evaluate_on_split(
     learner: MetaLearner, backbone: Backbone, split: Split, episodes: Episodes, run: Run, bar: str = ""
 ) -> EpisodeScores:
     """Score the queries of all episodes of a split, in eval mode. `bar` names the progress bars; empty shows none."""
-    if not is_kept(backbone, learner, len(split.labels)):
+    if learner.takes_means and len(split.labels) * math.prod(backbone.map_shape) > MAPPED:
         return evaluate_class_by_class(learner, backbone, split, episodes, run, bar)
     features = embed(backbone, split.images, run, bar and f"embed {bar}", learner.uses_maps)
     return evaluate_meta_learner(learner, features, episodes, run, bar and f"{bar} episodes")

@@ -84,14 +84,6 @@ def timm_input(name: str) -> Input:
     return Input(side, normalisation, resized, sides, config["interpolation"])
 
 
-def custom_input(name: str) -> Input:
-    """Image size and normalisation of the network which a user's function makes."""
-    return custom_network(name)[1]
-
-
-INPUTS = {"torchvision": torchvision_input, "timm": timm_input, "custom": custom_input}
-
-
 def torchvision_network(name: str, pretrained: bool, img_size: int) -> nn.Module:
     """A model without its classifier, its last linear layer, or the last convolution where none is linear."""
     from torchvision import models
@@ -227,6 +219,10 @@ def custom_network(name: str) -> tuple[nn.Module, Input]:
         raise ValueError(f"the img_size of custom:{name} is {size!r:.40}: expected a number of pixels")
     mean, std = (getattr(net, part, getattr(IMAGENET, part)) for part in ("mean", "std"))
     return net, Input(size, Normalisation.of(mean, std))
+
+
+# By library, the images that a network of this name takes; a user's own is made, to ask it.
+INPUTS = {"torchvision": torchvision_input, "timm": timm_input, "custom": lambda name: custom_network(name)[1]}
 
 
 def members(child: nn.Module) -> list[nn.Module]:

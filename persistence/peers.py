@@ -53,7 +53,7 @@ def residual(name: str, pattern: str = "layer{i}.0.") -> str:
     return indexed(name, pattern).replace("shortcut", "downsample")
 
 
-def staged(name: str, depths: tuple[int, ...], pattern: str, stem: str, last: str, shortcut: str) -> str:
+def staged(name: str, depths: tuple[int, ...], pattern: str, shortcut: str) -> str:
     """Names of a network whose blocks are counted in each of its stages, s from 1, b from 0."""
     places = [(s, b) for s, depth in enumerate(depths, 1) for b in range(depth)]
 
@@ -62,8 +62,8 @@ def staged(name: str, depths: tuple[int, ...], pattern: str, stem: str, last: st
         return pattern.format(s=s, b=b)
 
     name = re.sub(r"^layers\.(\d+)\.", place, name)
-    name = re.sub(r"^stem\.(0\.)?(?=weight|bias)", stem, name)
-    return re.sub(r"^norm\.", last, re.sub(r"^stem\.1\.", "bn1.", name)).replace("shortcut.", shortcut)
+    name = re.sub(r"^stem\.(0\.)?(?=weight|bias)", "conv1.", name)
+    return re.sub(r"^(norm|stem\.1)\.", "bn1.", name).replace("shortcut.", shortcut)
 
 
 def torchvision_trunk(name: str) -> str:
@@ -100,10 +100,9 @@ class Peer:
 
 
 CONV_PAIR = partial(indexed, conv="0", bn="1")
-BASIC = partial(staged, pattern="layer{s}.{b}.", stem="conv1.", last="bn1.", shortcut="downsample.")
-WRN = partial(staged, depths=(4, 4, 4), stem="conv1.", last="bn1.")
-BIASED = partial(WRN, pattern="layer{s}.{b}.", shortcut="shortcut.0.")
-PREACT = partial(WRN, pattern="block{s}.layer.{b}.", shortcut="convShortcut.")
+BASIC = partial(staged, pattern="layer{s}.{b}.", shortcut="downsample.")
+BIASED = partial(staged, depths=(4, 4, 4), pattern="layer{s}.{b}.", shortcut="shortcut.0.")
+PREACT = partial(staged, depths=(4, 4, 4), pattern="block{s}.layer.{b}.", shortcut="convShortcut.")
 RESNET18 = partial(BASIC, depths=(2, 2, 2, 2))
 # What goes with all networks of a repository: prefixes, keys of the file, head, normalisation, resize rule.
 NO_HEAD = r"(?!)"

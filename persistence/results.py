@@ -102,7 +102,7 @@ def run_record(files: RunFiles, novel: Split, episodes: Episodes, run: Run) -> d
 def save_result(
     files: RunFiles, novel: Split, episodes: Episodes, scores: EpisodeScores, run: Run, training: dict[str, Any]
 ) -> None:
-    """Write the result of stage 1 or 2, and print its accuracy; the first rank does. training: see training_record."""
+    """Write the result of stage 1 or 2, and print its accuracy; the first rank does. training: a training_record."""
     if not run.ranks.first:
         return
     record = run_record(files, novel, episodes, run) | training
@@ -110,6 +110,7 @@ def save_result(
     write_json(files.table, record)
     print(f"{files.name.method} on {novel.benchmark}, {task_text(novel, episodes)}: {interval(record)} %")
     print_notes(class_notes(episodes))
+    print(f"checkpoint {record['checkpoint']}, result {files.table}")
 
 
 def difference_record(before: EpisodeScores, after: EpisodeScores, classes: Tensor) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ import torch
 
 from data.benchmarks import DataOptions, Split, list_split, load_listed
 from data.decode import image_bytes
-from data.listing import list_folder, split_folders
+from data.listing import list_folder, split_folders, subfolders
 from engine.errors import UserError
 
 
@@ -26,7 +26,7 @@ def load_base(folder: Path, options: DataOptions) -> tuple[Split, list[Path]]:
     root = Path(os.path.abspath(folder))
     if root.name == "glyphs" or "base" in split_folders(root) or (root / "base.json").is_file():
         listing, split = list_split(options, root.name, "base"), "base"
-    elif root.is_dir() and any(p.is_dir() and p.name[0] != "." for p in root.iterdir()):
+    elif subfolders(root):
         listing, split = list_folder(root), "folder"
     else:
         raise UserError(

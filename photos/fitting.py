@@ -104,15 +104,8 @@ def fit_source(
         why = f"--base {flags.base} is not used, for --alignment none" if flags.base else "it takes base images, --base"
         notes.append(f"no alignment: {why}")
     else:
-        parent, loading = Path(os.path.abspath(flags.base)).parent, (flags.num_workers, run.quiet, None)
-        options = DataOptions(
-            parent,
-            facts["img_size"],
-            flags.cache_dir,
-            flags.image_root,
-            *loading,
-            eval_resize=backbone.eval_resize,
-        )
+        parent, found_by = Path(os.path.abspath(flags.base)).parent, (flags.image_root, flags.num_workers, run.quiet)
+        options = DataOptions(parent, facts["img_size"], flags.cache_dir, *found_by, eval_resize=backbone.eval_resize)
         split, notes = base_without(flags.base, options, user.class_names, files)
         facts |= {"base": split.benchmark, "base_fingerprint": split.fingerprint}
         cache = FeatureCache(flags.cache_dir, run)

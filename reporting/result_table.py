@@ -75,7 +75,6 @@ def epoch_text(record: dict[str, Any]) -> str:
 
 def facts_of(record: dict[str, Any]) -> dict[str, str]:
     """What a result was made on and with, by column."""
-    counts = {name: record.get(key, "") for name, key in {"classes": "n_class", "images": "n_images"}.items()}
     return {
         "dataset": tested_on(record),
         "backbone": f"{record['backbone']}, {record['img_size']} px",
@@ -84,7 +83,8 @@ def facts_of(record: dict[str, Any]) -> dict[str, str]:
         "of each seed": "",
         "epoch": epoch_text(record),
         "checkpoint": record.get("checkpoint_digest", ""),
-        **{name: str(count) for name, count in counts.items()},
+        "classes": str(record.get("n_class", "")),
+        "images": str(record.get("n_images", "")),
         "episodes": str(record["n_episodes"]),
     }
 
@@ -121,12 +121,11 @@ def with_means(rows: Sequence[ResultRow]) -> list[ResultRow]:
     for row in rows:
         common = (value for column, value in row.cells.items() if column not in OF_ONE_SEED)
         alike.setdefault((*common, row.record.get("epochs_trained")), []).append(row)
-    return [row for same in alike.values() for row in ([mean_row(same)] if is_of_seeds(same) else same)]
-
-
-def is_of_seeds(rows: Sequence[ResultRow]) -> bool:
-    """Whether rows are of several seeds, one each."""
-    return len({row.cells["seed"] for row in rows}) == len(rows) > 1
+    means: list[ResultRow] = []
+    for same in alike.values():
+        is_of_seeds = len({row.cells["seed"] for row in same}) == len(same) > 1
+        means += [mean_row(same)] if is_of_seeds else same
+    return means
 
 
 def mean_over_seeds(numbers: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -148,10 +147,8 @@ def best_rows(rows: Sequence[ResultRow]) -> set[int]:
     """The rows that are better than each other one that they are paired with, by the interval of the difference."""
     best = set()
     for paired in {row.paired for row in rows}:
-        first, *others = sorted(
-            (i for i, row in enumerate(rows) if row.paired == paired),
-            key=lambda i: -rows[i].numbers[MEAN]["accuracy"],
-        )
+        own = (i for i, row in enumerate(rows) if row.paired == paired)
+        first, *others = sorted(own, key=lambda i: -rows[i].numbers[MEAN]["accuracy"])
         above = (torch.tensor(rows[first].values) - torch.tensor(rows[other].values) for other in others)
         differences = [mean_and_ci95(difference) for difference in above]
         if differences and all(mean > ci95 for mean, ci95 in differences):
@@ -160,9 +157,8 @@ def best_rows(rows: Sequence[ResultRow]) -> set[int]:
 
 
 def columns_of(rows: Sequence[ResultRow]) -> list[str]:
-    """The columns of a table: those of every one, and those in which its rows differ."""
-    differ = [name for name in WHERE_THEY_DIFFER if len({row.cells[name] for row in rows}) > 1]
-    return [*ALWAYS, *(name for name in WHERE_THEY_DIFFER if name in differ), "seconds"]
+    """The columns of a table: those of every table, and those in which its rows differ."""
+    return [*ALWAYS, *(name for name in WHERE_THEY_DIFFER if len({row.cells[name] for row in rows}) > 1), "seconds"]
 
 
 def shown_cells(row: ResultRow, columns: Sequence[str]) -> list[str]:

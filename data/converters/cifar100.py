@@ -19,10 +19,10 @@ from data.converters.converter import (
     SPLITS,
     Conversion,
     Converter,
-    ImageItem,
     Read,
     are_images,
     check_split,
+    items_of,
     published_split,
     whole_numbers,
 )
@@ -57,12 +57,7 @@ def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Conversion:
             images, classes = _read_split_pickles(tree, pickles, classes, fine_names)
         else:
             images = name_apart(rows, source) or _read_published(tree)
-        items = [
-            ImageItem(split, name, file_name, read)
-            for split, names in classes.items()
-            for name in names
-            for file_name, read in images.get(name, {}).items()
-        ]
+        items = items_of({split: {name: images.get(name, {}) for name in names} for split, names in classes.items()})
         counts = {split: dict.fromkeys(names, PER_CLASS) for split, names in classes.items()}
         n_images, opened = PER_CLASS * sum(n_classes.values()), stack.pop_all()
         return Conversion(items, n_images, n_classes, counts, {"split_file": split_file}, opened=opened)

@@ -16,9 +16,9 @@ from data.converters.converter import (
     SPLITS,
     Conversion,
     Converter,
-    ImageItem,
     Read,
     check_split,
+    items_of,
 )
 from data.converters.lists import UNSPLIT, Listed, Row, name_apart, read_lists
 from data.decode import regular_bytes
@@ -61,12 +61,7 @@ def convert_folder(
                 raise UserError(f"--source '{source}' has no images of the classes {', '.join(map(repr, absent))}")
             listed = {part: {name: images[name] for name in dealt[part]} for part in SPLITS}
         opened = stack.pop_all()
-    items = [
-        ImageItem(part, class_name, file_name, read)
-        for part, classes in listed.items()
-        for class_name, files in classes.items()
-        for file_name, read in files.items()
-    ]
+    items = items_of(listed)
     counts = {part: {name: len(files) for name, files in classes.items()} for part, classes in listed.items()}
     if from_lists:
         settings = {"lists": {"images": [item.name for item in items]}}

@@ -27,6 +27,7 @@ from data.converters.converter import (
     ImageItem,
     are_images,
     check_split,
+    items_of,
     other_benchmark,
     published_split,
     read_split_file,
@@ -59,14 +60,12 @@ def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: 
         items = _from_csv(source, image_root, split_file)
     elif pickles := split_pickles(os.listdir(source) if source.is_dir() else [], source):
         pickled = {split: _read_pickle(source / name, split) for split, name in pickles.items()}
-        items = (
-            ImageItem(split, class_name, f"{row:05d}.png", partial(images.__getitem__, row))
-            for split, (images, rows_of_class) in pickled.items()
-            for class_name, rows in rows_of_class.items()
-            for row in rows
-        )
-        found = {split: list(rows_of_class) for split, (_, rows_of_class) in pickled.items()}
         refuse_cifar(source, pickled)
+        found = {
+            split: {c: {f"{row:05d}.png": partial(images.__getitem__, row) for row in rows} for c, rows in own.items()}
+            for split, (images, own) in pickled.items()
+        }
+        items = iter(items_of(found))
         if all(re.fullmatch(rf"{split}_\d+", name) for split, names in found.items() for name in names):  # no names
             counts = {split: dict.fromkeys(names, PER_CLASS) for split, names in found.items()}
     elif source.is_file() or class_places(source).keys() & set().union(*(split_file[split] for split in SPLITS)):
@@ -251,9 +250,5 @@ def _read_pickle(path: Path, split: str) -> Pickled:
 CONVERTER = Converter(
     convert_mini_imagenet,
     "from ILSVRC, csv files, pickles or json lists",
-    {
-        "source": SOURCE,
-        "split_file": published_split("miniImagenet"),
-        "image_root": IMAGE_ROOT,
-    },
+    {"source": SOURCE, "split_file": published_split("miniImagenet"), "image_root": IMAGE_ROOT},
 )

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from data.transforms import normalise
+from data.transforms import network_input, normalise
 from engine.distributed import ALONE, gather_rows
 from engine.errors import UserError
 from engine.precision import Precision
 from engine.run import Run
 from methods import features
-from methods.features import embed, joined, outputs, trainable_blocks
+from methods.features import embed, outputs, trainable_blocks
 from models import build_backbone
 from models.conv4 import Conv4
 from persistence.checkpoints import create_backbone
@@ -130,11 +130,12 @@ def test_the_blocks_to_update_are_the_last_ones_or_the_backbone_itself(backbone)
         trainable_blocks(backbone, 5)
 
 
-@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_joined_parts_are_their_concatenation_in_one_piece(form):
-    parts = [torch.randn(n, 3, 4, 5).contiguous(memory_format=form) for n in (2, 2, 1)]
-    found = joined(iter(parts), 5)
-    assert torch.equal(found, torch.cat(parts)) and found.stride() == torch.cat(parts).stride()
-    assert gather_rows([found], ALONE) is found  # a split's maps are large: no copy
-    sliced = torch.randn(4, 6)[:, ::2]
-    assert torch.equal(joined([sliced], 4), sliced)
+def test_maps_of_a_split_are_in_one_piece_channels_last():
+    backbone = create_backbone("Conv4", 32, seed=0).to(memory_format=torch.channels_last)
+    images = make_split(side=32).images.repeat(3, 1, 1, 1)
+    found = embed(backbone, images, FP32, maps=True)
+    batches = [network_input(part, FP32.device) for part in images.split(features.BATCH)]
+    parts = torch.cat(list(outputs(backbone.feature_map, batches, FP32.precision)))
+    assert len(batches) > 1
+    assert torch.equal(found, parts) and found.stride() == parts.stride()
+    assert gather_rows([found], ALONE) is found  # they are large: no copy
