@@ -6,7 +6,7 @@ list depends on (seed, i) alone, so that a list may be cut into any chunks, or s
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,11 @@ class Episodes:
     @property
     def n_way(self) -> int:
         return self.index.shape[1]
+
+    @property
+    def shape(self) -> EpisodeShape:
+        """The shape of each."""
+        return EpisodeShape(self.n_way, self.n_shot, self.query.shape[2])
 
     @property
     def support(self) -> Tensor:
@@ -155,14 +160,13 @@ def write_episodes(path: Path, split: Split, episodes: Episodes) -> None:
 
     docs/running.md reads it in another code base. Raises UserError when the file cannot be written.
     """
-    shape = {"n_way": episodes.n_way, "n_shot": episodes.n_shot, "n_query": episodes.query.shape[2]}
 
     def named(index: Tensor) -> dict[str, int]:
         return {split.image_names[i]: way for way, row in enumerate(index.tolist()) for i in row}
 
     both = zip(episodes.support, episodes.query, strict=True)
     listed = [{"support": named(support), "query": named(query)} for support, query in both]
-    record = {"benchmark": split.benchmark, "split": split.split, **shape, "episodes": listed}
+    record = {"benchmark": split.benchmark, "split": split.split, **asdict(episodes.shape), "episodes": listed}
     write_text(path, json.dumps(record, separators=(",", ":")))
 
 

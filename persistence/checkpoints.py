@@ -95,10 +95,11 @@ def imported_checkpoint(path: Path, imported: Imported, dataset: str, class_name
     """A file of another repository as a checkpoint; dataset "" and no class_names where they are not known."""
     backbone = create_backbone(imported.backbone, imported.img_size, seed=0)
     load_state(backbone, backbone.state_dict() | imported.state, path)
-    head_state = imported.head_state if imported.head_state and class_names else {}
-    if head_state:
+    head_state: dict[str, Tensor] = {}
+    if imported.head_state and class_names:
         head = build_head(imported.method, backbone.feature_dim, len(class_names), imported.s, imported.m)
-        load_state(head, head_state, path)
+        load_state(head, imported.head_state, path)
+        head_state = head.state_dict()
     return Checkpoint(
         stage="transferLearning" if head_state else "imported",
         dataset=dataset,

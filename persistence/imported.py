@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor
 
 from engine.errors import UserError
@@ -95,7 +94,7 @@ def read_imported(path: Path, asked: str | None = None) -> Imported:
         repository=name,
         backbone=peer.backbone,
         img_size=peer.img_size,
-        state=checked(our_state(peer, prefix, state), path),
+        state=our_state(peer, prefix, state),
         normalisation=peer.normalisation,
         eval_resize=peer.resize,
         epoch=epoch if isinstance(epoch, int) else -1,
@@ -117,14 +116,6 @@ def describe(state: dict[str, Tensor]) -> str:
     return f"{len(state)} tensors ({', '.join(list(state)[:3])}, ...), {looks}"
 
 
-def checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The state dict in float32. Raises UserError when it holds other than finite floating-point numbers."""
-    for name, value in state.items():
-        if not value.is_floating_point() or value.layout != torch.strided or not bool(torch.isfinite(value).all()):
-            raise UserError(f"{path} holds {name!r} with values that are no finite numbers: get the file again")
-    return {name: value.detach().float() for name, value in state.items()}
-
-
 def base_head(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """The fields of Imported of the head in the authors' files, an object of a class that is not ours.
 
@@ -138,7 +129,7 @@ def base_head(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     return {
         "accuracy": number_or(content.get("max_acc"), math.nan),
         "method": method,
-        "head_state": checked(parameters, path),
+        "head_state": parameters,
         "s": number_or(record.get("s"), 0.0),
         "m": number_or(record.get("margin"), 0.0),
     }

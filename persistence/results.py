@@ -2,13 +2,14 @@
 
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from data.benchmarks import Split
-from data.episodes import Episodes, EpisodeShape, classes_that_fit
+from data.episodes import Episodes, classes_that_fit
 from engine.records import provenance, write_json
 from engine.run import Run
 from engine.script import print_notes
@@ -56,14 +57,9 @@ def accuracy_record(scores: EpisodeScores, episodes: Episodes, class_names: list
     }
 
 
-def n_classes_of(novel: Split, episodes: Episodes) -> int:
-    """The number of classes that episodes are drawn from: those with enough images."""
-    return len(classes_that_fit(novel, EpisodeShape(episodes.n_way, episodes.n_shot, episodes.query.shape[2])))
-
-
 def task_text(novel: Split, episodes: Episodes) -> str:
     """`5-way 1-shot, 600 novel episodes`, and of how many classes where some have too few images."""
-    n_class, n_all = n_classes_of(novel, episodes), len(novel.class_names)
+    n_class, n_all = len(classes_that_fit(novel, episodes.shape)), len(novel.class_names)
     of = f" of {n_class} of the {n_all} classes" if n_class < n_all else ""
     return f"{episodes.n_way}-way {episodes.n_shot}-shot, {len(episodes)} {novel.split} episodes{of}"
 
@@ -87,11 +83,9 @@ def run_record(files: RunFiles, novel: Split, episodes: Episodes, run: Run) -> d
         "backbone": files.name.backbone,
         "img_size": novel.images.shape[-1],
         "eval_resize": novel.rule,
-        "n_class": n_classes_of(novel, episodes),
+        "n_class": len(classes_that_fit(novel, episodes.shape)),
         "n_images": len(novel.labels),
-        "n_way": episodes.n_way,
-        "n_shot": episodes.n_shot,
-        "n_query": episodes.query.shape[2],
+        **asdict(episodes.shape),
         "n_episodes": len(episodes),
         "classes_per_episode": episodes.classes.tolist(),
         "seconds": round(time.time() - files.began, 2),

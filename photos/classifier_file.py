@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.errors import UserError
-from engine.files import Schema, read_record, save_atomically, weights_digest
+from engine.errors import UserError, one_line
+from engine.files import Schema, cpu_state, read_record, save_atomically, weights_digest
 from engine.normalisation import Normalisation
 from engine.records import to_json
 from engine.resizing import PUBLISHED
@@ -48,15 +48,10 @@ CLASSIFIER: Schema = {
 CUSTOM = "custom:"  # a backbone of a user's own code, which a file must not have run
 
 
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module on the CPU."""
-    return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-
-
 def head_record(head: Head) -> dict[str, Any]:
     """A head as plain values: its name, state and scalars, of which scale and margin are 1 and 0 where it has none."""
     scalars = {name: getattr(head, name) for name in head.scalars}
-    return {"method": type(head).__name__, "s": 1.0, "m": 0.0, "state": state_of(head)} | scalars
+    return {"method": type(head).__name__, "s": 1.0, "m": 0.0, "state": cpu_state(head.state_dict())} | scalars
 
 
 def save_classifier(path: Path, fitted: Fitted, labels: list[Any] | None = None) -> None:
@@ -65,8 +60,7 @@ def save_classifier(path: Path, fitted: Fitted, labels: list[Any] | None = None)
     Raises UserError when the file cannot be written.
     """
     classifier = fitted.classifier
-    before = state_of(classifier.backbone)
-    aligned = state_of(classifier.aligned)
+    before, aligned = (cpu_state(net.state_dict()) for net in (classifier.backbone, classifier.aligned))
     content = {
         "format": FORMAT,
         "facts": to_json(fitted.facts | ({"labels": labels} if labels else {})),
@@ -157,6 +151,6 @@ def load_classifier(path: Path, backbone: str | None, device: torch.device) -> F
     except UserError:
         raise
     except Exception as error:  # a damaged file may hold anything
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise UserError(f"{path} is not a classifier of this project, or is damaged ({reason}): {REMEDY}") from error
     return Fitted(classifier.to(device), content["facts"])

@@ -208,8 +208,8 @@ def compare(dataset: str, rows: Sequence[Row], results: Sequence[dict[str, Any] 
         if result:
             epochs.setdefault(row.checkpoint, result["config"].get("n_epoch", 0))
             keys = ["accuracy", "ci95", "n_episodes", "n_query", "img_size", "seconds", "seed", "commit", "command"]
-            keys += [key for key in ("ci95_classes",) if key in result]  # earlier versions had none
-            record["ours"] = {key: result[key] for key in keys} | {"n_epoch": epochs[row.checkpoint]}
+            keys.append("ci95_classes")  # which earlier versions lack
+            record["ours"] = {key: result[key] for key in keys if key in result} | {"n_epoch": epochs[row.checkpoint]}
             record |= minus_paper(result, paper)
             record["gain"] = result["difference"] if row.stage == "alignment" else None
             controls = controls_of(result) if row.name.endswith("head alignment") else {}
