@@ -62,11 +62,7 @@ def provide_glyphs(folder: Path, seed: int = 0, quiet: bool = False) -> bool:
 
 
 def render_glyphs(
-    out: Path,
-    seed: int = 0,
-    n_images: int = 100,
-    n_class: tuple[int, int, int] = (64, 16, 20),
-    quiet: bool = False,
+    out: Path, seed: int = 0, n_images: int = 100, n_class: tuple[int, int, int] = (64, 16, 20), quiet: bool = False
 ) -> None:
     """Render `out/{base,val,novel}/<class>/<i>.jpg`: 84x84 images, `n_images` per class, and SETTINGS, the version.
 

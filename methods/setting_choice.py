@@ -27,13 +27,13 @@ from methods.intervals import mean_and_ci95
 
 N_EPISODES = 100
 FINE_TUNING = {"alignment": "none"}
-PUBLISHED = {"align_s": 15.0, "n_B": 10, "align_iters": 150}
+PUBLISHED_NUMBERS = {"align_s": 15.0, "n_B": 10, "align_iters": 150}
 SMALL = {"align_s": 5.0, "n_B": 5, "align_iters": 150}
 # By flag, what each setting of `head` alignment changes, beside --align_blocks 0.
 SETTINGS: list[dict[str, Any]] = [
-    *({**numbers, "align_iters": n} for numbers in (PUBLISHED, SMALL) for n in (50, 150)),
-    PUBLISHED | {"support_lr": 0.0},
-    PUBLISHED | {"related_lr": 0.0},
+    *({**numbers, "align_iters": n} for numbers in (PUBLISHED_NUMBERS, SMALL) for n in (50, 150)),
+    PUBLISHED_NUMBERS | {"support_lr": 0.0},
+    PUBLISHED_NUMBERS | {"related_lr": 0.0},
 ]
 # Of the last block, beside --align_blocks 1, where its episodes are aligned together: else they would take too long.
 BLOCK_SETTINGS: list[dict[str, Any]] = [{"alignment": alignment, "align_bn": "train"} for alignment in STACKED]

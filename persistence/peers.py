@@ -153,10 +153,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("ResNet18_84", RESNET18, *LIBFEWSHOT),
         Peer("Conv4", partial(CONV_PAIR, pattern="layer{i}."), *LIBFEWSHOT),
     ),
-    "learn2learn": (
-        Peer("ResNet12", residual, *LEARN2LEARN),
-        Peer("ResNet12_512", residual, *LEARN2LEARN),
-    ),
+    "learn2learn": (Peer("ResNet12", residual, *LEARN2LEARN), Peer("ResNet12_512", residual, *LEARN2LEARN)),
     "easyfsl": (
         Peer("ResNet12", residual, *EASYFSL),
         Peer("BasicResNet12", partial(BASIC, depths=(1, 1, 2, 1)), *EASYFSL),

@@ -25,7 +25,7 @@ from reporting.report import newest_first, read_results
 from reporting.result_table import ALWAYS, GAIN, MEAN, best_rows, columns_of, result_rows
 
 MAX_BYTES = 2_800_000  # of a page: episodes that would exceed it are left out
-COLUMNS = ("task", "method", "backbone", "accuracy, %", "paired gain")
+PAGE_COLUMNS = ("task", "method", "backbone", "accuracy, %", "paired gain")
 INTERVALS = ("ci95", "ci95_classes")
 NOTE = (
     "Accuracy on novel classes, or on val ones where it says so, with its 95% interval over episodes of these classes "
@@ -79,7 +79,7 @@ def results_table(records: list[dict[str, Any]]) -> str:
         shown = [of_task, cells["method"], cells["backbone"], accuracy, shown_gain, *(cells[name] for name in more)]
         lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in shown)}")
     axes = {"accuracy, %": axis(*scale), "paired gain": axis(*gain_scale)}
-    heads = "".join(f'<th scope="col">{name}{axes.get(name, "")}' for name in (*COLUMNS, *more))
+    heads = "".join(f'<th scope="col">{name}{axes.get(name, "")}' for name in (*PAGE_COLUMNS, *more))
     return (
         f'<p class="note">{NOTE}</p><div class="wide" tabindex="0"><table class="results" aria-label="results">'
         f"<thead><tr>{heads}<tbody>{''.join(lines)}</table></div>"

@@ -49,9 +49,9 @@ FEWER_QUERIES = {"CUB": 15}  # some classes have too few images for the default 
 META_EPOCHS_1_SHOT = 600  # meta-learners are trained for longer at 1 shot (Chen et al., ICLR 2019)
 MADE_WITH: Schema = {"n_query": int, "commit": str, "command": str}  # what a row of a table takes beside a result
 # Alignments, as results name them, with their flags: two controls, the paper's, and beyond the paper.
-ALIGNMENTS = ("head", "naive", "centroid", "adversarial")
+ROW_ALIGNMENTS = ("head", "naive", "centroid", "adversarial")
 VARIANTS: dict[str, dict[str, Sequence[str]]] = {
-    **{name: {"--alignment": [name]} for name in ALIGNMENTS},
+    **{name: {"--alignment": [name]} for name in ROW_ALIGNMENTS},
     "head": {"--alignment": ["head"], "--align_blocks": ["0"]},
     "auto": {"--align_preset": ["auto"]},
     **{f"{name}_tuned": {"--alignment": [name], "--align_preset": ["tuned"]} for name in ("naive", "centroid")},
@@ -132,7 +132,7 @@ def main_rows(plan: Plan, backbone: str, n_shot: int) -> list[Row]:
     return [
         *(plan.row("transfer", head, backbone, n_shot) for head in HEADS),
         *(plan.row("meta", learner, backbone, n_shot) for learner in META_LEARNERS),
-        *(plan.row("alignment", "arcMax", backbone, n_shot, alignment) for alignment in ALIGNMENTS),
+        *(plan.row("alignment", "arcMax", backbone, n_shot, alignment) for alignment in ROW_ALIGNMENTS),
     ]
 
 
@@ -142,7 +142,7 @@ def crossdomain_rows(plan: Plan, backbone: str, n_shot: int) -> list[Row]:
     return [
         plan.row("transfer", *task),
         plan.row("transfer", *task, novel=novel),
-        *(plan.row("alignment", *task, alignment, novel) for alignment in ALIGNMENTS),
+        *(plan.row("alignment", *task, alignment, novel) for alignment in ROW_ALIGNMENTS),
     ]
 
 

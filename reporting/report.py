@@ -18,7 +18,7 @@ from engine.files import FLAGS, Schema, matches_schema, misfit, read_json
 from engine.script import run_script
 from methods.intervals import mean_record
 from persistence.results import interval
-from reporting.result_table import FORMATS, MEAN, markdown_table, measured, result_rows, tested_on
+from reporting.result_table import MEAN, TABLE_FORMATS, markdown_table, measured, result_rows, tested_on
 
 # What a result holds that is reported or drawn; what ends in "?" results of earlier versions lack.
 DIFFERENCE: Schema = {"accuracy": float, "ci95": float | None, "ci95_classes?": float | None}
@@ -132,14 +132,14 @@ def main() -> None:
     parser.add_argument("results_dir", type=Path, nargs="?", default=Path("results"))
     what = parser.add_mutually_exclusive_group()
     table = "the table of all results as markdown (default), a LaTeX table (booktabs) with its caption, or csv"
-    what.add_argument("--format", choices=list(FORMATS), default="markdown", help=table)
+    what.add_argument("--format", choices=list(TABLE_FORMATS), default="markdown", help=table)
     compare = "print the paired differences of results of the same episodes, and of their controls, instead"
     what.add_argument("--compare", type=Path, nargs="+", metavar="RESULT.json", help=compare)
     args = parser.parse_args()
     if args.compare:
         print(comparison_table(args.compare))
     else:
-        print(FORMATS[args.format](result_rows(read_results(args.results_dir))))
+        print(TABLE_FORMATS[args.format](result_rows(read_results(args.results_dir))))
 
 
 if __name__ == "__main__":

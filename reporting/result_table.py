@@ -232,4 +232,4 @@ def csv_rows(rows: Sequence[ResultRow]) -> str:
     return file.getvalue().rstrip("\n")
 
 
-FORMATS = {"markdown": markdown_rows, "latex": latex_rows, "csv": csv_rows}
+TABLE_FORMATS = {"markdown": markdown_rows, "latex": latex_rows, "csv": csv_rows}
