@@ -108,23 +108,20 @@ def augment(
     augmentation: Augmentation,
     generator: Generator,
     part: slice = slice(None),
-    by: Normalisation = IMAGENET,
-    device: torch.device | None = None,
 ) -> Tensor:
-    """Augmented images of a batch: uint8 (b, 3, H, W) -> network input (b, 3, s, s) on `device`.
+    """Augmented images of a batch, on their device: uint8 (b, 3, H, W) -> (b, 3, s, s) in 0..255.
 
     sizes (B, 2): original (height, width) of the whole batch, in which crops are drawn; the images are its `part`, and
-    get the same draws in any part. device: by default that of the images.
+    get the same draws in any part.
     """
     boxes = draw_crops(sizes, augmentation.crop_scale, augmentation.crop_ratio, generator)[part]
     boxes = boxes * (torch.tensor(images.shape[2:]) / sizes[part].double()).repeat(1, 2)
     factors = 1.0 + augmentation.jitter * (2.0 * torch.rand(len(sizes), 3, generator=generator) - 1.0)
     flips = torch.rand(len(sizes), generator=generator) < 0.5
-    crops = resized_crop(move(images, device or images.device), boxes, img_size)
-    out = colour_jitter(crops, factors[part])
+    out = colour_jitter(resized_crop(images, boxes, img_size), factors[part])
     if augmentation.flip:
         out = torch.where(move(flips[part], out.device).view(-1, 1, 1, 1), out.flip(3), out)
-    return network_input(out, out.device, by)
+    return out
 
 
 def network_input(images: Tensor, device: torch.device, by: Normalisation = IMAGENET) -> Tensor:
@@ -149,10 +146,10 @@ class TrainingImages:
 
     def batch(self, index: Tensor, generator: Generator, part: slice = slice(None)) -> Tensor:
         """The rows `part` of the network input (b, 3, s, s) of the images at `index` (b,), augmented if asked."""
-        by, images = self.normalisation, self.images[move(index[part], self.images.device)]
-        if self.augmentation is None:
-            return network_input(images, self.device, by)
-        return augment(images, self.sizes[index], self.img_size, self.augmentation, generator, part, by, self.device)
+        images = move(self.images[move(index[part], self.images.device)], self.device)
+        if self.augmentation:
+            images = augment(images, self.sizes[index], self.img_size, self.augmentation, generator, part)
+        return network_input(images, self.device, self.normalisation)
 
 
 def training_images(

@@ -32,7 +32,7 @@ BACKBONES: dict[str, tuple[type[Backbone], int, dict[str, Any]]] = {
     "Conv4_max": (Conv4, 84, {"end": "max"}),
     "Conv4_mean": (Conv4, 84, {"end": "mean", "pool_last": False}),
     "ResNet12_512": (ResNet12, 84, {"widths": (64, 128, 256, 512)}),
-    "ResNet12_flat": (ResNet12, 84, {"flat": True}),
+    "ResNet12_flat": (ResNet12, 84, {"end": "flatten"}),
     "SEResNet12": (ResNet12, 84, {"se": True}),
     "ResNet18_84": (BasicResNet, 84, SMALL_STEM | {"widths": (64, 128, 256, 512), "depths": (2, 2, 2, 2)}),
     "BasicResNet12": (BasicResNet, 84, SMALL_STEM | {"widths": (64, 160, 320, 640), "depths": (1, 1, 2, 1)}),

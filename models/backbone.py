@@ -15,13 +15,14 @@ from engine.resizing import PUBLISHED
 class Backbone(nn.Module):
     """A network for square images: blocks that make a feature map, and the pooling of that map to a feature vector.
 
-    map_shape (c, h', w') and feature_dim d: of one image; layers: the blocks, unless `blocks` is overridden;
-    normalisation and eval_resize: of the input. Backbone(img_size) raises ValueError for a size that the network cannot
-    take.
+    map_shape (c, h', w') and feature_dim d: of one image; layers: the blocks, unless `blocks` is overridden; end: how
+    the map becomes features, its "mean", its "max" or itself, "flatten"; normalisation and eval_resize: of the input.
+    Backbone(img_size) raises ValueError for a size that the network cannot take.
     """
 
     normalisation: Normalisation = IMAGENET
     eval_resize: str = PUBLISHED
+    end: str = "mean"
     feature_dim: int
     map_shape: tuple[int, int, int]
     layers: nn.ModuleList
@@ -31,8 +32,10 @@ class Backbone(nn.Module):
         return list(self.layers)
 
     def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
-        """(b, c, h', w') -> (b, d): global average pooling, unless overridden."""
-        return feature_map.mean((-2, -1))
+        """(b, c, h', w') -> (b, d): by `end`, unless overridden."""
+        if self.end == "flatten":
+            return feature_map.flatten(1)
+        return feature_map.amax((-2, -1)) if self.end == "max" else feature_map.mean((-2, -1))
 
     def feature_map(self, x: Tensor) -> Tensor:
         """(b, 3, h, w) -> (b, c, h', w')."""

@@ -70,9 +70,3 @@ class Conv4(Backbone):
         )
         self.map_shape = (width, side, side)
         self.feature_dim = width * side * side if end == "flatten" else width
-
-    def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
-        """(b, c, h', w') -> (b, d): Conv4 only flattens; peers' forms of it take the maximum or the mean."""
-        if self.end == "flatten":
-            return feature_map.flatten(1)
-        return feature_map.amax((-2, -1)) if self.end == "max" else feature_map.mean((-2, -1))

@@ -61,7 +61,3 @@ class PreActWideResNet(Backbone):
     def blocks(self) -> list[nn.Module]:
         """The stem and the 12 blocks, the last with the batch norm and ReLU behind it."""
         return [self.stem, *self.layers[:-1], nn.Sequential(self.layers[-1], self.norm, nn.ReLU())]
-
-    def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
-        """(b, 640, h', w') -> (b, 640)."""
-        return feature_map.amax((-2, -1)) if self.end == "max" else super().pool_and_flatten(feature_map)

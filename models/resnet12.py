@@ -51,26 +51,22 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet12(Backbone):
-    """ResNet12 for square images of `img_size` pixels; flat: features are the map itself, flattened, not its mean.
+    """ResNet12 for square images of `img_size` pixels; end: "mean" of the map, or "flatten".
 
     Raises ValueError when the image is too small to be pooled four times.
     """
 
     def __init__(
-        self, img_size: int = 84, widths: Sequence[int] = (64, 160, 320, 640), se: bool = False, flat: bool = False
+        self, img_size: int = 84, widths: Sequence[int] = (64, 160, 320, 640), se: bool = False, end: str = "mean"
     ):
         super().__init__()
         if img_size < 16:
             raise ValueError(f"ResNet12 needs images of at least 16 pixels, not {img_size}: give a larger --img_size")
         self.layers = nn.ModuleList(ResidualBlock(c_in, c_out, se) for c_in, c_out in pairwise([3, *widths]))
-        self.flat = flat
+        self.end = end
         c, side = widths[-1], img_size // 16
         self.map_shape = (c, side, side)
-        self.feature_dim = c * side * side if flat else c
+        self.feature_dim = c * side * side if end == "flatten" else c
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
-
-    def pool_and_flatten(self, feature_map: Tensor) -> Tensor:
-        """(b, c, h', w') -> (b, d)."""
-        return feature_map.flatten(1) if self.flat else super().pool_and_flatten(feature_map)

@@ -110,10 +110,15 @@ def drawn(monkeypatch):
     return record
 
 
+def augmented(*batch):
+    """A batch augmented, then normalised, as a network takes it."""
+    return transforms.normalise(augment(*batch))
+
+
 def test_the_whole_augmentation_is_the_published_pipeline(drawn):
     images = noise(40, 50, 36)
     sizes = torch.tensor([[50, 36]]).expand(40, 2)
-    ours = augment(images, sizes, 42, Augmentation(), generator(3))
+    ours = augmented(images, sizes, 42, Augmentation(), generator(3))
     boxes, factors = drawn[0]
     assert factors.min() >= 0.6 and factors.max() <= 1.4 and factors.std() > 0.2
     assert torch.corrcoef(factors.T).sub(torch.eye(3)).abs().max() < 0.5  # drawn independently
@@ -136,7 +141,7 @@ def test_flips_are_half_of_a_batch_and_none_with_flip_off():
 
     def n_mirrored(flip):
         setting = Augmentation(whole.crop_scale, whole.crop_ratio, whole.jitter, flip)
-        out = augment(images, sizes, 8, setting, generator())
+        out = augmented(images, sizes, 8, setting, generator())
         same = (out - straight).abs().amax((1, 2, 3)) < 1e-3
         mirrored = (out - straight.flip(3)).abs().amax((1, 2, 3)) < 1e-3
         assert (same ^ mirrored).all()
@@ -210,7 +215,7 @@ def test_crops_of_stretched_images_are_drawn_and_cut_in_the_original(drawn):
     stored = from_pil(to_pil(ramp).resize((side, side), Image.Resampling.BILINEAR)).to(torch.uint8)
     setting = Augmentation(jitter=0.0, flip=False)
     sizes = torch.tensor([[height, width]]).expand(30, 2)
-    ours = augment(stored.expand(30, -1, -1, -1), sizes, 24, setting, generator())
+    ours = augmented(stored.expand(30, -1, -1, -1), sizes, 24, setting, generator())
     boxes = drawn[0][0]
     assert torch.equal(boxes, draw_crops(sizes, setting.crop_scale, setting.crop_ratio, generator()))
     std, mean = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_STD, IMAGENET_MEAN))
@@ -222,7 +227,7 @@ def test_crops_of_stretched_images_are_drawn_and_cut_in_the_original(drawn):
 @pytest.mark.parametrize("height, width", [(4000, 10), (10, 4000)])
 def test_a_crop_thinner_than_a_stored_pixel_still_has_the_pixels_it_lies_in(height, width):
     stored = torch.full((64, 3, 48, 48), 200, dtype=torch.uint8)
-    out = augment(stored, torch.tensor([[height, width]] * 64), 24, Augmentation(jitter=0.0), generator())
+    out = augmented(stored, torch.tensor([[height, width]] * 64), 24, Augmentation(jitter=0.0), generator())
     torch.testing.assert_close(out, transforms.normalise(stored[..., :24, :24]), rtol=0, atol=1e-3)
 
 
@@ -268,7 +273,7 @@ def test_crops_of_stored_photographs_are_torchvisions_of_the_photographs(tmp_pat
 def test_augmentation_depends_on_the_generator_alone():
     images, sizes = noise(8, 20, 24), torch.tensor([[20, 24]] * 8)
     state = torch.get_rng_state()
-    first, again, other = (augment(images, sizes, 16, Augmentation(), generator(seed)) for seed in (0, 0, 1))
+    first, again, other = (augmented(images, sizes, 16, Augmentation(), generator(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
     assert first.dtype == torch.float32 and first.shape == (8, 3, 16, 16)
@@ -284,7 +289,7 @@ def test_a_batch_of_training_images_is_the_images_at_its_index_in_any_parts(augm
         expected = transforms.normalise(split.images[index])
     else:
         sizes = split.train_sizes[index]
-        expected = augment(split.train_images[index], sizes, 12, augmentation, generator())
+        expected = augmented(split.train_images[index], sizes, 12, augmentation, generator())
     assert torch.equal(whole, expected) and whole.is_contiguous(memory_format=torch.channels_last)
     parts = [images.batch(index, generator(), part) for part in (slice(0, 2), slice(2, 2), slice(2, 5))]
     torch.testing.assert_close(torch.cat(parts), whole)
