@@ -208,8 +208,8 @@ def test_another_code_base_reads_the_file_as_the_documentation_says(file, episod
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ({"n_way": 5}, "n_way=3, n_shot=2, n_query=4), not EpisodeShape(n_way=5, n_shot=2, n_query=4)"),
-        ({"n_shot": 1, "n_query": 5}, "n_query=4), not EpisodeShape(n_way=3, n_shot=1, n_query=5)"),
+        ({"n_way": 5}, "holds 3-way 2-shot episodes of 4 queries per class, not 5-way 2-shot episodes of 4"),
+        ({"n_shot": 1, "n_query": 5}, "of 4 queries per class, not 3-way 1-shot episodes of 5 queries per class"),
         ({"n_query": 3}, "give matching flags or another file"),
         ({"n_episodes": 11}, "has 10 of 11 episodes"),
         ({"split": make_split(counts=(8,) * 2, side=1)}, "not in 'toy': give its benchmark"),
