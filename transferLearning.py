@@ -9,7 +9,7 @@ from argparse import Namespace
 from functools import cache, partial
 
 from args_parser import from_flags, run_stage, stage_files
-from data.benchmarks import DataOptions, count_classes, enlarged_notes, load_split
+from data.benchmarks import DataOptions, enlarged_notes, load_split
 from data.episodes import EpisodeShape, check_episodes_fit, fixed_episodes, sample_episodes
 from data.transforms import Augmentation, TrainingImages, training_images
 from engine.distributed import copy_rank_0, data_parallel, rank_0_first
@@ -48,7 +48,8 @@ def train_on_base_classes(args: Namespace, run: Run) -> None:
         check_episodes_fit(tested, shape, args.strict_classes)
         val_episodes = sample_episodes(tested[0], shape, args.val_episodes, args.seed)
         novel_episodes = fixed_episodes(args.episodes_file, novel, shape, n_test, args.seed)
-    n_class = count_classes(base, at_least=2 if args.n_epoch else 1)
+    if (n_class := len(base.class_names)) < 2 and args.n_epoch:
+        raise UserError(f"the base split of {base.benchmark!r} has 1 class: training needs at least 2, so add classes")
 
     head = build_head(args.method, backbone.feature_dim, n_class, args.s, args.m, run.generator("base head"))
     if args.sync_bn and ranks.n > 1:

@@ -180,11 +180,3 @@ def enlarged_notes(split: Split) -> list[str]:
         f"{split.split} images of {split.benchmark} ({width}x{height} pixels) are enlarged to {to_width}x{to_height} "
         f"by the rule {split.rule!r}: the network sees no more detail than they have{left}"
     ]
-
-
-def count_classes(base: Split, at_least: int) -> int:
-    """The number of base classes. Raises UserError when it is too small."""
-    n_class = len(base.class_names)
-    if n_class < at_least:
-        raise UserError(f"the base split of {base.benchmark!r} has 1 class: training needs at least 2, so add classes")
-    return n_class

@@ -33,7 +33,7 @@ from data.converters.converter import (
     read_split_file,
     whole_numbers,
 )
-from data.converters.lists import name_apart, read_csv_lists, split_pickles
+from data.converters.lists import Listed, name_apart, read_csv_lists, split_pickles
 from data.converters.safe_pickle import load_pickle_file
 from data.decode import regular_bytes
 from data.listing import Listing, described, files_below, is_shown, kinds, list_json
@@ -61,7 +61,7 @@ def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: 
     elif pickles := split_pickles(os.listdir(source) if source.is_dir() else [], source):
         pickled = {split: _read_pickle(source / name, split) for split, name in pickles.items()}
         refuse_cifar(source, pickled)
-        found = {
+        found: Listed = {
             split: {c: {f"{row:05d}.png": partial(images.__getitem__, row) for row in rows} for c, rows in own.items()}
             for split, (images, own) in pickled.items()
         }
