@@ -129,7 +129,7 @@ def base_head(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     return {
         "accuracy": number_or(content.get("max_acc"), math.nan),
         "method": method,
-        "head_state": parameters,
+        "head_state": {name: value.detach() for name, value in parameters.items()},
         "s": number_or(record.get("s"), 0.0),
         "m": number_or(record.get("margin"), 0.0),
     }

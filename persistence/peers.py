@@ -207,8 +207,8 @@ def fitted_prefix(peer: Peer, state: dict[str, Tensor]) -> str | None:
     shapes = shapes_of(peer.backbone, peer.img_size)
     for prefix in peer.prefixes:
         names = stored_names(peer, prefix, state)
-        if all(name in state and state[name].shape == shapes[ours] for ours, name in names.items()):
-            used = [state[name] for name in names.values()]
+        used = [state[name] for name in names.values() if name in state and state[name].is_floating_point()]
+        if [value.shape for value in used] == [shapes[ours] for ours in names]:
             rest = {name.removeprefix(prefix): value for name, value in state.items() if name not in names.values()}
             if all(re.fullmatch(peer.head, name) or is_copy(name, value, used) for name, value in rest.items()):
                 return prefix

@@ -40,7 +40,7 @@ EXCEPT = {
     ("DataOptions", "crop_scale"): "a split is not to be augmented, unless that is asked for",
 }
 # HeadFit is that of alignment; the flags of stage 1 have a margin of their own.
-STAGES_OF = {"HeadFit": ["alignment", "predict"], "Augmentation": ["transfer", "meta"], "Comparison": ["predict"]}
+STAGES_OF = {"HeadFit": ["alignment", "predict"], "Augmentation": ["transfer", "meta"]}
 ROOMS = ["engine", "models", "data", "methods", "persistence", "reporting", "photos"]
 
 
