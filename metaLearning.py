@@ -1,6 +1,6 @@
 """Stage 2: train a backbone on base episodes with ProtoNet, MatchingNet or RelationNet, then test on the novel classes.
 
-python metaLearning.py --dataset miniImagenet --method ProtoNet --n_shot 5      # 5-way episodes of 16 queries a class
+python metaLearning.py --dataset miniImagenet --method ProtoNet --n_shot 5      # 5-way episodes of 16 queries per class
 python metaLearning.py --method ProtoNet --init_from results/models/5way_5shot_miniImagenet_arcMax_Conv4_bestModel.tar
 python metaLearning.py --preset laptop                                          # under a minute on 2 CPU cores
 """

@@ -45,7 +45,7 @@ class DataOptions:
     num_workers: int = 4
     quiet: bool = True
     crop_scale: Sequence[float] | None = None  # None: nothing is to be augmented
-    eval_resize: str | None = None  # None: that of the network, else published
+    eval_resize: str | None = None  # None: the network's own, else published
 
     def for_network(self, rule: str) -> "DataOptions":
         """The options for a network whose own resize rule is this, unless another is asked for."""

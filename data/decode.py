@@ -17,7 +17,7 @@ from engine.files import check_regular
 # Raise it with any change of the pixels that come of a file, by which the image cache is keyed.
 DECODE_VERSION = 1
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-# The decoders that may see a file, whatever its name: others, such as that of EPS, hand it on to an interpreter.
+# The decoders that may see a file, whatever its name: others, such as EPS's, hand it on to an interpreter.
 FORMATS = ["JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM"]
 if "avif" in features.get_supported():  # since Pillow 11.3, where it was built with it
     IMAGE_SUFFIXES |= {".avif"}

@@ -40,7 +40,7 @@ class CriticSetting:
 def adversarial_alignment_loss(
     critic: Critic, z_related: Tensor, y_related: Tensor, z_novel: Tensor, y_novel: Tensor
 ) -> Tensor:
-    """Mean score of the related samples minus that of the novel ones, which the backbone minimises.
+    """Mean score of the related samples minus the mean score of the novel ones, which the backbone minimises.
 
     z_related (n, d), y_related (n,), z_novel (k, d), y_novel (k,) -> scalar, in float32; gradient flows through both.
     """

@@ -1,7 +1,7 @@
 """Stage 2: episodic training on the base classes, and evaluation of a meta-learner on any number of episodes.
 
 Vinyals et al., Matching Networks for One Shot Learning, NeurIPS 2016: train as you test. Each step is an episode of
-base classes, and its loss is that of the queries given the support. One forward pass takes support and query images, so
+base classes, and its loss is on the queries, given the support. One forward pass takes support and query images, so
 that batch norm, in train mode, sees the whole episode; evaluation is in eval mode, where no query sees another. As in
 Chen et al., A Closer Look at Few-shot Classification (ICLR 2019), each image of an episode is augmented by itself.
 """

@@ -47,7 +47,7 @@ def uneven(weight: Tensor) -> Tensor | None:
 def start_from_prototypes(head: Head, z_support: Tensor, y_support: Tensor, weight: Tensor | None) -> None:
     """Give a head the means of its classes' unit features as rows, as long as its random rows are, and no bias.
 
-    Its answers then do not depend on the order of the classes. Shapes and weight are those of fit_heads.
+    Its answers then do not depend on the order of the classes. Shapes and weight: see fit_heads.
     """
     member = one_hot_of(y_support, head.weight.shape[-2]).mT
     means = (member if weight is None else member * weight.unsqueeze(-2)) @ unit(z_support)

@@ -168,7 +168,7 @@ def exceeding_notes(n_way: int, n_B: int, n_base_class: int) -> list[str]:
     """A line where n_way * n_B exceed the base classes, which are then shared out; else none."""
     per_class = n_base_class // n_way
     shared_out = f"{n_way} classes x n_B {n_B} exceed the {n_base_class} base classes: {per_class} related base classes"
-    return [f"{shared_out} a class"] if n_B > per_class else []
+    return [f"{shared_out} per class"] if n_B > per_class else []
 
 
 def empty_notes(related: RelatedBase, class_names: list[str]) -> list[str]:

@@ -90,7 +90,7 @@ def pooled_norm(x: Tensor, shift: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     shift (c,): the bias of the convolution that made x without it.
 
     The running statistics are updated. The backward pass overwrites x, so nothing else may need x, and it runs once;
-    there is no second derivative. Raises ValueError for a single value a channel, as nn.BatchNorm2d.
+    there is no second derivative. Raises ValueError for a single value per channel, as nn.BatchNorm2d.
     """
     if x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

@@ -78,6 +78,6 @@ def choose_setting(
     n = n_blocks(settings[flags])
     lines.append(f"chosen in {time.perf_counter() - start:.0f} s")
     lines.append(f"chosen: --align_blocks {n} --aug_size {setting.related.aug_size} {flags}")
-    # Without seconds: a result is that of any machine.
+    # Without seconds, which differ between machines.
     kept = [{name: value for name, value in asdict(row).items() if name != "seconds"} for row in rows]
     return Choice(settings[flags], n, {"flags": flags, "rows": kept}, lines)

@@ -33,7 +33,7 @@ from engine.records import to_json
 from persistence.checkpoints import REMEDY, load_checkpoint
 
 STATE_FORMAT = "associative-alignment-state/1"
-# What every state holds, those of stages 1 and 2, and that of stage 3, whose columns have a row an episode.
+# What every state holds, those of stages 1 and 2, and that of stage 3, whose columns have a row per episode.
 EVERY_STATE: Schema = {"config": FLAGS, "made_from": dict[str, str], "seconds": float}
 TRAINING_STATE: Schema = EVERY_STATE | {
     "scaler": dict[str, float],

@@ -51,7 +51,7 @@ def eval_pixels(image: Tensor, img_size: int, rule: str) -> Tensor:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Values as those of 8 bits, halves rounded up."""
+    """Values as whole numbers of 8 bits, halves rounded up."""
     return (x + 0.5).floor().clamp(0, 255)
 
 

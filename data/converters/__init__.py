@@ -1,4 +1,4 @@
-"""From the files that people download to image folders: one file a format, and one line a benchmark.
+"""From the files that people download to image folders: one file per format, and one line per benchmark.
 
 A new benchmark is a file here, with its function and its flags, and an entry of CONVERTERS.
 """

@@ -201,7 +201,7 @@ def test_predict_chooses_on_the_val_classes_of_its_base_set_if_they_are_enough(w
         assert "note: chosen: --align_blocks 0 --aug_size 20 --" in outcome.out
     else:  # 8 of the 8 images of a val class leave none to ask for
         assert "auto cannot choose on val, so it is fine-tuning" in outcome.out
-        assert "head on Conv4, no alignment\n" in outcome.out and "related base classes a class" not in outcome.out
+        assert "head on Conv4, no alignment\n" in outcome.out and "related base classes per class" not in outcome.out
 
 
 @pytest.mark.parametrize(

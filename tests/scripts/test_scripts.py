@@ -100,7 +100,7 @@ def test_any_way_works_and_base_classes_are_shared_out_when_short(trained, tmp_p
     init = ["--init_from", trained / "results" / "models" / CHECKPOINT]
     outcome = call("associative_alignment", *flags, *init)
     assert outcome.status == 0, outcome.err
-    assert f"{6 // n_way} related base classes a class" in outcome.out
+    assert f"{6 // n_way} related base classes per class" in outcome.out
 
 
 def test_the_same_command_gives_the_same_numbers_with_any_number_of_workers(trained, tmp_path):
