@@ -33,11 +33,7 @@ MEAN_DEEPEMD = of_bytes((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
 
 def indexed(name: str, pattern: str, conv: str = "conv", bn: str = "bn") -> str:
     """`layers.0.conv.weight` by a pattern such as `layer{i}.0.`, in which i counts from 1 and k from 0."""
-
-    def place(found: re.Match[str]) -> str:
-        return pattern.format(i=int(found[1]) + 1, k=int(found[1]))
-
-    name = re.sub(r"^layers\.(\d+)\.", place, name)
+    name = re.sub(r"^layers\.(\d+)\.", lambda found: pattern.format(i=int(found[1]) + 1, k=int(found[1])), name)
     return re.sub(r"\bconv\.", f"{conv}.", re.sub(r"\bbn\.", f"{bn}.", name))
 
 
@@ -55,24 +51,15 @@ def residual(name: str, pattern: str = "layer{i}.0.") -> str:
 
 def staged(name: str, depths: tuple[int, ...], pattern: str, shortcut: str) -> str:
     """Names of a network whose blocks are counted in each of its stages, s from 1, b from 0."""
-    places = [(s, b) for s, depth in enumerate(depths, 1) for b in range(depth)]
-
-    def place(found: re.Match[str]) -> str:
-        s, b = places[int(found[1])]
-        return pattern.format(s=s, b=b)
-
-    name = re.sub(r"^layers\.(\d+)\.", place, name)
+    places = [pattern.format(s=s, b=b) for s, depth in enumerate(depths, 1) for b in range(depth)]
+    name = re.sub(r"^layers\.(\d+)\.", lambda found: places[int(found[1])], name)
     name = re.sub(r"^stem\.(0\.)?(?=weight|bias)", "conv1.", name)
     return re.sub(r"^(norm|stem\.1)\.", "bn1.", name).replace("shortcut.", shortcut)
 
 
 def torchvision_trunk(name: str) -> str:
     """CloserLook's names of torchvision's ResNet18."""
-
-    def place(found: re.Match[str]) -> str:
-        return f"trunk.{2 + 2 * int(found[1]) + int(found[2])}."
-
-    name = re.sub(r"^layer(\d)\.(\d)\.", place, name)
+    name = re.sub(r"^layer(\d)\.(\d)\.", lambda found: f"trunk.{2 + 2 * int(found[1]) + int(found[2])}.", name)
     name = re.sub(r"^conv1\.", "trunk.0.", re.sub(r"^bn1\.", "trunk.1.", name))
     name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "BNshortcut.")
     return re.sub(r"\.bn(\d)\.", r".BN\1.", re.sub(r"\.conv(\d)\.", r".C\1.", name))

@@ -79,11 +79,11 @@ def gather_episode(
     related_classes: for each novel class its related base classes, best first: name, score, images (k, 3, s, s).
     nearest (q, N_NEAREST): those of the images, counted through, nearest to each query after alignment, by cosine.
     """
-    support, query = episodes.support[i], episodes.query[i]
+    novel_images = {"support": episodes.support[i], "query": episodes.query[i]}
     ways, empty = torch.arange(episodes.n_way), torch.empty(0, dtype=torch.long)
     novel_features = {
         name: before_and_after(novel, index.flatten(), ways.repeat_interleave(index.shape[1]), blocks, run.precision)
-        for name, index in (("support", support), ("query", query))
+        for name, index in novel_images.items()
     }
     drawn, y_drawn = empty, empty
     if episode.n_drawn:  # those of the first iteration
@@ -93,16 +93,9 @@ def gather_episode(
     for way, (classes, samples) in enumerate(zip(episode.related.classes, episode.related.samples, strict=True)):
         labels = base.split.labels[samples.cpu()]
         of_classes = [samples.cpu()[labels == b][:N_SAMPLES] for b in classes]
-        related_classes.append(
-            [
-                {
-                    "name": base.split.class_names[b],
-                    "score": episode.related.score[b, way].item(),
-                    "images": thumbnails(base.split.images[index]),
-                }
-                for b, index in zip(classes, of_classes, strict=True)
-            ]
-        )
+        names, scores = [base.split.class_names[b] for b in classes], episode.related.score[classes, way].tolist()
+        rows = zip(names, scores, (thumbnails(base.split.images[index]) for index in of_classes), strict=True)
+        related_classes.append([dict(zip(RELATED, row, strict=True)) for row in rows])
         kept += of_classes
     index = torch.cat(kept)
     related = before_and_after(base, index, torch.zeros_like(index), blocks, run.precision)["after"]
@@ -113,13 +106,10 @@ def gather_episode(
         "class_names": [novel.split.class_names[c] for c in episodes.classes[i].tolist()],
         **novel_features,
         "related": before_and_after(base, drawn, y_drawn, blocks, run.precision),
-        "support_images": thumbnails(novel.split.images[support[:, 0]]),
+        "support_images": thumbnails(novel.split.images[novel_images["support"][:, 0]]),
         "related_classes": related_classes,
         "method": setting.fit.method,
-        "images": {
-            name: thumbnails(novel.split.images[index.flatten()])
-            for name, index in (("support", support), ("query", query))
-        },
+        "images": {name: thumbnails(novel.split.images[index.flatten()]) for name, index in novel_images.items()},
         **logits_before_and_after(episode, setting),
         "nearest": cosine.topk(min(N_NEAREST, len(index)), 1).indices,
     }
