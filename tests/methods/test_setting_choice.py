@@ -14,6 +14,7 @@ from methods import setting_choice
 from methods.alignment import AlignmentSetting
 from methods.feature_alignment import align_features
 from methods.features import Source, feature_source, trainable_blocks
+from methods.intervals import mean_and_ci95
 from methods.novel_finetune import HeadFit
 from methods.related_base import RelatedSetting
 from methods.setting_choice import (
@@ -94,6 +95,22 @@ def test_only_a_gain_with_its_interval_above_zero_wins():
     ]
     assert winner(rows) == "c"
     assert winner(rows[:2]) == NONE
+
+
+def test_what_gains_on_a_few_classes_alone_is_not_clear(monkeypatch):
+    """Every episode of one class gains 10 points: that is sure of other episodes, and not of other classes."""
+    val, base = made(base_like_val=True)
+    episodes = sample_episodes(val.split, SHAPE, 60, 0)
+    assert (without := int((episodes.classes != 0).all(1).sum())) >= 10 and without <= 50
+    right = torch.full((60, 2, 5), 8)
+    right[(episodes.classes == 0).any(1), 1] += 2
+    counts = torch.diag_embed(right) + torch.diag_embed(20 - right[..., :4], 1)
+    counts[..., 4, 0] = 20 - right[..., 4]
+    monkeypatch.setattr(setting_choice, "paired_counts", lambda *_: counts)
+    head = dataclasses.replace(SETTING, alignment="head")
+    (row,) = compare_settings([Offered(FROZEN, val, base)], episodes, {"a": head}, Run())
+    over_episodes = mean_and_ci95(100 * (right[:, 1, 0] - right[:, 0, 0]) / 20)[1]
+    assert row.gain > over_episodes > 0 and row.gain_ci95 > row.gain and winner([row]) == NONE
 
 
 def test_a_row_is_the_gain_of_alignment_over_fine_tuning_in_whatever_chunks(monkeypatch):
