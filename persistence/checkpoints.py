@@ -93,7 +93,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def imported_checkpoint(path: Path, imported: Imported, dataset: str, class_names: list[str]) -> Checkpoint:
     """A file of another repository as a checkpoint; dataset "" and no class_names where they are not known."""
-    backbone = create_backbone(imported.backbone, imported.img_size, seed=0)
+    peer = imported.peer
+    backbone = create_backbone(peer.backbone, peer.img_size, seed=0)
     load_state(backbone, backbone.state_dict() | imported.state, path)
     head_state: dict[str, Tensor] = {}
     if imported.head_state and class_names:
@@ -104,16 +105,16 @@ def imported_checkpoint(path: Path, imported: Imported, dataset: str, class_name
         stage="transferLearning" if head_state else "imported",
         dataset=dataset,
         method=imported.method,
-        backbone=imported.backbone,
-        img_size=imported.img_size,
+        backbone=peer.backbone,
+        img_size=peer.img_size,
         class_names=class_names,
         backbone_state=backbone.state_dict(),
         head_state=head_state,
         epoch=imported.epoch,
         val_accuracy=imported.accuracy,
         config={"imported_from": path.name, "repository": imported.repository, "s": imported.s, "m": imported.m},
-        normalisation=imported.normalisation,
-        eval_resize=imported.eval_resize,
+        normalisation=peer.normalisation,
+        eval_resize=peer.resize,
     )
 
 

@@ -56,7 +56,8 @@ def main() -> None:
         imported = read_imported(args.file, args.repository)
     except ValueError as error:
         raise UserError(f"{args.file} cannot be imported ({error}): give a file of weights, whole") from None
-    imported = replace(imported, img_size=args.img_size or imported.img_size)
+    if args.img_size:
+        imported = replace(imported, peer=replace(imported.peer, img_size=args.img_size))
     if args.dataset == "tieredImageNet" and imported.repository in BGR_READERS:
         print(f"note: {imported.repository} reads tieredImageNet in BGR order: the first convolution is turned round")
         imported = turned_round(imported)

@@ -13,24 +13,20 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.foreign import Inert, read_foreign
-from engine.normalisation import IMAGENET, Normalisation
-from engine.resizing import PUBLISHED
+from engine.normalisation import Normalisation
 from models import HEADS
-from persistence.peers import AUTHORS, PEERS, our_state, recognised, shapes_of
+from persistence.peers import AUTHORS, PEERS, Peer, our_state, recognised, shapes_of
 
 KEYS = ("", "state", "state_dict", "model", "model_sd", "params", "embedding")  # where a file may have a state dict
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A backbone of ours by name, its state dict and images, the repository that it is of; its head, or ""."""
+    """A network of a repository, its state dict by our names, and its head, or ""."""
 
     repository: str
-    backbone: str
-    img_size: int
+    peer: Peer
     state: dict[str, Tensor]
-    normalisation: Normalisation = IMAGENET
-    eval_resize: str = PUBLISHED
     epoch: int = -1
     accuracy: float = math.nan
     method: str = ""
@@ -49,9 +45,10 @@ def state_dicts(content: object) -> dict[str, dict[str, Tensor]]:
 
 def turned_round(imported: Imported) -> Imported:
     """The network that gives RGB images the features that this one gives the same images in BGR order."""
-    mean, std = imported.normalisation
+    mean, std = imported.peer.normalisation
     state = {k: v.flip(1) if v.dim() == 4 and v.shape[1] == 3 else v for k, v in imported.state.items()}
-    return replace(imported, state=state, normalisation=Normalisation(mean[::-1], std[::-1]))
+    peer = replace(imported.peer, normalisation=Normalisation(mean[::-1], std[::-1]))
+    return replace(imported, state=state, peer=peer)
 
 
 def is_tensors(value: object) -> TypeGuard[dict[str, Tensor]]:
@@ -92,11 +89,8 @@ def read_imported(path: Path, asked: str | None = None) -> Imported:
     epoch = content.get("epoch")
     return Imported(
         repository=name,
-        backbone=peer.backbone,
-        img_size=peer.img_size,
+        peer=peer,
         state=our_state(peer, prefix, state),
-        normalisation=peer.normalisation,
-        eval_resize=peer.resize,
         epoch=epoch if isinstance(epoch, int) else -1,
         **(base_head(path, content) if name == AUTHORS else {}),
     )

@@ -25,7 +25,6 @@ EXCEPT = {
     **dict.fromkeys(
         [
             ("Checkpoint", "eval_resize"),
-            ("Imported", "eval_resize"),
             ("Imported", "s"),
             ("Imported", "m"),
             ("Imported", "method"),

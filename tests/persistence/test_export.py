@@ -38,7 +38,7 @@ def test_what_is_exported_is_read_back(tmp_path, repository, backbone, name, key
     content = torch.load(tmp_path / "theirs.pth", weights_only=True)
     assert name in (content[key] if key else content)
     imported = read_imported(tmp_path / "theirs.pth", repository)
-    assert imported.backbone == backbone
+    assert imported.peer.backbone == backbone
     assert all(torch.equal(imported.state[key], value) for key, value in state.items() if "tracked" not in key)
 
 
