@@ -73,7 +73,8 @@ def train_on_episodes(args: Namespace, run: Run) -> None:
         for epoch in training.epochs(args.n_epoch, validate):
             if ranks.first:  # an episode is one batch, which is not shared out
                 episodes = sample_episodes(base, train_shape, n_train, args.seed, start=epoch * n_train)
-                figures = train_episodic_epoch(model, images, episodes, epoch, run, epoch < args.warm_up_epochs)
+                warm_up, n_left = epoch < args.warm_up_epochs, args.n_epoch - epoch
+                figures = train_episodic_epoch(model, images, episodes, epoch, run, warm_up, n_left)
             copy_rank_0([backbone, learner], ranks)
             training.end_epoch(epoch, *figures, validate())
 

@@ -75,7 +75,7 @@ def train_on_base_classes(args: Namespace, run: Run) -> None:
             images = TrainingFeatures(FeatureCache(args.cache_dir, run).features(backbone, base), base.labels)
         validated = cache(validate) if args.train_blocks == 0 else validate
         for epoch in training.epochs(args.n_epoch, validated):
-            loss, accuracy = train_base_epoch(model, images, args.batch_size, epoch, run)
+            loss, accuracy = train_base_epoch(model, images, args.batch_size, epoch, run, args.n_epoch - epoch)
             copy_rank_0([backbone], ranks)
             training.end_epoch(epoch, loss, accuracy, validated())
 

@@ -42,12 +42,13 @@ def last_blocks(backbone: Backbone, n_blocks: int | None) -> nn.Module:
 
 
 def train_base_epoch(
-    model: Model, images: TrainingImages | TrainingFeatures, batch_size: int, epoch: int, run: Run
+    model: Model, images: TrainingImages | TrainingFeatures, batch_size: int, epoch: int, run: Run, n_left: int = 1
 ) -> tuple[float, float]:
     """One shuffled pass over the base images, the last batch kept; returns the mean loss and accuracy in 0..1.
 
     Order and augmentation depend on (seed, epoch) alone, dropout on the rank as well. Each rank takes its share of
-    every batch, and the gradients are averaged. Raises UserError when the loss is no longer finite.
+    every batch, and the gradients are averaged. The bar is of the n_left epochs of the run that are left, this one
+    included. Raises UserError when the loss is no longer finite.
     """
     head, ranks = cast(Head, model.head), run.ranks
     model.net.train()
@@ -65,7 +66,8 @@ def train_base_epoch(
 
     one_step: Step = graphed(train_step, [model.optimizer]) if run.graphs else train_step
     losses, sizes = Losses(f"epoch {epoch + 1}, batch"), []
-    bar = run.bar(order.split(batch_size), f"epoch {epoch + 1}", "batch", leave=False)
+    batches = order.split(batch_size)
+    bar = run.bar(batches, f"epoch {epoch + 1} and on", "batch", leave=False, total=len(batches) * n_left)
     for step, index in enumerate(bar):
         mine = ranks.share(range(len(index)))
         part = slice(mine.start, mine.stop)

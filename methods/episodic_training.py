@@ -26,13 +26,19 @@ CHUNK_ELEMENTS = 2**23
 
 
 def train_episodic_epoch(
-    model: Model, images: TrainingImages, episodes: Episodes, epoch: int, run: Run, warm_up: bool = False
+    model: Model,
+    images: TrainingImages,
+    episodes: Episodes,
+    epoch: int,
+    run: Run,
+    warm_up: bool = False,
+    n_left: int = 1,
 ) -> tuple[float, float]:
     """One optimiser step per episode; returns the mean loss and the mean query accuracy in 0..1.
 
     In a warm-up the backbone is frozen, in eval mode. `episodes` index the images. Augmentation and dropout of episode
-    k depend on (seed, epoch, k) alone. Raises UserError when the loss is no longer finite, or when a learner without
-    parameters is to warm up.
+    k depend on (seed, epoch, k) alone. The bar is of the n_left epochs that are left, this one included. Raises
+    UserError when the loss is no longer finite, or when a learner without parameters is to warm up.
     """
     if warm_up and not n_parameters(model.head):
         raise UserError(f"{type(model.head).__name__} has no module of its own to warm up: give --warm_up_epochs 0")
@@ -40,7 +46,8 @@ def train_episodic_epoch(
     network = backbone.feature_map if learner.uses_maps else backbone
     y_query = class_major_labels(episodes.n_way, episodes.query.shape[2], run.device)
     losses = Losses(f"epoch {epoch + 1}, episode")
-    bar = run.bar(range(len(episodes)), f"epoch {epoch + 1}", "episode", leave=False)
+    name, total = f"epoch {epoch + 1} and on", len(episodes) * n_left
+    bar = run.bar(range(len(episodes)), name, "episode", leave=False, total=total)
     for k in bar:
         index = episodes.index[k]
         x = images.batch(index.flatten(), run.generator("episodic training", epoch, k))

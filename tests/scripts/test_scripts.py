@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from args_parser import args_parser
+from engine.run import Run
 from persistence.checkpoints import load_checkpoint
 from persistence.saved_episode import read_saved_episodes
 from tests.helpers import ALIGN, CHECKPOINT, CURVE, ROOT, TINY, TRAIN, call, folders, make_benchmark, result, run
@@ -284,3 +285,24 @@ def test_a_model_of_one_benchmark_is_tested_and_aligned_on_the_novel_classes_of_
     assert (record["dataset"], record["novel_dataset"]) == ("tiny", "other")
     within = result(workspace, "transferLearning_3way_2shot_tiny_arcMax_Conv4")
     assert record["dataset_fingerprint"] != within["dataset_fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("script", "per_epoch", "flags"),
+    [("transferLearning", 3, []), ("metaLearning", 2, ["--episodes_per_epoch", 2, "--n_way", 3, "--train_n_query", 2])],
+)
+def test_the_bar_of_an_epoch_is_of_all_that_are_left(tmp_path, monkeypatch, script, per_epoch, flags):
+    """So that the first says how long the whole training will take."""
+    make_benchmark(tmp_path / "benchmarks" / "tiny")
+    totals, bar = [], Run.bar
+
+    def seen(run, items, name, unit, **options):
+        totals.extend([options["total"]] * name.endswith(" and on"))
+        return bar(run, items, name, unit, **options)
+
+    monkeypatch.setattr(Run, "bar", seen)
+    flags = [*TINY, *flags, "--n_epoch", 3, "--val_episodes", 2, "--n_episodes", 2, "--ft_n_epoch", 2]
+    flags += ["--batch_size", 16] if script == "transferLearning" else []
+    outcome = call(script, *flags, *folders(tmp_path))
+    assert outcome.status == 0, outcome.err
+    assert totals == [3 * per_epoch, 2 * per_epoch, per_epoch]
