@@ -297,7 +297,7 @@ def test_the_bar_of_an_epoch_is_of_all_that_are_left(tmp_path, monkeypatch, scri
     totals, bar = [], Run.bar
 
     def seen(run, items, name, unit, **options):
-        totals.extend([options["total"]] * name.endswith(" and on"))
+        totals.extend([options.get("total")] * name.endswith(" and on"))
         return bar(run, items, name, unit, **options)
 
     monkeypatch.setattr(Run, "bar", seen)
