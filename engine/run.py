@@ -1,10 +1,12 @@
 """What a run computes on and draws from: its device, precision and share among several processes, its seed."""
 
 import ctypes
+import math
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +85,23 @@ def select_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         raise UserError(f"--device {name} is for {most} here: give a smaller --nproc_per_node, or --device cpu")
     torch.cuda.set_device(ranks.local)
     return torch.device(name, ranks.local)
+
+
+def on_own_threads(work: Callable[[range], Iterable[Any]], numbers: range, most: int) -> Iterator[Any]:
+    """What work gives for each of consecutive numbers, in order, of which it takes up to `most` at once.
+
+    As many parts are worked on together as PyTorch uses threads, each by one: small operations gain nothing by more.
+    """
+    n_threads = torch.get_num_threads()
+
+    def on_one_thread(part: range) -> list[Any]:
+        torch.set_num_threads(1)  # for the operations that this thread calls
+        return list(work(part))
+
+    size = max(1, min(most, math.ceil(len(numbers) / n_threads)))
+    with ThreadPoolExecutor(n_threads) as pool:
+        for done in pool.map(on_one_thread, (numbers[i : i + size] for i in range(0, len(numbers), size))):
+            yield from done
 
 
 def keep_memory() -> None:

@@ -6,10 +6,7 @@ their own, and each group on one thread: the operations are too small to be shar
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from typing import cast
 
 import torch
@@ -17,7 +14,7 @@ from torch import Tensor, nn
 
 from data.episodes import Task
 from engine.precision import check_finite
-from engine.run import Run
+from engine.run import Run, on_own_threads
 from methods.alignment import (
     ALIGNMENTS,
     AlignedEpisode,
@@ -223,16 +220,12 @@ def align_blocks(
     if block is None:
         yield from (align_episode(blocks, task, novel, base, setting, run, first + k) for k, task in enumerate(tasks))
         return
-    initial, n_threads = copy.deepcopy(block), torch.get_num_threads()
-    size = min(N_TOGETHER, math.ceil(len(tasks) / n_threads))
+    initial, numbers = copy.deepcopy(block), range(first, first + len(tasks))
 
-    def on_one_thread(start: int) -> list[Aligned]:
-        torch.set_num_threads(1)  # for the operations that this thread calls
-        return align_together(initial, tasks[start : start + size], novel, base, setting, run, first + start)
+    def align(part: range) -> list[Aligned]:
+        return align_together(initial, [tasks[i - first] for i in part], novel, base, setting, run, part[0])
 
-    with ThreadPoolExecutor(n_threads) as pool:
-        parts = pool.map(on_one_thread, range(0, len(tasks), size))
-        for i, (episode, state) in zip(count(first), (aligned for part in parts for aligned in part), strict=False):
-            check_finite(episode.aligned.sum(), f"episode {i}")
-            block.load_state_dict(state)
-            yield episode
+    for i, (episode, state) in zip(numbers, on_own_threads(align, numbers, N_TOGETHER), strict=True):
+        check_finite(episode.aligned.sum(), f"episode {i}")
+        block.load_state_dict(state)
+        yield episode

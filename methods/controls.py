@@ -81,7 +81,8 @@ def score_episodes(features: Tensor, episodes: Episodes, scorer: Scorer, run: Ru
     counts = []
     for first in run.bar(range(0, len(episodes), HEAD_CHUNK), bar, f"x{HEAD_CHUNK} episodes", leave=False):
         part = episodes.slice(first, first + HEAD_CHUNK)
-        z_support, z_query = (features[index.to(features.device)] for index in (part.support, part.query.flatten(1)))
+        index = (part.support, part.query.flatten(1))
+        z_support, z_query = (features[of_part.to(features.device)].float() for of_part in index)
         counts.append(count_predictions(scorer(z_support, z_query), part.n_way).cpu())
     return EpisodeScores(torch.cat(counts))
 

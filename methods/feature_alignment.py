@@ -6,7 +6,7 @@ written out. Each episode draws its own number of related samples, padded with s
 depend on the others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Generator, Tensor
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data.episodes import Episodes, Task, class_major_labels
 from engine.budget import cache_bytes
 from engine.precision import check_finite
-from engine.run import Run, move
+from engine.run import Run, move, on_own_threads
 from methods.alignment import AlignedEpisode, AlignmentSetting, Batch, with_rate
 from methods.block_alignment import align_blocks
 from methods.features import Source, TrainableBlocks
@@ -24,10 +24,10 @@ from methods.related_base import RelatedBase, draw_by_setting, drawn_per_class, 
 from models.head_gradients import set_gradients
 from models.heads import Head, one_hot_of
 
-# Episodes aligned together: on a CPU as many as hold CACHES times its second-level caches of related samples, so that
-# these are not read from memory twice, and no more than a stopped run may lose; on a GPU, elements of related samples
-# and their copies: 256 MB of them.
-CACHES = 4
+# Episodes aligned together: on a CPU, over its threads, as many as hold CACHES times its second-level caches of related
+# samples, so that calls cost little beside their work, and no more than a stopped run may lose; on a GPU, elements
+# of related samples and their copies: 256 MB of them.
+CACHES = 16
 MOST_TOGETHER = 40
 CHUNK_ELEMENTS = 2**26
 
@@ -61,7 +61,8 @@ def padded_related_batches(
     rows = base.features.new_empty(picks[0].numel(), base.features.shape[1])  # an allocation per iteration is slow
     for index in move(picks.clamp_min_(0), base.features.device):
         torch.index_select(base.features, 0, index.flatten(), out=rows)
-        z = move(rows, device).float().view(*index.shape, -1)  # a base set may have no room on a GPU
+        z = move(rows, device).view(*index.shape, -1)  # a base set may have no room on a GPU
+        z = z if z.dtype == torch.bfloat16 else z.float()
         norm = move(base.norms[index], device)
         yield Batch(z, y, weight, norm) if head.directions else Batch(head.project(z), y, weight)
 
@@ -158,11 +159,15 @@ def align_episodes(
     run: Run,
     numbers: range,
 ) -> Iterator[tuple[int, AlignedEpisode]]:
-    """The aligned episodes of these consecutive numbers, in feature space all together."""
-    tasks = [episodes.task(i) for i in numbers]
-    if not tasks:
+    """The aligned episodes of these consecutive numbers, in feature space all together, on a CPU a part per thread."""
+    if not numbers:
         return
-    if blocks.in_feature_space:
-        yield from zip(numbers, align_features(tasks, novel, base, setting, run, numbers[0]), strict=True)
-    else:
-        yield from zip(numbers, align_blocks(blocks, tasks, novel, base, setting, run, numbers[0]), strict=True)
+
+    def align(part: range) -> Iterable[AlignedEpisode]:
+        tasks = [episodes.task(i) for i in part]
+        if blocks.in_feature_space:
+            return align_features(tasks, novel, base, setting, run, part[0])
+        return align_blocks(blocks, tasks, novel, base, setting, run, part[0])
+
+    on_threads = blocks.in_feature_space and run.device.type == "cpu" and len(numbers) > 1
+    yield from zip(numbers, on_own_threads(align, numbers, len(numbers)) if on_threads else align(numbers), strict=True)

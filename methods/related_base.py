@@ -19,8 +19,8 @@ from models.heads import Head
 # Base features scored together.
 BASE_ROWS = 512
 GPU_BASE_ROWS = 2**14  # a GPU has a step of its own for each block
-# Elements of the sets that related samples are drawn from together: 4 MB of them.
-DRAWN_TOGETHER = 2**20
+# Elements of the sets that related samples are drawn from together: 8 MB of them.
+DRAWN_TOGETHER = 2**21
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,11 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def products(z: Tensor, weight: Tensor) -> Tensor:
-    """Features (..., n, d) times weights (..., n_class, d): (..., n, n_class), lying as (..., n_class, n)."""
-    return (weight @ z.mT).mT
+    """Features (..., n, d) times weights (..., n_class, d): (..., n, n_class), lying as (..., n_class, n).
+
+    Features in bf16 are multiplied in it; the result is float32.
+    """
+    return (weight.to(z.dtype) @ z.mT).float().mT
 
 
 def cross_entropy_gradient(logits: Tensor, one_hot: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -100,5 +103,9 @@ def set_cosine_gradient(
     scores = products(z, w).mul_(factor)
     of_scores = gradient(scores)
     along = (of_scores * scores).sum(-2).unsqueeze(-1) / length.square()
-    across = torch.matmul(of_scores.mul_(factor).mT, z, out=weight.grad)
+    of_products = of_scores.mul_(factor).mT
+    if z.dtype == torch.float32:
+        across = torch.matmul(of_products, z, out=weight.grad)
+    else:
+        across = (of_products.to(z.dtype) @ z).float()
     weight.grad = across.addcmul_(w, along, value=-1.0)

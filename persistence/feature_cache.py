@@ -33,6 +33,7 @@ class FeatureCache:
     def __init__(self, folder: Path, run: Run):
         self.folder = folder
         self.run = run
+        self.dtype = torch.bfloat16 if run.precision.name == "bf16" else torch.float32
 
     def source(self, backbone: Backbone, blocks: TrainableBlocks, split: Split) -> Source:
         """The source of a split: its features, and what the trainable blocks take, kept if frozen blocks are below."""
@@ -51,9 +52,9 @@ class FeatureCache:
         return Source(features, block_inputs, split)
 
     def features(self, backbone: Backbone, split: Split) -> Tensor:
-        """Features of a whole split (N, d), on the run's device."""
+        """Features of a whole split (N, d), on the run's device: in bf16 where computed in it, else float32."""
         with rank_0_first(self.run.ranks):
-            z = self.kept(f"features{backbone.feature_dim}", backbone, split, backbone.normalisation, torch.float32)
+            z = self.kept(f"features{backbone.feature_dim}", backbone, split, backbone.normalisation, self.dtype)
         return z.to(self.run.device)
 
     def half_features(self, backbone: Backbone, split: Split) -> Tensor:
@@ -65,8 +66,7 @@ class FeatureCache:
 
         In bf16 where they are computed in it, else float32.
         """
-        dtype = torch.bfloat16 if self.run.precision.name == "bf16" else torch.float32
-        return self.kept(f"activations_nhwc{len(below)}", below, split, by, dtype)
+        return self.kept(f"activations_nhwc{len(below)}", below, split, by, self.dtype)
 
     @torch.no_grad()
     def kept(self, kind: str, network: nn.Module, split: Split, by: Normalisation, dtype: torch.dtype) -> Tensor:

@@ -39,7 +39,7 @@ def before_and_after(
     source: Source, index: Tensor, labels: Tensor, blocks: TrainableBlocks, precision: Precision
 ) -> dict[str, Tensor]:
     """Features (n, d) of the images at index (n,) before alignment, and by the aligned blocks."""
-    before = source.features[index.to(source.features.device)].cpu()
+    before = source.features[index.to(source.features.device)].float().cpu()
     after = updated_features(blocks, source, index, precision).cpu() if len(index) else before.clone()
     return {"before": before, "after": after, "labels": labels.cpu()}
 

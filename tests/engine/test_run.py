@@ -11,7 +11,7 @@ from tqdm import tqdm
 from engine import run
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
-from engine.run import Run, move_if_fits, select_device, start_run
+from engine.run import Run, move_if_fits, on_own_threads, select_device, start_run
 
 
 def with_accelerators(monkeypatch, cuda, mps):
@@ -122,3 +122,17 @@ def test_bars_are_for_terminals_and_not_for_quiet_runs(monkeypatch, capsys):
     for quiet, name, seen in ((False, "epoch 1", True), (True, "epoch 1", False), (False, "", False)):
         assert list(Run(quiet=quiet).bar(range(3), name, "batch")) == [0, 1, 2]
         assert ("100%" in capsys.readouterr().err) == seen
+
+
+@pytest.mark.parametrize("n, most, sizes", [(7, 10, {4, 3}), (7, 2, {2, 1}), (1, 10, {1}), (0, 10, set())])
+def test_numbers_are_worked_on_in_order_a_part_per_thread(n, most, sizes):
+    n_threads, seen = torch.get_num_threads(), []
+
+    def work(part):
+        seen.append((len(part), torch.get_num_threads()))
+        return (10 * i for i in part)
+
+    torch.set_num_threads(2)
+    assert list(on_own_threads(work, range(3, 3 + n), most)) == [10 * i for i in range(3, 3 + n)]
+    assert torch.get_num_threads() == 2 and {size for size, _ in seen} == sizes and {t for _, t in seen} <= {1}
+    torch.set_num_threads(n_threads)

@@ -1,6 +1,7 @@
 """Alignment in feature space against a plain loop of one episode, by automatic differentiation."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 from data.episodes import Task, class_major_labels
 from engine.run import Run
 from methods.alignment import AlignedEpisode, AlignmentSetting, Batch
-from methods.feature_alignment import HeadUpdates, align_features, episodes_per_chunk
-from methods.features import Source
+from methods.feature_alignment import HeadUpdates, align_episodes, align_features, episodes_per_chunk
+from methods.features import Source, TrainableBlocks, feature_source
 from methods.novel_finetune import HeadFit, fit_heads
 from methods.related_base import RelatedSetting, draw_related, drawn_per_class, related_base_of_head
 from models import HEADS
@@ -161,6 +162,28 @@ def test_an_episode_without_related_samples_is_left_alone_by_update_2():
     assert torch.equal(before[1], head.weight[1]) and not torch.equal(before[0], head.weight[0])
 
 
+@pytest.mark.parametrize("method", HEADS)
+def test_features_kept_in_bf16_align_to_nearly_the_same_heads(method):
+    setting, given, z = change(SETTING, method), tasks(5, 2), BASE.features.bfloat16()
+    found, same = (
+        align_features(given, NOVEL, feature_source(of, BASE.split), setting, Run(), 3) for of in (z, z.float())
+    )
+    for episode, other in zip(found, same, strict=True):
+        assert all(map(torch.equal, episode.related.samples, other.related.samples))
+        torch.testing.assert_close(episode.aligned, other.aligned, rtol=0.0, atol=0.01)
+
+
+def test_episodes_on_threads_are_those_of_one_thread():
+    given, blocks = tasks(5, 2, n=5), TrainableBlocks(None, torch.nn.Identity(), {})
+    episodes = types.SimpleNamespace(task=lambda i: given[i - 3])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    found = list(align_episodes(blocks, episodes, NOVEL, BASE, SETTING, Run(), range(3, 8)))
+    assert torch.get_num_threads() == 2 and [i for i, _ in found] == list(range(3, 8))
+    torch.set_num_threads(before)
+    check_against_plain([episode for _, episode in found], given, SETTING)
+
+
 def test_an_episode_does_not_depend_on_those_beside_it():
     setting = change(SETTING, related=RelatedSetting(n_B=2, aug_size=12))
     given = tasks(5, 2, n=6)
@@ -175,7 +198,7 @@ def test_as_many_episodes_go_together_as_the_caches_hold(monkeypatch):
     monkeypatch.setattr("methods.feature_alignment.cache_bytes", lambda: 2**22)
     cpu, gpu = torch.device("cpu"), torch.device("meta")
     counts = [episodes_per_chunk(d, 5, AlignmentSetting(), cpu) for d in (256, 1600, 10**7)]
-    assert counts == [40, 10, 1]
+    assert counts == [40, 40, 1]
     assert episodes_per_chunk(256, 5, AlignmentSetting(), gpu) > 40
 
 

@@ -43,3 +43,15 @@ def test_features_of_known_norm_need_not_be_projected(method):
         expected = head.weight.grad.clone()
         set_gradients(head, z, y, one_hot, None, z.norm(dim=-1))
     torch.testing.assert_close(head.weight.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_features_in_bf16_are_multiplied_in_it():
+    head = build_head("arcMax", 64, 4, 5.0, 0.1, [make_generator(0, i) for i in range(3)])
+    z, y = torch.randn(3, 12, 64, generator=make_generator(1)).bfloat16(), class_major_labels(4, 3).expand(3, 12)
+    norm, one_hot = z.float().norm(dim=-1), torch.nn.functional.one_hot(y, 4).float()
+    with torch.no_grad():
+        set_gradients(head, z.float(), y, one_hot, None, norm)
+        expected = head.weight.grad.clone()
+        set_gradients(head, z, y, one_hot, None, norm)
+    error = (head.weight.grad - expected).norm() / expected.norm()
+    assert head.weight.grad.dtype == torch.float32 and 0 < error < 0.01

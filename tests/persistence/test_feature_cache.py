@@ -104,7 +104,7 @@ def test_features_are_computed_again_when_anything_changes_that_they_follow_from
     counting.n_seen = 0
     again = features_of(counting, changed, tmp_path, run)
     assert counting.n_seen == len(split.images)
-    torch.testing.assert_close(again, embed(counting, changed.images, run))
+    torch.testing.assert_close(again.float(), embed(counting, changed.images, run))
 
 
 def test_two_backbones_of_the_same_weights_do_not_share_features(tmp_path):
@@ -158,6 +158,12 @@ def test_in_bf16_the_inputs_of_the_blocks_are_kept_in_the_half_precision_that_th
     for _ in range(2):  # written, then read
         kept = FeatureCache(tmp_path, BF16).source(backbone, blocks, split).block_inputs(index)
         assert kept.dtype == torch.bfloat16 and torch.equal(kept.float(), made.block_inputs(index))
+
+
+def test_in_bf16_the_features_of_conv4_are_kept_in_it_without_rounding(backbone, tmp_path):
+    split = make_split(side=16)
+    kept = features_of(backbone, split, tmp_path, BF16)
+    assert kept.dtype == torch.bfloat16 and torch.equal(kept.float(), embed(backbone, split.images, BF16))
 
 
 @pytest.mark.parametrize("align_blocks", [None, 1])
