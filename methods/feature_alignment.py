@@ -27,7 +27,7 @@ from models.heads import Head, one_hot_of
 # Episodes aligned together: on a CPU, over its threads, as many as hold CACHES times its second-level caches of related
 # samples, so that calls cost little beside their work, and no more than a stopped run may lose; on a GPU, elements
 # of related samples and their copies: 256 MB of them.
-CACHES = 16
+CACHES = 8
 MOST_TOGETHER = 40
 CHUNK_ELEMENTS = 2**26
 
