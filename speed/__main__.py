@@ -12,6 +12,7 @@ from speed import (
     bench_alignment,
     bench_base_training,
     bench_data,
+    bench_feature_space,
     bench_last_block,
     bench_related_base,
     bench_start,
@@ -24,6 +25,7 @@ BENCHES = {
     "validation": bench_validation.BENCH,
     "related_base": bench_related_base.BENCH,
     "alignment": bench_alignment.BENCH,
+    "feature_space": bench_feature_space.BENCH,
     "last_block": bench_last_block.BENCH,
 }
 OTHERS = {"start": bench_start.rows, "data": bench_data.rows}
