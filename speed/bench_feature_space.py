@@ -17,7 +17,7 @@ from methods.feature_alignment import align_episodes, episodes_per_chunk
 from methods.features import Source, TrainableBlocks, feature_source
 from methods.related_base import RelatedSetting, draw_related
 from speed import reference_loops as plain
-from speed.common import Bench, Measured, Setting, count_flops, load, timed
+from speed.common import Bench, Measured, Setting, load, timed
 
 WORK = {d: f"an episode in feature space, {d} features" for d in (1600, 640, 256)}
 N_WAY = 5
@@ -114,13 +114,12 @@ def ours(setting: Setting) -> dict[str, Measured]:
 
 
 def flops(setting: Setting) -> dict[str, float]:
-    """Operations of an episode."""
-    counted = {}
-    for d, name in WORK.items():
-        episodes, *sources = work_of(setting, d)
-        one = episodes.slice(0, 1)
-        counted[name] = count_flops(partial(together, setting, (one, *sources)))
-    return counted
+    """Operations of the products of an episode: scores and gradient of each step, and scores of the base samples."""
+    numbers = algorithm(setting)
+    n_support, n_base = N_WAY * (2 if setting.tiny else 5), len(load(setting, "base")[0].labels)
+    n_steps = numbers.fit.ft_n_epoch + numbers.align_iters
+    rows = 2 * (n_support * n_steps + N_WAY * numbers.related.aug_size * numbers.align_iters) + n_base
+    return {name: 2.0 * d * N_WAY * rows for d, name in WORK.items()}
 
 
 TARGETS = {name: {"fp32": 3.0, "bf16": 3.0} for name in WORK.values()}
