@@ -122,6 +122,7 @@ def flops(setting: Setting) -> dict[str, float]:
     return {name: 2.0 * d * N_WAY * rows for d, name in WORK.items()}
 
 
-TARGETS = {name: {"fp32": 3.0, "bf16": 3.0} for name in WORK.values()}
+# Three times the build before threads and bf16, at 1600 features.
+TARGETS = {name: {"fp32": 17.0, "bf16": 17.0} for name in WORK.values()}
 TOLERANCES = {"scores": {"fp32": 0.001, "bf16": 0.05}}
 BENCH = Bench(TARGETS, reference, ours, flops, TOLERANCES)

@@ -4,6 +4,7 @@ The reference is `align_episode`, which any backbone takes, in float32; ours `al
 block, computed before, and fit heads and find related base samples in their time.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,13 +26,20 @@ Work = tuple[TrainableBlocks, list[Task], Source, Source]
 
 
 def work_of(setting: Setting) -> Work:
-    """The blocks, the tasks of the novel split, and both splits as the blocks take them."""
+    """The blocks, the tasks of the novel split, and both splits as the blocks take them.
+
+    Their features are those of float32 in every precision: others would have other related samples drawn.
+    """
     base, novel = (load(setting, split)[0] for split in ("base", "novel"))
     backbone = new_conv4(setting, base)
-    blocks, cache = trainable_blocks(backbone, 1), FeatureCache(setting.folder / "cache", setting.run)
+    blocks, folder = trainable_blocks(backbone, 1), setting.folder / "cache"
+    cache, in_fp32 = (FeatureCache(folder, each.run) for each in (setting, replace(setting, precision="fp32")))
     shape, n = EpisodeShape(5, 2, 5) if setting.tiny else EpisodeShape(5, 5, 15), N_TIMED[setting.scale][1]
     episodes = sample_episodes(novel, shape, n, 0)
-    sources = (cache.source(backbone, blocks, split) for split in (novel, base))
+    sources = (
+        replace(cache.source(backbone, blocks, split), features=in_fp32.features(backbone, split))
+        for split in (novel, base)
+    )
     return blocks, [episodes.task(i) for i in range(n)], *sources
 
 
