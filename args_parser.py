@@ -336,6 +336,8 @@ PREDICT: Table = [
     "output",
     flag("--reject P", number(float, 0, 1), 0.0, "label images whose probability is below P as 'unsure'"),
     flag("--sort", ["name", "sure"], "name", "order of the output: by file name, or the least sure first"),
+    flag("--review", SWITCH, False,
+         "list the examples that leave-one-out puts into another class, most certain first: wrong labels are there"),
     flag("--copy_to FOLDER", Path, None, "copy each image into FOLDER/LABEL, a new folder"),
     flag("--out", Path, Path("./results/predictions"), "folder of predictions.csv, .json and .html"),
     flag("--resume", SWITCH, False, "go on with the predictions in --out that were stopped"),
@@ -348,7 +350,7 @@ PREDICT: Table = [
 # fmt: on
 # What `predict.py --help` shows.
 EVERYDAY = ["support", "query", "base", "checkpoint", "backbone", "weights", "save", "classifier", "add", "correct"]
-EVERYDAY += ["export", "reject", "sort", "copy_to", "out", "overwrite", "device", "quiet"]
+EVERYDAY += ["export", "reject", "sort", "review", "copy_to", "out", "overwrite", "device", "quiet"]
 # What --classifier does not go with: it brings all of this.
 BROUGHT = ["support", "checkpoint", "weights", "img_size", "background", "method", "alignment"]
 BROUGHT += [*defaults(FITTING), *defaults(UPDATES)]

@@ -28,7 +28,7 @@ from photos.growing import grow_folders
 from photos.images import list_queries
 from photos.labelling import LabelFlags, check_outputs, label_folder, write_outputs
 from photos.portable import export_classifier
-from photos.table import fitted_lines, summary_lines
+from photos.table import fitted_lines, review_lines, summary_lines
 
 
 class FewShotClassifier(Estimator):
@@ -82,6 +82,8 @@ def main() -> None:
     else:
         print_notes(fitted.notes)
         print(*fitted_lines(fitted), sep="\n")
+    if args.review:
+        print(*review_lines(fitted.classifier), sep="\n")
 
     if args.save:
         save_classifier(args.save, fitted)

@@ -122,7 +122,8 @@ def load_networks(content: dict[str, Any], path: Path, asked: str | None) -> tup
 def load_confidence(record: dict[str, Any]) -> Confidence:
     """The confidence of a record; older files have it of all classes together."""
     tested, right = (record.get(name, [record.get(older)]) for name, older in (("tested", "n"), ("right", "n_right")))
-    return Confidence(list(map(int, tested)), list(map(int, right)), record["n_folds"], record["temperature"])
+    counts = list(map(int, tested)), list(map(int, right)), record["n_folds"]
+    return Confidence(*counts, record["temperature"], record.get("wrong", []))
 
 
 def load_classifier(path: Path, backbone: str | None, device: torch.device) -> Fitted:

@@ -7,7 +7,7 @@ logits are divided. All of it holds for images from where the support comes from
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from models.heads import Head, unit
 MAX_FOLDS = 20
 # Heads of a classifier of unequal classes, and of a fold of it, each fitted to as many examples per class.
 MAX_BAGS, MAX_FOLD_BAGS = 32, 8
+# Features of a larger cosine are of one image, embedded twice.
+SAME = 1 - 1e-6
 # Chosen on val episodes, for the calibration error of heads and of aligned heads.
 DOUBT = 0.25
 # An image is unlike every class when it is more than this many times as far from its nearest support image, by
@@ -34,12 +36,16 @@ FAR = 1.1
 @dataclass(frozen=True)
 class Confidence:
     """What the folds gave: of each class the support images that were left out, and those of them predicted right; the
-    temperature. A class with one support image is not tested."""
+    temperature. A class with one support image is not tested.
+
+    wrong: the support images that were predicted as another class, with the probability of every class; surest first.
+    """
 
     tested: list[int]
     right: list[int]
     n_folds: int
     temperature: float
+    wrong: list[tuple[int, list[float]]] = field(default_factory=list)
 
     @property
     def n(self) -> int:
@@ -80,8 +86,14 @@ def first_copies(z: Tensor, y: Tensor) -> Tensor:
     first = torch.arange(len(y))
     for members in (torch.nonzero(y == label).squeeze(1) for label in y.unique()):
         own = unit(z[members])
-        first[members] = members[(own @ own.T > 1 - 1e-6).int().argmax(1)]
+        first[members] = members[(own @ own.T > SAME).int().argmax(1)]
     return first
+
+
+def in_two_classes(z: Tensor, y: Tensor) -> list[tuple[int, int]]:
+    """Pairs of images, of features z (k, d) and labels y (k,), that are one image but not of one class."""
+    same = unit(z) @ unit(z).T > SAME
+    return [(i, j) for i, j in (same & (y.unsqueeze(1) < y)).nonzero().tolist()]
 
 
 def folds(y: Tensor, first: Tensor | None = None) -> list[Task]:
@@ -187,10 +199,16 @@ def cross_validate(
     if not tasks:
         return None
     logits = left_out_logits(tasks, novel, base, setting, run)
-    y_left_out = y[torch.cat([task.query for task in tasks])]
-    right, n_way = y_left_out[logits.argmax(1) == y_left_out], logits.shape[1]
-    tested, n_right = (torch.bincount(labels, minlength=n_way).tolist() for labels in (y_left_out, right))
-    return Confidence(tested, n_right, len(tasks), fit_temperature(logits, y_left_out))
+    left_out = torch.cat([task.query for task in tasks])
+    y_left_out, n_way = y[left_out], logits.shape[1]
+    is_right = logits.argmax(1) == y_left_out
+    tested, n_right = (
+        torch.bincount(labels, minlength=n_way).tolist() for labels in (y_left_out, y_left_out[is_right])
+    )
+    temperature = fit_temperature(logits, y_left_out)
+    wrong = zip(left_out[~is_right].tolist(), (logits[~is_right] / temperature).softmax(1).tolist(), strict=True)
+    by_certainty = sorted(wrong, key=lambda each: -max(each[1]))
+    return Confidence(tested, n_right, len(tasks), temperature, by_certainty)
 
 
 def nearest(z: Tensor, z_support: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,9 @@ from persistence.chosen_setting import choose_setting
 from persistence.feature_cache import FeatureCache
 from photos.base import base_without
 from photos.classifier import Fitted, fit_classifier
+from photos.confidence import in_two_classes
 from photos.images import View, decode_views, ignored_notes, list_support
+from photos.table import first_of
 
 N_QUERY = 15  # queries per class of the val episodes of --align_preset auto
 
@@ -123,6 +125,9 @@ def fit_source(
     classifier, related = fit_classifier(backbone, blocks, novel, base, setting, run)
     facts = facts | {"alignment": setting.alignment, "method": setting.fit.method, "setting": asdict(setting)}
     facts |= {"base_folder": os.path.abspath(flags.base) if flags.base and base else None}
+    if twice := in_two_classes(classifier.z_support, user.labels):
+        pairs_named = [f"{user.image_names[i]} is {user.image_names[j]}" for i, j in twice]
+        notes.append(f"one image in two classes, so that one of them is wrong: {first_of(pairs_named)}")
     fitted = Fitted(classifier, facts, notes=notes)
     if base is not None and related and setting.alignment != "none":
         names = base.split.class_names

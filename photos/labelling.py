@@ -15,10 +15,11 @@ from engine.files import atomic_file, folder_name, load_tensors, save_atomically
 from engine.records import write_json
 from engine.run import Run
 from photos.classifier import Answers, Fitted, classify
+from photos.confidence import SAME
 from photos.images import decode_views, ignored_notes, list_queries
 from photos.portable import check_export
 from photos.predictions_page import write_predictions
-from photos.table import UNSURE, Predictions, prediction_record, write_csv
+from photos.table import UNSURE, Predictions, first_of, prediction_record, write_csv
 
 PART = 512  # images decoded and labelled together
 
@@ -38,6 +39,7 @@ class LabelFlags:
     skip_bad: bool
     reject: float
     sort: str
+    review: bool
     num_workers: int
 
     @property
@@ -128,9 +130,12 @@ def label_folder(fitted: Fitted, query: Path, flags: LabelFlags, run: Run) -> Pr
         kept, answers = [kept[i] for i in order.tolist()], Answers(*(column[order] for column in answers))
     names = [names[i] for i in kept]
     notes = [f"skipped: {reason}" for reason in reasons] + ignored_notes(query, paths) + fitted.notes
+    same = zip(names, answers.cosine.tolist(), answers.nearest.tolist(), strict=True)
+    if found := [f"{name} is {classifier.examples[i]}" for name, cosine, i in same if cosine > SAME]:
+        notes.append(f"{len(found)} of the images are examples, so that they tell nothing of others: {first_of(found)}")
     if flags.reject and classifier.confidence is None:
         notes.append("the probabilities are not calibrated, so --reject is of the head's own")
-    return Predictions(fitted, names, [paths[i] for i in kept], answers, notes, flags.reject)
+    return Predictions(fitted, names, [paths[i] for i in kept], answers, notes, flags.reject, flags.review)
 
 
 def write_outputs(predictions: Predictions, flags: LabelFlags, about: dict[str, Any], run: Run) -> None:

@@ -15,7 +15,7 @@ from data.decode import Reading, open_rgb
 from engine.files import write_text
 from engine.run import Run
 from photos.images import list_support
-from photos.table import Predictions, accuracy_lines, confidence_lines, per_class_summary
+from photos.table import Predictions, accuracy_lines, confidence_lines, per_class_summary, review_lines, to_review
 from reporting.html import html_page
 
 SIDE = 160  # pixels, the longer side of an image in the page
@@ -30,6 +30,26 @@ def thumbnail(path: Path, reading: Reading) -> str:
     width, height = (max(1, round(SIDE * side / max(image.size))) for side in image.size)
     image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "webp", quality=QUALITY)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def table_of(titles: list[str], rows: str, kind: str) -> str:
+    """A table of rows of HTML, which scrolls where it is too wide."""
+    head = "".join(f'<th scope="col">{title}' for title in titles)
+    body = f"<thead><tr>{head}<tbody>{rows}"
+    return f'<div class="wide" tabindex="0"><table class="results {kind}">{body}</table></div>'
+
+
+def review_table(predictions: Predictions, support: Path | None) -> str:
+    """The examples to review, with their pictures where there is a support folder, as a table."""
+    classifier, reading = predictions.fitted.classifier, predictions.fitted.view.reading
+    files = dict(zip(classifier.examples, list_support(support)[1], strict=True)) if support else {}
+    rows, lines = "", review_lines(classifier)
+    for name, own, other, row in to_review(classifier):
+        picture = f'<img src="{thumbnail(files[name], reading)}" alt="{escape(name)}">' if files else ""
+        cells = (f'<div class="shots">{picture}</div>{escape(name)}', escape(own), escape(other), f"{max(row):.2f}")
+        rows += f"<tr>{''.join(f'<td>{cell}' for cell in cells)}"
+    titles = ["example", "its class", "left out, it is labelled", "probability"]
+    return f'<p class="note">{lines[0]}</p>{table_of(titles, rows, "review classes") if rows else ""}'
 
 
 def class_table(predictions: Predictions, support: Path | None) -> str:
@@ -49,8 +69,7 @@ def class_table(predictions: Predictions, support: Path | None) -> str:
         cells = (examples, row["n_query"], mean, *([escape(related)] if predictions.fitted.related else []))
         rows += f'<tr><th scope="row">{escape(name)}{"".join(f"<td>{cell}" for cell in cells)}'
     titles = ["label", "examples", "images", "mean probability", "related base classes"][: 1 + len(cells)]
-    head = "".join(f'<th scope="col">{title}' for title in titles)
-    return f'<div class="wide" tabindex="0"><table class="results classes"><thead><tr>{head}<tbody>{rows}</table></div>'
+    return table_of(titles, rows, "classes")
 
 
 def marks_of(predictions: Predictions) -> list[list[str]]:
@@ -96,5 +115,6 @@ def write_predictions(path: Path, predictions: Predictions, support: Path | None
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     images = template.replace("$data", json.dumps(page_data(predictions, pictures)).replace("<", "\\u003c"))
     lead = f"{len(paths)} images, labelled from {sum(predictions.n_support)} examples"
-    sections = {"Classes": f'<ul class="facts">{lines}</ul>{class_table(predictions, support)}', "Images": images}
-    write_text(path, html_page("Predictions", lead, sections))
+    sections = {"Classes": f'<ul class="facts">{lines}</ul>{class_table(predictions, support)}'}
+    sections |= {"Examples to review": review_table(predictions, support)} if predictions.review else {}
+    write_text(path, html_page("Predictions", lead, sections | {"Images": images}))

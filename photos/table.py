@@ -19,7 +19,8 @@ class Predictions:
     """What a fitted classifier says of q query images.
 
     files: their names below the query folder, and paths, where they are. answers: probabilities and nearest examples.
-    notes: what a user should know. reject: the least probability of a label, below which a query is `unsure`.
+    notes: what a user should know. reject: the least probability of a label, below which a query is `unsure`. review:
+    whether the examples that look wrong are listed.
     """
 
     fitted: Fitted
@@ -28,6 +29,7 @@ class Predictions:
     answers: Answers
     notes: list[str] = field(default_factory=list)
     reject: float = 0.0
+    review: bool = False
 
     @property
     def class_names(self) -> list[str]:
@@ -72,13 +74,36 @@ class Predictions:
 
 
 def write_csv(path: Path, predictions: Predictions) -> None:
-    """Write a row per query, UTF-8, atomically: file, label, the probability of every class, and the mark `unlike`."""
+    """Write a row per query, UTF-8, atomically: file, label, the probability of every class, and the mark `unlike`.
+
+    After them stand the examples to review, as what leave-one-out makes of them, with the mark `example of CLASS`.
+    """
     p, probabilities = predictions, predictions.answers.probabilities.tolist()
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "label", *p.class_names, "mark"])
         for name, label, row, unlike in zip(p.files, p.labels, probabilities, p.unlike, strict=True):
             writer.writerow([name, label, *(f"{each:.6f}" for each in row), "unlike" if unlike else ""])
+        for name, own, label, row in to_review(p.fitted.classifier) if p.review else ():
+            writer.writerow([name, label, *(f"{each:.6f}" for each in row), f"example of {own}"])
+
+
+def to_review(classifier: Classifier) -> list[tuple[str, str, str, list[float]]]:
+    """The examples that leave-one-out puts into another class, most certain first, which is where labels are wrong: the
+    name, its class, that other class, the probability of every class."""
+    names, y = classifier.class_names, classifier.y_support.tolist()
+    wrong = classifier.confidence.wrong if classifier.confidence else []
+    return [(classifier.examples[i], names[y[i]], names[row.index(max(row))], row) for i, row in wrong]
+
+
+def review_lines(classifier: Classifier) -> list[str]:
+    """The examples to review, one a line."""
+    rows = to_review(classifier)
+    if not rows:
+        known = "puts each example into its own class" if classifier.confidence else "tested no example"
+        return [f"nothing to review: leave-one-out {known}"]
+    lines = [f"  {name} of {own}: {other} {max(row):.2f}" for name, own, other, row in rows]
+    return ["review the labels of these examples, which leave-one-out puts into another class", *lines]
 
 
 def per_class_summary(predictions: Predictions) -> dict[str, dict[str, Any]]:
@@ -118,6 +143,11 @@ def confidence_record(classifier: Classifier) -> dict[str, Any] | None:
     return {**counts, **numbers, "temperature": confidence.temperature}
 
 
+def first_of(texts: list[str]) -> str:
+    """The first few of some texts, in a line."""
+    return ", ".join(texts[:N_SHOWN] + [f"and {len(texts) - N_SHOWN} more"] * (len(texts) > N_SHOWN))
+
+
 def tested_classes(classifier: Classifier) -> dict[str, tuple[int, int]]:
     """For each class that leave-one-out tested, how many examples, and how many were right; of older files none."""
     names, confidence = classifier.class_names, classifier.confidence
@@ -141,9 +171,8 @@ def confidence_lines(classifier: Classifier) -> list[str]:
     largest = f"the largest class has {100 * max(n) / sum(n):.0f} % of the examples"
     lines.append(f"chance is {100 / len(n):.0f} %, {largest}")
     tested = sorted((right / n, f"{name} {right} of {n}") for name, (n, right) in tested_classes(classifier).items())
-    shown = [text for _, text in tested[:N_SHOWN]] + ["..."] * (len(tested) > N_SHOWN)
-    if shown:
-        lines.append(f"right by class, the worst first: {', '.join(shown)}")
+    if tested:
+        lines.append(f"right by class, the worst first: {first_of([text for _, text in tested])}")
     if untested := [name for name, own in zip(names, n, strict=True) if own == 1]:
         lines.append(f"not tested, with one example: {', '.join(untested)}")
     return [*lines, f"temperature {confidence.temperature:.2f}, which calibrates the probabilities"]

@@ -22,6 +22,7 @@ from photos.confidence import (
     fit_temperature,
     fitted_heads,
     folds,
+    in_two_classes,
     least_cosine,
     left_out_logits,
     nearest,
@@ -63,6 +64,12 @@ def test_copies_of_an_image_are_left_out_together_and_tell_nothing():
     for task in folds(y, first):
         assert not set(first[task.query].tolist()) & set(first[task.support].tolist())
     assert folds(labels([2, 2]), torch.tensor([0, 0, 2, 2])) == []
+
+
+def test_one_image_in_two_classes_is_found_and_copies_in_one_class_are_not():
+    z = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    z[5], z[2] = z[0], z[1]
+    assert in_two_classes(z, labels([3, 3])) == [(0, 5)]
 
 
 @pytest.mark.parametrize("n_right, n", [(0, 5), (5, 5), (23, 25), (50, 100), (1, 2)])
@@ -128,6 +135,17 @@ def test_a_class_of_one_image_keeps_its_queries_beside_classes_of_many(method):
         torch.testing.assert_close(head(z_query), heads(z_query).mean(0), atol=1e-5, rtol=1e-4)
         recall[name] = (head(z_query).argmax(1).view(3, 40) == torch.arange(3).unsqueeze(1)).float().mean(1)
     assert recall["bags"][0] > recall["one"][0] + 0.05 and recall["bags"].mean() > recall["one"].mean() - 0.03
+
+
+def test_the_examples_that_are_put_elsewhere_are_kept_the_surest_first():
+    support, _ = features(3)
+    y = support.split.labels.clone()
+    y[2], y[7] = 1, 2  # wrong labels
+    setting = AlignmentSetting("none", HeadFit(ft_n_epoch=100, ft_lr=0.01, ft_init="prototypes"))
+    known = cross_validate(support, y, None, setting, Run())
+    certainty = [max(row) for _, row in known.wrong]
+    assert {2, 7} <= {i for i, _ in known.wrong} and certainty == sorted(certainty, reverse=True)
+    assert len(known.wrong) == known.n - known.n_right and all(row[y[i]] < max(row) for i, row in known.wrong)
 
 
 def features(seed, n_base=8):

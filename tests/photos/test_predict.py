@@ -205,6 +205,41 @@ def test_other_files_are_ignored_and_said_so(root):
     assert "no accuracy: only 6 of 7" in outcome.out
 
 
+def test_one_image_in_two_classes_and_a_query_that_is_an_example_are_named(root):
+    outcome = script(root)
+    assert outcome.status == 0 and "one image in two classes" not in outcome.out and "are examples" not in outcome.out
+    shutil.copy(root / SUPPORT / "class13" / "001.png", root / SUPPORT / "class14" / "twice.png")
+    shutil.copy(root / SUPPORT / "class12" / "000.png", root / QUERY / "known.png")
+    outcome = script(root, overwrite=True, save=root / "kept", query=None)
+    assert "one image in two classes" in outcome.out and "class13/001.png is class14/twice.png" in outcome.out
+    for more in ({}, {"support": None, "checkpoint": None, "classifier": root / "kept"} | dict.fromkeys(FAST)):
+        outcome = script(root, overwrite=True, **more)
+        assert "note: 1 of the images are examples" in outcome.out, outcome.err
+        assert "others: known.png is class12/000.png" in outcome.out
+
+
+def test_review_lists_wrong_labels_in_the_table_and_of_a_kept_classifier(root):
+    for name in ("class12", "class14"):  # five each, all told apart
+        for image in sorted((root / "tiny" / "novel" / name).iterdir())[:5]:
+            shutil.copy(image, root / SUPPORT / name)
+    shutil.rmtree(root / SUPPORT / "class13")
+    (root / SUPPORT / "class12" / "003.png").rename(root / SUPPORT / "class14" / "wrong.png")
+    outcome = script(root, review=True, save=root / "kept", ft_n_epoch=200)
+    assert outcome.status == 0, outcome.err
+    line = next(line for line in outcome.out.splitlines() if "class14/wrong.png of class14: class12 " in line)
+    with open(root / "out" / TABLE, encoding="utf-8", newline="") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    row = rows["class14/wrong.png"]
+    assert (row["label"], row["mark"]) == ("class12", "example of class14")
+    assert float(row["class12"]) == pytest.approx(float(line.split()[-1]), abs=0.006) and float(row["class12"]) > 0.5
+    again = {"support": None, "checkpoint": None, "classifier": root / "kept"} | dict.fromkeys(FAST)
+    assert line in script(root, review=True, out="again", **again).out
+    outcome = script(
+        root, out="plain", query=None, save=root / "other", review=True, alignment="naive", base=root / "tiny"
+    )
+    assert "nothing to review: leave-one-out tested no example" in outcome.out
+
+
 def test_skip_bad_leaves_out_queries_and_says_which(root):
     (root / QUERY / "class12" / "bad.jpg").write_bytes(b"not an image")
     outcome = script(root, skip_bad=True)
@@ -340,6 +375,7 @@ USER_ERRORS = {
     "a share above 1": (nothing, {"reject": 1.5}, ["--reject", "at most 1"]),
     "a class is named unsure": (name_a_class_unsure, {"reject": 0.5}, ["--reject", "'unsure'"]),
     "an order of none": (nothing, {"sort": "size"}, ["--sort", "invalid choice"]),
+    "review of something": (nothing, {"review": "yes"}, ["--review", "explicit argument 'yes'"]),
     "resume and overwrite": (nothing, {"resume": True, "overwrite": True}, ["not allowed with"]),
     "auto without base": (nothing, {"align_preset": "auto"}, ["auto", "--base"]),
     "no support folder": (nothing, {"support": "absent"}, ["absent", "one subfolder per class"]),

@@ -19,6 +19,7 @@ from models import build_head
 from persistence.checkpoints import create_backbone
 from photos import predictions_page
 from photos.classifier import Answers, Classifier, Fitted
+from photos.confidence import Confidence
 from photos.predictions_page import write_predictions
 from photos.table import Predictions
 
@@ -36,7 +37,7 @@ def support(tmp_path):
     return tmp_path / "support"
 
 
-def predictions_of(support, related, n=3):
+def predictions_of(support, related, n=3, confidence=None, **more):
     """Predictions of n images: the first sure, the second unlike and in a folder of the other class, the third unsure,
     and so on."""
     probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]).repeat(n // 3, 1)
@@ -44,20 +45,20 @@ def predictions_of(support, related, n=3):
     backbone, head = create_backbone("Conv4", 16, seed=0), build_head("softMax", 4, 2, 1.0, 0.0)
     y_support, z_support = torch.tensor([0, 1]), torch.eye(2, 4)
     classifier = Classifier(
-        backbone, backbone, head, head, ["heron", "tern"], z_support, y_support, ["heron/a.png", "b"], None, 0.5
+        backbone, backbone, head, head, ["heron", "tern"], z_support, y_support, ["heron/a.png", "b"], confidence, 0.5
     )
     cosine = torch.tensor([1.0, 0.0, 1.0]).repeat(n // 3)
     answers = Answers(probabilities, finetuned, cosine, torch.tensor([0, 1, 1]).repeat(n // 3))
     paths = [support.parent / f"q{i % 3}.png" for i in range(n)]
     files = [("q{}.png", f"heron/{EVIL}{{}}", 'q"{}, 2.png')[i % 3].format(i) for i in range(n)]
     notes = [f"skipped: image {EVIL}"]
-    return Predictions(Fitted(classifier, {"img_size": 16}, related), files, paths, answers, notes, reject=0.65)
+    return Predictions(Fitted(classifier, {"img_size": 16}, related), files, paths, answers, notes, 0.65, **more)
 
 
-def written(support, related=None, n=3, with_support=True):
+def written(support, related=None, n=3, with_support=True, **more):
     """The page of such predictions, as text, and the data of its script."""
-    path = support.parent / "predictions.html"
-    write_predictions(path, predictions_of(support, related or {}, n), support if with_support else None, 2, Run())
+    path, predictions = support.parent / "predictions.html", predictions_of(support, related or {}, n, **more)
+    write_predictions(path, predictions, support if with_support else None, 2, Run())
     text = path.read_text()
     return text, json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
 
@@ -100,6 +101,20 @@ def test_what_alignment_did_is_shown_where_there_was_one(support, related):
 def test_without_a_support_folder_no_example_is_shown(support):
     assert written(support)[0].count('<img id="example') == 2
     assert written(support, with_support=False)[0].count("<img") == 0
+
+
+@pytest.mark.parametrize("with_support", [True, False])
+def test_examples_to_review_are_shown_the_most_certain_first(support, with_support):
+    assert "to review" not in written(support)[0]
+    assert "tested no example" in written(support, review=True)[0]
+    wrong = [(1, [0.75, 0.25]), (0, [0.375, 0.625])]
+    known = Confidence(tested=[1, 1], right=[0, 0], n_folds=2, temperature=1.0, wrong=wrong)
+    text = unescape(written(support, with_support=with_support, review=True, confidence=known)[0])
+    section = text[text.rindex("Examples to review") :]
+    rows = [row.split("</table>")[0].split("<td>")[1:] for row in section.split("<tr>")[2:4]]
+    assert [row[1:] for row in rows] == [["tern", "heron", "0.75"], ["heron", "tern", "0.62"]]
+    assert ["b" in rows[0][0], "heron/a.png" in rows[1][0]] == [True, True]
+    assert [row[0].count("<img") for row in rows] == [int(with_support)] * 2
 
 
 def test_beyond_a_number_of_images_the_page_shows_their_files(support, monkeypatch):
@@ -171,7 +186,8 @@ def browse(page, folder, width):
 @needs_browser
 @pytest.mark.parametrize("width, related", [(500, {"heron": ["stork"]}), (1200, {})])
 def test_in_a_browser_labels_are_corrected_and_downloaded(support, tmp_path, width, related):
-    found, console = browse(written(support, related, n=63)[0], tmp_path, width)
+    known = Confidence([1, 1], [1, 0], 2, 1.0, [(1, [0.75, 0.25])])
+    found, console = browse(written(support, related, n=63, review=True, confidence=known)[0], tmp_path, width)
     assert found and not console, console
     assert found["page"] == [60, "1 to 60 of 63"] and found["on"] == [3, "61 to 63 of 63", True]
     assert found["whole"] == "contain" and found["lazy"] and found["wide"]
