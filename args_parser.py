@@ -330,7 +330,9 @@ PREDICT: Table = [
          "labels of images in --query, as the page of predictions gives them, or its table, changed: more examples"),
     flag("--export FILE", Path, None, "the classifier as a program that runs without this repository: .onnx or .pt2"),
     flag("--method", list(HEADS), "arcMax", "head that is fitted on the examples"),
-    flag("--alignment", list(ALIGNMENTS), None, "default: head with --base, else none; the others train blocks"),
+    flag("--alignment", ["auto", *ALIGNMENTS], None,
+         "default: auto with --base, which chooses head or none by leave-one-out or by other classes, else none; the "
+         "others train blocks"),
     *with_defaults([*FITTING, *UPDATES], ft_init="prototypes", related_draws="each"),
 
     "output",
@@ -417,8 +419,8 @@ CONDITIONS: list[tuple[Callable[..., Any], str]] = [
     (lambda episodes_file, test_n_way, n_shot: episodes_file and len(several(
         {"test_n_way": test_n_way, "n_shot": n_shot}, "test_n_way", "n_shot")) > 1,
      "argument --episodes_file: it holds episodes of one way and shot: give one --test_n_way and --n_shot"),
-    (lambda align_preset, base: align_preset == "auto" and not base,
-     "argument --align_preset: auto chooses on val episodes of a benchmark: name it with --base"),
+    (lambda align_preset, support: align_preset == "auto",
+     "argument --align_preset: auto is of associative_alignment.py; here --alignment auto chooses"),
     (lambda align_preset, test_split: align_preset == "auto" and test_split == "val",
      "argument --align_preset: auto chooses on val classes, so it is not tested on them: give novel"),
     (lambda align_preset, given: align_preset == "auto" and given.get("align_blocks"),
@@ -428,9 +430,9 @@ CONDITIONS: list[tuple[Callable[..., Any], str]] = [
     (lambda alignment, base: alignment not in ("none", None) and not base,
      "argument --alignment: {alignment} takes related images from a base set: name it with --base, such as "
      "fs_benchmarks/miniImagenet or any folder of class/image, or give --alignment none"),
-    (lambda alignment, align_blocks: alignment == "head" and align_blocks != 0,
-     "argument --alignment: in head nothing but the head moves: give --align_blocks 0 as well"),
-    (lambda alignment, align_blocks: alignment not in ("head", "none", None) and align_blocks == 0,
+    (lambda alignment, align_blocks: alignment in ("head", "auto") and align_blocks != 0,
+     "argument --alignment: in {alignment} nothing but the head moves: give --align_blocks 0 as well"),
+    (lambda alignment, align_blocks: alignment not in ("head", "auto", "none", None) and align_blocks == 0,
      "argument --alignment: {alignment} moves blocks: give --align_blocks 1 or more, or --alignment head"),
 ]
 # fmt: on
@@ -472,12 +474,12 @@ def preset_flags(flags: Flags, preset: str | None, *parts: str) -> Flags:
 
 
 def feature_space_flags(stage: str, flags: Flags) -> Flags:
-    """In feature space the default is `head`; predict.py aligns there unless an alignment of blocks is named."""
+    """In feature space the default is `head`, or `auto` of predict.py, which aligns there unless blocks are named."""
     if not flags.get("base", stage == "alignment"):
         return {}
-    names_blocks = flags["align_blocks"] is not None or flags["alignment"] not in (None, "head")
+    names_blocks = flags["align_blocks"] is not None or flags["alignment"] not in (None, "head", "auto")
     in_feature_space = flags["align_blocks"] == 0 or (stage == "predict" and not names_blocks)
-    return {"align_blocks": 0, "alignment": "head"} if in_feature_space else {}
+    return {"align_blocks": 0, "alignment": "auto" if stage == "predict" else "head"} if in_feature_space else {}
 
 
 def complete(stage: str, flags: Flags) -> None:

@@ -2,7 +2,7 @@
 
 python predict.py --support my_classes --query my_images --checkpoint results/models/..._bestModel.tar
 python predict.py --support my_classes --query my_images --backbone torchvision:resnet18 --weights DEFAULT
-python predict.py ... --base fs_benchmarks/miniImagenet       # also align with related images, of any folder of classes
+python predict.py ... --base fs_benchmarks/miniImagenet       # align with related images, where that helps
 python predict.py --support my_classes --checkpoint ... --save my.classifier
 python predict.py --classifier my.classifier --query my_images
 python predict.py --classifier my.classifier --add more_classes --save larger.classifier

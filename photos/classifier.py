@@ -5,6 +5,7 @@ Fitted once, it labels any number of images, batch by batch; it needs neither th
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -117,13 +118,19 @@ def mean_head(heads: Head, d: int, n_way: int, fit: HeadFit) -> Head:
 
 
 def fit_classifier(
-    backbone: Backbone, blocks: TrainableBlocks, novel: Source, base: Source | None, setting: AlignmentSetting, run: Run
+    backbone: Backbone,
+    blocks: TrainableBlocks,
+    novel: Source,
+    base: Source | None,
+    setting: AlignmentSetting,
+    run: Run,
+    kept: Path | None = None,
 ) -> tuple[Classifier, RelatedBase | None]:
     """The classifier of a support, all of a source, and the related base that it was aligned with, if it was.
     Alignment of blocks changes the backbone.
 
     Without a base set, setting.alignment is `none`. The confidence is not known where blocks are aligned: its folds
-    would take as many alignments.
+    would take as many alignments. kept: a folder where what is left out was measured before.
     """
     frozen = blocks.in_feature_space or base is None
     before = backbone if frozen else copy.deepcopy(backbone)
@@ -132,7 +139,7 @@ def fit_classifier(
     everything = torch.arange(len(y))
     task = Task(everything, y, everything)
     parts = bags(task, min(MAX_BAGS, episodes_per_chunk(d, n_way, setting, run.device)))
-    confidence = cross_validate(novel, y, base, setting, run) if frozen else None
+    confidence = cross_validate(novel, y, base, setting, run, kept) if frozen else None
     fitted, related = fitted_heads(parts, novel, setting, run), None
     heads = fitted
     if base and frozen:

@@ -5,14 +5,18 @@ aligned in feature space, together. Their predictions give an estimate of the ac
 logits are divided. All of it holds for images from where the support comes from, and for no others.
 """
 
+import contextlib
+import hashlib
 import itertools
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.episodes import Task
+from engine.files import load_tensors, save_atomically
 from engine.run import Run
 from methods.alignment import AlignmentSetting
 from methods.feature_alignment import CHUNK_ELEMENTS, align_features, episodes_per_chunk, padded, padded_support
@@ -144,28 +148,65 @@ def fitted_heads(tasks: list[Task], novel: Source, setting: AlignmentSetting, ru
 
 @torch.no_grad()
 def left_out_logits(
-    tasks: list[Task], novel: Source, base: Source | None, setting: AlignmentSetting, run: Run
-) -> Tensor:
-    """Logits (n, n_way) of the queries of all folds, in their order, each by the head of its fold.
+    tasks: list[Task],
+    novel: Source,
+    base: Source | None,
+    setting: AlignmentSetting,
+    run: Run,
+    kept: Path | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits (n, n_way) of the queries of all folds, in their order, each by the head of its fold: as it is fitted, and
+    after alignment in feature space, where there is a base set.
 
-    With a base set the heads are aligned in feature space. As many are fitted together as CHUNK_ELEMENTS allow.
+    As many are fitted together as CHUNK_ELEMENTS allow. kept: a folder that keeps what is done, for a run that is
+    stopped.
     """
     (k, d), n_way = novel.features.shape, tasks[0].n_way
     of_fold = [bags(task, MAX_FOLD_BAGS) for task in tasks]
     flat, scores = [bag for each in of_fold for bag in each], list[Tensor]()
     step = max(1, min(MAX_FOLDS, CHUNK_ELEMENTS // (4 * k * d), episodes_per_chunk(d, n_way, setting, run.device)))
-    for first in range(0, len(flat), step):
+    for first in run.bar(range(0, len(flat), step), "leave out", f"x{step} folds", leave=False):
         part = flat[first : first + step]
-        if base is not None:
-            aligned = align_features(part, novel, base, setting, run, first)
-            head, of_part = aligned[0].head, torch.stack([episode.aligned for episode in aligned])
-        else:
-            head = fitted_heads(part, novel, setting, run, first)
-            of_part = head(novel.features[padded([task.query for task in part], run.device)])
-        scores += [of_part[e, : len(task.query)].cpu() for e, task in enumerate(part)]
+        path = kept and kept / f"left_out_{fold_digest(part, novel, base, (setting, first, run.seed))}.pt"
+        both = load_kept(path)
+        if both is None:
+            both = fold_logits(part, novel, base, setting, run, first)
+            if path:
+                save_atomically(path, both)
+        scores += [both[:, e, : len(task.query)] for e, task in enumerate(part)]
     ends = torch.tensor([0, *map(len, of_fold)]).cumsum(0).tolist()
-    means = [torch.stack(scores[start:end]).mean(0) for start, end in itertools.pairwise(ends)]
-    return head.logits(torch.cat(means))
+    before, after = torch.cat([torch.stack(scores[a:b]).mean(0) for a, b in itertools.pairwise(ends)], 1)
+    return before, after
+
+
+def fold_logits(
+    tasks: list[Task], novel: Source, base: Source | None, setting: AlignmentSetting, run: Run, first: int
+) -> Tensor:
+    """Logits (2, E, q, n_way) of the queries of E folds, padded to q: by heads as fitted, and aligned."""
+    if base is None:
+        head = fitted_heads(tasks, novel, setting, run, first)
+        scores = head(novel.features[padded([task.query for task in tasks], run.device)])
+        return head.logits(scores).expand(2, *scores.shape).cpu()
+    aligned = align_features(tasks, novel, base, setting, run, first)
+    before, after = (torch.stack([getattr(e, name) for e in aligned]) for name in ("finetuned", "aligned"))
+    fitted = setting.fit.new_head(novel.features.shape[1], tasks[0].n_way, None)
+    return torch.stack([fitted.logits(before), aligned[0].head.logits(after)]).cpu()
+
+
+def fold_digest(tasks: list[Task], novel: Source, base: Source | None, rest: object) -> str:
+    """A hash of all that the logits of folds follow from."""
+    digest = hashlib.sha256(repr((rest, base and (base.split.fingerprint, base.split.class_names))).encode())
+    for task in tasks:
+        digest.update(novel.features[torch.cat([task.support, task.query])].cpu().numpy().tobytes())
+        digest.update(task.y_support.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def load_kept(path: Path | None) -> Tensor | None:
+    """What a file keeps, or None where it is not there, or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return load_tensors(path, "cpu") if path else None
+    return None
 
 
 def fit_temperature(logits: Tensor, y: Tensor) -> float:
@@ -189,16 +230,16 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
 
 
 def cross_validate(
-    novel: Source, y: Tensor, base: Source | None, setting: AlignmentSetting, run: Run
+    novel: Source, y: Tensor, base: Source | None, setting: AlignmentSetting, run: Run, kept: Path | None = None
 ) -> Confidence | None:
     """The confidence of a classifier that `setting` makes of support features (k, d) and labels y (k,).
 
-    None when no class has two different images.
+    None when no class has two different images. kept: as in left_out_logits.
     """
     tasks = folds(y, first_copies(novel.features.cpu(), y))
     if not tasks:
         return None
-    logits = left_out_logits(tasks, novel, base, setting, run)
+    logits = left_out_logits(tasks, novel, base, setting, run, kept)[1]
     left_out = torch.cat([task.query for task in tasks])
     y_left_out, n_way = y[left_out], logits.shape[1]
     is_right = logits.argmax(1) == y_left_out

@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 
 from data.benchmarks import DataOptions, Split, load_split
 from data.decode import Reading
-from data.episodes import EpisodeShape
 from engine.errors import UserError
 from engine.resizing import check_rule
 from engine.run import Run, move_if_fits
@@ -21,15 +19,13 @@ from methods.features import MAPPED, Source, TrainableBlocks, feature_source, im
 from methods.related_base import empty_notes, exceeding_notes
 from models.backbone import Backbone
 from persistence.checkpoints import create_backbone, load_backbone
-from persistence.chosen_setting import choose_setting
 from persistence.feature_cache import FeatureCache
 from photos.base import base_without
+from photos.choosing import choose_alignment
 from photos.classifier import Fitted, fit_classifier
 from photos.confidence import in_two_classes
 from photos.images import View, decode_views, ignored_notes, list_support
 from photos.table import first_of
-
-N_QUERY = 15  # queries per class of the val episodes of --align_preset auto
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,6 @@ class FitFlags:
     image_root: Path | None
     cache_dir: Path
     num_workers: int
-    align_preset: str
     align_blocks: int | None
     setting: AlignmentSetting
 
@@ -77,14 +72,14 @@ def folder_examples(folder: Path, least: int = 2) -> Examples:
 
 def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, run: Run) -> Fitted:
     """A classifier fitted to examples; base classes that hold one of them, or of the queries, are left out."""
-    backbone, img_size, facts = trained_backbone(flags, run)
+    backbone, img_size, facts, trained_on = trained_backbone(flags, run)
     blocks = trainable_blocks(backbone, flags.align_blocks)
     view = View(img_size, backbone.eval_resize, Reading(flags.background)).of_folder(examples.images, flags.num_workers)
     user = user_split(examples, view, flags.num_workers)
     facts |= {"background": flags.background, "white": view.reading.white, "images_sha256": user.fingerprint}
     novel = image_source(backbone, blocks, user, run, "embed")
     files = [Path(image) for image in (*examples.images, *queries) if isinstance(image, str | Path)]
-    fitted = fit_source(novel, backbone, blocks, files, facts, flags, run)
+    fitted = fit_source(novel, backbone, blocks, files, facts, flags, run, trained_on)
     if view.reading.white:
         fitted.notes.append(f"{view.reading.white:g} is white in greys of more than 8 bits")
     return fitted
@@ -98,8 +93,12 @@ def fit_source(
     facts: dict[str, Any],
     flags: FitFlags,
     run: Run,
+    trained_on: Sequence[str] = (),
 ) -> Fitted:
-    """A classifier of the examples of a source; base classes that hold one of the files are left out."""
+    """A classifier of the examples of a source; base classes that hold one of the files are left out.
+
+    trained_on: the classes of the backbone, where they are known.
+    """
     user, setting, notes = novel.split, flags.setting, list[str]()
     base: Source | None = None
     if flags.base is None or setting.alignment == "none":
@@ -115,21 +114,23 @@ def fit_source(
             base = feature_source(move_if_fits(cache.half_features(backbone, split), run.device), split)
         else:
             base = cache.source(backbone, blocks, split)
-        if flags.align_preset == "auto":
-            load_val = partial(load_split, options, split.benchmark, "val")
-            n_way = len(user.class_names)
-            shape = EpisodeShape(n_way, round(len(user.labels) / n_way), N_QUERY)
-            choice = choose_setting(backbone, load_val, base, cache, shape, setting)
-            setting = choice.setting
-            notes += [line.removeprefix("note: ") for line in choice.lines]
-    classifier, related = fit_classifier(backbone, blocks, novel, base, setting, run)
-    facts = facts | {"alignment": setting.alignment, "method": setting.fit.method, "setting": asdict(setting)}
+        if setting.alignment == "auto":
+
+            def load_val() -> Source:
+                return cache.source(backbone, blocks, load_split(options, split.benchmark, "val"))
+
+            setting, why = choose_alignment(novel, base, load_val, trained_on, setting, flags.cache_dir, run)
+            notes.append(why)
+    aligned_with = None if setting.alignment == "none" else base
+    kept = flags.cache_dir if flags.setting.alignment == "auto" else None
+    classifier, related = fit_classifier(backbone, blocks, novel, aligned_with, setting, run, kept)
+    facts = facts | {"alignment": setting.alignment, "method": setting.fit.method, "setting": asdict(flags.setting)}
     facts |= {"base_folder": os.path.abspath(flags.base) if flags.base and base else None}
     if twice := in_two_classes(classifier.z_support, user.labels):
         pairs_named = [f"{user.image_names[i]} is {user.image_names[j]}" for i, j in twice]
         notes.append(f"one image in two classes, so that one of them is wrong: {first_of(pairs_named)}")
     fitted = Fitted(classifier, facts, notes=notes)
-    if base is not None and related and setting.alignment != "none":
+    if base is not None and related:
         names = base.split.class_names
         notes += exceeding_notes(len(user.class_names), setting.related.n_B, len(names))
         notes += empty_notes(related, user.class_names)
@@ -138,8 +139,9 @@ def fit_source(
     return fitted
 
 
-def trained_backbone(flags: FitFlags, run: Run) -> tuple[Backbone, int, dict[str, Any]]:
-    """The backbone on the run's device, its image size, and what a record says of it."""
+def trained_backbone(flags: FitFlags, run: Run) -> tuple[Backbone, int, dict[str, Any], list[str]]:
+    """The backbone on the run's device, its image size, what a record says of it, and its classes if they are known."""
+    trained_on: list[str] = []
     if not flags.checkpoint:
         name, img_size = str(flags.backbone), flags.img_size or 0
         backbone = create_backbone(name, img_size, run.seed, weights=flags.weights)
@@ -151,12 +153,12 @@ def trained_backbone(flags: FitFlags, run: Run) -> tuple[Backbone, int, dict[str
         )
     else:
         backbone, checkpoint = load_backbone(flags.checkpoint, flags.backbone, flags.img_size)
-        name, img_size = checkpoint.backbone, checkpoint.img_size
+        name, img_size, trained_on = checkpoint.backbone, checkpoint.img_size, checkpoint.class_names
         facts = {"checkpoint_stage": checkpoint.stage, "checkpoint_dataset": checkpoint.dataset}
     backbone.eval_resize = flags.eval_resize or backbone.eval_resize
     check_rule(backbone.eval_resize, img_size)
     facts |= {"backbone": name, "img_size": img_size, "eval_resize": backbone.eval_resize}
-    return backbone.to(run.device).to(memory_format=torch.channels_last), img_size, facts
+    return backbone.to(run.device).to(memory_format=torch.channels_last), img_size, facts, trained_on
 
 
 def user_split(examples: Examples, view: View, num_workers: int) -> Split:

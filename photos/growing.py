@@ -75,7 +75,7 @@ def grow(fitted: Fitted, examples: Examples, flags: FitFlags, run: Run) -> Fitte
     facts = {name: value for name, value in facts.items() if name != "images_sha256"}
     folder = facts.get("base_folder")
     base = flags.base or (Path(str(folder)) if folder else None)
-    flags = replace(flags, base=base, setting=setting_of(facts["setting"]), align_preset="paper")
+    flags = replace(flags, base=base, setting=setting_of(facts["setting"]))
     view = fitted.view.of_folder(examples.images, flags.num_workers)
     z = embed(old.backbone, decode_views(examples.images, view, flags.num_workers)[0], run).cpu()
     kept = [i for i, name in enumerate(old.examples) if name not in set(examples.names)]

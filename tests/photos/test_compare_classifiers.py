@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from args_parser import args_parser, from_flags
 from docs.compare_classifiers import Comparison
@@ -23,10 +24,23 @@ def test_the_table_has_a_row_per_classifier(workspace):
     assert outcome.status == 0, outcome.err
     for n_shot in ("1 image each", "2 images each"):
         assert f"3 classes, {n_shot}, 4 novel episodes" in outcome.out
-    assert len(re.findall(r"aligned is better by -?[\d.]+ ± ", outcome.out)) == 6
+    assert len(re.findall(r"auto is better by -?[\d.]+ ± ", outcome.out)) == 8
+    assert outcome.out.count("auto, which aligned ") == 2
 
 
-@pytest.mark.parametrize("i, base", [(0, []), (1, ["--base", "b"])])
+def network():
+    """A network of a user's own."""
+    return torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten())
+
+
+def test_a_network_of_ones_own_and_novel_classes_of_another_benchmark(workspace):
+    where = ["--benchmarks_dir", workspace / "benchmarks", "--cache_dir", workspace / "cache"]
+    own = ["--backbone", f"custom:{__name__}:network", "--novel_dataset", "tiny"]
+    outcome = call("docs.compare_classifiers", *own, *where, *SMALL, "--n_shot", 1)
+    assert outcome.status == 0 and "auto, which aligned" in outcome.out, outcome.err
+
+
+@pytest.mark.parametrize("i, base", [(0, []), (1, ["--base", "b", "--alignment", "head"])])
 def test_the_heads_are_those_of_predict(i, base):
     args = args_parser("predict", ["--support", "s", "--query", "q", "--checkpoint", "c", *base])
     assert Comparison().settings[i] == from_flags(AlignmentSetting, args)
@@ -40,6 +54,8 @@ def test_the_heads_are_those_of_predict(i, base):
         (["--dataset", "absent"], "no base split of 'absent'"),
         (["--checkpoint", "absent.tar"], "no checkpoint absent.tar"),
         (["--n_way", 99], "99"),
+        (["--backbone", "custom:a:b"], "not allowed with"),
+        (["--novel_dataset", "absent"], "no novel split of 'absent'"),
     ],
 )
 def test_bad_inputs_are_one_line(workspace, flags, message):

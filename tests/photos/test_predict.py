@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -64,6 +65,11 @@ def flags(root, **more):
     return given | {"cache_dir": root / "cache"} | FAST | more
 
 
+def aligned(root):
+    """The flags of alignment in feature space."""
+    return {"base": root / "tiny", "alignment": "head"}
+
+
 def script(root, *extra, out="out", **more):
     """Run predict.py with those flags."""
     given = flags(root, quiet=True, out=root / out, **more)
@@ -90,7 +96,13 @@ def table(root, out="out"):
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"alignment": "adversarial"}, {"alignment": "naive"}, {"alignment": "none"}, {"align_blocks": 1}]
+    [
+        {"alignment": "head"},
+        {"alignment": "adversarial"},
+        {"alignment": "naive"},
+        {"alignment": "none"},
+        {"align_blocks": 1},
+    ]
     + [{"align_blocks": 0, "alignment": "head"}, {"alignment": "centroid"}],
     ids=lambda more: "".join(f"{v}" for v in more.values()) or "default",
 )
@@ -168,19 +180,19 @@ def test_other_names_of_the_class_folders_permute_the_columns(root):
 
 
 def test_the_same_flags_give_the_same_numbers_and_no_query_sees_another(root):
-    first = predictions(root, base=root / "tiny", num_workers=0)
-    second = predictions(root, base=root / "tiny", num_workers=3)
+    first = predictions(root, **aligned(root), num_workers=0)
+    second = predictions(root, **aligned(root), num_workers=3)
     assert torch.equal(first.answers.probabilities, second.answers.probabilities)
-    alone = predictions(root, base=root / "tiny", query=root / QUERY / "class13" / "007.png")
+    alone = predictions(root, **aligned(root), query=root / QUERY / "class13" / "007.png")
     assert alone.files == ["007.png"] and alone.n_right is None
     torch.testing.assert_close(alone.answers.probabilities[0], first.answers.probabilities[3], atol=1e-5, rtol=0)
-    other = predictions(root, base=root / "tiny", seed=1)
+    other = predictions(root, **aligned(root), seed=1)
     assert not torch.equal(first.answers.probabilities, other.answers.probabilities)
 
 
 def test_probabilities_have_the_scale_in_force(root):
     """Without margins arcMax is cosMax, whose scores hold the scale already: before and after alignment."""
-    no_margin = {"base": root / "tiny", "ft_m": 0, "align_m": 0, "ft_s": 7, "align_s": 12}
+    no_margin = aligned(root) | {"ft_m": 0, "align_m": 0, "ft_s": 7, "align_s": 12}
     arc, cos = (predictions(root, method=method, **no_margin) for method in ("arcMax", "cosMax"))
     torch.testing.assert_close(arc.answers.probabilities, cos.answers.probabilities, atol=0.01, rtol=0)
     torch.testing.assert_close(arc.answers.finetuned, cos.answers.finetuned, atol=1e-3, rtol=0)
@@ -277,7 +289,7 @@ def test_a_classifier_reads_images_as_its_examples_were_read(root):
         script(root, out="white").status == 0 and table(root, "white")[3].tolist() != table(root, "black")[3].tolist()
     )
     kept = {"support": None, "checkpoint": None, "classifier": root / "my.classifier", "cache_dir": None}
-    assert script(root, out="kept", **kept, **OPEN).status == 0
+    assert script(root, out="kept", **kept, **dict.fromkeys(FAST)).status == 0
     assert table(root, "kept")[3].tolist() == table(root, "black")[3].tolist()
 
 
@@ -362,7 +374,6 @@ def name_a_class_unsure(root):
 
 
 NO_CHECKPOINT = {"checkpoint": None}
-OPEN = dict.fromkeys(FAST)  # what --align_preset auto chooses itself
 USER_ERRORS = {
     "neither support nor classifier": (nothing, {"support": None}, ["--support", "--classifier"]),
     "neither query nor save": (nothing, {"query": None}, ["--query", "--save"]),
@@ -377,7 +388,9 @@ USER_ERRORS = {
     "an order of none": (nothing, {"sort": "size"}, ["--sort", "invalid choice"]),
     "review of something": (nothing, {"review": "yes"}, ["--review", "explicit argument 'yes'"]),
     "resume and overwrite": (nothing, {"resume": True, "overwrite": True}, ["not allowed with"]),
-    "auto without base": (nothing, {"align_preset": "auto"}, ["auto", "--base"]),
+    "auto without base": (nothing, {"alignment": "auto"}, ["auto", "--base"]),
+    "auto of blocks": (nothing, {"alignment": "auto", "align_blocks": 1, "base": "tiny"}, ["auto", "--align_blocks 0"]),
+    "auto of another script": (nothing, {"align_preset": "auto", "base": "tiny"}, ["--alignment auto chooses"]),
     "no support folder": (nothing, {"support": "absent"}, ["absent", "one subfolder per class"]),
     "no query": (nothing, {"query": "absent"}, ["absent", "folder of images or one image"]),
     "truncated query": (truncate(QUERY, "class12/006.png"), {}, ["006.png", "cannot be decoded"]),
@@ -467,7 +480,7 @@ def labelled(root, *extra, **more):
     ids=lambda more: "".join(f"{v}" for v in more.values()) or "head",
 )
 def test_a_kept_classifier_labels_alike_without_support_and_base(root, more):
-    more = {"base": root / "tiny"} | more
+    more = aligned(root) | more
     expected = predictions(root, **more)
     outcome = kept(root, **more)
     assert "6 examples of 3 classes" in outcome.out and "my.classifier, " in outcome.out
@@ -485,7 +498,7 @@ def test_a_kept_classifier_labels_alike_without_support_and_base(root, more):
 
 
 def test_leave_one_out_is_in_summary_and_record(root):
-    outcome = script(root, base=root / "tiny")
+    outcome = script(root, **aligned(root))
     record = json.loads((root / "out" / "predictions.json").read_text())["confidence"]
     assert f"{record['n_right']} of 5 examples, left out in turn" in outcome.out
     assert "every class counts alike" in outcome.out and "not tested, with one example: class12\n" in outcome.out
@@ -602,19 +615,32 @@ def test_base_classes_that_the_user_has_are_left_out_with_a_note(root):
 
 
 def test_large_base_features_are_mapped_in_half_precision(root, monkeypatch):
-    whole = predictions(root, base=root / "tiny")
+    whole = predictions(root, **aligned(root))
     monkeypatch.setattr(fitting, "MAPPED", 10)
-    mapped = predictions(root, base=root / "tiny")
+    mapped = predictions(root, **aligned(root))
     assert list((root / "cache").glob("half*_tiny_base_*.npy"))
     torch.testing.assert_close(mapped.answers.probabilities, whole.answers.probabilities, atol=0.02, rtol=0)
 
 
-def test_auto_chooses_on_the_val_classes_of_the_base(root, monkeypatch):
-    monkeypatch.setattr("persistence.chosen_setting.N_EPISODES", 3)
-    monkeypatch.setattr("photos.fitting.N_QUERY", 3)
-    outcome = script(root, base=root / "tiny", align_preset="auto", **OPEN)
-    assert outcome.status == 0, outcome.err
-    assert "--align_preset auto, 3-way 2-shot, 3 val episodes" in outcome.out and "chosen: " in outcome.out
+def test_auto_is_the_default_with_a_base_set_and_says_what_it_chose(root, monkeypatch):
+    monkeypatch.setattr("photos.choosing.N_EPISODES", 3)
+    outcome = script(root, base=root / "tiny", save=root / "kept")
+    found = re.search(r"auto chose (.*): (\d+) right aligned, (\d+) fine-tuned, of 63 images of 6 val", outcome.out)
+    assert found and outcome.status == 0, outcome.err
+    assert found[1] == ("alignment" if int(found[2]) > int(found[3]) else "fine-tuning")
+    record = json.loads((root / "out" / "predictions.json").read_text())
+    assert record["alignment"] == ("head" if found[1] == "alignment" else "none")
+    assert record["config"]["alignment"] == record["setting"]["alignment"] == "auto"
+    shutil.rmtree(root / "tiny" / "val")  # the classes of the base set are those of the checkpoint
+    assert "auto chose fine-tuning: a class has one example" in script(root, base=root / "tiny", out="other").out
+    save(root / "model.tar", ["another"])
+    assert "of 3 base classes new to the backbone" in script(root, base=root / "tiny", out="new").out
+    for name in N_SUPPORT:
+        shutil.copy(root / QUERY / name / "007.png", root / SUPPORT / name)
+    assert "of 9 examples, left out in turn" in script(root, base=root / "tiny", out="two").out
+    grown = {"support": None, "checkpoint": None, "query": None, "classifier": root / "kept", "save": root / "grown"}
+    outcome = script(root, add=root / SUPPORT, **grown, **dict.fromkeys(FAST))
+    assert "of 9 examples, left out in turn" in outcome.out, outcome.err  # it chooses again
 
 
 # FewShotClassifier.
