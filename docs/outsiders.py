@@ -86,10 +86,11 @@ def outsider_lines(sources: dict[str, Source], split: str, shape: EpisodeShape, 
     today = None
     for name, parts in found.items():
         right, others = torch.stack(parts).chunk(2, 1)
-        caught = (others > right.quantile(1 - LOST)).double().mean(1)
+        least = right.flatten().quantile(1 - LOST)
+        caught = (others > least).double().mean(1)
         today = caught if today is None else today
         gain = "" if caught is today else f"   {interval(mean_record(caught - today, episodes.classes))}"
-        lines.append(f"  {name:<44} {100 * caught.mean():5.1f} %{gain}")
+        lines.append(f"  {name:<44} {100 * caught.mean():5.1f} % above {least:.2f}{gain}")
     return lines
 
 
