@@ -47,7 +47,7 @@ def unlikeness(z: Tensor, z_query: Tensor, y: Tensor, head: Head, white: Tensor)
     u, q = unit(z), unit(z_query)
     own = 1 - (u @ u.T).fill_diagonal_(-1).max(1).values  # of each example, the distance to the nearest other
     to_examples = 1 - q @ u.T
-    near = to_examples.min(1)
+    near, few = to_examples.min(1), to_examples.topk(min(3, len(z)), largest=False)
     whitened, w_query = unit(z) @ white, unit(z_query) @ white
     of_class = torch.cdist(w_query, means(whitened, y)).min(1).values
     between = torch.cdist(whitened, whitened).topk(2, largest=False).values[:, 1].mean()
@@ -56,7 +56,7 @@ def unlikeness(z: Tensor, z_query: Tensor, y: Tensor, head: Head, white: Tensor)
         "nearest, to the farthest example's (today)": near.values / own.max(),
         "nearest, to the mean example's": near.values / own.mean(),
         "nearest, to that example's own": near.values / own[near.indices],
-        "mean of the 3 nearest, to the examples'": to_examples.topk(3, largest=False).values.mean(1) / own.mean(),
+        "mean of the 3 nearest, to the examples'": few.values.mean(1) / own.mean(),
         "nearest, as it is": near.values,
         "nearest class mean": (1 - q @ unit(means(u, y)).T).min(1).values,
         "energy of the head": -logits.logsumexp(1),
