@@ -13,6 +13,11 @@ from tests.helpers import CHECKPOINT, call
 SMALL = ["--dataset", "tiny", "--n_way", 3, "--n_query", 3, "--n_episodes", 4, "--n_val", 2, "--quiet"]
 
 
+@pytest.fixture(autouse=True)
+def few_episodes(monkeypatch):
+    monkeypatch.setattr("photos.choosing.N_EPISODES", 3)
+
+
 def compare(root, *flags):
     where = ["--benchmarks_dir", root / "benchmarks", "--cache_dir", root / "cache"]
     checkpoint = ["--checkpoint", root / "results" / "models" / CHECKPOINT]
