@@ -272,7 +272,7 @@ def test_predict_says_what_is_missing(flags, line):
 
 def test_predict_aligns_when_there_is_a_base_set():
     assert parsed("predict").alignment == "none"
-    assert values(parsed("predict", "--base", "b"), "alignment", "align_blocks") == ("head", 0)
+    assert values(parsed("predict", "--base", "b"), "alignment", "align_blocks") == ("auto", 0)
     named = parsed("predict", "--base", "b", "--alignment", "centroid")
     assert values(named, "alignment", "align_blocks") == ("centroid", None)
     assert parsed("predict", "--base", "b", "--alignment", "none").alignment == "none"
@@ -309,7 +309,7 @@ def test_the_help_of_predict_shows_what_is_used_every_day_and_folds_the_rest(cap
     with pytest.raises(SystemExit):
         args_parser("predict", ["--help"])
     shown = re.findall(r"^  (?:-h, )?--(\w+)", capsys.readouterr().out.split("\noptions:")[1], re.MULTILINE)
-    assert sorted(shown) == sorted(["help", "help_all", *EVERYDAY]) and len(shown) == 20
+    assert sorted(shown) == sorted(["help", "help_all", *EVERYDAY]) and len(shown) == 21
 
 
 def test_help_names_defaults_of_0_and_leaves_out_those_that_are_not_there():
