@@ -205,7 +205,7 @@ def fold_digest(tasks: list[Task], novel: Source, base: Source | None, rest: obj
 def load_kept(path: Path | None) -> Tensor | None:
     """What a file keeps, or None where it is not there, or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        return load_tensors(path, "cpu") if path else None
+        return load_tensors(path) if path else None
     return None
 
 
