@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
 from data.benchmarks import Split, median_size
 from data.glyphs import VERSION as GLYPHS_VERSION
 from engine.distributed import rank_0_first
@@ -52,8 +56,7 @@ class TrainState:
             with files.taking_over() as state:
                 self.model.backbone.load_state_dict(state["backbone"])
                 self.model.head.load_state_dict(state["head"])
-                moments = {"state": state["optimizer"]["state"]}  # the learning rates are this run's
-                self.model.optimizer.load_state_dict(self.model.optimizer.state_dict() | moments)
+                load_moments(self.model.optimizer, state["optimizer"]["state"])
                 self.run.precision.scaler.load_state_dict(state["scaler"])
                 self.n_done, self.best, self.rows = state["n_done"], state["best"], state["rows"]
                 if len(self.rows) != self.n_done - self.first:
@@ -151,3 +154,15 @@ class TrainState:
             load_state(self.model.backbone, checkpoint.backbone_state, self.files.best)
             load_state(self.model.head, checkpoint.head_state, self.files.best)
             return replace(checkpoint, config=self.files.config)  # of the run that it was kept in, which may go on
+
+
+def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
+    """Give an Adam the moments of a state, and keep its learning rates; parameters frozen so far have no moments.
+
+    Raises ValueError when the moments are not of its parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = {i: {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(parameters)}
+    if any({name: value.shape for name, value in moments.items()} != shapes.get(i) for i, moments in state.items()):
+        raise ValueError("the moments are of other parameters")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import pytest
 import torch
@@ -199,28 +198,6 @@ def test_the_script_chooses_names_it_in_the_result_and_its_flags_give_the_same_n
     assert json.loads(other.read_text())["accuracy_per_episode"] == record["accuracy_per_episode"]
 
 
-@pytest.mark.parametrize("n_shot", [2, 8])
-def test_predict_chooses_on_the_val_classes_of_its_base_set_if_they_are_enough(workspace, monkeypatch, n_shot):
-    monkeypatch.setattr(kept, "N_EPISODES", 20)
-    monkeypatch.setattr("photos.fitting.N_QUERY", 2)
-    tiny, support = workspace / "benchmarks" / "tiny", workspace / "support"
-    for i, folder in enumerate(sorted((tiny / "novel").iterdir())[:3]):
-        (support / folder.name).mkdir(parents=True)
-        for image in sorted(folder.iterdir())[: n_shot - 1 + i]:  # n_shot of a class, in the mean
-            shutil.copy(image, support / folder.name)
-    flags = ["--support", support, "--query", tiny / "novel", "--base", tiny, "--ft_n_epoch", 20, "--quiet"]
-    flags += ["--checkpoint", workspace / "results" / "models" / f"{RUN}_bestModel.tar", "--out", workspace / "out"]
-    flags += ["--cache_dir", workspace / "cache", "--align_preset", "auto"]
-    outcome = call("predict", *flags)
-    assert outcome.status == 0, outcome.err
-    if n_shot == 2:
-        assert "auto, 3-way 2-shot," in outcome.out
-        assert "note: chosen: --align_blocks 0 --aug_size 20 --" in outcome.out
-    else:  # 8 of the 8 images of a val class leave none to ask for
-        assert "auto cannot choose on val, so it is fine-tuning" in outcome.out
-        assert "head on Conv4, no alignment\n" in outcome.out and "related base classes per class" not in outcome.out
-
-
 @pytest.mark.parametrize(
     ("script", "flags", "words"),
     [
@@ -228,7 +205,7 @@ def test_predict_chooses_on_the_val_classes_of_its_base_set_if_they_are_enough(w
         ("associative_alignment", ["--align_blocks", 1], "auto chooses --align_blocks itself: give 0"),
         ("associative_alignment", ["--alignment", "centroid"], "auto chooses --alignment itself"),
         ("associative_alignment", ["--test_split", "val"], "give novel"),
-        ("predict", ["--support", "s", "--query", "q", "--checkpoint", "c"], "--base"),
+        ("predict", ["--support", "s", "--query", "q", "--checkpoint", "c"], "--alignment auto"),
     ],
 )
 def test_auto_beside_a_flag_that_it_chooses_is_one_line(script, flags, words):

@@ -222,7 +222,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
     "another image root": (STAGE_1, json_split(), ["--image_root", "{}/cache"], ["--image_root", "cache"]),
     "episodes of another way": (
         *(STAGE_1, write("episodes.json", '{"n_way": 5, "n_shot": 1, "n_query": 2, "images": [], "episodes": []}')),
-        *(["--episodes_file", "{}/episodes.json", OVER], ["n_way=5, n_shot=1", "matching flags"]),
+        *(["--episodes_file", "{}/episodes.json", OVER], ["5-way 1-shot", "matching flags"]),
     ),
     "damaged episodes": (
         *(STAGE_3, write("episodes.json", "{"), ["--episodes_file", "{}/episodes.json", OVER]),
@@ -291,7 +291,7 @@ FILES = {  # what lies on the disk: (script, what is done to the workspace, flag
         ["file"],
     ),
     "damaged result": (REPORT, write("results/tables/new.json", "{"), ["{}/results"], ["new.json", "delete it"]),
-    "half a result": (REPORT, write("results/tables/new.json", '{"stage": "x"}'), ["{}/results"], ["lacks 'dataset'"]),
+    "half a result": (REPORT, write("results/tables/new.json", '{"stage": "x"}'), ["{}/results"], ["lacks 'accuracy'"]),
     "a nested result": (REPORT, write("results/tables/new.json", "[" * 10**5), ["{}/results"], ["nested too deeply"]),
     "nested metrics": (FIGURES, write("results/logs/x/metrics.jsonl", "[" * 10**5), ["{}/results"], ["too deeply"]),
     "a newline in a path": (REPORT, nothing, ["{}/a\nb"], ["/a\\nb/tables"]),
