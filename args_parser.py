@@ -209,7 +209,7 @@ SHARED: Table = [
     *MACHINE,
     flag("--results_dir", Path, Path("./results"), "where tables/ and logs/ are written"),
     flag("--tensorboard", SWITCH, False, "log for TensorBoard, too: needs pip install tensorboard"),
-    flag("--resume", SWITCH, False, "go on from the last state of this run; the result is bit for bit that of one run"),
+    flag("--resume", SWITCH, False, "go on from the last state of this run; the result is the same bit for bit"),
     flag("--overwrite", SWITCH, False, "replace an earlier run of the same name"),
 
     "scale",

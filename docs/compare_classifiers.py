@@ -139,13 +139,11 @@ def load_sources(args: argparse.Namespace, run: Run) -> dict[str, Source]:
     backbone.eval_resize = args.eval_resize or backbone.eval_resize
     backbone, blocks = backbone.to(memory_format=torch.channels_last), trainable_blocks(backbone, 0)
     options = DataOptions(args.benchmarks_dir, img_size, args.cache_dir, eval_resize=backbone.eval_resize)
-    cache, found = (
-        FeatureCache(args.cache_dir, run),
-        {"base": args.dataset, "novel": args.novel_dataset or args.dataset},
-    )
-    splits = {split: load_split(options, dataset, split) for split, dataset in found.items()}
+    benchmarks = {"base": args.dataset, "novel": args.novel_dataset or args.dataset}
+    splits = {split: load_split(options, dataset, split) for split, dataset in benchmarks.items()}
     with contextlib.suppress(UserError):  # it has none
         splits["val"] = load_split(options, args.dataset, "val")
+    cache = FeatureCache(args.cache_dir, run)
     return {name: cache.source(backbone, blocks, split) for name, split in splits.items()}
 
 

@@ -28,7 +28,7 @@ SECONDS_TO_END = 30  # what a rank has to save and end when torchrun has gone; t
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is the `rank`-th of n; `local`: its number on its machine, and that of its GPU."""
+    """This process is the `rank`-th of n; `local`: its number on its machine, and the number of its GPU."""
 
     rank: int = 0
     n: int = 1

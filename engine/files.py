@@ -119,6 +119,13 @@ def load_tensors(path: Path) -> Any:
         return read_tensors(file)
 
 
+def load_kept(path: Path) -> Any:
+    """The content of a file that keeps what may be computed again; None where it is not there, or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return load_tensors(path)
+    return None
+
+
 class AsksFor(ValueError):
     """A file holds more than tensors and plain values: it asks for the class or function `name`."""
 

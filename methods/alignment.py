@@ -109,7 +109,7 @@ class Updates:
         self.head = head
         self.alignment_loss = alignment_loss
         self.batch_statistics = setting.align_bn == "train"
-        # With a loss scaler of its own: that of fp16 adapts to past losses, and an episode depends on none before it.
+        # With a loss scaler of its own: in fp16 it adapts to past losses, and an episode depends on none before it.
         self.precision = Precision(precision.name, precision.device_type)
         both = [*backbone.parameters(), *head.parameters()]
         # (1) the backbone; (2) the head, by the optimiser that fitted it, moments included; (3) both.

@@ -114,7 +114,7 @@ class StackedUpdates:
         return each(self.head.loss, scores, support.y) if report else None
 
     def step_block(self, passes: list[BlockPass], optimizer: torch.optim.Optimizer) -> None:
-        """One step, for which the gradient of the blocks follows from that of the features of these passes."""
+        """One step, for which the gradient of the blocks follows from the gradient of the features in these passes."""
         self.block.zero_grad()
         for done in passes:
             self.block.add_gradient(done, cast(Tensor, done.z.grad))

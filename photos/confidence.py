@@ -5,7 +5,6 @@ aligned in feature space, together. Their predictions give an estimate of the ac
 logits are divided. All of it holds for images from where the support comes from, and for no others.
 """
 
-import contextlib
 import hashlib
 import itertools
 import math
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.episodes import Task
-from engine.files import load_tensors, save_atomically
+from engine.files import load_kept, save_atomically
 from engine.run import Run
 from methods.alignment import AlignmentSetting
 from methods.feature_alignment import CHUNK_ELEMENTS, align_features, episodes_per_chunk, padded, padded_support
@@ -168,7 +167,7 @@ def left_out_logits(
     for first in run.bar(range(0, len(flat), step), "leave out", f"x{step} folds", leave=False):
         part = flat[first : first + step]
         path = kept and kept / f"left_out_{fold_digest(part, novel, base, (setting, first, run.seed))}.pt"
-        both = load_kept(path)
+        both = load_kept(path) if path else None
         if both is None:
             both = fold_logits(part, novel, base, setting, run, first)
             if path:
@@ -200,13 +199,6 @@ def fold_digest(tasks: list[Task], novel: Source, base: Source | None, rest: obj
         digest.update(novel.features[torch.cat([task.support, task.query])].cpu().numpy().tobytes())
         digest.update(task.y_support.numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def load_kept(path: Path | None) -> Tensor | None:
-    """What a file keeps, or None where it is not there, or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        return load_tensors(path) if path else None
-    return None
 
 
 def fit_temperature(logits: Tensor, y: Tensor) -> float:

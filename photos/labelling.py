@@ -1,6 +1,5 @@
 """Label any number of images in parts of bounded memory; what is done is kept, so that a stopped run can go on."""
 
-import contextlib
 import hashlib
 import shutil
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.errors import UserError
-from engine.files import atomic_file, folder_name, load_tensors, save_atomically
+from engine.files import atomic_file, folder_name, load_kept, save_atomically
 from engine.records import write_json
 from engine.run import Run
 from photos.classifier import Answers, Fitted, classify
@@ -96,8 +95,7 @@ def label_images(
                 files = [(file, file.stat().st_size) for file in chunk]
                 follows_from = repr((fitted.classifier.digest, view, run.precision.name, files))
                 path = folder / f"{hashlib.sha256(follows_from.encode()).hexdigest()[:32]}.pt"
-                with contextlib.suppress(OSError, ValueError):  # not there, or damaged
-                    part = load_tensors(path)
+                part = load_kept(path)
             if part is None:
                 views, kept, reasons = decode_views(chunk, view, num_workers, skip_bad)
                 answers = classify(fitted.classifier, views, run)._asdict() if kept else None

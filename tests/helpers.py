@@ -197,11 +197,11 @@ def numbers(root: Path, script: str) -> dict:
     return found
 
 
-def wait_for_file(root, pattern, seconds=120):
-    """Wait until there is a file of this pattern below root."""
+def wait_until(is_so, out, seconds=120):
+    """Wait until is_so() is true of a process that writes to the file `out`."""
     deadline = time.monotonic() + seconds
-    while not list(root.rglob(pattern)):
-        assert time.monotonic() < deadline, (root / "out").read_text()
+    while not is_so():
+        assert time.monotonic() < deadline, out.read_text()
         time.sleep(0.002)
 
 

@@ -7,12 +7,13 @@ import re
 import shutil
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from persistence.checkpoints import load_checkpoint
-from tests.helpers import TINY, Processes, call, folders, make_benchmark, numbers, wait_for_file
+from tests.helpers import TINY, Processes, call, folders, make_benchmark, numbers, wait_until
 
 pytest.importorskip("resource")  # fork and limits are POSIX's
 
@@ -71,6 +72,11 @@ def half_written(root):
     return [path for folder in folders for path in folder.iterdir() if path.suffix == ".tmp"]
 
 
+def saved_states(root):
+    """The states of runs that are saved below a folder."""
+    return list(root.rglob("*_last.tar"))
+
+
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(finished, tmp_path, processes, script):
     """Half of the kills at a random moment of the run, half of them while a checkpoint is being written."""
@@ -116,7 +122,7 @@ def test_a_run_killed_in_feature_space_ends_with_the_same_bytes(finished, tmp_pa
     whole, killed = (new_root(finished[0], tmp_path / name, script) for name in ("whole", "killed"))
     assert processes.run(script, [*flags, *folders(whole)], whole / "out") == 0, (whole / "out").read_text()
     pid = processes.start(script, [*flags, *folders(killed)], killed / "out")
-    wait_for_file(killed, "*_last.tar")
+    wait_until(partial(saved_states, killed), killed / "out")
     os.kill(pid, signal.SIGKILL)
     assert processes.wait() == -signal.SIGKILL
     assert processes.run(script, [*flags, *folders(killed), "--resume"], killed / "out") == 0
@@ -132,7 +138,7 @@ def test_a_signal_ends_cleanly_and_says_how_to_go_on(finished, tmp_path, process
         root = new_root(finished[0], tmp_path / str(attempt), script)
         flags = [*COMMANDS[script], *folders(root)]
         pid = processes.start(script, flags, root / "out")
-        wait_for_file(root, "*_last.tar")
+        wait_until(partial(saved_states, root), root / "out")
         os.kill(pid, number)
         status = processes.wait()
         if status != 0:
@@ -225,10 +231,8 @@ def test_of_two_runs_at_once_the_second_names_the_first_and_changes_nothing(fini
     root = new_root(finished[0], tmp_path, script)
     flags = [*COMMANDS[script], *folders(root)]
     pid = processes.start(script, flags, root / "out")
-    deadline = time.monotonic() + 120
-    while not any(f"process {pid} on " in lock.read_text() for lock in root.rglob("tables/.*.lock")):
-        assert time.monotonic() < deadline, (root / "out").read_text()
-        time.sleep(0.005)
+    locks = partial(root.rglob, "tables/.*.lock")
+    wait_until(lambda: any(f"process {pid} on " in lock.read_text() for lock in locks()), root / "out")
     os.kill(pid, signal.SIGSTOP)
     try:
         for more in (["--resume"], ["--overwrite", "--ft_lr", 0.01], []):
