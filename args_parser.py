@@ -232,6 +232,8 @@ TRAINING: Table = [
     flag("--crop_scale MIN MAX", SHARE, [0.08, 1.0], "area of the random crop, as a share of the image", nargs=2),
 ]
 
+GRAPHS = flag("--cuda_graphs", SWITCH, False, "on one CUDA GPU: replay each step as one graph; not tried on a GPU yet")
+
 TRANSFER: Table = [
     *SHARED, *TRAINING,
     "base training",
@@ -239,7 +241,7 @@ TRANSFER: Table = [
     flag("--n_epoch", COUNT_OR_0, 600, "epochs over the base classes; 0 tests --init_from, or --weights, as it is"),
     flag("--batch_size", COUNT, 64, "images in a batch, of all processes together if there are several"),
     flag("--sync_bn", SWITCH, False, "on several GPUs: batch norm over the whole batch (PyTorch's SyncBatchNorm)"),
-    flag("--cuda_graphs", SWITCH, False, "on one CUDA GPU: replay each step as one graph; not tried on a GPU yet"),
+    GRAPHS,
     flag("--lr", POSITIVE, 1e-3, "learning rate of Adam, constant"),
     flag("--s", POSITIVE, 20.0, "scale of cosMax and arcMax on the base classes"),
     flag("--m", MARGIN, 0.01, "angular margin of arcMax on the base classes, radians"),
@@ -303,6 +305,7 @@ ALIGNMENT: Table = [
     flag("--record_curve K", COUNT_OR_0, 0, "record the query accuracy after every K iterations; 0 does not"),
     flag("--save_episode I", episode_choice, [0],
          "episodes whose images and features report.html shows: numbers, or median and worst by gain", nargs="+"),
+    GRAPHS,
     *UPDATES,
 ]
 

@@ -90,7 +90,8 @@ def comparison_lines(sources: dict[str, Source], n_shot: int, on: Comparison, ru
     """The table of n_shot images per class, in lines."""
     shape, novel = EpisodeShape(on.n_way, n_shot, on.n_query), sources["novel"]
     others = sources.get("val", sources["base"])
-    val = sample_episodes(others.split, shape, on.n_val, run.seed)
+    fewer = replace(shape, n_way=min(on.n_way, len(others.split.class_names)))
+    val = sample_episodes(others.split, fewer, on.n_val, run.seed)
     regression: dict[float, Scorer] = {c: partial(logistic_regression, strength=c) for c in STRENGTHS}
     on_val = {c: score_episodes(others.features, val, regression[c], run).accuracy.mean() for c in STRENGTHS}
     strength = max(STRENGTHS, key=on_val.__getitem__)

@@ -1,6 +1,6 @@
 """A step of fixed shapes as one CUDA graph, so that a GPU does not wait for the launch of each of its operations."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,18 @@ def record_graph(step: Step, inputs: list[Tensor]) -> tuple[Callable[[], None], 
     with torch.cuda.graph(graph):
         outputs = step(*inputs)
     return graph.replay, outputs
+
+
+def on_side_stream(step: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A step on a stream of its own, as PyTorch asks for those before a recording; on a CPU as it is."""
+    if not any(x.is_cuda for x in inputs):
+        return step(*inputs)
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        outputs = step(*inputs)
+    current.wait_stream(side)
+    return outputs
 
 
 class GraphedStep:
@@ -41,8 +53,10 @@ class GraphedStep:
         shapes = [x.shape for x in inputs]
         self.shapes = self.shapes or shapes
         self.n_run += 1
-        if self.n_run <= WARM_UP or shapes != self.shapes:
+        if shapes != self.shapes:
             return self.step(*inputs)
+        if self.n_run <= WARM_UP:
+            return on_side_stream(self.step, inputs)
         if self.replay is None:
             self.inputs = [x.clone() for x in inputs]
             self.replay, self.outputs = self.record(self.step, self.inputs)

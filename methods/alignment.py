@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from data.episodes import Task
+from engine.graphs import Step, graphed
 from engine.precision import Losses, Precision
 from engine.run import Run, move
 from methods.adversarial_alignment import AdversarialAlignment, CriticSetting
@@ -146,6 +147,23 @@ class Updates:
             self.head.loss(self.head(z_support), support.y, support.weight), self.support_optimizer
         )
 
+    def iteration(self, support: Batch, by_graph: bool) -> Step:
+        """The three updates as one step: x (n, ...) and y (n,) of related samples, or nothing -> a sum of losses to be
+        checked, and the losses of the updates, NaN where one is left out. by_graph: whether it becomes a CUDA graph.
+        """
+
+        def step(*xy: Tensor) -> tuple[Tensor, ...]:
+            related = Batch(*xy) if xy else None
+            align_loss = self.align(support, related) if related else None
+            related_loss = self.train_head(related) if related else None
+            support_loss = self.train_on_support(support)
+            checked = support_loss if related_loss is None else support_loss + related_loss
+            none = torch.full_like(support_loss, math.nan)
+            return checked, *(none if loss is None else loss for loss in (align_loss, related_loss, support_loss))
+
+        optimizers = (self.align_optimizer, self.related_optimizer, self.support_optimizer)
+        return graphed(step, optimizers) if by_graph else step
+
 
 def with_rate(optimizer: torch.optim.Optimizer, lr: float) -> torch.optim.Optimizer:
     """The optimiser with its moments, set to another learning rate."""
@@ -227,14 +245,12 @@ def align_episode(
     y_support = task.y_support.to(run.device)
     support = Batch(novel.block_inputs(task.support), y_support, support_weights(task, run))
     batches = related_batches(start.related.samples, base, setting, run.generator("related draws", i), run.device)
+    by_graph = run.graphs and setting.critic.critic_constraint != "gp"  # whose penalty draws on the CPU in each step
+    step = updates.iteration(support, by_graph)
     losses, curve = Losses(f"episode {i}, iteration"), []
     with run.seeded("dropout", i):
         for iteration, related in enumerate(run.bar(batches, bar, "iteration", total=setting.align_iters), 1):
-            align_loss = updates.align(support, related) if related else None
-            related_loss = updates.train_head(related) if related else None
-            support_loss = updates.train_on_support(support)
-            checked = support_loss if related_loss is None else support_loss + related_loss
-            losses.add(checked, align_loss, related_loss, support_loss)
+            losses.add(*(step(related.x, related.y) if related else step()))
             if setting.record_curve and iteration % setting.record_curve == 0:
                 curve.append(query_scores(blocks, head, novel, task, run))
     aligned = query_scores(blocks, head, novel, task, run)

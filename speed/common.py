@@ -52,6 +52,7 @@ class Setting:
     workers: int
     folder: Path
     device: str = "cpu"
+    cuda_graphs: bool = False
 
     @property
     def tiny(self) -> bool:
@@ -64,7 +65,8 @@ class Setting:
     @property
     def run(self) -> Run:
         """Of our path; the reference is in float32, as published."""
-        return Run(torch.device(self.device), Precision(self.precision, self.device))
+        precision = Precision(self.precision, self.device)
+        return Run(torch.device(self.device), precision, graphs=self.cuda_graphs and self.device == "cuda")
 
     @property
     def rounding(self) -> str:
@@ -357,6 +359,7 @@ def parser(names: list[str], description: str) -> argparse.ArgumentParser:
     p.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help="stages to run")
     p.add_argument("--repeats", type=int, default=5, help="runs of each side; medians are reported")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of both sides")
+    p.add_argument("--cuda_graphs", action="store_true", help="on a GPU: our steps as graphs, where the scripts can")
     p.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny only compares the answers")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="of the loaders of both sides")
     folder = Path("./fs_benchmarks/.cache/speed")
@@ -385,7 +388,7 @@ def run(benches: dict[str, Bench], others: Mapping[str, Rows], description: str)
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: give at least 1")
     device = select_device(args.device).type
-    setting = Setting(args.scale, "fp32", args.workers, args.folder.resolve(), device)
+    setting = Setting(args.scale, "fp32", args.workers, args.folder.resolve(), device, args.cuda_graphs)
     if device == "cuda":
         repeat_exactly()
     chosen = {name: bench for name, bench in benches.items() if name in args.only}

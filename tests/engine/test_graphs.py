@@ -1,16 +1,23 @@
 """Steps that are replayed from a graph: on a CPU from one that runs the step again on the memory that it was given."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
+from data.episodes import EpisodeShape, sample_episodes
 from data.transforms import TrainingImages
 from engine import graphs
 from engine.graphs import WARM_UP, GraphedStep, graphed
 from engine.run import Run
-from methods import base_training
+from methods import alignment, base_training
+from methods.adversarial_alignment import CriticSetting
+from methods.alignment import AlignmentSetting, align_episode
 from methods.base_training import train_base_epoch
+from methods.features import image_source, trainable_blocks
+from methods.novel_finetune import HeadFit
+from methods.related_base import RelatedSetting
 from models import Model, build_backbone, build_head
 from tests.helpers import DEVICE, make_split
 
@@ -78,6 +85,58 @@ def test_base_training_by_graphs_gives_the_numbers_of_the_steps_one_by_one():
     torch.testing.assert_close(torch.tensor(figures), torch.tensor(plain_figures), rtol=1e-4, atol=1e-5)
     for weight, plain in zip(weights, plain_weights, strict=True):
         torch.testing.assert_close(weight, plain, rtol=1e-4, atol=1e-5)
+
+
+# Of the last no graph is made: its penalty draws on the CPU.
+ALIGNMENTS = {
+    "naive": AlignmentSetting("naive"),
+    "centroid": AlignmentSetting(),
+    "weight clipping": AlignmentSetting("adversarial", critic=CriticSetting(16)),
+    "gradient penalty": AlignmentSetting("adversarial", critic=CriticSetting(16, critic_constraint="gp")),
+}
+
+
+def aligned_episodes(device, setting, graphs):
+    """Two episodes of 3-way 2-shot, one after another, in six iterations: losses and scores."""
+    torch.manual_seed(0)
+    few = {"fit": HeadFit(ft_n_epoch=20), "related": RelatedSetting(n_B=2, aug_size=4), "align_iters": WARM_UP + 3}
+    setting, run, net = dataclasses.replace(setting, **few), Run(device, graphs=graphs), build_backbone("Conv4", 16)
+    blocks = trainable_blocks(net.to(device, memory_format=torch.channels_last), None)
+    splits = make_split((10,) * 4), make_split((10,) * 6, seed=1, split="base")
+    sources = [image_source(net, blocks, split, run) for split in splits]
+    episodes = sample_episodes(splits[0], EpisodeShape(3, 2, 3), 2, 0)
+    return [align_episode(blocks, episodes.task(i), *sources, setting, run, i) for i in range(2)]
+
+
+@pytest.mark.parametrize("kind", ALIGNMENTS)
+def test_alignment_by_replayed_iterations_gives_the_same_numbers_to_the_bit(monkeypatch, kind):
+    recorders = []
+
+    def with_recorder(step, optimizers):
+        recorders.append(Recorder(tuple(torch.zeros(4))))
+        assert len(optimizers) == 3
+        return GraphedStep(step, recorders[-1])
+
+    monkeypatch.setattr(alignment, "graphed", with_recorder)
+    cpu = torch.device("cpu")
+    found, expected = (aligned_episodes(cpu, ALIGNMENTS[kind], graphs) for graphs in (True, False))
+    assert [(r.recorded, r.replayed) for r in recorders] == [(1, 3)] * (0 if kind == "gradient penalty" else 2)
+    for actual, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(actual.losses), torch.tensor(plain.losses), rtol=0, atol=0, equal_nan=True
+        )
+        assert torch.equal(actual.aligned, plain.aligned) and not torch.equal(actual.aligned, actual.finetuned)
+
+
+@pytest.mark.device
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="graphs are CUDA's")
+@pytest.mark.parametrize("kind", ALIGNMENTS)
+def test_alignment_by_graphs_gives_the_numbers_of_the_iterations_one_by_one(kind):
+    found, expected = (aligned_episodes(DEVICE, ALIGNMENTS[kind], graphs) for graphs in (True, False))
+    for actual, plain in zip(found, expected, strict=True):
+        losses = (torch.tensor(episode.losses) for episode in (actual, plain))
+        torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-3, equal_nan=True)
+        torch.testing.assert_close(actual.aligned, plain.aligned, rtol=1e-2, atol=1e-2)
 
 
 def test_adam_of_a_graphed_step_may_be_recorded():

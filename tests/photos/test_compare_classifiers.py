@@ -8,7 +8,7 @@ import torch
 from args_parser import args_parser, from_flags
 from docs.compare_classifiers import Comparison
 from methods.alignment import AlignmentSetting
-from tests.helpers import CHECKPOINT, call
+from tests.helpers import CHECKPOINT, call, make_benchmark
 
 SMALL = ["--dataset", "tiny", "--n_way", 3, "--n_query", 3, "--n_episodes", 4, "--n_val", 2, "--quiet"]
 
@@ -43,6 +43,12 @@ def test_a_network_of_ones_own_and_novel_classes_of_another_benchmark(workspace)
     own = ["--backbone", f"custom:{__name__}:network", "--novel_dataset", "tiny"]
     outcome = call("docs.compare_classifiers", *own, *where, *SMALL, "--n_shot", 1)
     assert outcome.status == 0 and "auto, which aligned" in outcome.out, outcome.err
+
+
+def test_of_more_ways_than_there_are_val_classes_c_is_chosen_on_all_of_these(workspace, tmp_path):
+    make_benchmark(tmp_path / "many", (6, 3, 6))
+    outcome = compare(workspace, "--benchmarks_dir", tmp_path, "--dataset", "many", "--n_way", 5, "--n_shot", 1)
+    assert outcome.status == 0 and "5 classes, 1 image each" in outcome.out, outcome.err
 
 
 @pytest.mark.parametrize("i, base", [(0, []), (1, ["--base", "b", "--alignment", "head"])])
