@@ -39,10 +39,9 @@ def table_of(titles: list[str], rows: str, kind: str) -> str:
     return f'<div class="wide" tabindex="0"><table class="results {kind}">{body}</table></div>'
 
 
-def review_table(predictions: Predictions, support: Path | None) -> str:
-    """The examples to review, with their pictures where there is a support folder, as a table."""
+def review_table(predictions: Predictions, files: dict[str, Path]) -> str:
+    """The examples to review, with their pictures where their files are known, as a table."""
     classifier, reading = predictions.fitted.classifier, predictions.fitted.view.reading
-    files = dict(zip(classifier.examples, list_support(support)[1], strict=True)) if support else {}
     rows, lines = "", review_lines(classifier)
     for name, own, other, row in to_review(classifier):
         picture = f'<img src="{thumbnail(files[name], reading)}" alt="{escape(name)}">' if files else ""
@@ -52,15 +51,15 @@ def review_table(predictions: Predictions, support: Path | None) -> str:
     return f'<p class="note">{lines[0]}</p>{table_of(titles, rows, "review classes") if rows else ""}'
 
 
-def class_table(predictions: Predictions, support: Path | None) -> str:
-    """For each class its examples from a support folder, if there is one, and what got its label, as a table."""
-    names, paths, labels = list_support(support) if support else (predictions.class_names, [], [])
-    reading = predictions.fitted.view.reading
-    nearest, shown = set(predictions.answers.nearest.tolist()), dict.fromkeys(names, "")
-    for i, (path, label) in enumerate(zip(paths, labels, strict=True)):
-        if shown[names[label]].count("<img") < MAX_EXAMPLES or i in nearest:
-            alt = escape(f"example of {names[label]}")
-            shown[names[label]] += f'<img id="example{i}" src="{thumbnail(path, reading)}" alt="{alt}">'
+def class_table(predictions: Predictions, files: dict[str, Path]) -> str:
+    """For each class its examples, with their pictures where their files are known, and what got its label."""
+    classifier, reading = predictions.fitted.classifier, predictions.fitted.view.reading
+    nearest, shown = set(predictions.answers.nearest.tolist()), dict.fromkeys(classifier.class_names, "")
+    for i, (example, label) in enumerate(zip(classifier.examples, classifier.y_support.tolist(), strict=True)):
+        name = classifier.class_names[label]
+        if files and (shown[name].count("<img") < MAX_EXAMPLES or i in nearest):
+            picture, alt = thumbnail(files[example], reading), escape(f"example of {name}")
+            shown[name] += f'<img id="example{i}" src="{picture}" alt="{alt}">'
     rows = ""
     for name, row in per_class_summary(predictions).items():
         mean = "" if row["mean_confidence"] is None else f"{row['mean_confidence']:.2f}"
@@ -83,8 +82,9 @@ def marks_of(predictions: Predictions) -> list[list[str]]:
 
 
 def page_data(predictions: Predictions, pictures: list[str]) -> dict[str, Any]:
-    """What the page shows of the images, in the order of the predictions. pictures: sources of their elements."""
-    p, answers = predictions, predictions.answers
+    """What the page shows of the images, in the order of the predictions. pictures: sources of their elements; the
+    browser lays those that are files on the background."""
+    p, answers, classifier = predictions, predictions.answers, predictions.fitted.classifier
     after, before = (each.double().round(decimals=6).tolist() for each in (answers.probabilities, answers.finetuned))
     columns = {
         "file": p.files,
@@ -96,7 +96,8 @@ def page_data(predictions: Predictions, pictures: list[str]) -> dict[str, Any]:
     }
     columns |= {"before": before} if before != after else {}
     images = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return {"classes": p.class_names, "examples": p.fitted.classifier.examples, "images": images}
+    background = p.fitted.view.reading.background
+    return {"classes": p.class_names, "examples": classifier.examples, "background": background, "images": images}
 
 
 def write_predictions(path: Path, predictions: Predictions, support: Path | None, num_workers: int, run: Run) -> None:
@@ -106,6 +107,7 @@ def write_predictions(path: Path, predictions: Predictions, support: Path | None
     """
     paths, classifier = predictions.paths, predictions.fitted.classifier
     reading = predictions.fitted.view.of_folder(paths, num_workers).reading
+    files = dict(zip(classifier.examples, list_support(support)[1], strict=True)) if support else {}
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         made = pool.map(partial(thumbnail, reading=reading), paths[:MAX_EMBEDDED])
         pictures = list(run.bar(made, "page", "img", total=min(len(paths), MAX_EMBEDDED)))
@@ -115,6 +117,6 @@ def write_predictions(path: Path, predictions: Predictions, support: Path | None
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     images = template.replace("$data", json.dumps(page_data(predictions, pictures)).replace("<", "\\u003c"))
     lead = f"{len(paths)} images, labelled from {sum(predictions.n_support)} examples"
-    sections = {"Classes": f'<ul class="facts">{lines}</ul>{class_table(predictions, support)}'}
-    sections |= {"Examples to review": review_table(predictions, support)} if predictions.review else {}
+    sections = {"Classes": f'<ul class="facts">{lines}</ul>{class_table(predictions, files)}'}
+    sections |= {"Examples to review": review_table(predictions, files)} if predictions.review else {}
     write_text(path, html_page("Predictions", lead, sections | {"Images": images}))

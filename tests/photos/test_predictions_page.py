@@ -20,6 +20,7 @@ from persistence.checkpoints import create_backbone
 from photos import predictions_page
 from photos.classifier import Answers, Classifier, Fitted
 from photos.confidence import Confidence
+from photos.images import list_support
 from photos.predictions_page import write_predictions
 from photos.table import Predictions
 
@@ -37,7 +38,7 @@ def support(tmp_path):
     return tmp_path / "support"
 
 
-def predictions_of(support, related, n=3, confidence=None, **more):
+def predictions_of(support, related, n=3, confidence=None, background=None, **more):
     """Predictions of n images: the first sure, the second unlike and in a folder of the other class, the third unsure,
     and so on."""
     probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]).repeat(n // 3, 1)
@@ -52,7 +53,8 @@ def predictions_of(support, related, n=3, confidence=None, **more):
     paths = [support.parent / f"q{i % 3}.png" for i in range(n)]
     files = [("q{}.png", f"heron/{EVIL}{{}}", 'q"{}, 2.png')[i % 3].format(i) for i in range(n)]
     notes = [f"skipped: image {EVIL}"]
-    return Predictions(Fitted(classifier, {"img_size": 16}, related), files, paths, answers, notes, 0.65, **more)
+    facts = {"img_size": 16, "background": background}
+    return Predictions(Fitted(classifier, facts, related), files, paths, answers, notes, 0.65, **more)
 
 
 def written(support, related=None, n=3, with_support=True, **more):
@@ -87,6 +89,32 @@ def test_the_images_are_whole(support):
         kind, content = image["picture"].split(",")
         assert kind == "data:image/webp;base64"
         assert Image.open(io.BytesIO(base64.b64decode(content))).size == size
+
+
+def shown_colours(text):
+    """The colour at the corner of each picture that is embedded in a page."""
+    pictures = re.findall(r"data:image/webp;base64,([\w+/=]+)", text)
+    return [Image.open(io.BytesIO(base64.b64decode(each))).convert("RGB").getpixel((0, 0)) for each in pictures]
+
+
+def test_images_and_examples_are_shown_on_the_background_that_they_were_labelled_on(support, monkeypatch):
+    monkeypatch.setattr(predictions_page, "MAX_EMBEDDED", 2)
+    for name in ("support/heron/a", "support/tern/b", "q0", "q1", "q2"):
+        Image.new("RGBA", (20, 20), (200, 10, 10, 0)).save(support.parent / f"{name}.png")
+    known = Confidence([1, 1], [0, 0], 2, 1.0, [(1, [0.75, 0.25])])
+    for background, colour in (("#0000ff", (0, 0, 255)), ("white", (255, 255, 255))):
+        text, data = written(support, background=background, review=True, confidence=known)
+        colours = shown_colours(text)
+        assert len(colours) == 2 + 1 + 2  # examples of the classes, one to review, images
+        assert max(abs(a - b) for each in colours for a, b in zip(each, colour, strict=True)) < 4
+        assert data["background"] == background  # on which the browser lays the third
+
+
+def test_the_support_folder_is_listed_once(support, monkeypatch):
+    listed = []
+    monkeypatch.setattr(predictions_page, "list_support", lambda folder: listed.append(folder) or list_support(folder))
+    known = Confidence([1, 1], [0, 0], 2, 1.0, [(1, [0.75, 0.25])])
+    assert written(support, review=True, confidence=known)[0].count("<img") == 3 and listed == [support]
 
 
 @pytest.mark.parametrize("related", [{}, {"heron": ["stork"], "tern": ["gull<"]}])
@@ -145,6 +173,7 @@ out.nothing = document.getElementById("download").disabled;
 photos()[0].querySelector("details").open = true;
 document.getElementById("on").click();
 out.on = [photos().length, document.getElementById("place").textContent, document.getElementById("on").disabled];
+out.laid = photos().map((photo) => photo.querySelector("img").style.background);
 choose(photos()[2].querySelector("select"), "heron");
 choose(photos()[0].querySelector("select"), "another class ...");
 document.getElementById("back").click();
@@ -185,12 +214,15 @@ def browse(page, folder, width):
 
 @needs_browser
 @pytest.mark.parametrize("width, related", [(500, {"heron": ["stork"]}), (1200, {})])
-def test_in_a_browser_labels_are_corrected_and_downloaded(support, tmp_path, width, related):
+def test_in_a_browser_labels_are_corrected_and_downloaded(support, tmp_path, width, related, monkeypatch):
+    monkeypatch.setattr(predictions_page, "MAX_EMBEDDED", 62)
     known = Confidence([1, 1], [1, 0], 2, 1.0, [(1, [0.75, 0.25])])
-    found, console = browse(written(support, related, n=63, review=True, confidence=known)[0], tmp_path, width)
+    page = written(support, related, n=63, review=True, confidence=known, background="#0a141e")[0]
+    found, console = browse(page, tmp_path, width)
     assert found and not console, console
     assert found["page"] == [60, "1 to 60 of 63"] and found["on"] == [3, "61 to 63 of 63", True]
     assert found["whole"] == "contain" and found["lazy"] and found["wide"]
+    assert found["laid"] == ["", "", "rgb(10, 20, 30)"]  # the last one is a file
     marks = "tern, 60\u00a0%; unsure; unlike every class; in a folder heron"
     assert found["words"] == [["90\u00a0%", "q0.png"], [marks, f"heron/{EVIL}1"], ["70\u00a0%", 'q"2, 2.png']]
     corrections = [['q"62, 2.png', "heron"], ["q60.png", 'new, "class"'], [f"heron/{EVIL}1", "tern"]]
