@@ -70,8 +70,9 @@ def grow(fitted: Fitted, examples: Examples, flags: FitFlags, run: Run) -> Fitte
     """
     old, facts = fitted.classifier, fitted.facts
     if old.aligned is not old.backbone or "setting" not in facts:
-        why = "an earlier version made it" if "setting" not in facts else "its blocks were aligned"
-        raise UserError(f"the classifier cannot grow, for {why}: fit it again to all examples")
+        blocks = "its blocks were aligned, which takes the photos of all examples, and it holds only their features"
+        why = blocks if "setting" in facts else "an earlier version made it, which did not keep its setting"
+        raise UserError(f"the classifier cannot grow: {why}: fit a new one by --support to the old and new photos")
     facts = {name: value for name, value in facts.items() if name != "images_sha256"}
     folder = facts.get("base_folder")
     base = flags.base or (Path(str(folder)) if folder else None)

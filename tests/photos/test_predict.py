@@ -886,8 +886,16 @@ GROWTH_ERRORS = {
         ["--add", "--classifier"],
     ),
     "save without growth": (nothing, grow_by(), ["--save", "--add"]),
-    "an earlier version": (of_an_earlier_version, grow_by(add=SUPPORT), ["cannot grow", "earlier version", "again"]),
-    "aligned blocks": (of_aligned_blocks, grow_by(add=SUPPORT), ["cannot grow", "blocks were aligned", "again"]),
+    "an earlier version": (
+        of_an_earlier_version,
+        grow_by(add=SUPPORT),
+        ["cannot grow", "earlier version", "--support"],
+    ),
+    "aligned blocks": (
+        of_aligned_blocks,
+        grow_by(add=SUPPORT),
+        ["cannot grow", "blocks were aligned", "holds only their features", "by --support to the old and new photos"],
+    ),
 }
 
 
