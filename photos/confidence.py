@@ -81,6 +81,11 @@ def wilson_interval(share: float, n: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def same_images(z: Tensor, others: Tensor) -> Tensor:
+    """Whether images are the same (n, m), by their features z (n, d) and others (m, d)."""
+    return unit(z) @ unit(others).T > SAME
+
+
 def first_copies(z: Tensor, y: Tensor) -> Tensor:
     """For each image, of features z (k, d) and label y (k,), the first image (k,) of its class that has these features.
 
@@ -88,15 +93,13 @@ def first_copies(z: Tensor, y: Tensor) -> Tensor:
     """
     first = torch.arange(len(y))
     for members in (torch.nonzero(y == label).squeeze(1) for label in y.unique()):
-        own = unit(z[members])
-        first[members] = members[(own @ own.T > SAME).int().argmax(1)]
+        first[members] = members[same_images(z[members], z[members]).int().argmax(1)]
     return first
 
 
 def in_two_classes(z: Tensor, y: Tensor) -> list[tuple[int, int]]:
     """Pairs of images, of features z (k, d) and labels y (k,), that are one image but not of one class."""
-    same = unit(z) @ unit(z).T > SAME
-    return [(i, j) for i, j in (same & (y.unsqueeze(1) < y)).nonzero().tolist()]
+    return [(i, j) for i, j in (same_images(z, z) & (y.unsqueeze(1) < y)).nonzero().tolist()]
 
 
 def folds(y: Tensor, first: Tensor | None = None) -> list[Task]:

@@ -91,7 +91,7 @@ class Estimator(ABC):
     def partial_fit(self: E, images: Sequence[Any], labels: Sequence[Any]) -> E:
         """Fit again, to the features of all examples so far and to more images, of its classes or of new ones.
 
-        An example whose path is among the images is replaced.
+        An example that is one of the images takes its new label.
         """
         self.check_is_fitted()
         with naming_arguments():

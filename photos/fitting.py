@@ -11,6 +11,7 @@ import torch
 
 from data.benchmarks import DataOptions, Split, load_split
 from data.decode import Reading
+from data.listing import image_names
 from engine.errors import UserError
 from engine.resizing import check_rule
 from engine.run import Run, move_if_fits
@@ -24,7 +25,7 @@ from photos.base import base_without
 from photos.choosing import choose_alignment
 from photos.classifier import Fitted, fit_classifier
 from photos.confidence import in_two_classes
-from photos.images import View, decode_views, ignored_notes, list_support
+from photos.images import View, decode_views, ignored_notes, list_support, printable
 from photos.table import first_of
 
 
@@ -67,7 +68,8 @@ def fit_folder(support: Path, queries: Sequence[Path], flags: FitFlags, run: Run
 def folder_examples(folder: Path, least: int = 2) -> Examples:
     """The examples of a folder of one subfolder per class. Raises UserError when it has fewer classes than `least`."""
     class_names, paths, labels = list_support(folder, least)
-    return Examples(class_names, paths, [f"{path.parent.name}/{path.name}" for path in paths], labels)
+    names = [printable(name) for name in image_names((class_names, paths, labels))]
+    return Examples(class_names, paths, names, labels)
 
 
 def fit_examples(examples: Examples, queries: Sequence[Path], flags: FitFlags, run: Run) -> Fitted:

@@ -15,6 +15,7 @@ from engine.run import Run
 from methods.features import embed, feature_source, trainable_blocks
 from photos.classifier import Fitted
 from photos.classifier_file import setting_of
+from photos.confidence import same_images
 from photos.fitting import Examples, FitFlags, fit_source, folder_examples
 from photos.images import decode_views, list_queries
 from photos.table import UNSURE
@@ -64,7 +65,7 @@ def grow_folders(
 
 
 def grow(fitted: Fitted, examples: Examples, flags: FitFlags, run: Run) -> Fitted:
-    """A classifier fitted again to the features of its examples and to more, in place of those of the same names.
+    """A classifier fitted again to the features of its examples and to more, in place of the same images.
 
     flags.base: where the base set is, if not where it was. Raises UserError when blocks were aligned.
     """
@@ -79,7 +80,7 @@ def grow(fitted: Fitted, examples: Examples, flags: FitFlags, run: Run) -> Fitte
     flags = replace(flags, base=base, setting=setting_of(facts["setting"]))
     view = fitted.view.of_folder(examples.images, flags.num_workers)
     z = embed(old.backbone, decode_views(examples.images, view, flags.num_workers)[0], run).cpu()
-    kept = [i for i, name in enumerate(old.examples) if name not in set(examples.names)]
+    kept = (~same_images(old.z_support, z).any(1)).nonzero().squeeze(1).tolist()
     class_names = list(dict.fromkeys([*old.class_names, *examples.class_names]))
     if "labels" in facts:
         facts["labels"] = [*facts["labels"], *class_names[len(old.class_names) :]]

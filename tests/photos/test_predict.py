@@ -822,6 +822,31 @@ def test_a_classifier_grows_to_what_all_examples_would_make(root, more):
     assert "6 examples of 3 classes" in outcome.out  # the same examples take the place of themselves
 
 
+def test_growth_replaces_the_same_images_and_not_others_of_their_names(root):
+    kept(root)
+    for name, image in (("class12/000.png", "class12/006.png"), ("class13/000.png", "class13/007.png")):
+        (root / "more" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / QUERY / image, root / "more" / name)
+    shutil.copy(root / SUPPORT / "class14" / "001.png", root / "more" / "class13" / "moved.png")  # to another class
+    outcome = labelled(root, add=root / "more", save=root / "larger.classifier")
+    assert outcome.status == 0 and "one image in two classes" not in outcome.out, outcome.err
+    classifier = load_classifier(root / "larger.classifier", None, torch.device("cpu")).classifier
+    assert dict(zip(classifier.class_names, classifier.n_support, strict=True)) == {
+        "class12": 2,
+        "class13": 5,
+        "class14": 1,
+    }
+
+
+def test_examples_of_nested_folders_are_named_by_their_classes(root):
+    for name in ("class12", "class13"):
+        (root / SUPPORT / name / "2023").mkdir()
+        shutil.copy(root / QUERY / name / "007.png", root / SUPPORT / name / "2023" / "1.png")
+    kept(root)
+    examples = load_classifier(root / "my.classifier", None, torch.device("cpu")).classifier.examples
+    assert len(set(examples)) == 8 and {"class12/1.png", "class13/1.png"} < set(examples)
+
+
 def test_corrections_of_the_page_and_of_the_table_become_examples(root):
     kept(root)
     assert labelled(root).status == 0
