@@ -63,7 +63,7 @@ def align_novel_episodes(args: Namespace, run: Run) -> None:
     images = {name: split.fingerprint for name, split in zip(names, splits, strict=False)}
     if is_auto:
         base_source = cache.source(backbone, trainable_blocks(backbone, 0), base)
-        choice = choose_setting(backbone, lambda: splits[2], base_source, cache, shape, setting, align_blocks is None)
+        choice = choose_setting(backbone, splits[2], base_source, cache, shape, setting, align_blocks is None)
         setting, align_blocks, chosen, lines = choice
         print("\n".join(lines))
     blocks = trainable_blocks(backbone, align_blocks)

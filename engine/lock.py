@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from engine.errors import UserError
+from engine.files import writing
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
@@ -21,11 +22,9 @@ def hold(path: Path) -> IO[str]:
     it, or when it cannot be written; a process may hold it twice. Prints a note where the file system has no locks.
     """
     me = f"process {os.getpid()} on {platform.node()} since "
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}): give another folder") from error
     try:
         if flock is None:
             raise OSError("this platform has no flock")

@@ -1,24 +1,20 @@
 """What --align_preset auto chooses on the val episodes of a backbone, and what a result and a user are told of it."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from data.benchmarks import Split
 from data.episodes import EpisodeShape, sample_episodes
-from engine.errors import UserError
 from methods.alignment import AlignmentSetting
 from methods.block_alignment import last_conv_block
 from methods.features import Source, trainable_blocks
 from methods.setting_choice import (
-    FINE_TUNING,
     N_BLOCK_EPISODES,
     N_EPISODES,
     Offered,
     candidates,
     compare_settings,
-    flags_text,
     n_blocks,
     winner,
 )
@@ -38,14 +34,14 @@ class Choice(NamedTuple):
 
 def choose_setting(
     backbone: Backbone,
-    load_val: Callable[[], Split],
+    val: Split,
     base: Source,
     cache: FeatureCache,
     shape: EpisodeShape,
     setting: AlignmentSetting,
     last_block: bool = False,
 ) -> Choice:
-    """The setting chosen on val episodes of this shape; fine-tuning when there is no val split, or too small a one.
+    """The setting chosen on val episodes of this shape. Raises UserError when the val split is too small for one.
 
     last_block: whether its alignment is a candidate, where its episodes can be aligned together.
     """
@@ -53,13 +49,7 @@ def choose_setting(
     blocks = trainable_blocks(backbone, min(1, len(backbone.blocks()) - 1)) if last_block else None
     with_block = blocks is not None and last_conv_block(blocks, replace(setting, alignment="naive"), run) is not None
     settings = candidates(setting, with_block)
-    try:
-        val = load_val()
-        episodes = sample_episodes(val, shape, N_EPISODES, run.seed)
-    except UserError as error:
-        flags = flags_text(FINE_TUNING)
-        line = f"note: --align_preset auto cannot choose on val, so it is fine-tuning: {error}"
-        return Choice(settings[flags], 0, {"flags": flags, "rows": []}, [line])
+    episodes = sample_episodes(val, shape, N_EPISODES, run.seed)
     frozen = trainable_blocks(backbone, 0)
     offered = [Offered(frozen, cache.source(backbone, frozen, val), base)]
     if blocks is not None and with_block:

@@ -24,7 +24,7 @@ FEATURES = {"before": Tensor, "after": Tensor, "labels": Tensor}
 RELATED = {"name": str, "score": float, "images": Tensor}
 EPISODE: Schema = {
     **{"episode": int, "class_names": list[str], "support": FEATURES, "query": FEATURES, "related": FEATURES},
-    **{"support_images": Tensor, "related_classes": [[RELATED]], "method": str, "nearest": Tensor},
+    **{"related_classes": [[RELATED]], "method": str, "nearest": Tensor},
     **{"images": {"support": Tensor, "query": Tensor}, "logits": {"before": Tensor, "after": Tensor}},
     # What files of earlier versions lack. scale: of the logits, by which cosines are multiplied.
     **{"scale?": {"before": float, "after": float}, "title?": str},
@@ -106,7 +106,6 @@ def gather_episode(
         "class_names": [novel.split.class_names[c] for c in episodes.classes[i].tolist()],
         **novel_features,
         "related": before_and_after(base, drawn, y_drawn, blocks, run.precision),
-        "support_images": thumbnails(novel.split.images[novel_images["support"][:, 0]]),
         "related_classes": related_classes,
         "method": setting.fit.method,
         "images": {name: thumbnails(novel.split.images[index.flatten()]) for name, index in novel_images.items()},

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 
 from data.episodes import EpisodeShape, sample_episodes
-from engine.errors import UserError
 from engine.run import Run
 from methods import setting_choice
 from methods.alignment import AlignmentSetting
@@ -27,16 +27,13 @@ from methods.setting_choice import (
     flags_text,
     winner,
 )
-from models import build_backbone
 from models.conv4 import Conv4
 from persistence import chosen_setting as kept
-from persistence.feature_cache import FeatureCache
 from tests.helpers import RUN, TINY, call, folders, make_split, result
 
 D, N_VAL, N_EACH = 32, 10, 24
 SHAPE = EpisodeShape(5, 1, 15)
 SETTING = AlignmentSetting(fit=HeadFit(ft_n_epoch=100), related=RelatedSetting(aug_size=10))
-ONE_SHOT = EpisodeShape(5, 1, 5)
 NONE = flags_text(FINE_TUNING)
 FROZEN = trainable_blocks(Conv4(16, 8), 0)
 
@@ -136,37 +133,16 @@ def test_the_candidates_are_what_their_flags_say_and_fine_tuning_is_first():
         assert [getattr(each, rate) for each in named.values()].count(0.0) == 1
 
 
-@pytest.fixture
-def choose_for(tmp_path, small_choice):
-    """A function that chooses on small images, with any shape."""
-    val, base = (make_split((20,) * 6, split=split, seed=seed) for split, seed in (("val", 1), ("base", 2)))
-    backbone = build_backbone("Conv4", 16).eval()
-    run = Run()
-    cache = FeatureCache(tmp_path / "cache", run)
-    z_base = feature_source(cache.features(backbone, base), base)
-
-    return lambda shape: kept.choose_setting(backbone, lambda: val, z_base, cache, shape, SETTING)
-
-
-def test_without_a_val_split_it_is_fine_tuning(tmp_path):
-    def load_val():
-        raise UserError("no val split")
-
-    base, backbone = make_split((20,) * 6, split="base", seed=2), build_backbone("Conv4", 16).eval()
-    cache = FeatureCache(tmp_path / "cache", Run())
-    z_base = feature_source(cache.features(backbone, base), base)
-    choice = kept.choose_setting(backbone, load_val, z_base, cache, ONE_SHOT, SETTING)
-    assert choice.setting.alignment == "none" and choice.record == {"flags": NONE, "rows": []}
-    assert choice.lines == ["note: --align_preset auto cannot choose on val, so it is fine-tuning: no val split"]
-
-
 @pytest.mark.parametrize(
-    ("shape", "reason"), [(EpisodeShape(7, 1, 5), "6 classes"), (EpisodeShape(5, 1, 20), "20 images")]
+    ("kept_classes", "words"),
+    [(0, ["val holds no class folders"]), (2, ["val split of 'tiny' has 2 classes", "smaller way or add classes"])],
 )
-def test_too_small_a_val_split_gives_one_line_and_fine_tuning(choose_for, shape, reason):
-    setting, _, record, (line,) = choose_for(shape)
-    assert "fine-tuning" in line and "val split" in line and reason in line
-    assert setting.alignment == "none" and record == {"flags": NONE, "rows": []}
+def test_without_enough_val_classes_auto_is_one_line(workspace, kept_classes, words):
+    for folder in sorted((workspace / "benchmarks" / "tiny" / "val").iterdir())[kept_classes:]:
+        shutil.rmtree(folder)
+    outcome = call("associative_alignment", *TINY, *folders(workspace), "--align_preset", "auto")
+    assert outcome.status == 2 and len(outcome.err.splitlines()) == 1, outcome
+    assert all(word in outcome.err for word in words), outcome.err
 
 
 def test_the_last_block_is_a_candidate_where_its_episodes_are_aligned_together():

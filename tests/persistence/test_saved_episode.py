@@ -31,7 +31,7 @@ def test_a_saved_episode_holds_features_before_and_after_and_related_classes(ali
         assert torch.equal(aligned[kind]["before"], none[kind]["before"])
         torch.testing.assert_close(none[kind]["after"], none[kind]["before"], rtol=1e-4, atol=1e-5)
         assert (aligned[kind]["after"] - aligned[kind]["before"]).abs().max() > 1e-2
-    assert len(set(aligned["class_names"])) == 3 and aligned["support_images"].shape == (3, 3, 16, 16)
+    assert len(set(aligned["class_names"])) == 3 and aligned["images"]["support"].shape == (6, 3, 16, 16)
     names = [related["name"] for row in aligned["related_classes"] for related in row]
     assert len(names) == len(set(names)) == 6
     for row in aligned["related_classes"]:
