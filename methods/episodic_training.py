@@ -22,7 +22,7 @@ from methods.meta_learner import MetaLearner
 from models import Model, n_parameters
 
 # Elements of the largest tensor of the episodes evaluated together, of which a few are in memory: 32 MiB.
-CHUNK_ELEMENTS = 2**23
+EVALUATED_ELEMENTS = 2**23
 
 
 def train_episodic_epoch(
@@ -83,7 +83,7 @@ def evaluate_meta_learner(
     learner.eval()
     # A map for each pair of query and class, or the four gates of MatchingNet's LSTM.
     per_image = (episodes.n_way if learner.uses_maps else 4) * features[0].numel()
-    episodes_per_chunk = max(1, CHUNK_ELEMENTS // (episodes.index[0].numel() * per_image))
+    episodes_per_chunk = max(1, EVALUATED_ELEMENTS // (episodes.index[0].numel() * per_image))
     counts: list[Tensor] = []
     with run.bar(None, bar, "episode", total=len(episodes)) as progress:
         for first in run.ranks.share(range(0, len(episodes), episodes_per_chunk)):

@@ -15,7 +15,7 @@ from data.benchmarks import Split
 from data.episodes import Episodes
 from engine.distributed import ALONE, gather_objects
 from engine.run import Run, move
-from methods.episodic_training import CHUNK_ELEMENTS, evaluate_meta_learner
+from methods.episodic_training import EVALUATED_ELEMENTS, evaluate_meta_learner
 from methods.evaluation import EpisodeScores, count_predictions
 from methods.features import INPUT_ROWS, MAPPED, embed
 from methods.meta_learner import MetaLearner
@@ -53,7 +53,7 @@ def evaluate_class_by_class(
     learner.eval()
     alone, (n_way, n_query) = replace(run, ranks=ALONE), episodes.query.shape[1:]
     means = support_means(learner, backbone, split, episodes, run)
-    chunk = max(1, CHUNK_ELEMENTS // (n_way * n_query * means[0, 0].numel()))
+    chunk = max(1, EVALUATED_ELEMENTS // (n_way * n_query * means[0, 0].numel()))
     counts = torch.zeros(len(episodes), n_way, n_way, dtype=torch.long)
     for c in run.bar(run.ranks.share(range(len(split.class_names))), bar, "class"):
         at = (episodes.classes == c).nonzero()

@@ -21,7 +21,7 @@ from methods.features import Source
 from photos.base import without_classes
 from photos.confidence import first_copies, folds, left_out_logits
 
-N_EPISODES, N_QUERY = 100, 15  # of one example per class
+N_EPISODES, MAX_QUERY = 100, 15  # of one example per class
 
 
 class Evidence(NamedTuple):
@@ -54,7 +54,7 @@ def own_examples(novel: Source, base: Source) -> Evidence:
 def episodes_of(source: Source, base: Source, n_way: int, words: str, run: Run) -> Evidence:
     """Episodes of one example per class, of n_way classes or all that there are. Raises UserError without images."""
     sizes = [len(own) for own in source.split.members]
-    shape = EpisodeShape(min(n_way, len(sizes)), 1, max(1, min([N_QUERY + 1, *sizes]) - 1))
+    shape = EpisodeShape(min(n_way, len(sizes)), 1, max(1, min([MAX_QUERY + 1, *sizes]) - 1))
     episodes = sample_episodes(source.split, shape, N_EPISODES, run.seed)
     tasks = [episodes.task(i) for i in range(len(episodes))]
     return Evidence(source, tasks, base, f"images of {len(sizes)} {words}")

@@ -13,7 +13,7 @@ from reporting.figure_style import GREY, INK, colour, label_text
 from reporting.page_episodes import standing_text
 
 # Each kind of sample; related ones lie below, the few support ones on top.
-KINDS: dict[str, dict[str, Any]] = {
+MARKERS: dict[str, dict[str, Any]] = {
     "related": {"marker": "x", "s": 26, "linewidths": 1.1, "zorder": 1},
     "query": {"marker": "o", "s": 20, "linewidths": 0.4, "edgecolors": "white", "zorder": 2},
     "support": {"marker": "*", "s": 260, "linewidths": 0.9, "edgecolors": INK, "zorder": 3},
@@ -104,18 +104,18 @@ def projection_figure(record: dict[str, Any]) -> Figure:
     record: see gather_episode. Where alignment has moved the features there is a panel before and one after it, each
     with axes of its own; in feature space, where it moves the head alone, one panel. The last has the queries' margins.
     """
-    kinds = {kind: record[kind]["labels"] for kind in KINDS}
+    kinds = {kind: record[kind]["labels"] for kind in MARKERS}
     moved = not torch.equal(record["query"]["before"], record["query"]["after"])
     times = ("before", "after") if moved else ("after",)
     figure = Figure(figsize=(5.2 * (len(times) + 1), 5.6), layout="constrained")
     *panels, last = figure.subplots(1, len(times) + 1)
     draw_margins(last, record)
     for axes, when in zip(panels, times, strict=True):
-        z = {kind: seen_by_head(record[kind][when], record) for kind in KINDS}
+        z = {kind: seen_by_head(record[kind][when], record) for kind in MARKERS}
         directions, share = principal_axes(z["query"])
         y = {kind: (part.double() - z["query"].double().mean(0)) @ directions for kind, part in z.items()}
         for kind, labels in kinds.items():
-            axes.scatter(*y[kind].T, c=[colour(label) for label in labels.tolist()], **KINDS[kind])
+            axes.scatter(*y[kind].T, c=[colour(label) for label in labels.tolist()], **MARKERS[kind])
         scores = scores_of(record)
         draw_directions(axes, y["query"], {when: scores[when]} if moved else scores)
         axes.set(xlabel=f"PC 1, {100 * share[0]:.0f} % of variance", ylabel=f"PC 2, {100 * share[-1]:.0f} %")
@@ -126,7 +126,7 @@ def projection_figure(record: dict[str, Any]) -> Figure:
     ]
     handles += [
         Line2D([], [], linestyle="", marker=style["marker"], color=GREY, label=f"{kind} ({len(kinds[kind])})")
-        for kind, style in KINDS.items()
+        for kind, style in MARKERS.items()
     ]
     handles += [Line2D([], [], color=GREY, label=f"head {when} alignment", **DIRECTIONS[when]) for when in DIRECTIONS]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)

@@ -18,7 +18,7 @@ SPLITS = ("base", "val", "novel")
 TAGS = {"base": "train", "val": "val", "novel": "test"}  # what other people's files call the splits
 SPLIT_FILES = Path(__file__).parents[2] / "fs_benchmarks" / "splits"
 
-Flag = dict[str, Any]  # the options of add_argument
+Option = dict[str, Any]  # the options of add_argument
 Read = Callable[[], bytes | NDArray[np.uint8]]  # gives an encoded file, or pixels (h, w, 3)
 
 
@@ -71,7 +71,7 @@ class Converter:
 
     convert: Callable[..., Conversion]
     help: str
-    flags: dict[str, Flag]
+    flags: dict[str, Option]
     download: Callable[[Path], Path] | None = None
 
 
@@ -135,11 +135,11 @@ def are_images(array: object) -> TypeGuard[NDArray[np.uint8]]:
 
 
 # Flags that several converters have.
-SOURCE: Flag = {"type": Path, "required": True, "help": "the file or folder that you have"}
-IMAGE_ROOT: Flag = {"type": Path, "help": "folder that holds the images of csv or json lists, when it is another one"}
-SPLIT_FILE: Flag = {"type": read_split_file, "help": "JSON of the classes of base, val and novel"}
+SOURCE: Option = {"type": Path, "required": True, "help": "the file or folder that you have"}
+IMAGE_ROOT: Option = {"type": Path, "help": "folder that holds the images of csv or json lists, when it is another one"}
+SPLIT_FILE: Option = {"type": read_split_file, "help": "JSON of the classes of base, val and novel"}
 
 
-def published_split(benchmark: str) -> Flag:
+def published_split(benchmark: str) -> Option:
     """The flag split_file, whose default is the published split of `benchmark`."""
     return SPLIT_FILE | {"default": str(SPLIT_FILES / f"{benchmark}.json")}  # argparse reads a str by the flag's type

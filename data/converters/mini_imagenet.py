@@ -41,7 +41,7 @@ from engine.errors import UserError
 
 PER_CLASS = 600
 WNID = re.compile(r"n\d{8}")
-NUMBERED = re.compile(r"n\d{8}(_\d+|\d{8})\.\w+")  # n01532829_1234.JPEG of ILSVRC, n0153282900000005.jpg of Ravi
+NUMBERED_FILE = re.compile(r"n\d{8}(_\d+|\d{8})\.\w+")  # n01532829_1234.JPEG of ILSVRC, n0153282900000005.jpg of Ravi
 OTHER_ILSVRC = ("ILSVRC2012_val_", "ILSVRC2012_test_")  # which may lie in class folders, too
 
 SplitPositions = dict[str, dict[str, list[int]]]
@@ -128,7 +128,7 @@ def images_in_folders(places: dict[str, list[Path]], positions: dict[str, list[i
     for wnid in positions.keys() & places.keys():
         found = [files_below(place) for place in places[wnid] if place.is_dir()]
         images = [path for paths, _ in found for path in paths if not path.name.startswith(OTHER_ILSVRC)]
-        numbered = {path.name: path for path in images[::-1] if NUMBERED.fullmatch(path.name)}
+        numbered = {path.name: path for path in images[::-1] if NUMBERED_FILE.fullmatch(path.name)}
         others = [path for path in images if path.name not in numbered]  # whose names may be of other images elsewhere
         named = name_apart([(wnid, path.as_posix(), path) for path in others], places[wnid][0])
         files[wnid] = numbered | named.get(wnid, {})
@@ -189,7 +189,7 @@ def at_positions(names: Iterable[str], wnid: str, wanted: list[int], where: Path
     """
     if min(wanted, default=1) < 1:
         raise UserError(f"the split has the position {min(wanted)} for class {wnid}: positions are counted from 1")
-    numbers = {name: int(number[1].strip("_")) for name in names if (number := NUMBERED.fullmatch(name))}
+    numbers = {name: int(number[1].strip("_")) for name in names if (number := NUMBERED_FILE.fullmatch(name))}
     if numbers and not any("_" in name for name in numbers):
         return sorted(name for name, number in numbers.items() if number in wanted)
     ranked = sorted(numbers, key=numbers.__getitem__)

@@ -89,6 +89,6 @@ def test_scores_do_not_depend_on_how_many_episodes_are_evaluated_together(method
     together = evaluate_meta_learner(learner, features, episodes, Run())
     assert together.correct.shape == (7, 5) and 0 < together.accuracy.mean() < 1
     for elements in (1, 3 * 4 * 25 * 64, 3 * 5 * 25 * 256):  # one at a time, and about three
-        monkeypatch.setattr(episodic_training, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(episodic_training, "EVALUATED_ELEMENTS", elements)
         scores = evaluate_meta_learner(learner, features, episodes, Run())
         assert torch.equal(scores.correct, together.correct)

@@ -32,7 +32,7 @@ def test_the_scores_of_a_split_that_is_too_large_are_those_of_one_that_is_kept(m
     learner, backbone = model(method)
     kept = evaluate_on_split(learner, backbone, SPLIT, EPISODES, RUN)
     monkeypatch.setattr(split_evaluation, "MAPPED", 0)
-    monkeypatch.setattr(split_evaluation, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(split_evaluation, "EVALUATED_ELEMENTS", chunk)
     monkeypatch.setattr(split_evaluation, "INPUT_ROWS", 7)
     found = evaluate_on_split(learner, backbone, SPLIT, EPISODES, RUN)
     assert kept.counts.sum() == 9 * 3 * 8 and kept.counts.sum((0, 1)).min() > 0

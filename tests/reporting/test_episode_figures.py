@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reporting.episode_figures import (
-    KINDS,
+    MARKERS,
     head_directions,
     margins,
     principal_axes,
@@ -66,7 +66,7 @@ def test_a_margin_is_the_own_logit_minus_the_best_other():
 def test_a_projection_draws_what_the_head_sees_and_the_margins():
     z = torch.tensor([[3.0, 4.0], [0.0, 2.0], [6.0, 8.0], [1.0, 0.0]])
     labels = torch.tensor([0, 1, 0, 1])
-    record = {kind: {"before": z, "after": z, "labels": labels} for kind in KINDS}
+    record = {kind: {"before": z, "after": z, "labels": labels} for kind in MARKERS}
     record |= {"class_names": ["a", "b"], "episode": 0, "title": "arcMax"}
     assert torch.equal(seen_by_head(z, record | {"method": "softMax"}), z)
     for method in ("cosMax", "arcMax"):
