@@ -15,7 +15,7 @@ from engine.errors import UserError, one_line
 from engine.files import check_regular
 
 # Raise it with any change of the pixels that come of a file, by which the image cache is keyed.
-DECODE_VERSION = 1
+DECODE_VERSION = 2
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 # The decoders that may see a file, whatever its name: others, such as EPS's, hand it on to an interpreter.
 FORMATS = ["JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM"]
@@ -57,8 +57,10 @@ def is_deep(image: Image.Image) -> bool:
 
 def to_rgb(image: Image.Image, reading: Reading = PUBLISHED_READING) -> Image.Image:
     """Any PIL image as upright 8-bit RGB: EXIF rotation applied, palettes and CMYK converted, deep greys scaled to 8
-    bits, and transparency laid on a background."""
+    bits, also of a TIFF whose zero is white, and transparency laid on a background."""
     image.load()
+    # Of a TIFF whose zero is white, Pillow (13) gives the negative, but where it has 8 bits or fewer.
+    zero_is_white = getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if is_deep(image):
@@ -67,7 +69,8 @@ def to_rgb(image: Image.Image, reading: Reading = PUBLISHED_READING) -> Image.Im
             raise ValueError("it holds NaN or infinite pixels")
         # PIL's own conversion would clip the values at 255.
         white = reading.white or (65535.0 if values.max(initial=0) > 255 else 255.0)
-        image = Image.fromarray((values / (white / 255)).clip(0, 255).astype(np.uint8))
+        pixels = (values / (white / 255)).clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(255 - pixels if zero_is_white else pixels)
     if reading.background and image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, reading.background), image)

@@ -1,6 +1,7 @@
 """The user's own folders: which files count, what they are called, and what happens to images that are damaged."""
 
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,20 @@ def test_deep_greys_are_read_by_one_rule_per_folder_as_their_8_bit_copies(tmp_pa
     assert (views - of_plain).abs().max() <= 2
     # A darker folder that the same camera fills later is read as the first one.
     assert view.of_folder(deep[:1], 2) == view
+
+
+@pytest.mark.parametrize("white, dtype", [(255, np.uint8), (4095, np.uint16), (65535, np.uint16), (1, np.float32)])
+def test_tiffs_whose_zero_is_white_are_read_as_positives_at_any_depth(tmp_path, white, dtype):
+    values = np.linspace(0, 1, 256).reshape(16, 16) * white
+    Image.fromarray(values.astype(dtype)).save(tmp_path / "black.tif")
+    content = bytearray((tmp_path / "black.tif").read_bytes())
+    tag = content.index(struct.pack("<HHIH", 262, 3, 1, 1))  # PhotometricInterpretation: one short, 1 for black is zero
+    content[tag + 8] = 0
+    (tmp_path / "white.tif").write_bytes(content)
+    paths = [tmp_path / "black.tif", tmp_path / "white.tif"]
+    view = VIEW.of_folder(paths, 2)
+    black, white_is_zero = decode_views(paths, view, 2)[0].int()
+    assert (255 - white_is_zero - black).abs().max() <= 2 and black[0, 0, 0] < white_is_zero[0, 0, 0]
 
 
 def test_transparency_is_laid_on_the_background_and_a_benchmarks_is_dropped(tmp_path):
