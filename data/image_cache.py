@@ -193,13 +193,15 @@ def decode_all(files: ImageFiles, img_size: int, n_pixels: int, folder: Path, nu
     n_threads = min(max(1, num_workers), len(files.paths))
     check_memory(what, 4 * int(1.15 * img_size) ** 2 * n_threads, f"{smaller} or --num_workers")
     with ThreadPoolExecutor(n_threads) as pool:
-        paths = files.paths
-        sizes = original_sizes(pool, paths[:: math.ceil(len(paths) / SAMPLE)])
-        if (sizes != sizes[0]).any():  # else all are taken to be of one size, and each file is opened once
-            sizes = original_sizes(pool, paths)
-        stored = stored_size(sizes, n_pixels) if n_pixels else []
-        kept = 3 * len(paths) * (img_size**2 + (math.prod(stored) if stored else 0))
-        check_disk(what, kept, folder.parents[1], f"{smaller}, or another --cache_dir")
+        paths, n_kept = files.paths, 3 * img_size**2
+        stored: list[int] = []
+        if n_pixels:
+            sizes = original_sizes(pool, paths[:: math.ceil(len(paths) / SAMPLE)])
+            if (sizes != sizes[0]).any():  # else all are taken to be of one size, and each file is opened once
+                sizes = original_sizes(pool, paths)
+            stored = stored_size(sizes, n_pixels)
+            n_kept += 3 * math.prod(stored)
+        check_disk(what, n_kept * len(paths), folder.parents[1], f"{smaller}, or another --cache_dir")
         sizes, fingerprint = write_views(pool, files, img_size, stored, folder, quiet)
         if stored and stored != (right := stored_size(sizes, n_pixels)):
             write_views(pool, files, img_size, right, folder, quiet)

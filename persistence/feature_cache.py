@@ -17,7 +17,7 @@ from data.transforms import network_input
 from engine.budget import check_disk
 from engine.distributed import rank_0_first
 from engine.files import atomic_file, weights_digest
-from engine.normalisation import IMAGENET, Normalisation
+from engine.normalisation import Normalisation
 from engine.run import Run, move, move_if_fits
 from methods.features import BATCH, EMBED_VERSION, Source, TrainableBlocks, feature_source, outputs
 from models.backbone import Backbone
@@ -44,7 +44,8 @@ class FeatureCache:
             images = move_if_fits(split.images, run.device)
             return Source(features, lambda i: network_input(images[move(i, images.device)], run.device, by), split)
         with rank_0_first(run.ranks):
-            activations = move_if_fits(self.activations(blocks.below, split, by), run.device)
+            kept = self.kept(f"activations_nhwc{len(blocks.below)}", blocks.below, split, by, self.dtype)
+            activations = move_if_fits(kept, run.device)
 
         def block_inputs(index: Tensor) -> Tensor:
             return move(activations.index_select(0, move(index, activations.device)), run.device).permute(0, 3, 1, 2)
@@ -60,13 +61,6 @@ class FeatureCache:
     def half_features(self, backbone: Backbone, split: Split) -> Tensor:
         """Features of a whole split (N, d) in half precision, mapped from their file: they may exceed the memory."""
         return self.kept(f"half{backbone.feature_dim}", backbone, split, backbone.normalisation, torch.float16)
-
-    def activations(self, below: nn.Sequential, split: Split, by: Normalisation = IMAGENET) -> Tensor:
-        """Outputs of the frozen blocks `below`, in eval mode, on a whole split: (N, h, w, c), mapped.
-
-        In bf16 where they are computed in it, else float32.
-        """
-        return self.kept(f"activations_nhwc{len(below)}", below, split, by, self.dtype)
 
     @torch.no_grad()
     def kept(self, kind: str, network: nn.Module, split: Split, by: Normalisation, dtype: torch.dtype) -> Tensor:

@@ -47,7 +47,7 @@ def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Conversion:
     """
     superclasses = read_json(SPLIT_FILES / "CIFAR-100.json")
     fine_names = sorted(name for names in superclasses.values() for name in names)
-    classes = {split: _classes(split_file, split, superclasses) for split in SPLITS}
+    classes = _classes(split_file, superclasses)
     n_classes = {split: len(names) for split, names in classes.items()}
     with ExitStack() as stack:
         tree = stack.enter_context(open_tree(source))
@@ -63,13 +63,15 @@ def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Conversion:
         return Conversion(items, n_images, n_classes, counts, {"split_file": split_file}, opened=opened)
 
 
-def _classes(split_file: dict[str, Any], split: str, superclasses: dict[str, list[str]]) -> list[str]:
+def _classes(split_file: dict[str, Any], superclasses: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The names of the classes of each split, also of one that names superclasses."""
     if coarse := split_file.get("coarse_labels"):
-        return [name for names in coarse[split] for name in superclasses.get(names, [])]
+        return {split: [c for name in coarse[split] for c in superclasses.get(name, [])] for split in SPLITS}
     check_split(split_file, list[str], "lists of class names")
-    if unknown := set(split_file[split]) - set().union(*superclasses.values()):
+    classes = {split: split_file[split] for split in SPLITS}
+    if unknown := set().union(*classes.values()) - set().union(*superclasses.values()):
         raise UserError(f"the split names {', '.join(sorted(unknown))}, no class of CIFAR-100")
-    return split_file[split]
+    return classes
 
 
 def _read_published(tree: FileTree) -> Images:
@@ -109,7 +111,7 @@ def _read_split_pickles(
             rows[split][label][f"{i:05d}.png"] = partial(data.__getitem__, i)
     n_found, n_wanted = ([len(of[split]) for split in SPLITS] for of in (rows, classes))
     if any(found > wanted for found, wanted in zip(n_found, n_wanted, strict=True)):
-        kind = {"64, 16, 20": "CIFAR-FS", "60, 20, 20": "FC100"}.get(str(n_found)[1:-1], "another benchmark")
+        kind = "CIFAR-FS" if n_found == [64, 16, 20] else "FC100" if n_found == [60, 20, 20] else "another benchmark"
         raise UserError(f"'{tree.path}' has {n_found} classes of base, val and novel, not {n_wanted}: it is {kind}")
     names = {split: {n: fine_names[n] for n in own if n < len(fine_names)} for split, own in rows.items()}
     if any(sorted(names[split].values()) != sorted(classes[split]) for split in SPLITS):

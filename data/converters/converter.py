@@ -10,7 +10,6 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from data.listing import subfolders
 from engine.errors import UserError, one_line
 from engine.files import matches_schema, read_json
 
@@ -100,11 +99,6 @@ def whose_classes(names: Collection[str]) -> str:
         if 2 * sum(name in lists[split] for name in names for split in SPLITS) > len(names):
             return f"; these are classes of {benchmark}: python -m data.prepare {command} makes it"
     return ""
-
-
-def other_benchmark(source: Path) -> str:
-    """What whose_classes says of the folders in `source` and in these."""
-    return whose_classes([path.name for place in [source, *subfolders(source)] for path in subfolders(place)])
 
 
 def check_split(split_file: dict[str, Any], kind: Any, what: str) -> None:

@@ -41,35 +41,32 @@ def convert_folder(
     """
     if split_file:
         check_split(split_file, list[str] | dict[str, Any], "lists of class names")
-    dealt, settings = split_file, dict[str, object](split_file=split_file)
     with contextlib.ExitStack() as stack:
-        listed: Listed = {}
+        lists: Listed = {}
         if source.is_dir() or is_archive(source):
             tree = stack.enter_context(open_tree(source))
-            listed = read_lists(tree, stack.enter_context(open_tree(image_root)) if image_root else tree)
-        if listed and UNSPLIT not in listed and split_file:
-            raise UserError(f"'{source}' has lists of its own splits: leave out --split_file")
-        from_lists = bool(listed)
-        if not listed:
-            images, own = read_folders(source)
-            listed, dealt = {UNSPLIT: images}, split_file or own
-        if UNSPLIT in listed:
-            images = listed[UNSPLIT]
-            dealt = dealt or split_at_random(source, sorted(images), split, seed)
-            absent = [name for part in SPLITS for name in dealt[part] if name not in images]
-            if absent:
+            lists = read_lists(tree, stack.enter_context(open_tree(image_root)) if image_root else tree)
+        if lists and UNSPLIT not in lists:
+            if split_file:
+                raise UserError(f"'{source}' has lists of its own splits: leave out --split_file")
+            listed = lists
+        else:
+            images, own = (lists[UNSPLIT], None) if lists else read_folders(source)
+            dealt = split_file or own or split_at_random(source, sorted(images), split, seed)
+            if absent := [name for part in SPLITS for name in dealt[part] if name not in images]:
                 raise UserError(f"--source '{source}' has no images of the classes {', '.join(map(repr, absent))}")
             listed = {part: {name: images[name] for name in dealt[part]} for part in SPLITS}
-        opened = stack.pop_all()
-    items = items_of(listed)
-    counts = {part: {name: len(files) for name, files in classes.items()} for part, classes in listed.items()}
-    if from_lists:
-        settings = {"lists": {"images": [item.name for item in items]}}
-    elif not split_file:  # with a class more or less the others are dealt otherwise: what was dealt is recorded
-        settings = {"split": split, "seed": seed, "classes": dealt}
-    n_classes = {part: len(classes) for part, classes in listed.items()}
-    title = name or (source.resolve().name if source.is_dir() else source.stem)
-    return Conversion(items, len(items), n_classes, counts if from_lists else {}, settings, title, opened)
+        items = items_of(listed)
+        n_classes = {part: len(classes) for part, classes in listed.items()}
+        counts: dict[str, dict[str, int]] = {}
+        settings: dict[str, object] = {"split_file": split_file}
+        if lists:
+            counts = {part: {name: len(files) for name, files in classes.items()} for part, classes in listed.items()}
+            settings = {"lists": {"images": [item.name for item in items]}}
+        elif not split_file:  # with a class more or less the others are dealt otherwise: what was dealt is recorded
+            settings = {"split": split, "seed": seed, "classes": dealt}
+        title = name or (source.resolve().name if source.is_dir() else source.stem)
+        return Conversion(items, len(items), n_classes, counts, settings, title, stack.pop_all())
 
 
 def read_folders(source: Path) -> tuple[dict[str, dict[str, Read]], dict[str, list[str]] | None]:

@@ -28,15 +28,15 @@ from data.converters.converter import (
     are_images,
     check_split,
     items_of,
-    other_benchmark,
     published_split,
     read_split_file,
     whole_numbers,
+    whose_classes,
 )
 from data.converters.lists import Listed, name_apart, read_csv_lists, split_pickles
 from data.converters.safe_pickle import load_pickle_file
 from data.decode import regular_bytes
-from data.listing import Listing, described, files_below, is_shown, kinds, list_json
+from data.listing import Listing, described, files_below, is_shown, kinds, list_json, subfolders
 from engine.errors import UserError
 
 PER_CLASS = 600
@@ -71,10 +71,11 @@ def convert_mini_imagenet(source: Path, split_file: SplitPositions, image_root: 
     elif source.is_file() or class_places(source).keys() & set().union(*(split_file[split] for split in SPLITS)):
         items = _from_classes(source, split_file)
     else:
+        folders = [path.name for place in [source, *subfolders(source)] for path in subfolders(place)]
         raise UserError(
             f"--source '{source}' holds {described(source)}, none of the forms of miniImagenet: class folders or tars "
             "of ILSVRC or of 600 images each; ILSVRC's train tar; train.csv, val.csv, test.csv and images/; pickles of "
-            f"train, val and test; or base.json, val.json and novel.json{other_benchmark(source)}"
+            f"train, val and test; or base.json, val.json and novel.json{whose_classes(folders)}"
         )
     n_classes = {split: len(split_file[split]) for split in SPLITS}
     n_images = sum(sum(classes.values()) for classes in counts.values())

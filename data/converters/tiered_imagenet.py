@@ -5,14 +5,13 @@ with {train,val,test}_labels.pkl. One split is in memory at a time.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data.converters.converter import SOURCE, TAGS, Conversion, Converter, ImageItem, are_images, whole_numbers
+from data.converters.converter import SOURCE, TAGS, Conversion, Converter, ImageItem, Read, are_images, whole_numbers
 from data.converters.safe_pickle import load_pickle_file
 from engine.errors import UserError, one_line
 from engine.files import matches_schema
@@ -61,7 +60,7 @@ def _class_of_image(path: Path, split: str) -> list[str]:
     return [names[label] for label in labels]
 
 
-def _readers(source: Path, tag: str) -> list[Callable[[], bytes | NDArray[np.uint8]]]:
+def _readers(source: Path, tag: str) -> list[Read]:
     """For each image of a split, a function that gives its PNG file or its pixels (h, w, 3)."""
     pickled, npz = source / f"{tag}_images_png.pkl", source / f"{tag}_images.npz"
     if pickled.is_file():

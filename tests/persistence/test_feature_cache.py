@@ -12,7 +12,6 @@ from engine.normalisation import IMAGENET
 from engine.precision import Precision
 from engine.run import Run
 from methods.features import embed, image_source, trainable_blocks, updated_features
-from models.backbone import split_backbone
 from models.conv4 import Conv4
 from persistence import feature_cache
 from persistence.checkpoints import create_backbone
@@ -133,14 +132,15 @@ def test_stored_activations_are_read_again_and_those_damaged_or_of_other_weights
     net = Conv4(img_size=16, width=8)
     make_benchmark(tmp_path / "small", n_class=(2, 2, 2), n_images=3)
     split = load_split(DataOptions(tmp_path, 16, tmp_path / "cache"), "small", "base")
-    below, _ = split_backbone(net, 2)
+    blocks = trainable_blocks(net, 2)
 
     def cached():
-        return FeatureCache(tmp_path / "cache", FP32).activations(below, split)
+        source = FeatureCache(tmp_path / "cache", FP32).source(net, blocks, split)
+        return source.block_inputs(torch.arange(len(split.images)))
 
     first = cached().clone()
     with torch.no_grad():
-        torch.testing.assert_close(first.permute(0, 3, 1, 2), below.eval()(normalise(split.images)))
+        torch.testing.assert_close(first, blocks.below.eval()(normalise(split.images)))
     (path,) = (tmp_path / "cache").glob("activations_nhwc2_*.npy")
     made = path.stat().st_mtime_ns
     assert torch.equal(cached(), first) and path.stat().st_mtime_ns == made
