@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ from engine.files import check_regular
 class FileTree:
     """The files below a folder or in an archive, hidden ones left out, such as a Mac's ._1.png in a zip.
 
-    Names have forward slashes; those of an archive are in its own order.
-
-    `read` gives the bytes of one file; it raises FileNotFoundError when there is none of this name.
+    Names have forward slashes; those of an archive are in its own order. contents: what reads each file.
     """
 
     path: Path
     names: list[str]
-    read: Callable[[str], bytes]
+    contents: dict[str, Callable[[], bytes]]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file. Raises FileNotFoundError when there is none of this name."""
+        if name not in self.contents:
+            raise FileNotFoundError(f"{self.path} has no {name}")
+        return self.contents[name]()
 
 
 def is_archive(path: Path) -> bool:
@@ -49,42 +54,31 @@ def open_tree(path: Path, content: bytes | None = None) -> Iterator[FileTree]:
         # Links to folders are followed, as to where the images are on another disk.
         files = (Path(folder, file) for folder, _, files in os.walk(path, followlinks=True) for file in files)
         files = (file for file in files if file.name[0] != "." and file.is_file())
-        paths = {file.relative_to(path).as_posix(): file for file in files}
-
-        def read_file(name: str) -> bytes:
-            if name not in paths:
-                raise FileNotFoundError(f"{path} has no {name}")
-            return paths[name].read_bytes()
-
-        yield FileTree(path, sorted(paths), read_file)
+        contents = {file.relative_to(path).as_posix(): file.read_bytes for file in files}
+        yield FileTree(path, sorted(contents), contents)
         return
-    archive: zipfile.ZipFile | tarfile.TarFile
-    members: dict[str, Any]
+    members: dict[str, Callable[[], Any]]  # what opens each
     with ExitStack() as stack:
         with _archive_errors(path):
             check_regular(path)
             if content is None and _is_zip(path):
-                archive = stack.enter_context(zipfile.ZipFile(path))
-                members = {info.filename.replace("\\", "/"): info for info in archive.infolist() if not info.is_dir()}
+                zipped = stack.enter_context(zipfile.ZipFile(path))
+                infos = [info for info in zipped.infolist() if not info.is_dir()]
+                members = {info.filename.replace("\\", "/"): partial(zipped.open, info) for info in infos}
             else:
-                archive = tarfile.open(path, fileobj=None if content is None else io.BytesIO(content))
-                stack.enter_context(archive)
+                tar = stack.enter_context(tarfile.open(path, fileobj=None if content is None else io.BytesIO(content)))
                 # A sparse member may claim any number of bytes.
-                found = [member for member in archive.getmembers() if member.isreg() and not member.issparse()]
-                while archive.fileobj and archive.fileobj.read(2**20):  # a checksum of what is compressed is at its end
+                found = [member for member in tar.getmembers() if member.isreg() and not member.issparse()]
+                while tar.fileobj and tar.fileobj.read(2**20):  # a checksum of what is compressed is at its end
                     pass
-                members = {member.name.removeprefix("./"): member for member in found}
+                members = {member.name.removeprefix("./"): partial(tar.extractfile, member) for member in found}
+        names = [name for name in members if name.rpartition("/")[2][:1] != "."]
+        yield FileTree(path, names, {name: partial(_read_member, path, members[name]) for name in members})
 
-        def read(name: str) -> bytes:
-            with _archive_errors(path):
-                if name not in members:
-                    raise FileNotFoundError(f"{path} has no {name}")
-                if isinstance(archive, zipfile.ZipFile):
-                    return archive.read(members[name])
-                file = archive.extractfile(members[name])
-                return file.read() if file else b""
 
-        yield FileTree(path, [name for name in members if name.rpartition("/")[2][:1] != "."], read)
+def _read_member(archive: Path, opened: Callable[[], Any]) -> bytes:
+    with _archive_errors(archive), opened() as file:
+        return file.read()
 
 
 @contextmanager
