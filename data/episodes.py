@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.benchmarks import Split
+from data.listing import some_of
 from engine.budget import check_memory
 from engine.errors import UserError, one_line
 from engine.files import Schema, matches_schema, read_json, write_text
@@ -115,10 +116,9 @@ def small_classes(split: Split, shape: EpisodeShape) -> str:
     needed = shape.n_shot + shape.n_query
     counts = zip(split.class_names, map(len, split.members), strict=True)
     small = [f"class {name!r} with {count} images" for name, count in counts if count < needed]
-    rest = f" and {len(small) - 5} more" if len(small) > 5 else ""
     query = "--train_n_query" if split.split == "base" else "--n_query"
     remedy = f"n_shot + n_query = {needed} are needed: lower --n_shot or {query}, or add images"
-    return f"{', '.join(small[:5])}{rest} ({remedy})" if small else ""
+    return f"{some_of(small)} ({remedy})" if small else ""
 
 
 def check_episodes_fit(splits: Sequence[Split], shape: EpisodeShape, strict: bool) -> None:

@@ -54,6 +54,11 @@ def described(root: Path) -> str:
     return " and ".join(part for part in (some, kinds(files)) if part) or "nothing"
 
 
+def some_of(names: list[str]) -> str:
+    """The first five names, and the number of the others."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def is_shown(name: str) -> bool:
     """Whether a file or folder is neither hidden nor left by a file manager."""
     return not name.startswith(".") and name.lower() not in SYSTEM_FILES

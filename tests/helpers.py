@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from data.benchmarks import Split
+from data.converters.converter import SPLITS
 from engine.script import run_script
 from methods.features import Source
 from methods.related_base import RelatedBase, RelatedSetting, related_base_of_head
@@ -24,6 +25,7 @@ from models import build_head
 from persistence.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+RANDOM = np.random.default_rng(0)
 
 # What the tests marked `device` run on: AA_DEVICE=cuda python -m pytest -m device.
 DEVICE = torch.device(os.environ.get("AA_DEVICE", "cpu"))
@@ -70,6 +72,27 @@ def make_benchmark(root: Path, n_class=(6, 6, 6), n_images=8, side=20, seed=0) -
                 pixels = colour + stripes[:, None, None] + rng.normal(0, 20, (side, side, 3))
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
     return root
+
+
+def encoded(kind: str = "JPEG", size: tuple[int, int] = (12, 10)) -> bytes:
+    """An image file of random pixels, another one at each call."""
+    content = io.BytesIO()
+    Image.fromarray(RANDOM.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(content, kind)
+    return content.getvalue()
+
+
+def write(path: Path, content: bytes | str | object) -> Path:
+    """Write bytes, text, or anything else as JSON, into a folder that is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, (bytes, str)) else json.dumps(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def images_in(folder: Path) -> dict[str, bytes]:
+    """{split/class/file: content} of a prepared benchmark."""
+    files = (path for split in SPLITS for path in (folder / split).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def make_split(counts=(8,) * 6, side=16, seed=0, split="novel") -> Split:

@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from data.converters.converter import SPLITS, Conversion, ImageItem, whose_classes
 from data.decode import decode
+from data.listing import some_of
 from engine.errors import UserError
 from engine.files import atomic_file, is_text, read_json, write_text
 
 SETTINGS = "prepared.json"
-SHOWN = 5  # names in an error line; the rest is counted
 
 
 def write_benchmark(
@@ -50,13 +50,15 @@ def write_benchmark(
             unreadable.append(f"{item.name} ({error})")
             tqdm.write(f"unreadable: {unreadable[-1]}")
     if unreadable and not skip_bad:
-        raise UserError(f"{len(unreadable)} images cannot be read: {_some(unreadable)}; repair them or give --skip_bad")
+        raise UserError(
+            f"{len(unreadable)} images cannot be read: {some_of(unreadable)}; repair them or give --skip_bad"
+        )
     problems = _count_problems(count_images(work), conversion, len(unreadable))
-    problems += [f"not in the source: {_some(missing)}"] if missing else []
+    problems += [f"not in the source: {some_of(missing)}"] if missing else []
     if not any(count_images(work).values()):
-        raise UserError(f"the source holds no image of {folder.name}: {_some(problems)}; nothing is written")
+        raise UserError(f"the source holds no image of {folder.name}: {some_of(problems)}; nothing is written")
     if problems and not allow_incomplete:
-        raise UserError(f"{folder.name} is not complete: {_some(problems)}; complete it, or give --allow_incomplete")
+        raise UserError(f"{folder.name} is not complete: {some_of(problems)}; complete it, or give --allow_incomplete")
     if work != folder:
         os.rename(work, folder)
 
@@ -77,7 +79,7 @@ def _count_problems(counts: dict[str, dict[str, int]], expected: Conversion, n_l
         named = expected.class_counts.get(split, {})
         absent = [name for name in named if name not in found]
         if len(found) != expected.n_classes[split] or absent:
-            names = f" (missing {_some(absent)})" if absent else ""
+            names = f" (missing {some_of(absent)})" if absent else ""
             problems.append(f"{split} has {len(found)} of {expected.n_classes[split]} classes{names}")
         for name, count in found.items():
             if count != named.get(name, count):
@@ -119,9 +121,3 @@ def _write_image(item: ImageItem, target: Path) -> None:
             temporary.write_bytes(content)
         else:
             Image.fromarray(content).save(temporary, format="PNG")
-
-
-def _some(names: list[str]) -> str:
-    """The first few names and the number of the others."""
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + rest

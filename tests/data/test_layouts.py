@@ -1,7 +1,6 @@
 """Benchmarks as people's folders have them: splits of other names, all classes in one folder, a class in several, files
 that are no images; what is no benchmark is told what it is."""
 
-import io
 import json
 import pickle
 import shutil
@@ -13,38 +12,21 @@ from PIL import Image, features
 from torchvision.datasets import ImageFolder
 
 from data.benchmarks import DataOptions, list_split, load_split
-from data.converters.converter import SPLIT_FILES, SPLITS
+from data.converters.converter import SPLIT_FILES, SPLITS, TAGS
 from data.decode import open_rgb
 from data.listing import image_names, list_folder, list_json
 from engine.errors import UserError
+from tests.helpers import encoded, images_in, write
 
-RANDOM = np.random.default_rng(5)
 MINI = json.loads((SPLIT_FILES / "miniImagenet.json").read_text())
-TAGS = {"base": "train", "val": "val", "novel": "test"}
 # Two classes of each split, and of each the first four positions in ILSVRC.
 FEW = {split: {wnid: MINI[split][wnid][:4] for wnid in sorted(MINI[split])[:2]} for split in SPLITS}
 CLASSES = [(split, wnid, wanted) for split in SPLITS for wnid, wanted in FEW[split].items()]
 
 
-def jpeg(form: str = "JPEG", size: int = 84) -> bytes:
-    content = io.BytesIO()
-    Image.fromarray(RANDOM.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(content, form)
-    return content.getvalue()
-
-
-def write(path: Path, content: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for split in SPLITS for p in (folder / split).rglob("*.*")}
-
-
 @pytest.fixture
 def split_file(tmp_path) -> Path:
-    return write(tmp_path / "split.json", json.dumps(FEW))
+    return write(tmp_path / "split.json", FEW)
 
 
 def stage(root: Path, dataset: str, split: str):
@@ -70,7 +52,7 @@ PLACES = {  # where an image lies: of a split, a class and a number within the c
 
 @pytest.fixture(scope="module")
 def contents() -> dict[str, bytes]:
-    return {f"{split}/{wnid}/{ravi(wnid, p)}": jpeg() for split, wnid, wanted in CLASSES for p in wanted}
+    return {f"{split}/{wnid}/{ravi(wnid, p)}": encoded() for split, wnid, wanted in CLASSES for p in wanted}
 
 
 def lay_out(root: Path, place, contents: dict[str, bytes], name=lambda file, i: file) -> None:
@@ -84,7 +66,7 @@ def lay_out(root: Path, place, contents: dict[str, bytes], name=lambda file, i: 
 def test_every_layout_of_the_class_folders_gives_the_same_benchmark(prepare, tmp_path, split_file, contents, form):
     lay_out(tmp_path / "mini", PLACES[form], contents)
     prepare("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file)
-    assert tree(tmp_path / "out/miniImagenet") == contents
+    assert images_in(tmp_path / "out/miniImagenet") == contents
 
 
 @pytest.mark.parametrize("form", sorted(set(PLACES) - {"base, val, novel"}))
@@ -106,32 +88,32 @@ def test_the_whole_of_ilsvrc_is_told_by_its_counts(prepare, tmp_path, split_file
     for split, wnid, wanted in CLASSES:
         numbers = [3 * n + 1 for n in range(max(wanted) + 2)]
         for position, number in enumerate(numbers, 1):
-            content = jpeg(size=9)
+            content = encoded()
             write(tmp_path / f"ILSVRC/Data/CLS-LOC/train/{wnid}/{wnid}_{number}.JPEG", content)
             if position in wanted:
                 expected[f"{split}/{wnid}/{wnid}_{number}.JPEG"] = content
-        write(tmp_path / f"ILSVRC/Data/CLS-LOC/val/{wnid}/ILSVRC2012_val_00000001.JPEG", jpeg())
+        write(tmp_path / f"ILSVRC/Data/CLS-LOC/val/{wnid}/ILSVRC2012_val_00000001.JPEG", encoded())
         write(tmp_path / f"ILSVRC/Annotations/CLS-LOC/train/{wnid}/{wnid}_1.xml", "<xml>")
-    write(tmp_path / "ILSVRC/Data/CLS-LOC/train/n01440764/n01440764_1.JPEG", jpeg())  # a class of no split
+    write(tmp_path / "ILSVRC/Data/CLS-LOC/train/n01440764/n01440764_1.JPEG", encoded())  # a class of no split
     printed = prepare("miniImagenet", "--source", tmp_path, "--split_file", split_file)
-    assert tree(tmp_path / "out/miniImagenet") == expected
+    assert images_in(tmp_path / "out/miniImagenet") == expected
     assert "note: left out of the class folders: 6 .xml" in printed
 
 
 def test_ravis_numbers_are_positions_among_more_images(prepare, tmp_path, split_file, contents):
     lay_out(tmp_path / "mini", PLACES["100 class folders"], contents)
     for _, wnid, wanted in CLASSES:
-        write(tmp_path / "mini" / wnid / ravi(wnid, max(wanted) + 5), jpeg())
+        write(tmp_path / "mini" / wnid / ravi(wnid, max(wanted) + 5), encoded())
     prepare("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file)
-    assert tree(tmp_path / "out/miniImagenet") == contents
+    assert images_in(tmp_path / "out/miniImagenet") == contents
 
 
 def test_renumbered_images_of_one_name_in_two_folders_are_two(prepare, tmp_path, split_file, contents):
     lay_out(tmp_path / "mini", PLACES["each class in two"], contents, lambda file, i: f"{i % 3}.jpg")
     prepare("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file)
-    assert sorted(tree(tmp_path / "out/miniImagenet").values()) == sorted(contents.values())
+    assert sorted(images_in(tmp_path / "out/miniImagenet").values()) == sorted(contents.values())
     _, wnid, _ = CLASSES[0]
-    write(tmp_path / "mini/train" / wnid / "9.jpg", jpeg())
+    write(tmp_path / "mini/train" / wnid / "9.jpg", encoded())
     line = prepare("miniImagenet", "--source", tmp_path / "mini", "--split_file", split_file, fails=True)
     assert "has 0 images, but the split takes its image" in line and "miniImagenet has 4 of the class" in line
 
@@ -154,7 +136,7 @@ def test_own_folders_of_other_names_are_the_splits(prepare, tmp_path, names):
     for tag, n in zip(names, (4, 2, 3), strict=True):
         for c in range(n):
             for i in range(3):
-                write(tmp_path / "birds" / tag / f"{tag}_{c}" / f"{i}.jpg", jpeg(size=20))
+                write(tmp_path / "birds" / tag / f"{tag}_{c}" / f"{i}.jpg", encoded())
     printed = prepare("folder", "--source", tmp_path / "birds")
     assert "base 4 classes, 12 images; val 2 classes, 6 images; novel 3 classes, 9 images" in printed
     for split, tag, n in zip(SPLITS, names, (4, 2, 3), strict=True):
@@ -167,9 +149,9 @@ def test_folders_that_share_classes_are_no_splits(prepare, tmp_path):
     """As for classification: train and val hold images of the same classes."""
     for tag in ("train", "val"):
         for c in range(6):
-            write(tmp_path / f"birds/{tag}/bird{c}/0.jpg", jpeg())
+            write(tmp_path / f"birds/{tag}/bird{c}/0.jpg", encoded())
         for c in range(2):
-            write(tmp_path / f"pets/{tag}/pet{c}/0.jpg", jpeg())
+            write(tmp_path / f"pets/{tag}/pet{c}/0.jpg", encoded())
     printed = prepare("folder", "--source", tmp_path / "birds")
     assert "note: train and val share classes: the images of a class are joined" in printed
     assert "base 4 classes, 8 images; val 1 classes, 2 images; novel 1 classes, 2 images" in printed
@@ -181,16 +163,16 @@ def test_folders_that_share_classes_are_no_splits(prepare, tmp_path):
         stage(tmp_path, "pets", "base")
     assert "2 classes are too few for a benchmark" in prepare("folder", "--source", tmp_path / "pets", fails=True)
     shutil.rmtree(tmp_path / "birds/val")
-    write(tmp_path / "birds/test/owl/0.jpg", jpeg())
+    write(tmp_path / "birds/test/owl/0.jpg", encoded())
     line = prepare("folder", "--source", tmp_path / "birds", "--name", "two", fails=True)
     assert "has folders train and test of classes: make the third" in line
 
 
 def test_class_folders_for_a_stage_are_named_with_the_remedy(tmp_path):
     for name in ("ant", "bee"):
-        write(tmp_path / "two" / name / "1.jpg", jpeg())
-        write(tmp_path / "three" / name / "1.jpg", jpeg())
-    write(tmp_path / "three/train/1.jpg", jpeg())  # a class of that name, no split
+        write(tmp_path / "two" / name / "1.jpg", encoded())
+        write(tmp_path / "three" / name / "1.jpg", encoded())
+    write(tmp_path / "three/train/1.jpg", encoded())  # a class of that name, no split
     with pytest.raises(UserError, match=r"holds 2 folders \(ant, bee\).*'python predict\.py --support .*two --query"):
         stage(tmp_path, "two", "base")
     with pytest.raises(UserError, match=r"holds 3 folders .*data\.prepare folder --name three_split --source"):
@@ -202,8 +184,8 @@ def test_class_folders_for_a_stage_are_named_with_the_remedy(tmp_path):
 
 def test_nested_folders_are_read_as_torchvisions_image_folder(tmp_path):
     for name in ("b/2.jpg", "b/1/3.png", "b/1/deep/2.jpg", "b/10/1.jpg", "a/x/1.jpeg", "a-1/1.jpg"):
-        write(tmp_path / "base" / name, jpeg("PNG" if name.endswith("png") else "JPEG"))
-    write(tmp_path / "elsewhere/4.jpg", jpeg())
+        write(tmp_path / "base" / name, encoded("PNG" if name.endswith("png") else "JPEG"))
+    write(tmp_path / "elsewhere/4.jpg", encoded())
     (tmp_path / "base/b/link").symlink_to(tmp_path / "elsewhere")
     theirs = ImageFolder(tmp_path / "base")
     names, paths, labels = list_folder(tmp_path / "base")
@@ -217,16 +199,16 @@ def test_nested_folders_are_read_as_torchvisions_image_folder(tmp_path):
 def test_images_of_one_name_in_a_class_are_told_apart_by_their_folders(prepare, tmp_path):
     for c in range(5):
         for sub in ("left", "right"):
-            write(tmp_path / f"eyes/class{c}/{sub}/0.jpg", jpeg())
+            write(tmp_path / f"eyes/class{c}/{sub}/0.jpg", encoded())
     assert image_names(list_folder(tmp_path / "eyes"))[:2] == ["class0/left/0.jpg", "class0/right/0.jpg"]
     prepare("folder", "--source", tmp_path / "eyes")
-    found = {name.split("/", 1)[1]: content for name, content in tree(tmp_path / "out/eyes").items()}
+    found = {name.split("/", 1)[1]: content for name, content in images_in(tmp_path / "out/eyes").items()}
     assert found == {
         f"class{c}/{sub}_0.jpg": (tmp_path / f"eyes/class{c}/{sub}/0.jpg").read_bytes()
         for c in range(5)
         for sub in ("left", "right")
     }
-    write(tmp_path / "toy/base/ant/1.jpg", jpeg())
+    write(tmp_path / "toy/base/ant/1.jpg", encoded())
     (tmp_path / "toy/novel").symlink_to(tmp_path / "eyes")
     (tmp_path / "toy/val").mkdir()
     split = load_split(DataOptions(tmp_path, 16, tmp_path / ".cache"), "toy", "novel")
@@ -235,7 +217,7 @@ def test_images_of_one_name_in_a_class_are_told_apart_by_their_folders(prepare, 
 
 def test_what_is_left_out_is_said_with_number_and_kind(prepare, tmp_path, capsys):
     for c in range(4):
-        write(tmp_path / f"photos/class{c}/0.jfif", jpeg())
+        write(tmp_path / f"photos/class{c}/0.jfif", encoded())
         write(tmp_path / f"photos/class{c}/1.heic", b"ftypheic")
     write(tmp_path / "photos/class0/notes.txt", "")
     write(tmp_path / "photos/README", "")
@@ -275,16 +257,16 @@ def authors_list(file: Path, names: list[str], labels: list[int]) -> Path:
         "image_names": [f"/home/arman/mini/{n}" for n in names],
         "image_labels": labels,
     }
-    return write(file, json.dumps(record))
+    return write(file, record)
 
 
 def test_images_of_an_authors_list_lie_anywhere_below_image_root(tmp_path):
     names = ["images/n1/a.jpg", "images/n1/b.jpg", "images/n2/c.jpg"]
     places = ["x/part1/a.jpg", "x/b.jpg", "x/y/z/c.jpg"]
-    paths = [write(tmp_path / place, jpeg()) for place in places]
+    paths = [write(tmp_path / place, encoded()) for place in places]
     file = authors_list(tmp_path / "base.json", names, [0, 0, 1])
     assert list_json(file, tmp_path / "x") == (["n1", "n2"], paths, [0, 0, 1])
-    again = write(tmp_path / "x/other/b.jpg", jpeg())
+    again = write(tmp_path / "x/other/b.jpg", encoded())
     with pytest.raises(UserError, match=r"'.*/n1/b\.jpg', and below .*x is 2 of this name \(.*x/b\.jpg, .*r/b\.jpg"):
         list_json(file, tmp_path / "x")
     again.rename(write(tmp_path / "x/n1/b.jpg", ""))  # in the class folder that the list names
@@ -324,7 +306,7 @@ def test_foreign_class_names_are_no_mini_imagenet(prepare, tmp_path):
     line = prepare("miniImagenet", "--source", source, "--allow_incomplete", fails=True)
     assert f"has the class '{fine[0]}', none of miniImagenet's 100" in line and "these are classes of CIFAR-FS" in line
     for name in fine:
-        write(tmp_path / "cifar100/data" / name / "0.png", jpeg("PNG", 32))
+        write(tmp_path / "cifar100/data" / name / "0.png", encoded("PNG"))
     line = prepare("miniImagenet", "--source", tmp_path / "cifar100", "--allow_incomplete", fails=True)
     assert "holds 1 folders (data), none of the forms" in line and "these are classes of CIFAR-FS" in line
     assert not list((tmp_path / "out").rglob("*.png"))

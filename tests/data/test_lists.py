@@ -1,6 +1,5 @@
 """Images with lists beside them, in the forms of other repositories: what is written equals what their loaders give."""
 
-import io
 import json
 import pickle
 import zipfile
@@ -10,26 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.converters.converter import SPLIT_FILES, SPLITS
+from data.converters.converter import SPLIT_FILES, SPLITS, TAGS
 from data.listing import list_json
+from tests.helpers import encoded, images_in, write
 
 RANDOM = np.random.default_rng(0)
-TAGS = dict(zip(SPLITS, ("train", "val", "test"), strict=True))
 OWN = {"base": ["drill", "saw"], "val": ["nut"], "novel": ["screw"]}
 MINI = {"base": ["n01532829", "n01558993"], "val": ["n01855672"], "novel": ["n01930112"]}
-
-
-def encoded(size: tuple[int, int] = (12, 10), kind: str = "JPEG") -> bytes:
-    content = io.BytesIO()
-    Image.fromarray(RANDOM.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(content, kind)
-    return content.getvalue()
-
-
-def write(path: Path, content: bytes | str | object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = content if isinstance(content, (bytes, str)) else json.dumps(content)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
 
 
 def zipped(folder: Path, top: str = "") -> Path:
@@ -42,11 +28,6 @@ def zipped(folder: Path, top: str = "") -> Path:
             if file.suffix == ".png":
                 archive.writestr(f"__MACOSX/{Path(name).parent}/._{file.name}", b"\0\5\26\7")
     return path
-
-
-def images_in(folder: Path) -> dict[str, bytes]:
-    files = (path for split in SPLITS for path in (folder / split).rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 # csv files ------------------------------------------------------------------------------------------------------------
@@ -243,7 +224,7 @@ def test_bertinettos_folder(prepare, tmp_path, benchmark):
         for name in names:
             for i in range(2):
                 file = f"{name}_s_{i:06d}.png"
-                contents[name, file] = write(root / "data" / name / file, encoded((32, 32), "PNG")).read_bytes()
+                contents[name, file] = write(root / "data" / name / file, encoded("PNG", (32, 32))).read_bytes()
     split_of = {name: split for split, names in published(benchmark).items() for name in names}
     expected = {f"{split_of[name]}/{name}/{file}": content for (name, file), content in contents.items()}
     for source in (root, zipped(root, "cifar100")):
@@ -303,7 +284,7 @@ def test_omniglot(prepare, tmp_path):
     for alphabet in ("Greek", "Latin"):
         for n in range(1, 6):
             for drawer in (1, 2):
-                image = write(root / alphabet / f"character{n:02d}" / f"{n:04d}_{drawer:02d}.png", encoded(kind="PNG"))
+                image = write(root / alphabet / f"character{n:02d}" / f"{n:04d}_{drawer:02d}.png", encoded("PNG"))
                 files[f"{alphabet}_character{n:02d}/{image.name}"] = image.read_bytes()
     for source in (root, zipped(root, root.name)):
         printed = prepare("folder", "--source", source, "--name", source.suffix or "folder")
@@ -379,7 +360,7 @@ def test_tiered_weights_of_peers_want_another_order_of_colours(prepare, tmp_path
         if npz:
             np.savez(tmp_path / f"tiered/{tag}_images.npz", images=np.full((1, 4, 4, 3), (9, 5, 1), np.uint8))
         else:
-            pngs = [np.frombuffer(encoded(kind="PNG"), np.uint8)]
+            pngs = [np.frombuffer(encoded("PNG"), np.uint8)]
             write(tmp_path / f"tiered/{tag}_images_png.pkl", pickle.dumps(pngs, protocol=2))
     printed = prepare("tieredImageNet", "--source", tmp_path / "tiered", "--allow_incomplete")
     assert printed.count("FEAT, RFS and MetaOptNet") == npz
