@@ -288,7 +288,6 @@ def read_state(path: Path, schema: dict) -> object:
     return read_record(path, STATE_FORMAT, schema, "state", "start anew")
 
 
-NUMBERS = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
 LISTED = {"label_names": ["a", "b"], "image_names": ["1.png", "2.png"], "image_labels": [0, 1]}
 SPLIT_FILE = {"base": ["a"], "val": {"b": [1]}, "novel": []}
 PICKLED = {"data": np.zeros((20, 30), np.uint8), "labels": [1, 2.5, "name"], "more": {"a": (None, True)}}

@@ -46,12 +46,8 @@ def chw(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def pixels(arrays):
-    return arrays.train if isinstance(arrays.train, torch.Tensor) else arrays.train.pixels
-
-
 def assert_same(a, b):
-    assert torch.equal(a.eval, b.eval) and torch.equal(pixels(a), pixels(b)) and torch.equal(a.sizes, b.sizes)
+    assert torch.equal(a.eval, b.eval) and torch.equal(a.train, b.train) and torch.equal(a.sizes, b.sizes)
     assert a.fingerprint == b.fingerprint
 
 
@@ -169,14 +165,14 @@ def test_the_fingerprint_tells_names_and_bytes_and_nothing_else(tmp_path):
 def test_a_damaged_cache_is_decoded_anew(tmp_path, file, damage):
     paths = write_images(tmp_path, [(20, 20), (30, 20)])
     first = load(paths, tmp_path / "cache")
-    expected = [tensor.clone() for tensor in (first.eval, pixels(first), first.sizes)]
+    expected = [tensor.clone() for tensor in (first.eval, first.train, first.sizes)]
     (target,) = (tmp_path / "cache").glob(f"*/{file}")
     content = target.read_bytes()
     target.unlink()
     if damage != "missing":
         target.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
     again = load(paths, tmp_path / "cache")
-    for tensor, value in zip((again.eval, pixels(again), again.sizes), expected, strict=True):
+    for tensor, value in zip((again.eval, again.train, again.sizes), expected, strict=True):
         assert torch.equal(tensor, value)
     assert target.read_bytes() == content
 
@@ -202,7 +198,7 @@ def test_the_users_folder_is_left_as_it_is_and_may_be_read_only(tmp_path):
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
         arrays = load(paths, tmp_path / "cache")
-        pixels(arrays).zero_()
+        arrays.train.zero_()
         arrays.eval.zero_()
     finally:
         for path in [source, source / "class", *paths]:

@@ -21,8 +21,6 @@ from models import build_head
 from models.conv4 import Conv4
 from tests.helpers import DEVICE, golden, make_split
 
-CPU = torch.device("cpu")
-
 
 def published_weights(g: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Conv4 weights of a golden file under our names."""

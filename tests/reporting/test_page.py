@@ -117,7 +117,7 @@ def test_several_episodes_are_kept_in_one_file_and_all_are_shown(aligned_copy):
     assert [record["episode"] for record in read_saved_episodes(path)] == [1]
 
 
-def test_names_are_escaped(aligned, aligned_copy):
+def test_names_are_escaped(aligned_copy):
     results = aligned_copy / "results"
     path = results / "episodes" / f"{STAGE_3}.pt"
     saved = torch.load(path, weights_only=True)

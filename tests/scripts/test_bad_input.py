@@ -16,7 +16,6 @@ STAGE_1, STAGE_2, STAGE_3 = "transferLearning", "metaLearning", "associative_ali
 PREPARE, REPORT, FIGURES = "data.prepare", "reporting.report", "reporting.figures"
 META = [*TRAIN[:-2], "--train_n_query", 2, "--n_way", 3, "--episodes_per_epoch", 1]
 META = [flag for i, flag in enumerate(META) if "--batch_size" not in (flag, META[i - 1])]
-SPLITS = ("base", "val", "novel")
 
 
 def images(root, split="novel"):
@@ -135,14 +134,6 @@ def in_result(root, **changes):
     """Change these entries of the result."""
     (file,) = (root / "results" / "tables").glob("*.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def several(*spoils):
-    def spoil(root):
-        for each in spoils:
-            each(root)
-
-    return spoil
 
 
 def nothing(root):
