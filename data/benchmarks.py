@@ -87,8 +87,7 @@ class Split:
 def load_split(options: DataOptions, dataset: str, split: str) -> Split:
     """Load one split (`base`, `val` or `novel`) of a benchmark; images are decoded once and cached.
 
-    The built-in benchmark `glyphs` is rendered when it is missing. Raises UserError when the
-    data is missing, malformed or cannot be decoded.
+    `glyphs` is rendered when it is missing. Raises UserError when the data is missing, malformed or cannot be decoded.
     """
     return load_listed(options, dataset, split, list_split(options, dataset, split))
 

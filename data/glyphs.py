@@ -66,10 +66,9 @@ def render_glyphs(
 ) -> None:
     """Render `out/{base,val,novel}/<class>/<i>.jpg`: 84x84 images, `n_images` per class, and SETTINGS, the version.
 
-    n_class: the numbers of base, val and novel classes. `quiet` shows no progress bar.
-
-    The images of a class depend on (seed, character) alone, so fewer images or classes are the first of the full
-    benchmark. Everything is rendered beside `out` and moved there at the end: `out` is never a half-finished benchmark.
+    n_class: the numbers of base, val and novel classes. The images of a class depend on (seed, character) alone, so
+    fewer images or classes are the first of the full benchmark. Everything is rendered beside `out` and moved there at
+    the end: `out` is never a half-finished benchmark.
     """
     splits = [split for split, n in zip(SPLITS, n_class, strict=True) for _ in range(n)]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -27,8 +27,6 @@ def of_bytes(mean: tuple[float, float, float], std: tuple[float, float, float]) 
 
 
 MEAN_A = of_bytes((120.39586422, 115.59361427, 104.54012653), (70.68188272, 68.27635443, 72.54505529))
-OMNIGLOT = Normalisation((0.92206,) * 3, (0.08426,) * 3)
-MEAN_DEEPEMD = of_bytes((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
 
 
 def indexed(name: str, pattern: str, conv: str = "conv", bn: str = "bn") -> str:
@@ -91,16 +89,27 @@ BASIC = partial(staged, pattern="layer{s}.{b}.", shortcut="downsample.")
 BIASED = partial(staged, depths=(4, 4, 4), pattern="layer{s}.{b}.", shortcut="shortcut.0.")
 PREACT = partial(staged, depths=(4, 4, 4), pattern="block{s}.layer.{b}.", shortcut="convShortcut.")
 RESNET18 = partial(BASIC, depths=(2, 2, 2, 2))
-# What goes with all networks of a repository: prefixes, keys of the file, head, normalisation, resize rule.
+NO_BIAS = r".*conv\.bias"
+COVARIANCES = "its last block has no pooling, and it compares covariances of that map, not features"
+DESCRIPTORS = "its blocks end with LeakyReLU, the last two do not pool, and it compares local descriptors"
+# What goes with all networks of a repository: prefixes, keys of the file, head, normalisation, resize rule, image size.
 NO_HEAD = r"(?!)"
 FEAT = (("encoder.", "encoder.module."), ("params", "state_dict", ""), r"(fc|slf_attn)\..*")
 RFS = (("",), ("model", ""), r"classifier\..*", MEAN_A, "none")
 METAOPTNET = (("module.", ""), ("embedding", ""), NO_HEAD, MEAN_A, "none")
-META_BASELINE = (("encoder.",), ("model_sd", ""), r"classifier\..*|temp", IMAGENET, "short:80")
+META_BASELINE = (("encoder.",), ("model_sd", ""), r"classifier\..*|temp", IMAGENET, "short:80", 80)
 OTHER_PARTS = r"(?!layer|block|conv1|bn1|fc|linear|classifier)\w+\..*"
 LIBFEWSHOT = (("emb_func.", ""), ("", "model"), OTHER_PARTS, MEAN_A, "both:96")
 CLOSERLOOK = (("feature.", ""), ("state", ""), r"classifier\..*", IMAGENET, "published")
 EASYFSL = (("", "backbone."), ("", "state_dict"), r"fc\..*", IMAGENET, "both:96")
+DEEPEMD = (("module.encoder.", ""), ("params", ""), r"fc\..*", of_bytes((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)))
+S2M2 = (("", "module."), ("state", ""), r"linear\..*", IMAGENET, "published", 80)
+DEEPBDC = (("feature.",), ("state", ""), r"dcov\..*|classifier\..*", IMAGENET, "short:92")
+DN4 = (("features.", "features.features."), ("state_dict", "model", ""), NO_HEAD, IMAGENET, "both:84")
+# Normalised as its code for Omniglot, and with running statistics of the last batch alone (momentum 1).
+OMNIGLOT = (("",), ("",), NO_HEAD, Normalisation((0.92206,) * 3, (0.08426,) * 3), "none")
+# The files of this method hold the base head beside the state dict.
+PUBLISHED = (("",), ("state",), NO_HEAD, IMAGENET, "published")
 # Its files do not say how images were scaled, and its `lee2019` scales them in several ways (see findings/): this
 # is its `normalize`.
 LEARN2LEARN = (("features.",), ("",), r"classifier\..*", Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), "none")
@@ -124,15 +133,13 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     ),
     "metaoptnet": (
         Peer("ResNet12_flat", residual, *METAOPTNET),
-        Peer("Conv4", partial(CONV_PAIR, pattern="encoder.{k}.block."), *METAOPTNET, zeros=r".*conv\.bias"),
+        Peer("Conv4", partial(CONV_PAIR, pattern="encoder.{k}.block."), *METAOPTNET, zeros=NO_BIAS),
     ),
-    "deepemd": (
-        Peer("ResNet12_flat", residual, ("module.encoder.", ""), ("params", ""), r"fc\..*", MEAN_DEEPEMD, "both:92"),
-    ),
+    "deepemd": (Peer("ResNet12_flat", residual, *DEEPEMD, "both:92"),),
     "meta-baseline": (
-        Peer("ResNet12_512", partial(residual, pattern="layer{i}."), *META_BASELINE, img_size=80),
-        Peer("ResNet12", partial(residual, pattern="layer{i}."), *META_BASELINE, img_size=80),
-        Peer("Conv4", partial(CONV_PAIR, pattern="encoder.{k}."), *META_BASELINE, img_size=80),
+        Peer("ResNet12_512", partial(residual, pattern="layer{i}."), *META_BASELINE),
+        Peer("ResNet12", partial(residual, pattern="layer{i}."), *META_BASELINE),
+        Peer("Conv4", partial(CONV_PAIR, pattern="encoder.{k}."), *META_BASELINE),
     ),
     "libfewshot": (
         Peer("ResNet12", residual, *LIBFEWSHOT),
@@ -146,38 +153,11 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("BasicResNet12", partial(BASIC, depths=(1, 1, 2, 1)), *EASYFSL),
         Peer("ResNet18_84", RESNET18, *EASYFSL),
     ),
-    "s2m2": (
-        Peer("PreActWideResNet", PREACT, ("", "module."), ("state", ""), r"linear\..*", IMAGENET, "published", 80),
-    ),
-    "deepbdc": (
-        Peer(
-            "ResNet12",
-            residual,
-            *(("feature.",), ("state", ""), r"dcov\..*|classifier\..*", IMAGENET, "short:92"),
-            refused="its last block has no pooling, and it compares covariances of that map, not features",
-        ),
-    ),
-    "dn4": (
-        Peer(
-            "Conv4",
-            four_by_four,
-            *(("features.", "features.features."), ("state_dict", "model", ""), NO_HEAD, IMAGENET, "both:84"),
-            zeros=r".*conv\.bias",
-            refused="its blocks end with LeakyReLU, the last two do not pool, and it compares local descriptors",
-        ),
-    ),
-    # Normalised as its code for Omniglot, and with running statistics of the last batch alone (momentum 1).
-    "learning-to-compare": (
-        Peer("Conv4_relation", partial(CONV_PAIR, pattern="layer{i}."), ("",), ("",), NO_HEAD, OMNIGLOT, "none"),
-    ),
-    # The published files of this method, which hold the base head beside the state dict.
-    AUTHORS: (
-        Peer(
-            "Conv4",
-            partial(CONV_PAIR, pattern="nConvBlock.{k}.convBlock."),
-            *(("",), ("state",), NO_HEAD, IMAGENET, "published"),
-        ),
-    ),
+    "s2m2": (Peer("PreActWideResNet", PREACT, *S2M2),),
+    "deepbdc": (Peer("ResNet12", residual, *DEEPBDC, refused=COVARIANCES),),
+    "dn4": (Peer("Conv4", four_by_four, *DN4, zeros=NO_BIAS, refused=DESCRIPTORS),),
+    "learning-to-compare": (Peer("Conv4_relation", partial(CONV_PAIR, pattern="layer{i}."), *OMNIGLOT),),
+    AUTHORS: (Peer("Conv4", partial(CONV_PAIR, pattern="nConvBlock.{k}.convBlock."), *PUBLISHED),),
 }
 
 

@@ -71,7 +71,6 @@ class Row:
 
     name: str
     stage: str
-    method: str
     backbone: str
     novel: str
     n_shot: int
@@ -124,7 +123,7 @@ class Plan:
         episodes = self.results_dir / "episodes" / f"{novel}_{N_WAY}way_{n_shot}shot{seed}.json"
         flags |= {"--episodes_file": [str(episodes)], "--resume": [], "--seed": [str(self.seed)]}
         words = tuple(word for flag, values in flags.items() for word in (flag, *values))
-        return Row(method + part, stage, method, backbone, novel, n_shot, self.seed, words, result, checkpoint)
+        return Row(method + part, stage, backbone, novel, n_shot, self.seed, words, result, checkpoint)
 
 
 def main_rows(plan: Plan, backbone: str, n_shot: int) -> list[Row]:

@@ -244,7 +244,7 @@ def test_a_launcher_that_is_told_to_end_says_how_to_go_on(long_run, tmp_path):
     assert len(said) == 1 and "--resume goes on from" in said[0]
 
 
-def test_what_the_user_can_mend_is_one_line_of_all_ranks(tmp_path):
+def test_what_the_user_can_mend_is_one_line_of_all_ranks():
     ended = launch(2, "transferLearning.py", "--lr", "nonsense")
     assert ended.returncode != 0 and "exitcode  : 2" in ended.stderr
     assert [line for line in ended.stderr.splitlines() if "error: " in line and "--lr" in line] == [
