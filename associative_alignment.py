@@ -26,6 +26,7 @@ from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
 from persistence.checkpoints import check_base_classes, detail_notes, load_backbone
 from persistence.chosen_setting import choose_setting
 from persistence.feature_cache import FeatureCache
+from persistence.results import training_record
 from persistence.run_files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from persistence.saved_episode import gather_episode
 
@@ -90,7 +91,8 @@ def align_novel_episodes(args: Namespace, run: Run) -> None:
             done.drawings[i] = gather_episode(episodes, i, episode, novel_source, base_source, blocks, setting, run)
         done.save_drawings()
     if ranks.first:
-        save_alignment_result(done, novel_source, base_source, checkpoint, path, chosen)
+        trained = training_record(path, checkpoint, files.made_from["weights"])
+        save_alignment_result(done, novel_source, base_source, trained, chosen)
 
 
 def main() -> None:

@@ -102,12 +102,7 @@ def colour_jitter(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def augment(
-    images: Tensor,
-    sizes: Tensor,
-    img_size: int,
-    augmentation: Augmentation,
-    generator: Generator,
-    part: slice = slice(None),
+    images: Tensor, sizes: Tensor, img_size: int, augmentation: Augmentation, generator: Generator, part: slice
 ) -> Tensor:
     """Augmented images of a batch, on their device: uint8 (b, 3, H, W) -> (b, 3, s, s) in 0..255.
 

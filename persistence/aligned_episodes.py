@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from methods.controls import score_controls
 from methods.evaluation import EpisodeScores
 from methods.features import Source
 from methods.related_base import empty_notes
-from persistence.checkpoints import Checkpoint
 from persistence.results import (
     accuracy_record,
     class_notes,
@@ -31,7 +29,6 @@ from persistence.results import (
     interval,
     run_record,
     task_text,
-    training_record,
 )
 from persistence.run_files import COLUMNS, RunFiles
 from persistence.saved_episode import read_saved_episodes
@@ -162,16 +159,11 @@ class AlignedEpisodes:
 
 
 def save_alignment_result(
-    done: AlignedEpisodes,
-    novel: Source,
-    base: Source,
-    checkpoint: Checkpoint,
-    path: Path,
-    chosen: dict[str, Any] | None = None,
+    done: AlignedEpisodes, novel: Source, base: Source, training: dict[str, Any], chosen: dict[str, Any] | None
 ) -> None:
     """Write the result of all episodes, alignment against fine-tuning and the other controls, and print it.
 
-    checkpoint: of the backbone, read from `path`. chosen: the record of --align_preset auto.
+    training: a training_record. chosen: the record of --align_preset auto.
     """
     files, episodes, setting, columns = done.files, done.episodes, done.setting, done.tensors()
     split, names = novel.split, novel.split.class_names
@@ -192,7 +184,7 @@ def save_alignment_result(
     record = run_record(files, split, episodes, done.run) | accuracy_record(after, episodes, names)
     record |= {
         "alignment": setting.alignment,
-        **training_record(path, checkpoint, files.made_from["weights"]),
+        **training,
         "fine_tuning": accuracy_record(before, episodes, names),
         "difference": gain,
         "nearest_mean": {name: controls.pop(f"nearest mean, {name}") for name in ("Euclidean", "cosine")},

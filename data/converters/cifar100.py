@@ -147,13 +147,8 @@ def _load(tree: FileTree, name: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _converter(name: str) -> Converter:
-    flags = {
-        "split_file": published_split(name),
-        "source": {
-            "type": Path,
-            "help": f"{ARCHIVE}, its folder, pickles of the splits or folders of the classes; default: download",
-        },
-    }
+    source = f"{ARCHIVE}, its folder, pickles of the splits or folders of the classes; default: download"
+    flags = {"split_file": published_split(name), "source": {"type": Path, "help": source}}
     return Converter(convert_cifar100, "from CIFAR-100, downloaded unless given", flags, download_cifar100)
 
 

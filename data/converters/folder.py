@@ -129,11 +129,7 @@ CONVERTER = Converter(
         "image_root": IMAGE_ROOT,
         "split_file": SPLIT_FILE,
         "name": {"metavar": "TITLE", "help": "what to call the benchmark; default: the source folder's name"},
-        "split": {
-            "type": _fractions,
-            "default": [0.64, 0.16, 0.2],
-            "help": "shares of classes: 0.64,0.16,0.2 by default",
-        },
+        "split": {"type": _fractions, "default": "0.64,0.16,0.2", "help": "shares of classes: %(default)s by default"},
         "seed": {"type": int, "default": 0, "help": "which classes --split deals to which split"},
     },
 )

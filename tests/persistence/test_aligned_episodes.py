@@ -17,6 +17,7 @@ from methods.related_base import RelatedBase, RelatedSetting
 from persistence import aligned_episodes
 from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
 from persistence.checkpoints import Checkpoint
+from persistence.results import training_record
 from persistence.run_files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from tests.helpers import make_split
 
@@ -142,7 +143,8 @@ def test_the_result_compares_alignment_with_fine_tuning(tmp_path, capsys):
         done.add(i, an_episode(n_related=(0, 6)))
     z = torch.eye(len(NOVEL.class_names))[NOVEL.labels]  # whose nearest means are right as well
     checkpoint = Checkpoint("transferLearning", "toy", "arcMax", "Conv4", 16, ["a"], {}, {}, 7, 50.0, {})
-    save_alignment_result(done, *[feature_source(z, NOVEL)] * 2, checkpoint, tmp_path / "best.tar")
+    trained = training_record(tmp_path / "best.tar", checkpoint, "w")
+    save_alignment_result(done, *[feature_source(z, NOVEL)] * 2, trained, None)
     record = json.loads(done.files.table.read_text())
     assert (record["accuracy"], record["fine_tuning"]["accuracy"]) == (100, 50)
     assert record["difference"] == {"accuracy": 50, "ci95": 0, "ci95_classes": None}
