@@ -22,11 +22,11 @@ from methods.alignment import AlignmentSetting
 from methods.feature_alignment import align_episodes, episodes_per_chunk
 from methods.features import trainable_blocks
 from methods.related_base import exceeding_notes
-from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
+from persistence.aligned_episodes import AlignedEpisodes
 from persistence.checkpoints import check_base_classes, detail_notes, load_backbone
 from persistence.chosen_setting import choose_setting
 from persistence.feature_cache import FeatureCache
-from persistence.results import training_record
+from persistence.results import save_alignment_result, training_record
 from persistence.run_files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from persistence.saved_episode import gather_episode
 

@@ -1,4 +1,4 @@
-"""Files of stage 3: a row per episode, the state every few of them, the saved episodes, and the result."""
+"""What stage 3 keeps as it goes: a row per episode, the state every few of them, and the saved episodes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,24 +12,10 @@ from data.episodes import Episodes
 from engine.distributed import gather_objects
 from engine.errors import UserError
 from engine.files import save_atomically
-from engine.records import write_json
 from engine.run import Run
-from engine.script import print_notes
 from methods.alignment import AlignedEpisode, AlignmentSetting, episode_record
-from methods.controls import score_controls
 from methods.evaluation import EpisodeScores
-from methods.features import Source
 from methods.related_base import empty_notes
-from persistence.results import (
-    accuracy_record,
-    class_notes,
-    controls_of,
-    curve_record,
-    difference_record,
-    interval,
-    run_record,
-    task_text,
-)
 from persistence.run_files import COLUMNS, RunFiles
 from persistence.saved_episode import read_saved_episodes
 
@@ -156,51 +142,3 @@ class AlignedEpisodes:
         print(f"resumed after {len(self.rows)} episodes: {self.files.last}")
         if self.run.ranks.first:
             self.files.metrics.keep(metrics)
-
-
-def save_alignment_result(
-    done: AlignedEpisodes, novel: Source, base: Source, training: dict[str, Any], chosen: dict[str, Any] | None
-) -> None:
-    """Write the result of all episodes, alignment against fine-tuning and the other controls, and print it.
-
-    training: a training_record. chosen: the record of --align_preset auto.
-    """
-    files, episodes, setting, columns = done.files, done.episodes, done.setting, done.tensors()
-    split, names = novel.split, novel.split.class_names
-    n_small = int((columns["n_drawn"] < setting.related.aug_size).sum())
-    if n_small and setting.alignment != "none":
-        print(
-            f"note: in {n_small} of {len(done)} episodes a novel class has fewer related images than --aug_size "
-            f"{setting.related.aug_size}, so that fewer were drawn of every class: give a larger --n_B for more, "
-            "or a smaller --aug_size to draw as many in all episodes"
-        )
-    before, after = done.scores("finetuned"), done.scores("aligned")
-    controls = {
-        name: accuracy_record(scores, episodes, names)
-        | {"difference": difference_record(scores, after, episodes.classes)}
-        for name, scores in score_controls(novel.features, base.features, episodes, done.run).items()
-    }
-    gain = difference_record(before, after, episodes.classes)
-    record = run_record(files, split, episodes, done.run) | accuracy_record(after, episodes, names)
-    record |= {
-        "alignment": setting.alignment,
-        **training,
-        "fine_tuning": accuracy_record(before, episodes, names),
-        "difference": gain,
-        "nearest_mean": {name: controls.pop(f"nearest mean, {name}") for name in ("Euclidean", "cosine")},
-        "controls": controls,
-        "curve": curve_record(columns["curve"], setting.record_curve),
-        "n_empty_related_sets": int(columns["n_empty"].sum()),
-        "n_episodes_below_aug_size": n_small,
-    }
-    if chosen:
-        record["align_preset_auto"] = chosen
-    write_json(files.table, record)
-    task = f"{files.name.method} on {split.benchmark}, {task_text(split, episodes)}"
-    print(f"{task}: accuracy in %, and alignment's paired difference")
-    rows = {f"{setting.alignment} alignment": record, "fine-tuning": record["fine_tuning"] | {"difference": gain}}
-    for name, numbers in (rows | controls_of(record)).items():
-        above = "" if numbers is record else interval(numbers["difference"], "+")
-        print(f"  {name:<26}{interval(numbers):<24}{above}".rstrip())
-    print_notes(class_notes(episodes))
-    print(f"result {files.table}")

@@ -9,15 +9,7 @@ from data.episodes import EpisodeShape, sample_episodes
 from methods.alignment import AlignmentSetting
 from methods.block_alignment import last_conv_block
 from methods.features import Source, trainable_blocks
-from methods.setting_choice import (
-    N_BLOCK_EPISODES,
-    N_EPISODES,
-    Offered,
-    candidates,
-    compare_settings,
-    n_blocks,
-    winner,
-)
+from methods.setting_choice import N_BLOCK_EPISODES, N_EPISODES, Offered, candidates, compare_settings, n_blocks, winner
 from models.backbone import Backbone
 from persistence.feature_cache import FeatureCache
 

@@ -17,16 +17,7 @@ from torch import Tensor
 
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
-from engine.files import (
-    FLAGS,
-    Schema,
-    folder_name,
-    load_tensors,
-    matches_schema,
-    read_json,
-    read_record,
-    save_atomically,
-)
+from engine.files import FLAGS, Schema, folder_name, load_kept, matches_schema, read_json, read_record, save_atomically
 from engine.lock import hold
 from engine.metrics import MetricsLog, open_metrics
 from engine.records import to_json
@@ -224,7 +215,7 @@ class RunFiles:
 def seed_of(path: Path) -> int | None:
     """The seed that a result, a state or a checkpoint was made with, if it is there and says so."""
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        content = read_json(path) if path.suffix == ".json" else load_tensors(path)
+        content = read_json(path) if path.suffix == ".json" else load_kept(path)
         return content["config"].get("seed")
     return None
 

@@ -22,11 +22,10 @@ from data.converters.converter import (
     Read,
     are_images,
     check_split,
-    items_of,
     published_split,
     whole_numbers,
 )
-from data.converters.lists import Row, name_apart, split_pickles
+from data.converters.lists import Row, items_of, name_apart, split_pickles
 from data.converters.safe_pickle import load_pickle
 from data.decode import IMAGE_SUFFIXES
 from engine.errors import UserError

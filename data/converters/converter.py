@@ -38,12 +38,6 @@ class ImageItem:
         return f"{self.split}/{self.class_name}/{self.file_name}"
 
 
-def items_of(listed: dict[str, dict[str, dict[str, Read]]]) -> list[ImageItem]:
-    """The images of {split: {class: {file name: content}}}."""
-    of_class = [(split, name, files) for split, classes in listed.items() for name, files in classes.items()]
-    return [ImageItem(split, name, file, read) for split, name, files in of_class for file, read in files.items()]
-
-
 @dataclass(frozen=True)
 class Conversion:
     """The images that a converter hands over, lazily, and the published numbers of images and of classes per split.

@@ -9,18 +9,8 @@ from typing import Any
 import torch
 
 from data.converters.archives import is_archive, open_tree
-from data.converters.converter import (
-    IMAGE_ROOT,
-    SOURCE,
-    SPLIT_FILE,
-    SPLITS,
-    Conversion,
-    Converter,
-    Read,
-    check_split,
-    items_of,
-)
-from data.converters.lists import UNSPLIT, Listed, Row, name_apart, read_lists
+from data.converters.converter import IMAGE_ROOT, SOURCE, SPLIT_FILE, SPLITS, Conversion, Converter, Read, check_split
+from data.converters.lists import UNSPLIT, Listed, Row, items_of, name_apart, read_lists
 from data.decode import regular_bytes
 from data.listing import FEW_CLASSES, list_folder, shared_by, split_folders
 from engine.errors import UserError

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from data.converters.archives import FileTree
-from data.converters.converter import TAGS, Read
+from data.converters.converter import TAGS, ImageItem, Read
 from data.decode import IMAGE_SUFFIXES
 from data.listing import by_file_name, longest_tail
 from engine.errors import UserError
@@ -50,6 +50,12 @@ def read_lists(tree: FileTree, images: FileTree) -> Listed:
     if shared := [name for name, n in count.items() if n > 1]:
         raise UserError(f"the lists in '{tree.path}' share {shared[0]!r}: give class folders, which --split deals")
     return listed
+
+
+def items_of(listed: Listed) -> list[ImageItem]:
+    """The images of {split: {class: {file name: content}}}."""
+    of_class = [(split, name, files) for split, classes in listed.items() for name, files in classes.items()]
+    return [ImageItem(split, name, file, read) for split, name, files in of_class for file, read in files.items()]
 
 
 def name_apart(rows: Iterable[tuple[str, str, T]], where: Path) -> dict[str, dict[str, T]]:

@@ -27,13 +27,12 @@ from data.converters.converter import (
     ImageItem,
     are_images,
     check_split,
-    items_of,
     published_split,
     read_split_file,
     whole_numbers,
     whose_classes,
 )
-from data.converters.lists import Listed, name_apart, read_csv_lists, split_pickles
+from data.converters.lists import Listed, items_of, name_apart, read_csv_lists, split_pickles
 from data.converters.safe_pickle import load_pickle_file
 from data.decode import regular_bytes
 from data.listing import Listing, described, files_below, is_shown, kinds, list_json, subfolders

@@ -15,9 +15,9 @@ from methods.alignment import AlignedEpisode, AlignmentSetting
 from methods.features import feature_source
 from methods.related_base import RelatedBase, RelatedSetting
 from persistence import aligned_episodes
-from persistence.aligned_episodes import AlignedEpisodes, save_alignment_result
+from persistence.aligned_episodes import AlignedEpisodes
 from persistence.checkpoints import Checkpoint
-from persistence.results import training_record
+from persistence.results import save_alignment_result, training_record
 from persistence.run_files import LENGTH_FLAGS, Folders, RunName, alignment_files
 from tests.helpers import make_split
 
