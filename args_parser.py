@@ -162,7 +162,8 @@ DECODING: Table = [
 FITTING: Table = [
     flag("--ft_n_epoch", COUNT, 200, "full-batch Adam steps that fit a head on a support set"),
     flag("--ft_lr", POSITIVE, 1e-3, "learning rate of those steps"),
-    flag("--ft_s", POSITIVE, 5.0, "scale of cosMax and arcMax on a support set"),
+    flag("--ft_s", POSITIVE, 5.0,
+         "scale of cosMax and arcMax on a support set (predict.py: 10 where every class has 5 examples, else 5)"),
     flag("--ft_init", ["random", "prototypes"], "random",
          "rows of the head before those steps: random (published) or the means of the classes' unit features"),
 ]
@@ -336,7 +337,7 @@ PREDICT: Table = [
     flag("--alignment", ["auto", *ALIGNMENTS], None,
          "default: auto with --base, which chooses head or none by leave-one-out or by other classes, else none; the "
          "others train blocks"),
-    *with_defaults([*FITTING, *UPDATES], ft_init="prototypes", related_draws="each"),
+    *with_defaults([*FITTING, *UPDATES], ft_s=None, ft_init="prototypes", related_draws="each"),
 
     "output",
     flag("--reject P", number(float, 0, 1), 0.0, "label images whose probability is below P as 'unsure'"),

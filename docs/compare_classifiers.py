@@ -35,6 +35,7 @@ from persistence.checkpoints import create_backbone, load_backbone
 from persistence.feature_cache import FeatureCache
 from persistence.results import interval
 from photos.choosing import choose_alignment
+from photos.classifier import with_scale
 from photos.confidence import left_out_logits
 
 # Inverse strengths of the regularisation of logistic regression among which val episodes choose.
@@ -57,7 +58,7 @@ class Comparison:
     def settings(self) -> tuple[AlignmentSetting, AlignmentSetting]:
         """The settings of the head as fitted, and of the aligned head, with the defaults of predict.py."""
         related = RelatedSetting(self.n_B, self.aug_size, related_draws="each")
-        fitted = AlignmentSetting("none", HeadFit(ft_init="prototypes"), related)
+        fitted = AlignmentSetting("none", HeadFit(ft_s=None, ft_init="prototypes"), related)
         return fitted, replace(fitted, alignment="head")
 
 
@@ -99,10 +100,11 @@ def comparison_lines(sources: dict[str, Source], n_shot: int, on: Comparison, ru
     tasks, y = list(map(episodes.task, range(len(episodes)))), class_major_labels(on.n_way, on.n_query)
     scorers = {f"logistic regression, C {strength:g}": regression[strength], "nearest mean": nearest_mean_cosine}
     rows = {name: score_episodes(novel.features, episodes, s, run).accuracy.double() for name, s in scorers.items()}
-    both = left_out_logits(tasks, novel, sources["base"], on.settings[1], run)
+    setting = with_scale(on.settings[1], tasks[0].y_support)
+    both = left_out_logits(tasks, novel, sources["base"], setting, run)
     right = [(logits.view(len(tasks), -1, on.n_way).argmax(2) == y).double().mean(1) for logits in both]
     rows |= dict(zip(("our head", "our head, aligned"), right, strict=True))
-    aligns = torch.tensor(chosen_for(tasks, sources, on.settings[1], run))
+    aligns = torch.tensor(chosen_for(tasks, sources, setting, run))
     rows["auto"] = torch.where(aligns, right[1], right[0])
     share = f"auto, which aligned {100 * aligns.double().mean():.0f} %"
     lines = [f"{on.n_way} classes, {n_shot} image{'s' * (n_shot > 1)} each, {len(episodes)} novel episodes"]

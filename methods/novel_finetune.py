@@ -18,18 +18,26 @@ from models.heads import Generators, Head, one_hot_of, unit
 
 @dataclass(frozen=True)
 class HeadFit:
-    """How the head of a novel episode is made and fitted; each field is explained at the flag of the same name."""
+    """How the head of a novel episode is made and fitted; each field is explained at the flag of the same name.
+
+    ft_s: None is the published 5, unless `photos` chooses by the number of examples.
+    """
 
     method: str = "arcMax"
-    ft_s: float = 5.0
+    ft_s: float | None = 5.0
     ft_m: float = 0.001  # of stage 3 and predict.py; stage 1's flag is 0.01
     ft_n_epoch: int = 200
     ft_lr: float = 1e-3
     ft_init: str = "random"
 
+    @property
+    def scale(self) -> float:
+        """The scale of a head that is fitted."""
+        return self.ft_s or 5.0
+
     def new_head(self, d: int, n_way: int, generators: Generators) -> Head:
         """A head to be fitted; of a list of generators, as many, fitted together."""
-        return build_head(self.method, d, n_way, self.ft_s, self.ft_m, generators)
+        return build_head(self.method, d, n_way, self.scale, self.ft_m, generators)
 
 
 def class_weights(y: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def logits_before_and_after(episode: AlignedEpisode, setting: AlignmentSetting) 
     """Logits (q, n_way) of the queries by fine-tuning, and after alignment, and the scale s that each was made with."""
     head, fit = episode.head, setting.fit
     is_aligned = setting.alignment != "none" and setting.align_iters
-    made_with = {"before": (fit.ft_s, fit.ft_m, episode.finetuned)}
+    made_with = {"before": (fit.scale, fit.ft_m, episode.finetuned)}
     made_with["after"] = (setting.align_s, setting.align_m, episode.aligned) if is_aligned else made_with["before"]
     logits, scale = {}, {}
     for when, (s, m, scores) in made_with.items():

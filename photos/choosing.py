@@ -1,10 +1,12 @@
 """Whether to align: `--alignment auto` counts what fine-tuning and alignment answer right on tasks like the user's.
 
-These are the examples, each left out in turn, where every class has two or more; else episodes of the base set's val
+It aligns where clearly more is right aligned: a difference that chance makes in one task of 20 does not count. The
+tasks are the examples, each left out in turn, where every class has two or more; else episodes of the base set's val
 classes; else episodes of base classes that the backbone was not trained on, beside the others as base set.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +76,12 @@ def new_classes(base: Source, trained_on: Sequence[str], n_way: int, run: Run) -
     return episodes_of(source, rest, n_way, "base classes new to the backbone", run)
 
 
+def clearly_more(after: Tensor, before: Tensor) -> bool:
+    """Whether more of the answers (n,) are right in `after` than in `before`, by McNemar's test at 95 %."""
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    return gained - lost > 1.96 * math.sqrt(gained + lost)
+
+
 def choose_alignment(
     novel: Source,
     base: Source,
@@ -83,7 +91,7 @@ def choose_alignment(
     kept: Path,
     run: Run,
 ) -> tuple[AlignmentSetting, str]:
-    """The setting with `head` alignment where that answers more tasks right than fine-tuning, else with none; and why.
+    """The setting with `head` alignment where clearly more is right than by fine-tuning, else with none; and why.
 
     load_val: the val classes of the base set; raises UserError when there are none. trained_on: the names of the
     backbone's classes, if they are known. What is measured is kept in a folder, so that a stopped run goes on.
@@ -98,9 +106,10 @@ def choose_alignment(
         with contextlib.suppress(UserError):
             found = kind()
             both = left_out_logits(found.tasks, found.source, found.base, aligned, run, kept)
-            before, after = (int((logits.argmax(1) == found.truth).sum()) for logits in both)
-            chosen = "alignment" if after > before else "fine-tuning"
-            why = f"{after} right aligned, {before} fine-tuned, of {len(found.truth)} {found.words}"
-            return (aligned if after > before else replace(setting, alignment="none")), f"auto chose {chosen}: {why}"
+            before, after = (logits.argmax(1) == found.truth for logits in both)
+            aligns = clearly_more(after, before)
+            chosen = "alignment" if aligns else "fine-tuning"
+            why = f"{int(after.sum())} right aligned, {int(before.sum())} fine-tuned, of {len(after)} {found.words}"
+            return (aligned if aligns else replace(setting, alignment="none")), f"auto chose {chosen}: {why}"
     why = "a class has one example, and no val classes or classes known to be new to the backbone can be tried"
     return replace(setting, alignment="none"), f"auto chose fine-tuning: {why}"

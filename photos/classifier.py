@@ -4,7 +4,7 @@ Fitted once, it labels any number of images, batch by batch; it needs neither th
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,9 @@ from models.backbone import Backbone
 from models.heads import Head
 from photos.confidence import MAX_BAGS, Confidence, bags, cross_validate, fitted_heads, least_cosine, nearest
 from photos.images import View
+
+# Examples of every class from which on a head is fitted at another scale than the published one: docs/photos.md.
+MANY, MANY_SCALE = 5, 10.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,13 @@ def mean_head(heads: Head, d: int, n_way: int, fit: HeadFit) -> Head:
     single = fit.new_head(d, n_way, None).to(heads.weight.device)
     single.become_mean(heads)
     return single.requires_grad_(False)
+
+
+def with_scale(setting: AlignmentSetting, y: Tensor) -> AlignmentSetting:
+    """The setting with a scale of the fit, if none is given: MANY_SCALE where each class of labels y (k,) has MANY
+    examples, for which the published scale leaves the head too soft, most of all among many classes."""
+    few = setting.fit.ft_s or torch.bincount(y).min() < MANY
+    return setting if few else replace(setting, fit=replace(setting.fit, ft_s=MANY_SCALE))
 
 
 def fit_classifier(

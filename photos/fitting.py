@@ -23,7 +23,7 @@ from persistence.checkpoints import create_backbone, load_backbone
 from persistence.feature_cache import FeatureCache
 from photos.base import base_without
 from photos.choosing import choose_alignment
-from photos.classifier import Fitted, fit_classifier
+from photos.classifier import Fitted, fit_classifier, with_scale
 from photos.confidence import in_two_classes
 from photos.images import View, decode_views, ignored_notes, list_support, printable
 from photos.table import first_of
@@ -101,7 +101,8 @@ def fit_source(
 
     trained_on: the classes of the backbone, where they are known.
     """
-    user, setting, notes = novel.split, flags.setting, list[str]()
+    user, notes = novel.split, list[str]()
+    setting = with_scale(flags.setting, user.labels)
     base: Source | None = None
     if flags.base is None or setting.alignment == "none":
         why = f"--base {flags.base} is not used, for --alignment none" if flags.base else "it takes base images, --base"

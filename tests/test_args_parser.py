@@ -41,7 +41,7 @@ DEFAULTS = {
         **{"method": "arcMax", "alignment": "centroid", "test_split": "novel", "save_episode": [0]},
     },
     "predict": {
-        **{**FITTING, **UPDATES},
+        **{**FITTING, **UPDATES, "ft_s": None},
         **{"method": "arcMax", "alignment": "none", "backbone": None, "img_size": None},
     },
 }

@@ -55,6 +55,14 @@ def test_what_answers_more_right_is_chosen_and_nothing_measured_is_fine_tuning(m
     assert setting.alignment == "none" and "a class has one example" in why
 
 
+def test_a_gain_that_chance_can_make_is_not_clear():
+    one, none = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
+    for gained, lost, clear in [(4, 0, True), (3, 0, False), (60, 40, True), (58, 42, False), (0, 9, False)]:
+        after = torch.cat([one.repeat(gained), none.repeat(lost), one.repeat(50)])
+        before = torch.cat([none.repeat(gained), one.repeat(lost), one.repeat(50)])
+        assert choosing.clearly_more(after, before) == clear
+
+
 def test_a_stopped_choice_goes_on_with_what_it_has_measured(monkeypatch, tmp_path):
     novel, base = source((5, 5, 5), 0), source((6,) * 8, 1, "base")
     monkeypatch.setattr(confidence, "MAX_FOLDS", 2)
