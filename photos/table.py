@@ -170,6 +170,8 @@ def confidence_lines(classifier: Classifier) -> list[str]:
     lines.append(f"accuracy {accuracy:.0f} % ({low:.0f} to {high:.0f} %), 95 % interval: {of}{alike}")
     largest = f"the largest class has {100 * max(n) / sum(n):.0f} % of the examples"
     lines.append(f"chance is {100 / len(n):.0f} %, {largest}")
+    if low <= 100 / len(n):
+        lines.append("not clearly better than chance: give more examples, or a backbone trained on images like these")
     tested = sorted((right / n, f"{name} {right} of {n}") for name, (n, right) in tested_classes(classifier).items())
     if tested:
         lines.append(f"right by class, the worst first: {first_of([text for _, text in tested])}")

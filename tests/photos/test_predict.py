@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from engine.errors import UserError
 from persistence.checkpoints import Checkpoint, create_backbone, save_checkpoint
 from photos import fitting, labelling
 from photos.classifier_file import load_classifier
+from photos.confidence import Confidence
 from photos.images import list_support
 from photos.table import confidence_lines, confidence_record
 from predict import FewShotClassifier
@@ -522,6 +524,13 @@ def test_leave_one_out_is_in_summary_and_record(root):
     outcome = script(root, out="one")
     assert "accuracy not known, probabilities not calibrated: no class has 2 examples" in outcome.out
     assert json.loads((root / "one" / "predictions.json").read_text())["confidence"] is None
+
+
+@pytest.mark.parametrize("right, is_better", [([3, 2, 1], False), ([8, 7, 7], True)])
+def test_an_accuracy_about_chance_says_what_to_do(root, right, is_better):
+    fitted = predictions(root).fitted.classifier
+    classifier = replace(fitted, confidence=Confidence([8, 8, 8], right, 8, 1.0))
+    assert ("not clearly better than chance: give more" in " ".join(confidence_lines(classifier))) != is_better
 
 
 def test_below_the_least_probability_an_image_is_unsure(root):
