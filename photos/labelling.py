@@ -128,8 +128,9 @@ def label_folder(fitted: Fitted, query: Path, flags: LabelFlags, run: Run) -> Pr
         kept, answers = [kept[i] for i in order.tolist()], Answers(*(column[order] for column in answers))
     names = [names[i] for i in kept]
     notes = [f"skipped: {reason}" for reason in reasons] + ignored_notes(query, paths) + fitted.notes
-    same = zip(names, answers.cosine.tolist(), answers.nearest.tolist(), strict=True)
-    if found := [f"{name} is {classifier.examples[i]}" for name, cosine, i in same if cosine > SAME]:
+    nearest = zip(names, answers.cosine.tolist(), [classifier.examples[i] for i in answers.nearest], strict=True)
+    same = [(name, example) for name, cosine, example in nearest if cosine > SAME]
+    if found := [name if name == example else f"{name} is {example}" for name, example in same]:
         notes.append(f"{len(found)} of the images are examples, so that they tell nothing of others: {first_of(found)}")
     if flags.reject and classifier.confidence is None:
         notes.append("the probabilities are not calibrated, so --reject is of the head's own")
