@@ -33,6 +33,7 @@ EXCEPT = {
     ),
     ("Reading", "background"): "benchmarks are read by the published protocol",
     ("HeadFit", "ft_init"): "published; a user's classes are named and numbered by chance",
+    ("HeadFit", "ft_s"): "published; a user's scale follows from the number of examples",
     ("RelatedSetting", "related_draws"): "published; a user's classes are of unequal numbers",
     ("Peer", "img_size"): "of a repository's network",
     ("DataOptions", "quiet"): "what runs without flags shows no bars",
@@ -73,9 +74,9 @@ def test_the_defaults_of_a_dataclass_are_those_of_the_flags(name):
 @pytest.mark.parametrize("stage", ["alignment", "predict"])
 def test_a_default_setting_is_that_of_the_flags_with_all_that_it_holds(stage):
     found = from_flags(AlignmentSetting, FLAGS[stage])
-    expected = {"alignment": ("random", "fewest"), "predict": ("prototypes", "each")}[stage]
-    assert (found.fit.ft_init, found.related.related_draws) == expected
-    fit, related = HeadFit(ft_init=expected[0]), RelatedSetting(related_draws=expected[1])
+    expected = {"alignment": (5.0, "random", "fewest"), "predict": (None, "prototypes", "each")}[stage]
+    assert (found.fit.ft_s, found.fit.ft_init, found.related.related_draws) == expected
+    fit, related = HeadFit(ft_s=expected[0], ft_init=expected[1]), RelatedSetting(related_draws=expected[2])
     assert found == AlignmentSetting(fit=fit, related=related)
 
 
