@@ -14,19 +14,9 @@ from typing import Any
 import numpy as np
 
 from data.converters.archives import FileTree, open_tree
-from data.converters.converter import (
-    SPLIT_FILES,
-    SPLITS,
-    Conversion,
-    Converter,
-    Read,
-    are_images,
-    check_split,
-    published_split,
-    whole_numbers,
-)
+from data.converters.converter import SPLIT_FILES, SPLITS, Conversion, Converter, Read, check_split, published_split
 from data.converters.lists import Row, items_of, name_apart, split_pickles
-from data.converters.safe_pickle import load_pickle
+from data.converters.safe_pickle import are_images, load_pickle, whole_numbers
 from data.decode import IMAGE_SUFFIXES
 from engine.errors import UserError
 from engine.files import matches_schema, read_json

@@ -5,12 +5,12 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import UserError, one_line
+from engine.errors import UserError
 from engine.files import matches_schema, read_json
 
 SPLITS = ("base", "val", "novel")
@@ -99,27 +99,6 @@ def check_split(split_file: dict[str, Any], kind: Any, what: str) -> None:
     """Raise UserError when base, val and novel of a split file are not of a type: `what` says of which."""
     if not matches_schema(split_file, dict.fromkeys(SPLITS, kind)):
         raise UserError(f"--split_file does not give base, val and novel as {what}: give one that is of this benchmark")
-
-
-def whole_numbers(values: object, where: str, below: int | None = None) -> list[int]:
-    """Labels or rows, from an array or list of somebody's file.
-
-    Raises UserError, which begins with `where`, when they are not whole numbers from 0, all of them less than `below`.
-    """
-    try:
-        array = np.asarray(values)
-        if array.ndim != 1 or array.size and (array.dtype.kind not in "iu" or array.min() < 0):
-            raise ValueError(f"they have shape {array.shape} and type {array.dtype}")
-        if below is not None and array.max(initial=0) >= max(below, 1):
-            raise ValueError(f"the largest is {array.max()}, of {below}")
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{where} are not whole numbers from 0 ({one_line(error)})") from None
-    return [int(value) for value in array]
-
-
-def are_images(array: object) -> TypeGuard[NDArray[np.uint8]]:
-    """Whether something is an array of images (n, h, w, 3) uint8."""
-    return isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
 
 
 # Flags that several converters have.

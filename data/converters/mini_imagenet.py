@@ -25,15 +25,13 @@ from data.converters.converter import (
     Conversion,
     Converter,
     ImageItem,
-    are_images,
     check_split,
     published_split,
     read_split_file,
-    whole_numbers,
     whose_classes,
 )
 from data.converters.lists import Listed, items_of, name_apart, read_csv_lists, split_pickles
-from data.converters.safe_pickle import load_pickle_file
+from data.converters.safe_pickle import are_images, load_pickle_file, whole_numbers
 from data.decode import regular_bytes
 from data.listing import Listing, described, files_below, is_shown, kinds, list_json, subfolders
 from engine.errors import UserError

@@ -1,4 +1,4 @@
-"""Read a pickle of numpy arrays and plain containers, without running it.
+"""Read a pickle of numpy arrays and plain containers, without running it, and tell labels and images among them.
 
 A pickle is a program: the standard unpickler calls whatever function it names. As the standard library documents under
 "Restricting Globals", find_class allows what arrays and containers need, and refuses any other name.
@@ -9,9 +9,10 @@ import pickle
 import warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import UserError, one_line
 from engine.files import check_regular
@@ -81,3 +82,24 @@ def load_pickle_file(path: Path) -> Any:
         raise UserError(f"'{path}' cannot be read: {error}") from None
     with path.open("rb") as file:
         return load_pickle(file, str(path))
+
+
+def whole_numbers(values: object, where: str, below: int | None = None) -> list[int]:
+    """Labels or rows, from an array or list of somebody's file.
+
+    Raises UserError, which begins with `where`, when they are not whole numbers from 0, all of them less than `below`.
+    """
+    try:
+        array = np.asarray(values)
+        if array.ndim != 1 or array.size and (array.dtype.kind not in "iu" or array.min() < 0):
+            raise ValueError(f"they have shape {array.shape} and type {array.dtype}")
+        if below is not None and array.max(initial=0) >= max(below, 1):
+            raise ValueError(f"the largest is {array.max()}, of {below}")
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{where} are not whole numbers from 0 ({one_line(error)})") from None
+    return [int(value) for value in array]
+
+
+def are_images(array: object) -> TypeGuard[NDArray[np.uint8]]:
+    """Whether something is an array of images (n, h, w, 3) uint8."""
+    return isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.converters.converter import SOURCE, TAGS, Conversion, Converter, ImageItem, Read, are_images, whole_numbers
-from data.converters.safe_pickle import load_pickle_file
+from data.converters.converter import SOURCE, TAGS, Conversion, Converter, ImageItem, Read
+from data.converters.safe_pickle import are_images, load_pickle_file, whole_numbers
 from engine.errors import UserError, one_line
 from engine.files import matches_schema
 
