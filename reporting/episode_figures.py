@@ -81,7 +81,7 @@ def draw_margins(axes: Axes, record: dict[str, Any]) -> None:
     axes.text(0.02, 0.98, f"{right} put right", ha="left", va="top", transform=axes.transAxes)
     axes.text(0.98, 0.02, f"{wrong} put wrong", ha="right", va="bottom", transform=axes.transAxes)
     ends = torch.cat([before, after, torch.zeros(1)])
-    low, high = (ends.min().item(), ends.max().item())
+    low, high = ends.min().item(), ends.max().item()
     room = 0.05 * (high - low) or 1.0
     limits = (low - room, high + room)
     axes.set(title="margin of each query", xlim=limits, ylim=limits, aspect="equal")

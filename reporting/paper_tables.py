@@ -246,8 +246,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     """The records of `compare` as a Markdown table."""
     rows = []
     for record in records:
-        ours, paper = record["ours"], record["paper"]
-        gain = record.get("gain")
+        ours, paper, gain = record["ours"], record["paper"], record.get("gain")
         theirs = "not known here" if paper is None else interval(paper)
         if paper and paper["source"] != "paper":
             theirs += f" ({paper['source']})"

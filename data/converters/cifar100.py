@@ -15,7 +15,7 @@ import numpy as np
 
 from data.converters.archives import FileTree, open_tree
 from data.converters.converter import SPLIT_FILES, SPLITS, Conversion, Converter, Read, check_split, published_split
-from data.converters.lists import Row, items_of, name_apart, split_pickles
+from data.converters.lists import Images, Row, items_of, name_apart, split_pickles
 from data.converters.safe_pickle import are_images, load_pickle, whole_numbers
 from data.decode import IMAGE_SUFFIXES
 from engine.errors import UserError
@@ -23,8 +23,6 @@ from engine.files import matches_schema, read_json
 
 PER_CLASS = 600
 ARCHIVE = "cifar-100-python.tar.gz"
-
-Images = dict[str, dict[str, Read]]  # {class: {file name: content}}
 
 
 def convert_cifar100(source: Path, split_file: dict[str, Any]) -> Conversion:

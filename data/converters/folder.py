@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from data.converters.archives import is_archive, open_tree
-from data.converters.converter import IMAGE_ROOT, SOURCE, SPLIT_FILE, SPLITS, Conversion, Converter, Read, check_split
-from data.converters.lists import UNSPLIT, Listed, Row, items_of, name_apart, read_lists
+from data.converters.converter import IMAGE_ROOT, SOURCE, SPLIT_FILE, SPLITS, Conversion, Converter, check_split
+from data.converters.lists import UNSPLIT, Images, Listed, Row, items_of, name_apart, read_lists
 from data.decode import regular_bytes
 from data.listing import FEW_CLASSES, list_folder, shared_by, split_folders
 from engine.errors import UserError
@@ -59,7 +59,7 @@ def convert_folder(
         return Conversion(items, len(items), n_classes, counts, settings, title, stack.pop_all())
 
 
-def read_folders(source: Path) -> tuple[dict[str, dict[str, Read]], dict[str, list[str]] | None]:
+def read_folders(source: Path) -> tuple[Images, dict[str, list[str]] | None]:
     """{class: {file name: content}} of class folders, and the classes of train, val and test if they are in these.
 
     Raises UserError when there are no class folders, or only in two of train, val and test.

@@ -33,7 +33,8 @@ UNSPLIT = ""  # the split of classes that are still to be dealt out
 
 T = TypeVar("T")
 Row = tuple[str, str, Read]  # class, path and content of an image
-Listed = dict[str, dict[str, dict[str, Read]]]  # {split: {class: {file name: content}}}
+Images = dict[str, dict[str, Read]]  # {class: {file name: content}}
+Listed = dict[str, Images]  # by split
 
 
 def read_lists(tree: FileTree, images: FileTree) -> Listed:
