@@ -18,8 +18,6 @@ from engine.errors import UserError, one_line
 from engine.files import check_regular
 from engine.foreign import NumberType
 
-Array = np.ndarray[Any, Any]
-
 
 class NumberArray(np.ndarray[Any, Any]):
     """What a pickled array becomes: an array whose type is a NumberType in the pickle."""
@@ -30,7 +28,7 @@ class NumberArray(np.ndarray[Any, Any]):
         super().__setstate__((1, shape, kind.dtype, column_order, data))
 
 
-def array_of_bytes(data: bytes | str, kind: NumberType, shape: tuple[int, ...], order: Any, *_: object) -> Array:
+def array_of_bytes(data: bytes | str, kind: NumberType, shape: tuple[int, ...], order: Any, *_: object) -> NDArray[Any]:
     """An array as protocol 5 pickles it, or a number; `data` is a str where Python 2 has written it."""
     content = data.encode("latin1") if isinstance(data, str) else bytes(data)
     return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
