@@ -19,7 +19,7 @@ from reporting.figure_style import GREY, colour
 from reporting.report import read_results
 from reporting.result_table import markdown_table
 
-HEADER = ["base to novel classes", "backbone", "shots", "fine-tuning", "related prototype over nearest mean"]
+HEADER = ["results", "base to novel classes", "backbone", "shots", "fine-tuning", "related prototype over nearest mean"]
 HEADER += ["head over fine-tuning", "over nearest mean", "over logistic regression", "auto over fine-tuning", "chosen"]
 
 
@@ -31,8 +31,8 @@ def related_gain(record: dict[str, Any]) -> dict[str, float | None]:
     return mean_record((after - before) / 100, torch.tensor(record["classes_per_episode"]))
 
 
-def table_row(head: dict[str, Any], auto: dict[str, Any] | None) -> list[str]:
-    """The cells of one row."""
+def table_row(folder: Path, head: dict[str, Any], auto: dict[str, Any] | None) -> list[str]:
+    """The cells of one row of results in a folder."""
     names = list(dict.fromkeys((head["dataset"], head["novel_dataset"])))
     controls = controls_of(head)
     over = [controls[name]["difference"] for name in ("nearest mean, cosine", "logistic regression")]
@@ -42,7 +42,15 @@ def table_row(head: dict[str, Any], auto: dict[str, Any] | None) -> list[str]:
         flags = auto["align_preset_auto"]["flags"]
         chosen = [interval(auto["difference"], "+"), "fine-tuning" if flags == "--alignment none" else f"`{flags}`"]
     backbone = head["backbone"].split(":")[-1]
-    return [" to ".join(names), backbone, str(head["n_shot"]), interval(head["fine_tuning"]), *gains, *chosen]
+    return [
+        folder.name,
+        " to ".join(names),
+        backbone,
+        str(head["n_shot"]),
+        interval(head["fine_tuning"]),
+        *gains,
+        *chosen,
+    ]
 
 
 def gain_figure(heads: list[dict[str, Any]]) -> Figure:
@@ -78,7 +86,7 @@ def main() -> None:
                 autos[key] = record
             elif record.get("alignment") == "head":
                 heads.append((key, record))
-    print(markdown_table(HEADER, [table_row(head, autos.get(key)) for key, head in heads]))
+    print(markdown_table(HEADER, [table_row(key[0], head, autos.get(key)) for key, head in heads]))
     if args.figure:
         gain_figure([head for _, head in heads]).savefig(args.figure, dpi=110)
 
