@@ -244,7 +244,9 @@ def cached(suffix: str, ask: Callable[[Path], Any]) -> Kind:
 
 
 def activations(folder: Path) -> Any:
-    return FeatureCache(folder, Run()).activations(split_backbone(backbone(), 2)[0], SPLIT).sum().item()
+    net = backbone()
+    below, cache = split_backbone(net, 2)[0], FeatureCache(folder, Run())
+    return cache.kept("activations", below, SPLIT, net.normalisation, torch.float32).sum().item()
 
 
 def image_arrays(folder: Path) -> Any:
