@@ -131,7 +131,7 @@ def label_folder(fitted: Fitted, query: Path, flags: LabelFlags, run: Run) -> Pr
     nearest = zip(names, answers.cosine.tolist(), [classifier.examples[i] for i in answers.nearest], strict=True)
     same = [(name, example) for name, cosine, example in nearest if cosine > SAME]
     if found := [name if name == example else f"{name} is {example}" for name, example in same]:
-        notes.append(f"{len(found)} of the images are examples, so that they tell nothing of others: {first_of(found)}")
+        notes.append(f"images that are examples, and tell nothing of others: {len(found)}, {first_of(found)}")
     if flags.reject and classifier.confidence is None:
         notes.append("the probabilities are not calibrated, so --reject is of the head's own")
     return Predictions(fitted, names, [paths[i] for i in kept], answers, notes, flags.reject, flags.review)

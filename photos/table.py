@@ -228,7 +228,7 @@ def summary_lines(predictions: Predictions) -> list[str]:
     if n_unsure := predictions.sure.count(False):
         lines.append(f"  {UNSURE}: {n_unsure} images, of a probability below {predictions.reject:g}")
     if any(predictions.unlike):
-        lines.append(f"unlike every class: {predictions.unlike.count(True)} images, marked in the table")
+        lines.append(f"images unlike every class: {predictions.unlike.count(True)}, marked in the table")
     lines.append("least sure")
     for row in least_sure(predictions):
         best, then = (f"{row[a]} {row[b]:.2f}" for a, b in (("label", "probability"), ("then", "probability_then")))

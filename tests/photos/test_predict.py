@@ -228,8 +228,10 @@ def test_one_image_in_two_classes_and_a_query_that_is_an_example_are_named(root)
     assert "one image in two classes" in outcome.out and "class13/001.png is class14/twice.png" in outcome.out
     for more in ({}, {"support": None, "checkpoint": None, "classifier": root / "kept"} | dict.fromkeys(FAST)):
         outcome = script(root, overwrite=True, **more)
-        assert "note: 1 of the images are examples" in outcome.out, outcome.err
-        assert "others: known.png is class12/000.png" in outcome.out
+        assert (
+            "note: images that are examples, and tell nothing of others: 1, known.png is class12/000.png\n"
+            in outcome.out
+        )
 
 
 def test_review_lists_wrong_labels_in_the_table_and_of_a_kept_classifier(root):
@@ -550,7 +552,7 @@ def test_an_image_unlike_every_class_is_marked(root, least, n_unlike):
     change(least_cosine=least)(root)
     outcome = labelled(root)
     record = json.loads((root / "labelled" / "predictions.json").read_text())
-    assert record["n_unlike"] == n_unlike and ("unlike every class: 6 images" in outcome.out) == (n_unlike == 6)
+    assert record["n_unlike"] == n_unlike and ("images unlike every class: 6, marked" in outcome.out) == (n_unlike == 6)
     text = (root / "labelled" / TABLE).read_text()
     assert text.count(",unlike") == n_unlike
 
