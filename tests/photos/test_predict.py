@@ -883,7 +883,7 @@ def test_corrections_of_the_page_and_of_the_table_become_examples(root):
         outcome = labelled(root, out=root / form, correct=root / f"{form}.csv", save=root / f"{form}.classifier")
         assert outcome.status == 0 and "8 examples of 4 classes" in outcome.out, outcome.err
         found.append((root / form / TABLE).read_text())
-        assert f"tell nothing of others: {rows[0][0]}, {rows[5][0]}\n" in outcome.out
+        assert f"tell nothing of others: 2, {rows[0][0]}, {rows[5][0]}\n" in outcome.out
     assert found[0] == found[1]
     _, files, labels, _ = table(root, "page")
     assert labels[files.index(rows[5][0])] == "a new, class"
