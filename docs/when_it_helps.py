@@ -41,16 +41,8 @@ def table_row(folder: Path, head: dict[str, Any], auto: dict[str, Any] | None) -
     if auto:
         flags = auto["align_preset_auto"]["flags"]
         chosen = [interval(auto["difference"], "+"), "fine-tuning" if flags == "--alignment none" else f"`{flags}`"]
-    backbone = head["backbone"].split(":")[-1]
-    return [
-        folder.name,
-        " to ".join(names),
-        backbone,
-        str(head["n_shot"]),
-        interval(head["fine_tuning"]),
-        *gains,
-        *chosen,
-    ]
+    about = [folder.name, " to ".join(names), head["backbone"].split(":")[-1], str(head["n_shot"])]
+    return [*about, interval(head["fine_tuning"]), *gains, *chosen]
 
 
 def gain_figure(heads: list[dict[str, Any]]) -> Figure:

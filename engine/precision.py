@@ -72,10 +72,9 @@ class Losses:
     unread: list[tuple[Tensor, ...]] = field(default_factory=list)
     read_at: float = -math.inf
 
-    def add(self, loss: Tensor, *figures: Tensor | None) -> bool:
-        """Keep the row of a step, None as NaN; whether all rows have been read now. Raises UserError as read does."""
-        row = [loss.new_full((), math.nan) if value is None else value.detach() for value in figures]
-        self.unread.append((loss.detach(), *row))
+    def add(self, loss: Tensor, *figures: Tensor) -> bool:
+        """Keep the row of a step; whether all rows have been read now. Raises UserError as read does."""
+        self.unread.append((loss.detach(), *(value.detach() for value in figures)))
         if time.monotonic() - self.read_at < READ_SECONDS:
             return False
         self.read()

@@ -158,8 +158,8 @@ class Updates:
             related_loss = self.train_head(related) if related else None
             support_loss = self.train_on_support(support)
             checked = support_loss if related_loss is None else support_loss + related_loss
-            none = torch.full_like(support_loss, math.nan)
-            return checked, *(none if loss is None else loss for loss in (align_loss, related_loss, support_loss))
+            left_out = torch.full_like(support_loss, math.nan)
+            return checked, *(left_out if loss is None else loss for loss in (align_loss, related_loss, support_loss))
 
         optimizers = (self.align_optimizer, self.related_optimizer, self.support_optimizer)
         return graphed(step, optimizers) if by_graph else step

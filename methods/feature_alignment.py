@@ -117,7 +117,7 @@ class HeadUpdates:
 def align_features(
     tasks: list[Task], novel: Source, base: Source, setting: AlignmentSetting, run: Run, first: int
 ) -> list[AlignedEpisode]:
-    """Run episodes first, first + 1, ... of stage 3 together, with a frozen backbone; n_way is that of all tasks.
+    """Run episodes first, first + 1, ... of stage 3 together, with a frozen backbone; all tasks have as many ways.
 
     Supports, and queries, of unequal number are padded to the longest; so are the scores of the queries. Raises
     UserError when the scores are no longer finite.

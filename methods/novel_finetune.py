@@ -15,16 +15,18 @@ from models import build_head
 from models.head_gradients import set_gradients
 from models.heads import Generators, Head, one_hot_of, unit
 
+PUBLISHED_SCALE = 5.0
+
 
 @dataclass(frozen=True)
 class HeadFit:
     """How the head of a novel episode is made and fitted; each field is explained at the flag of the same name.
 
-    ft_s: None is the published 5, unless `photos` chooses by the number of examples.
+    ft_s: None leaves the scale to whoever knows the number of examples; without a choice it is the published one.
     """
 
     method: str = "arcMax"
-    ft_s: float | None = 5.0
+    ft_s: float | None = PUBLISHED_SCALE
     ft_m: float = 0.001  # of stage 3 and predict.py; stage 1's flag is 0.01
     ft_n_epoch: int = 200
     ft_lr: float = 1e-3
@@ -33,7 +35,7 @@ class HeadFit:
     @property
     def scale(self) -> float:
         """The scale of a head that is fitted."""
-        return self.ft_s or 5.0
+        return self.ft_s or PUBLISHED_SCALE
 
     def new_head(self, d: int, n_way: int, generators: Generators) -> Head:
         """A head to be fitted; of a list of generators, as many, fitted together."""

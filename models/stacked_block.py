@@ -77,7 +77,7 @@ class StackedBlock(nn.Module):
 
     @torch.no_grad()
     def add_gradient(self, done: BlockPass, of_z: Tensor) -> None:
-        """Add the gradient of the parameters to theirs, given that of the features, (E, n, d), of a pass.
+        """Add what a pass gives to the gradients of the parameters, from the gradient of its features (E, n, d).
 
         Called once for a pass, whose maps it overwrites. In train mode the bias, which batch norm takes out, has none.
         """

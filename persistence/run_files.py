@@ -1,8 +1,8 @@
 """Where a run keeps its files; continue one that was killed, and never write over one of other flags unasked.
 
 Every stage writes `..._last.tar`, atomically: all that the rest of the run follows from. Random numbers come from the
-seed and the number of the epoch or episode, so no generator is part of it, and the final result is bit for bit that of
-a run that was never interrupted.
+seed and the number of the epoch or episode, so no generator is part of it, and the final result is the same, bit for
+bit, as without an interruption.
 """
 
 import contextlib
@@ -17,14 +17,23 @@ from torch import Tensor
 
 from engine.distributed import ALONE, Ranks
 from engine.errors import UserError
-from engine.files import FLAGS, Schema, folder_name, load_kept, matches_schema, read_json, read_record, save_atomically
+from engine.files import (
+    FLAGS,
+    Schema,
+    folder_name,
+    load_tensors,
+    matches_schema,
+    read_json,
+    read_record,
+    save_atomically,
+)
 from engine.lock import hold
 from engine.metrics import MetricsLog, open_metrics
 from engine.records import to_json
 from persistence.checkpoints import REMEDY, load_checkpoint
 
 STATE_FORMAT = "associative-alignment-state/1"
-# What every state holds, those of stages 1 and 2, and that of stage 3, whose columns have a row per episode.
+# What every state holds; states of stages 1 and 2; states of stage 3, whose columns have a row per episode.
 EVERY_STATE: Schema = {"config": FLAGS, "made_from": dict[str, str], "seconds": float}
 TRAINING_STATE: Schema = EVERY_STATE | {
     "scaler": dict[str, float],
@@ -215,7 +224,7 @@ class RunFiles:
 def seed_of(path: Path) -> int | None:
     """The seed that a result, a state or a checkpoint was made with, if it is there and says so."""
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        content = read_json(path) if path.suffix == ".json" else load_kept(path)
+        content = read_json(path) if path.suffix == ".json" else load_tensors(path)
         return content["config"].get("seed")
     return None
 

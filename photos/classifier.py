@@ -123,8 +123,9 @@ def mean_head(heads: Head, d: int, n_way: int, fit: HeadFit) -> Head:
 def with_scale(setting: AlignmentSetting, y: Tensor) -> AlignmentSetting:
     """The setting with a scale of the fit, if none is given: MANY_SCALE where each class of labels y (k,) has MANY
     examples, for which the published scale leaves the head too soft, most of all among many classes."""
-    few = setting.fit.ft_s or torch.bincount(y).min() < MANY
-    return setting if few else replace(setting, fit=replace(setting.fit, ft_s=MANY_SCALE))
+    if setting.fit.ft_s or torch.bincount(y).min() < MANY:
+        return setting
+    return replace(setting, fit=replace(setting.fit, ft_s=MANY_SCALE))
 
 
 def fit_classifier(
