@@ -54,7 +54,8 @@ def related_prototype(z_support: Tensor, z_query: Tensor, z_base: Tensor) -> Ten
 def logistic_regression(z_support: Tensor, z_query: Tensor, strength: float = 1.0) -> Tensor:
     """Logits of multinomial logistic regression on unit features, as of Tian et al., Rethinking Few-shot, 2020.
 
-    The loss is strength times the sum of cross-entropies, plus half the squared norm of the weights; scikit-learn's C.
+    The loss is strength times the sum of cross-entropies, plus half the squared norm of the weights: scikit-learn's C,
+    or half of it for two classes, to which scikit-learn, since 1.8, can only fit a sigmoid (docs/running.md).
     All lies in the span of the support, in an orthonormal basis of which the episodes are fitted, together.
     """
     n_episodes, n_way, n_shot, _ = z_support.shape

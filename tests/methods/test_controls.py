@@ -95,15 +95,18 @@ def test_a_related_prototype_moves_halfway_to_the_mean_of_its_nearest_base_featu
     assert few.shape == scores.shape and not torch.equal(few, scores)
 
 
-@pytest.mark.parametrize(("n_shot", "strength"), [(1, 1.0), (5, 1.0), (5, 30.0)])
-def test_logistic_regression_is_scikit_learns(n_shot, strength):
+@pytest.mark.parametrize(
+    ("n_way", "n_shot", "strength"), [(4, 1, 1.0), (4, 5, 1.0), (4, 5, 30.0), (2, 1, 1.0), (2, 5, 30.0)]
+)
+def test_logistic_regression_is_scikit_learns(n_way, n_shot, strength):
     linear_model = pytest.importorskip("sklearn.linear_model")
-    z_support, z_query = support_and_query(n_shot=n_shot, d=40)
+    z_support, z_query = support_and_query(n_way=n_way, n_shot=n_shot, d=40)
+    C = 2 * strength if n_way == 2 else strength  # one weight vector, and a sigmoid: twice as strongly regularised
     found = logistic_regression(z_support, z_query, strength).softmax(-1)
     for e in range(3):
         z = F.normalize(z_support[e].flatten(0, 1), dim=1).numpy()
-        fitted = linear_model.LogisticRegression(C=strength, tol=1e-8, max_iter=5000)
-        fitted.fit(z, class_major_labels(4, n_shot).numpy())
+        fitted = linear_model.LogisticRegression(C=C, tol=1e-8, max_iter=5000)
+        fitted.fit(z, class_major_labels(n_way, n_shot).numpy())
         expected = torch.from_numpy(fitted.predict_proba(F.normalize(z_query[e], dim=1).numpy()))
         torch.testing.assert_close(found[e].double(), expected.double(), atol=2e-3, rtol=0)
 
