@@ -133,7 +133,7 @@ class RunFiles:
         if self.best.is_file():
             return self.best
         others = sorted(self.best.parent.glob(f"*way_*shot_{glob.escape(self.name.training)}_bestModel.tar"))
-        instead = f"to use that of another way or shot give --init_from {others[0]}; or " if others else ""
+        instead = f"to use the one of another way or shot give --init_from {others[0]}; or " if others else ""
         raise UserError(f"no checkpoint {self.best}: {instead}{REMEDY}")
 
     def announce(self, what: str, quiet: bool) -> None:

@@ -37,7 +37,7 @@ def read_corrections(path: Path) -> dict[str, str]:
                     found[name] = label
     except (OSError, ValueError, KeyError, AttributeError, TypeError, csv.Error) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"--correct {path} is no table of file and label ({reason}): take that of the page") from error
+        raise UserError(f"--correct {path} is no table of file and label ({reason}): take the page's") from error
     if not found:
         raise UserError(f"--correct {path} changes no label: choose others on the page, or in the table")
     return found

@@ -30,7 +30,7 @@ INTERVALS = ("ci95", "ci95_classes")
 NOTE = (
     "Accuracy on novel classes, or on val ones where it says so, with its 95% interval over episodes of these classes "
     "(bar) and, in brackets, over other classes (line; '?' where too few episodes or classes tell). The paired gain is "
-    "that of alignment over fine-tuning on the same episodes, grey where an interval holds zero. Bold: better than "
+    "alignment's over fine-tuning on the same episodes, grey where an interval holds zero. Bold: better than "
     "each row of the same training and episodes, by the interval of their paired difference."
 )
 
