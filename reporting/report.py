@@ -118,7 +118,7 @@ def comparison_table(files: Sequence[Path]) -> str:
     for file, record in zip(files, records, strict=True):
         for name, numbers in measured(record).items():
             is_new = name not in rows or (numbers is not record and torch.equal(rows[name], numbers["values"]))
-            rows[name if is_new else f"{name} ({file.stem})"] = numbers["values"]
+            rows[name if is_new else f"{name} ({file})"] = numbers["values"]
     cells = []
     for i, (name, values) in enumerate(rows.items()):
         above = [interval(mean_record(values - other, classes), "+") for other in [*rows.values()][:i]]

@@ -43,11 +43,11 @@ def test_the_difference_of_two_results_is_paired(tmp_path):
     assert outcome.status == 0, outcome.err
     header, _, first, second = outcome.out.splitlines()
     assert header.startswith("| method, 4 episodes |") and first == "| 1. arcMax | 50.00 ± 55.12 (?) |  |"
-    assert second == "| 2. arcMax (bf16) | 52.00 ± 56.96 (?) | +2.00 ± 1.84 (?) |"
+    assert second == f"| 2. arcMax ({after}) | 52.00 ± 56.96 (?) | +2.00 ± 1.84 (?) |"
     assert "| -2.00 ± 1.84 (?) |" in call("reporting.report", "--compare", after, before).out
     again = write(tmp_path / "again.json", [20.0, 80.0, 20.0, 80.0])
     assert (
-        "| 2. arcMax (again) | 50.00 ± 55.12 (?) | +0.00 ± 0.00 (?) |"
+        f"| 2. arcMax ({again}) | 50.00 ± 55.12 (?) | +0.00 ± 0.00 (?) |"
         in call("reporting.report", "--compare", before, again).out
     )
 
@@ -99,7 +99,15 @@ def test_a_comparison_pairs_every_row_with_those_above_it(tmp_path):
         *(f"arcMax, {name}" for name in names),
         "arcMax, head alignment",
         "ProtoNet",
-        "ProtoNet (again)",  # of that name, but of other numbers
+        f"ProtoNet ({again})",  # of that name, but of other numbers
+    ]
+    (tmp_path / "elsewhere").mkdir()
+    third = write(tmp_path / "elsewhere" / again.name, [a + 1 for a in after], method="ProtoNet", **named)
+    listed = call("reporting.report", "--compare", other, again, third).out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in listed] == [
+        "| 1. ProtoNet",
+        f"| 2. ProtoNet ({again})",
+        f"| 3. ProtoNet ({third})",
     ]
     mean, ci95, ci95_classes = mean_record(gains[:50], classes[:50]).values()
     assert rows[4][2] == f"{mean:+.2f} ± {ci95:.2f} ({ci95_classes:.2f})"
