@@ -36,7 +36,7 @@ class Sizes:
     timed_heads: int
 
 
-M = 0.01  # stage 1's margin, stage 3 has another
+M = 0.01  # stage 1's margin; stage 3 has another
 SIZES = {
     "tiny": Sizes(2, 5, 4, HeadFit(ft_m=M, ft_n_epoch=20), 4, 4),
     "full": Sizes(5, 50, 400, HeadFit(ft_m=M), 4, 20),
